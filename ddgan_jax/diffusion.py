@@ -1,0 +1,141 @@
+"""The diffusion: its schedule, its forward process and the posterior of one step (Sections 2 and 3).
+
+The forward process has few, large steps. With x_0 an image in [-1, 1] and alpha_k = 1 - beta_k,
+
+    (1)  q(x_k | x_{k-1}) = N(sqrt(alpha_k) x_{k-1}, beta_k I),                        k = 1..T
+    (2)  q(x_k | x_0)     = N(sqrt(abar_k) x_0, (1 - abar_k) I),       abar_k = alpha_1 ... alpha_k
+    (3)  q(x_{k-1} | x_k, x_0) = N(mu_k(x_0, x_k), v_k I),   v_k = beta_k (1 - abar_{k-1}) / (1 - abar_k)
+         mu_k = [beta_k sqrt(abar_{k-1}) x_0 + (1 - abar_{k-1}) sqrt(alpha_k) x_k] / (1 - abar_k)
+
+The betas discretise a continuous process whose signal level is abar(s) = 1 - var(s), 0 <= s <= 1:
+
+    (4)  beta_k = 1 - abar(s_k) / abar(s_{k-1}),    s_k = eps + (1 - eps) k / T,    eps = 1e-3
+    (5)  'vp':        var(s) = 1 - exp(2 l(s)),   l(s) = -s^2 (beta_max - beta_min) / 4 - s beta_min / 2
+         'geometric': var(s) = beta_min (beta_max / beta_min)^s
+
+Which index is t? Everywhere in this project t is 0-based, 0..T-1, and names the step between x_t and
+x_{t+1}: the generator sees (x_{t+1}, t), the discriminator (x_t, t, x_{t+1}). t = 0 is the last step of
+denoising, x_1 -> x_0. Only `q_sample` takes t up to T, since x_T exists but no step begins there.
+
+Arithmetic follows the reference implementation's: (4) and abar in float64, the rest in float32. Computed
+wholly in float64 the coefficients would differ by up to 3e-5 where beta is small.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from ddgan_jax.errors import UserError
+
+EPS = 1e-3  # the time s_0 at which the discretisation starts; abar(s_0) counts as 1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Schedule:
+    """The coefficients of (1) to (3), float32, in host memory. Build it with `Schedule.create`.
+
+    The first four are indexed by k = 0..T, where k = 0 means "no noise"; the last three by t = 0..T-1.
+    """
+
+    a_s: np.ndarray  # [T+1] sqrt(alpha_k)
+    sigmas: np.ndarray  # [T+1] sqrt(beta_k)
+    a_s_cum: np.ndarray  # [T+1] sqrt(abar_k); exactly 1 at k = 0
+    sigmas_cum: np.ndarray  # [T+1] sqrt(1 - abar_k); exactly 0 at k = 0
+    posterior_mean_coef1: np.ndarray  # [T] the factor of x_0 in mu_{t+1}
+    posterior_mean_coef2: np.ndarray  # [T] the factor of x_{t+1} in mu_{t+1}
+    posterior_variance: np.ndarray  # [T] v_{t+1}; exactly 0 at t = 0
+
+    @property
+    def num_steps(self) -> int:
+        """T, the number of denoising steps."""
+        return self.posterior_variance.shape[0]
+
+    @staticmethod
+    def create(num_steps: int, kind: str = "vp", beta_min: float = 0.1, beta_max: float = 20.0) -> "Schedule":
+        """Discretise the process of `kind` ('vp' or 'geometric') into `num_steps` >= 1 steps, (4) and (5).
+
+        The paper uses 'vp' with 0.1 and 20 (Appendix). Raises UserError for settings that leave some alpha
+        outside (0, 1), such as a geometric schedule whose beta_max is 1 or more.
+        """
+        if num_steps < 1:
+            raise UserError(f"a diffusion needs at least 1 step, not num_steps={num_steps}")
+        s = EPS + (1 - EPS) * np.arange(num_steps + 1, dtype=np.float64) / num_steps
+        with np.errstate(all="ignore"):  # a bad setting is judged below, by what it gives
+            if kind == "vp":
+                variance = -np.expm1(2 * (-(s**2) * (beta_max - beta_min) / 4 - s * beta_min / 2))
+            elif kind == "geometric":
+                variance = beta_min * np.power(np.float64(beta_max) / beta_min, s)
+            else:
+                raise UserError(f"unknown schedule kind {kind!r}: it is 'vp' or 'geometric'")
+            abar = 1 - variance
+            betas = (1 - abar[1:] / abar[:-1]).astype(np.float32)
+            fields = _coefficients(betas)
+        if not (np.all((betas > 0) & (betas < 1)) and all(np.isfinite(field).all() for field in fields.values())):
+            raise UserError(
+                f"the {kind} schedule with beta_min={beta_min}, beta_max={beta_max} and {num_steps} steps is not a "
+                "diffusion: every beta must lie between 0 and 1 (try 0.1 and 20 for 'vp', 0.01 and 0.99 for 'geometric')"
+            )
+        return Schedule(**fields)
+
+
+def _coefficients(betas: np.ndarray) -> dict[str, np.ndarray]:
+    """Every field of the schedule from beta_1..beta_T, float32."""
+    one = np.float32(1)
+    alphas = one - betas
+    abar = np.cumprod(alphas, dtype=np.float64).astype(np.float32)
+    abar_prev = np.concatenate([[one], abar[:-1]]).astype(np.float32)
+    # k = 0 is a step that adds next to nothing: 1 - 1e-8 rounds to 1 in float32.
+    betas_0 = np.concatenate([[np.float32(1e-8)], betas]).astype(np.float32)
+    a_s = np.sqrt(one - betas_0)
+    a_s_cum = np.cumprod(a_s, dtype=np.float32)
+    return {
+        "a_s": a_s,
+        "sigmas": np.sqrt(betas_0),
+        "a_s_cum": a_s_cum,
+        "sigmas_cum": np.sqrt(one - a_s_cum**2),
+        "posterior_mean_coef1": betas * np.sqrt(abar_prev) / (one - abar),
+        "posterior_mean_coef2": (one - abar_prev) * np.sqrt(alphas) / (one - abar),
+        "posterior_variance": betas * (one - abar_prev) / (one - abar),
+    }
+
+
+def _at(coefficients: np.ndarray, t: Int[Array, "b"], x: Array) -> Array:
+    """coefficients[t], shaped to multiply the batch x."""
+    return jnp.asarray(coefficients)[t].reshape(t.shape + (1,) * (x.ndim - 1))
+
+
+def q_sample(
+    schedule: Schedule, x0: Float[Array, "b *d"], t: Int[Array, "b"], noise: Float[Array, "b *d"]
+) -> Float[Array, "b *d"]:
+    """x_t from x_0, equation (2), with `noise` ~ N(0, I) and t in 0..T (t = 0 returns x_0, t = T pure noise)."""
+    return _at(schedule.a_s_cum, t, x0) * x0 + _at(schedule.sigmas_cum, t, x0) * noise
+
+
+def q_sample_pair(
+    schedule: Schedule,
+    x0: Float[Array, "b *d"],
+    t: Int[Array, "b"],
+    noise_t: Float[Array, "b *d"],
+    noise_tp1: Float[Array, "b *d"],
+) -> tuple[Float[Array, "b *d"], Float[Array, "b *d"]]:
+    """(x_t, x_{t+1}) of one forward path, equations (2) and (1), t in 0..T-1: what D sees as real."""
+    x_t = q_sample(schedule, x0, t, noise_t)
+    return x_t, _at(schedule.a_s, t + 1, x0) * x_t + _at(schedule.sigmas, t + 1, x0) * noise_tp1
+
+
+def sample_posterior(
+    schedule: Schedule,
+    x0: Float[Array, "b *d"],
+    x_tp1: Float[Array, "b *d"],
+    t: Int[Array, "b"],
+    noise: Float[Array, "b *d"],
+) -> Float[Array, "b *d"]:
+    """x_t ~ q(x_t | x_{t+1}, x_0), equation (3), t in 0..T-1; exactly x_0 at t = 0.
+
+    With x_0 the generator's prediction this is the paper's p_theta(x_{t-1} | x_t) (Section 3.1).
+    """
+    mean = _at(schedule.posterior_mean_coef1, t, x0) * x0 + _at(schedule.posterior_mean_coef2, t, x0) * x_tp1
+    x_t = mean + _at(np.sqrt(schedule.posterior_variance), t, x0) * noise
+    return jnp.where(t.reshape(t.shape + (1,) * (x0.ndim - 1)) == 0, x0, x_t)

@@ -1,0 +1,111 @@
+"""The discriminator D(x_t, t, x_{t+1}) -> logit: is x_t a denoised x_{t+1}, or the generator's? (Section 4, Appendix)
+
+One network described by a list of stages, each a residual block of some width that may halve the image. The two
+discriminators of the paper are presets of it, and `preset` gives the like for every other size.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from ddgan_jax.errors import UserError
+from ddgan_jax.models import layers
+from ddgan_jax.models.layers import Dtype
+
+STDDEV_GROUP = 4  # examples that share one minibatch-stddev feature
+
+# (width in units of ngf, halve the image?)
+Stages = Sequence[tuple[float, bool]]
+SMALL: Stages = ((2, False), (4, True), (8, True), (8, True))  # CIFAR-10 and StackedMNIST, 32 px
+LARGE: Stages = ((4, True), (8, True), (8, True), (8, True), (8, True), (8, True))  # CelebA-HQ and LSUN, 256 px
+
+
+def preset(image_size: int) -> dict:
+    """Fields of a Discriminator for square images of 8 to 1024 px: the paper's at 32 and 256, between and beyond alike.
+
+    The image is halved until 4 to 7 px are left. Up to 64 px the first block keeps the size, as in SMALL; above, it
+    halves, as in LARGE; above 256 px narrower stages come first, so that a stage costs about the same at any size.
+    """
+    if not 8 <= image_size <= 1024:
+        raise UserError(f"there is a discriminator for images of 8 to 1024 px, not {image_size}")
+    halvings = int(np.log2(image_size / 4))
+    if image_size <= 64:
+        widths = [2, 4, 8, 8, 8][: halvings + 1]
+        return {"start": 2, "stages": tuple((w, i > 0) for i, w in enumerate(widths)), "zero_final": True}
+    narrower = max(halvings - 6, 0)
+    widths = [min(4 * 2.0 ** (i - narrower), 8) for i in range(halvings)]
+    return {"start": widths[0] / 2, "stages": tuple((w, True) for w in widths), "zero_final": False}
+
+
+class Stage(nn.Module):
+    """Residual block: (x [B,H,W,C], t_emb [B,E]) -> [B,H',W',features], time added between its convolutions."""
+
+    features: int
+    downsample: bool
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, t_emb: jax.Array) -> jax.Array:
+        h = layers.conv(self.features, 3, self.dtype, "conv_0", layers.init_out())(layers.leaky_relu(x))
+        time = nn.Dense(self.features, kernel_init=layers.init_out(), dtype=self.dtype, name="time")
+        h = layers.leaky_relu(h + time(t_emb)[:, None, None, :])
+        if self.downsample:
+            h, x = layers.fir_downsample(h), layers.fir_downsample(x)
+        h = layers.conv(self.features, 3, self.dtype, "conv_1", layers.init_out(0.0))(h)
+        x = layers.conv(self.features, 1, self.dtype, "shortcut", layers.init_out(), use_bias=False)(x)
+        return layers.merge(x, h, rescale=True)
+
+
+def minibatch_stddev(x: jax.Array) -> jax.Array:
+    """[B, H, W, C] -> [B, H, W, C+1]: the mean standard deviation over groups of 4 neighbours in the batch.
+
+    Neighbours, so that a batch split over devices by fours keeps its groups. Raises UserError unless B is 1, 2, 3
+    or a multiple of 4. A group of one has the constant 1e-4, the square root of the 1e-8 that keeps it smooth.
+    """
+    b, height, width, c = x.shape
+    group = min(b, STDDEV_GROUP)
+    if b % group:
+        raise UserError(f"the discriminator compares groups of {STDDEV_GROUP} images: a batch of {b} is no multiple of it")
+    variance = jnp.var(x.astype(jnp.float32).reshape(b // group, group, height, width, c), axis=1)
+    stddev = jnp.mean(jnp.sqrt(variance + 1e-8), axis=(1, 2, 3))
+    feature = jnp.broadcast_to(jnp.repeat(stddev, group)[:, None, None, None], (b, height, width, 1))
+    return jnp.concatenate([x, feature.astype(x.dtype)], axis=-1)
+
+
+class Discriminator(nn.Module):
+    """D(x_t [B,H,W,C], t [B], x_{t+1} [B,H,W,C]) -> logits [B] float32. The defaults are the paper's for CIFAR-10."""
+
+    ngf: int = 64
+    start: float = 2  # width of the 1x1 convolution that reads the two images, in units of ngf
+    stages: Stages = SMALL
+    t_emb_dim: int = 256
+    zero_final: bool = True  # start the last convolution at (almost) zero
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_t: jax.Array, t: jax.Array, x_tp1: jax.Array) -> jax.Array:
+        def dense(features: int, name: str, dtype: Dtype = self.dtype) -> nn.Dense:
+            return nn.Dense(features, kernel_init=layers.init_out(), dtype=dtype, name=name)
+
+        t_emb = layers.sinusoidal_embedding(t, self.t_emb_dim)
+        t_emb = layers.leaky_relu(dense(self.t_emb_dim, "time_0")(t_emb))
+        t_emb = layers.leaky_relu(dense(self.t_emb_dim, "time_1")(t_emb))
+
+        x = jnp.concatenate([x_t, x_tp1], axis=-1).astype(self.dtype)
+        h = layers.conv(round(self.start * self.ngf), 1, self.dtype, "conv_in", layers.init_out())(x)
+        for i, (width, downsample) in enumerate(self.stages):
+            if downsample and min(h.shape[1:3]) < 2:
+                raise UserError(
+                    f"images of {x.shape[1]}x{x.shape[2]} are too small for a discriminator that halves them "
+                    f"{sum(down for _, down in self.stages)} times"
+                )
+            h = Stage(round(width * self.ngf), downsample, self.dtype, name=f"stage_{i}")(h, t_emb)
+
+        h = minibatch_stddev(h)
+        scale = 0.0 if self.zero_final else 1.0
+        h = layers.conv(h.shape[-1] - 1, 3, self.dtype, "conv_out", layers.init_out(scale))(h)
+        h = jnp.sum(layers.leaky_relu(h).astype(jnp.float32), axis=(1, 2))
+        return dense(1, "out", jnp.float32)(h)[:, 0]

@@ -1,0 +1,156 @@
+"""The generator G(x_{t+1}, t, z) -> x0_hat: an NCSN++ U-Net whose norms the latent z modulates (Section 4, Appendix).
+
+    z     -> pixel norm -> n_mlp + 1 dense layers with SiLU -> z_emb -> the gain and bias of every adaptive norm
+    t     -> sinusoidal embedding -> two dense layers       -> t_emb -> a shift inside every residual block
+    x_t+1 -> conv -> levels down -> block, attention, block -> levels up, with skips -> norm, SiLU, conv -> tanh
+
+The names of the parameters say where a layer stands: `down_1_block_0` is the first block of the second level.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from ddgan_jax.errors import UserError
+from ddgan_jax.models import layers
+from ddgan_jax.models.layers import FIR_KERNEL, Dtype
+
+CHOICES = {
+    "resblock_type": ("biggan", "biggan_oneadagn", "ddpm"),
+    "progressive": ("none", "output_skip"),
+    "progressive_input": ("none", "input_skip", "residual"),
+    "progressive_combine": ("sum", "cat"),
+}
+
+
+class Generator(nn.Module):
+    """G(x_{t+1} [B,H,W,C], t [B], z [B,nz]) -> x0_hat [B,H,W,C] float32, in [-1, 1] with `tanh`.
+
+    The defaults are the paper's CIFAR-10 network (Table 6; 48,432,515 parameters). `keys` [B] switches dropout on.
+    Raises UserError for an unknown option, or for images that do not halve once a level.
+    """
+
+    image_channels: int = 3
+    nf: int = 128  # width of the first level
+    ch_mult: Sequence[int] = (1, 2, 2, 2)  # width of every level, in units of nf
+    num_res_blocks: int = 2
+    attn_resolutions: Sequence[int] = (16,)  # heights of the levels that get attention
+    nz: int = 100
+    z_emb_dim: int = 256
+    n_mlp: int = 4  # hidden layers of the z mapping
+    resblock_type: str = "biggan"
+    conditional: bool = True  # on t
+    fir: bool = True
+    fir_kernel: Sequence[int] = FIR_KERNEL
+    resamp_with_conv: bool = True  # for 'ddpm', whose resampling is a layer of its own
+    skip_rescale: bool = True
+    progressive: str = "none"  # 'output_skip': every level up adds to an output image
+    progressive_input: str = "residual"  # every level down sees the input image again
+    progressive_combine: str = "sum"  # of 'input_skip'
+    tanh: bool = True
+    centered: bool = True  # False: the input is in [0, 1]
+    dropout: float = 0.0
+    dtype: Dtype = jnp.float32
+    remat: bool = False  # recompute the residual blocks in the backward pass: less memory, about a third more work
+
+    @nn.compact
+    def __call__(self, x: jax.Array, t: jax.Array, z: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+        self._check(x, z)
+        dtype, last = self.dtype, len(self.ch_mult) - 1
+        fir_kernel = tuple(self.fir_kernel) if self.fir else None
+        block_class = nn.remat(layers.ResBlock, static_argnums=(4,)) if self.remat else layers.ResBlock
+
+        def block(x: jax.Array, features: int, name: str, direction: str | None = None) -> jax.Array:
+            nonlocal num_blocks
+            num_blocks += 1
+            block_keys = None if keys is None else jax.vmap(lambda key: jax.random.fold_in(key, num_blocks))(keys)
+            return block_class(
+                features, self.resblock_type, direction, fir_kernel, self.skip_rescale, self.dropout, dtype, name=name
+            )(x, t_emb, z_emb, 4 * self.nf, block_keys)
+
+        def attention(x: jax.Array, name: str) -> jax.Array:
+            return layers.Attention(self.skip_rescale, dtype, name=name)(x)
+
+        def resample(x: jax.Array, direction: str, name: str) -> jax.Array:
+            """Between two levels: inside a residual block, or for 'ddpm' a layer of its own."""
+            if self.resblock_type != "ddpm":
+                return block(x, x.shape[-1], name, direction)
+            features = x.shape[-1] if self.resamp_with_conv else None
+            return layers.Resample(direction, features, fir_kernel, dtype, name=name)(x)
+
+        def to_image(x: jax.Array, level: str) -> jax.Array:
+            h = jax.nn.silu(layers.group_norm(x.shape[-1], f"{level}_norm")(x)).astype(dtype)
+            return layers.conv(self.image_channels, 3, dtype, f"{level}_conv", layers.init_avg(0.0))(h)
+
+        num_blocks = 0
+        z_emb = layers.pixel_norm(z.astype(jnp.float32))
+        for i in range(self.n_mlp + 1):
+            z_emb = nn.Dense(self.z_emb_dim, kernel_init=layers.init_out(), dtype=dtype, name=f"z_{i}")(z_emb)
+            z_emb = jax.nn.silu(z_emb)
+        t_emb = None
+        if self.conditional:
+            t_emb = layers.sinusoidal_embedding(t, self.nf)
+            t_emb = nn.Dense(4 * self.nf, kernel_init=layers.init_avg(), dtype=dtype, name="time_0")(t_emb)
+            t_emb = nn.Dense(4 * self.nf, kernel_init=layers.init_avg(), dtype=dtype, name="time_1")(jax.nn.silu(t_emb))
+
+        x = x.astype(dtype) if self.centered else (2 * x - 1).astype(dtype)
+        pyramid = x
+        h = layers.conv(self.nf, 3, dtype, "conv_in")(x)
+
+        skips = [h]
+        for level, mult in enumerate(self.ch_mult):
+            for i in range(self.num_res_blocks):
+                h = block(h, self.nf * mult, f"down_{level}_block_{i}")
+                if h.shape[1] in self.attn_resolutions:
+                    h = attention(h, f"down_{level}_attn_{i}")
+                skips.append(h)
+            if level == last:
+                break
+            h = resample(h, "down", f"down_{level}_resample")
+            if self.progressive_input == "input_skip":
+                pyramid = layers.resample(pyramid, "down", fir_kernel)
+                p = layers.conv(h.shape[-1], 1, dtype, f"down_{level}_combine")(pyramid)
+                h = p + h if self.progressive_combine == "sum" else jnp.concatenate([p, h], axis=-1)
+            elif self.progressive_input == "residual":  # the next level's pyramid starts from the merged tensor
+                p = layers.Resample("down", h.shape[-1], fir_kernel, dtype, name=f"down_{level}_pyramid")(pyramid)
+                h = pyramid = layers.merge(p, h, self.skip_rescale)
+            skips.append(h)
+
+        h = block(h, h.shape[-1], "mid_block_0")
+        h = attention(h, "mid_attn")
+        h = block(h, h.shape[-1], "mid_block_1")
+
+        image = None
+        for level in reversed(range(len(self.ch_mult))):
+            for i in range(self.num_res_blocks + 1):
+                h = block(jnp.concatenate([h, skips.pop()], axis=-1), self.nf * self.ch_mult[level], f"up_{level}_block_{i}")
+            if h.shape[1] in self.attn_resolutions:
+                h = attention(h, f"up_{level}_attn")
+            if self.progressive == "output_skip":
+                above = 0 if image is None else layers.resample(image, "up", fir_kernel)
+                image = above + to_image(h, f"up_{level}_image")
+            if level > 0:
+                h = resample(h, "up", f"up_{level}_resample")
+
+        if image is None:
+            image = to_image(h, "out")
+        image = image.astype(jnp.float32)
+        return jnp.tanh(image) if self.tanh else image
+
+    def _check(self, x: jax.Array, z: jax.Array) -> None:
+        for option, choices in CHOICES.items():
+            if getattr(self, option) not in choices:
+                raise UserError(f"unknown {option} {getattr(self, option)!r}: it is one of {', '.join(choices)}")
+        halvings = len(self.ch_mult) - 1
+        if x.shape[1] % 2**halvings or x.shape[2] % 2**halvings:
+            raise UserError(
+                f"images of {x.shape[1]}x{x.shape[2]} do not halve {halvings} times, as the {halvings + 1} levels of "
+                f"ch_mult={tuple(self.ch_mult)} need: choose sizes divisible by {2**halvings}, or fewer levels"
+            )
+        if x.shape[-1] != self.image_channels or z.shape[-1] != self.nz:
+            raise UserError(
+                f"the generator takes {self.image_channels} image channels and nz={self.nz}, "
+                f"not {x.shape[-1]} channels and a z of {z.shape[-1]}"
+            )

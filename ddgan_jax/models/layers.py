@@ -1,0 +1,268 @@
+"""The parts that both networks are made of: resampling, embeddings, adaptive norms, attention, residual blocks.
+
+Everything is NHWC. Parameters, and the statistics of norms and softmaxes, are float32 whatever `dtype` says;
+`dtype` is the compute type of convolutions and dense layers. The blocks are those of NCSN++ (Song et al.,
+"Score-Based Generative Modeling through SDEs", Appendix H) with a norm that the latent z modulates (Section 4).
+
+FIR resampling follows upfirdn (Karras et al., "Analyzing and Improving the Image Quality of StyleGAN"):
+insert zeros (up), convolve with the kernel outer(k, k) / sum, keep every second pixel (down). The kernel is
+separable and applied one axis at a time, as shifted slices (down) or as two phases without the inserted
+zeros (up): depthwise convolutions cost 10 to 400 times as much on a CPU.
+"""
+
+import functools
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.nn.initializers import Initializer, variance_scaling
+
+from ddgan_jax.errors import UserError
+
+FIR_KERNEL = (1, 3, 3, 1)
+Dtype = Any
+
+
+# --- Initialisation: uniform weights, zero biases; a scale of 0 means a variance scale of 1e-10, as in NCSN++ ---
+
+
+def init_avg(scale: float = 1.0) -> Initializer:
+    """Variance scale / mean of fan-in and fan-out: G's convolutions, attention and time embedding."""
+    return variance_scaling(scale or 1e-10, "fan_avg", "uniform")
+
+
+def init_out(scale: float = 1.0) -> Initializer:
+    """Variance scale / fan-out: the layers that z feeds, and every layer of the discriminator."""
+    return variance_scaling(scale or 1e-10, "fan_out", "uniform")
+
+
+def conv(features: int, size: int, dtype: Dtype, name: str, init: Initializer | None = None, **options) -> nn.Conv:
+    """A size x size convolution, zero-padded to keep height and width unless `options` says otherwise."""
+    return nn.Conv(features, (size, size), kernel_init=init or init_avg(), dtype=dtype, name=name, **options)
+
+
+# --- FIR resampling ---------------------------------------------------------------------------------------------
+
+
+def _taps(kernel: Sequence[float]) -> list[float]:
+    """One axis of the normalised kernel, flipped: a true convolution, written as a correlation."""
+    k = np.asarray(kernel, np.float64)
+    return list((k / k.sum())[::-1])
+
+
+def _shifted_sum(x: jax.Array, terms: Sequence[tuple[float, int]], size: int, stride: int, axis: int) -> jax.Array:
+    """sum of tap * x[start + stride * n], n = 0..size-1, over the (tap, start) of `terms`; zero outside x."""
+    starts = [start for _, start in terms]
+    low, high = -min(starts), max(starts) + (size - 1) * stride + 1 - x.shape[axis]
+    widths = [(0, 0, 0)] * x.ndim
+    widths[axis] = (max(low, 0), max(high, 0), 0)
+    x, shift = jax.lax.pad(x, jnp.zeros((), x.dtype), widths), max(low, 0)
+    return functools.reduce(
+        operator.add,
+        (
+            tap * jax.lax.slice_in_dim(x, start + shift, start + shift + (size - 1) * stride + 1, stride, axis)
+            for tap, start in terms
+        ),
+    )
+
+
+def fir_filter(x: jax.Array, kernel: Sequence[float], pad: int, stride: int = 1) -> jax.Array:
+    """[B, H, W, C] filtered in both axes with `pad` zeros in all an axis; every stride-th pixel is kept."""
+    taps = _taps(kernel)
+    for axis in (1, 2):
+        size = (x.shape[axis] + pad - len(taps)) // stride + 1
+        x = _shifted_sum(x, [(tap, j - (pad + 1) // 2) for j, tap in enumerate(taps)], size, stride, axis)
+    return x
+
+
+def fir_downsample(x: jax.Array, kernel: Sequence[float] = FIR_KERNEL) -> jax.Array:
+    """[B, H, W, C] -> [B, H // 2, W // 2, C], low-pass filtered."""
+    return fir_filter(x, kernel, pad=len(kernel) - 2, stride=2)
+
+
+def fir_upsample(x: jax.Array, kernel: Sequence[float] = FIR_KERNEL, margin: int = 0) -> jax.Array:
+    """[B, H, W, C] -> [B, 2H + 2 margin, 2W + 2 margin, C], the mean kept; `margin` keeps that much of the tails."""
+    taps = _taps(kernel)
+    before = (len(kernel) - 1) // 2 + 1 + margin  # zeros before the first pixel of the zero-inserted image
+
+    def phases(x: jax.Array, axis: int) -> list[jax.Array]:
+        """Even and odd outputs: of the zero-inserted image, output 2n + r meets only the taps of one parity."""
+        size = x.shape[axis] + margin
+        terms = [[(2 * tap, (r + j - before) // 2) for j, tap in enumerate(taps) if (r + j - before) % 2 == 0] for r in (0, 1)]
+        return [_shifted_sum(x, term, size, 1, axis) for term in terms]
+
+    rows = jnp.stack([jnp.stack(phases(row, 2), axis=3) for row in phases(x, 1)], axis=2)  # [B, H, 2, W, 2, C]
+    b, h, _, w, _, c = rows.shape
+    return rows.reshape(b, 2 * h, 2 * w, c)
+
+
+def resample(x: jax.Array, direction: str, fir_kernel: Sequence[float] | None) -> jax.Array:
+    """Halve ('down') or double ('up') [B, H, W, C] by FIR, or by means and nearest neighbours without a kernel."""
+    if direction == "down":
+        return fir_downsample(x, fir_kernel) if fir_kernel else nn.avg_pool(x, (2, 2), (2, 2))
+    return fir_upsample(x, fir_kernel) if fir_kernel else jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+
+
+class Resample(nn.Module):
+    """Resampling as a layer of its own: fused with a 3x3 convolution to `features`, or plain where that is None."""
+
+    direction: str  # 'down' or 'up'
+    features: int | None = None
+    fir_kernel: Sequence[float] | None = FIR_KERNEL
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.features is None:
+            return resample(x, self.direction, self.fir_kernel)
+        # The name tells weights trained with a FIR kernel from those without: they do not interchange.
+        name = "fir_conv" if self.fir_kernel else "conv"
+        if self.direction == "down":
+            if self.fir_kernel:
+                x, padding = fir_filter(x, self.fir_kernel, pad=len(self.fir_kernel)), 0
+            else:
+                padding = (0, 1)  # right and bottom only
+            return conv(self.features, 3, self.dtype, name, strides=2, padding=[padding] * 2)(x)
+        if self.fir_kernel:  # the convolution sees the filter's tails beyond the edge, not zeros
+            return conv(self.features, 3, self.dtype, name, padding="VALID")(fir_upsample(x, self.fir_kernel, margin=1))
+        return conv(self.features, 3, self.dtype, name)(resample(x, "up", None))
+
+
+# --- Embeddings -------------------------------------------------------------------------------------------------
+
+
+def sinusoidal_embedding(t: jax.Array, dim: int) -> jax.Array:
+    """[B] integer steps -> [B, dim]: sines, then cosines, of t exp(-i ln(10000) / (half - 1)); a zero if dim is odd."""
+    half = dim // 2
+    frequencies = jnp.exp(jnp.arange(half, dtype=jnp.float32) * -(np.log(10000.0) / max(half - 1, 1)))
+    angles = t.astype(jnp.float32)[:, None] * frequencies
+    return jnp.pad(jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1), ((0, 0), (0, dim % 2)))
+
+
+def pixel_norm(z: jax.Array) -> jax.Array:
+    """[B, nz] latents scaled to a mean square of 1."""
+    return z * jax.lax.rsqrt(jnp.mean(jnp.square(z), axis=-1, keepdims=True) + 1e-8)
+
+
+def leaky_relu(x: jax.Array) -> jax.Array:
+    """Slope 0.2 below zero and *at* zero, where jax.nn.leaky_relu's gradient is 1: exact zeros are common in D."""
+    return jnp.where(x > 0, x, 0.2 * x)
+
+
+# --- Norms, attention, blocks -----------------------------------------------------------------------------------
+
+
+def group_norm(channels: int, name: str, affine: bool = True) -> nn.GroupNorm:
+    """Group norm with min(C // 4, 32) groups. Raises UserError where the groups do not divide the channels."""
+    groups = min(channels // 4, 32)
+    if groups == 0 or channels % groups:
+        raise UserError(
+            f"group norm splits channels into min(C // 4, 32) equal groups, which {channels} channels do not allow: "
+            "choose nf and ch_mult so that every width is a multiple of 4 up to 128 and of 32 above"
+        )
+    return nn.GroupNorm(
+        groups,
+        epsilon=1e-6,
+        use_bias=affine,
+        use_scale=affine,
+        use_fast_variance=False,
+        dtype=jnp.float32,
+        name=name,
+    )
+
+
+class AdaptiveGroupNorm(nn.Module):
+    """Group norm whose gain and bias are a linear function of the mapped latent: (x [B,H,W,C], z_emb [B,E]) -> x."""
+
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, z_emb: jax.Array) -> jax.Array:
+        channels = x.shape[-1]
+
+        def gains_one_biases_zero(key, shape, dtype=jnp.float32):
+            return jnp.concatenate([jnp.ones(channels, dtype), jnp.zeros(channels, dtype)])
+
+        style = nn.Dense(
+            2 * channels, kernel_init=init_out(), bias_init=gains_one_biases_zero, dtype=self.dtype, name="style"
+        )(z_emb)
+        gain, bias = jnp.split(style.astype(jnp.float32)[:, None, None, :], 2, axis=-1)
+        return gain * group_norm(channels, "norm", affine=False)(x) + bias
+
+
+def merge(x: jax.Array, h: jax.Array, rescale: bool) -> jax.Array:
+    """x + h, divided by sqrt(2) to keep the variance where `rescale` is set."""
+    return (x + h) / np.sqrt(2).astype(x.dtype) if rescale else x + h
+
+
+class Attention(nn.Module):
+    """Single-head self-attention over the pixels of [B, H, W, C], with a residual connection."""
+
+    skip_rescale: bool = True
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        b, height, width, c = x.shape
+        h = group_norm(c, "norm")(x).reshape(b, height * width, c)
+        q, k, v = (nn.Dense(c, kernel_init=init_avg(0.1), dtype=self.dtype, name=name)(h) for name in ("q", "k", "v"))
+        logits = jnp.einsum("bqc,bkc->bqk", q, k).astype(jnp.float32) * c**-0.5
+        h = jnp.einsum("bqk,bkc->bqc", jax.nn.softmax(logits, axis=-1).astype(v.dtype), v)
+        h = nn.Dense(c, kernel_init=init_avg(0.0), dtype=self.dtype, name="out")(h)
+        return merge(x, h.reshape(x.shape), self.skip_rescale)
+
+
+def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
+    """Dropout of [B, H, W, C] with one key an example, so that the mask does not depend on the batch; None keeps all."""
+    if keys is None or rate == 0:
+        return x
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
+    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+
+class ResBlock(nn.Module):
+    """A residual block of NCSN++: (x [B,H,W,C], t_emb [B,4nf] or None, z_emb [B,E], keys [B] or None) -> [B,H',W',F].
+
+    `kind`: 'biggan' can resample inside the block; 'biggan_oneadagn' is the same with only its first norm
+    adaptive; 'ddpm' never resamples, and its shortcut is a dense layer instead of a 1x1 convolution.
+    """
+
+    features: int
+    kind: str = "biggan"
+    direction: str | None = None  # 'down', 'up' or None
+    fir_kernel: Sequence[float] | None = FIR_KERNEL
+    skip_rescale: bool = True
+    dropout: float = 0.0
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, t_emb: jax.Array | None, z_emb: jax.Array, t_emb_dim: int, keys: jax.Array | None = None
+    ) -> jax.Array:
+        in_features = x.shape[-1]
+        h = jax.nn.silu(AdaptiveGroupNorm(self.dtype, name="norm_0")(x, z_emb)).astype(self.dtype)
+        if self.direction:
+            h = resample(h, self.direction, self.fir_kernel)
+            x = resample(x, self.direction, self.fir_kernel)
+        h = conv(self.features, 3, self.dtype, "conv_0")(h)
+        # Without time conditioning the layer exists all the same, unused, as it does in released weights.
+        time = nn.Dense(self.features, kernel_init=init_avg(), dtype=self.dtype, name="time")
+        t_shift = time(jnp.zeros((1, t_emb_dim)) if t_emb is None else jax.nn.silu(t_emb))
+        if t_emb is not None:
+            h = h + t_shift[:, None, None, :]
+        if self.kind == "biggan_oneadagn":
+            h = group_norm(self.features, "norm_1")(h)
+        else:
+            h = AdaptiveGroupNorm(self.dtype, name="norm_1")(h, z_emb)
+        h = dropout(jax.nn.silu(h).astype(self.dtype), self.dropout, keys)
+        h = conv(self.features, 3, self.dtype, "conv_1", init_avg(0.0))(h)
+        if self.kind == "ddpm":
+            if in_features != self.features:
+                x = nn.Dense(self.features, kernel_init=init_avg(0.1), dtype=self.dtype, name="shortcut")(x)
+        elif in_features != self.features or self.direction:
+            x = conv(self.features, 1, self.dtype, "shortcut")(x)
+        return merge(x, h, self.skip_rescale)

@@ -1,0 +1,47 @@
+"""Generator and discriminator for points in R^d, with the call signatures of the image networks.
+
+So the whole method runs on 2-D data unchanged: these take [B, d] where the others take [B, H, W, C].
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from ddgan_jax.models import layers
+from ddgan_jax.models.layers import Dtype
+
+
+def _mlp(inputs: list[jax.Array], width: int, depth: int, outputs: int, dtype: Dtype) -> jax.Array:
+    h = jnp.concatenate(inputs, axis=-1).astype(dtype)
+    for i in range(depth):
+        h = layers.leaky_relu(nn.Dense(width, dtype=dtype, name=f"dense_{i}")(h))
+    return nn.Dense(outputs, dtype=jnp.float32, name="out")(h.astype(jnp.float32))
+
+
+class PointGenerator(nn.Module):
+    """G(x_{t+1} [B,d], t [B], z [B,nz]) -> x0_hat [B,d] float32, unbounded. `keys` is accepted and unused."""
+
+    dim: int = 2
+    nz: int = 2
+    width: int = 128
+    depth: int = 4
+    t_emb_dim: int = 32
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, t: jax.Array, z: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+        return _mlp([x, layers.sinusoidal_embedding(t, self.t_emb_dim), z], self.width, self.depth, self.dim, self.dtype)
+
+
+class PointDiscriminator(nn.Module):
+    """D(x_t [B,d], t [B], x_{t+1} [B,d]) -> logits [B] float32."""
+
+    width: int = 128
+    depth: int = 4
+    t_emb_dim: int = 32
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_t: jax.Array, t: jax.Array, x_tp1: jax.Array) -> jax.Array:
+        t_emb = layers.sinusoidal_embedding(t, self.t_emb_dim)
+        return _mlp([x_t, t_emb, x_tp1], self.width, self.depth, 1, self.dtype)[:, 0]

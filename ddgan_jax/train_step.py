@@ -1,0 +1,183 @@
+"""One training step: D, then G against the new D, then the moving average (Section 3.2, Appendix).
+
+`draw` makes all random numbers of a step, `update` is a pure function of them, and `make_train_step` joins the two
+for one replica. The step, on a batch of real x_0:
+
+    1.  t, x_t, x_{t+1} real; x0_hat = G(x_{t+1}, t, z); fake x_t ~ q(x_t | x_{t+1}, x0_hat); step of D on (1) [+ (2)]
+    2.  new t, x_{t+1}, z, posterior draw on the same x_0; step of G on (3)
+    3.  ema = decay ema + (1 - decay) G
+
+where (1) to (3) are the losses of losses.py.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax import Array
+
+from ddgan_jax import losses, parallel
+from ddgan_jax.diffusion import Schedule, q_sample_pair, sample_posterior
+from ddgan_jax.state import Params, TrainState, apply_gradients, update_ema
+
+Metrics = dict[str, Array]
+
+
+class PhaseDraws(struct.PyTreeNode):
+    """The random numbers of one phase (D's or G's) for B examples of shape d."""
+
+    t: Array  # [B] int32, uniform over 0..T-1
+    noise_t: Array  # [B, *d] goes into x_t
+    noise_tp1: Array  # [B, *d] goes into x_{t+1}
+    z: Array  # [B, nz]
+    noise_posterior: Array  # [B, *d] goes into the fake x_t
+    dropout_keys: Array | None = None  # [B], where the generator has dropout
+
+
+class Draws(struct.PyTreeNode):
+    """The random numbers of a step."""
+
+    flip: Array  # [B] bool, mirror the image?
+    d: PhaseDraws
+    g: PhaseDraws
+
+
+def draw(key: Array, indices: Array, num_steps: int, image_shape: tuple[int, ...], nz: int, dropout: bool) -> Draws:
+    """All random numbers of a step for the examples `indices` [B] of the global batch, from (key, index) alone."""
+
+    def phase(key: Array) -> PhaseDraws:
+        t_key, t_noise_key, tp1_noise_key, z_key, posterior_key, dropout_key = jax.random.split(key, 6)
+        return PhaseDraws(
+            t=jax.random.randint(t_key, (), 0, num_steps),
+            noise_t=jax.random.normal(t_noise_key, image_shape),
+            noise_tp1=jax.random.normal(tp1_noise_key, image_shape),
+            z=jax.random.normal(z_key, (nz,)),
+            noise_posterior=jax.random.normal(posterior_key, image_shape),
+            dropout_keys=dropout_key if dropout else None,
+        )
+
+    def one(key: Array) -> Draws:
+        flip_key, d_key, g_key = jax.random.split(key, 3)
+        return Draws(flip=jax.random.bernoulli(flip_key), d=phase(d_key), g=phase(g_key))
+
+    return jax.vmap(one)(parallel.example_keys(key, indices))
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """What a step is made of: the networks as callables, the schedule, and the constants of training."""
+
+    gen: Callable[..., Array]  # (params, x_{t+1}, t, z[, dropout_keys]) -> x0_hat
+    disc: Callable[..., Array]  # (params, x_t, t, x_{t+1}) -> logits [B]
+    schedule: Schedule
+    optimizer: optax.GradientTransformation
+    lr_g: Callable[[Array], Array]  # step -> learning rate
+    lr_d: Callable[[Array], Array]
+    nz: int
+    r1_gamma: float
+    ema_decay: float
+    flip: bool = False  # mirror half of the images
+    dropout: bool = False  # does gen take dropout keys?
+
+
+def fake_pair(method: Method, gen_params: Params, x0: Array, draws: PhaseDraws) -> tuple[Array, Array, Array]:
+    """(real x_t, fake x_t, x_{t+1}) from real x_0 [B, *d]."""
+    x_t, x_tp1 = q_sample_pair(method.schedule, x0, draws.t, draws.noise_t, draws.noise_tp1)
+    keys = () if draws.dropout_keys is None else (draws.dropout_keys,)
+    x0_hat = method.gen(gen_params, x_tp1, draws.t, draws.z, *keys)
+    return x_t, sample_posterior(method.schedule, x0_hat, x_tp1, draws.t, draws.noise_posterior), x_tp1
+
+
+def d_gradients(
+    method: Method, state: TrainState, x0: Array, draws: PhaseDraws, with_r1: bool
+) -> tuple[Params, losses.Parts]:
+    """Phase 1: gradients of D's parameters, and the parts of its loss."""
+    x_t, fake_x_t, x_tp1 = fake_pair(method, state.gen_params, x0, draws)
+    r1_gamma = method.r1_gamma if with_r1 else None
+
+    def loss(params: Params) -> tuple[Array, losses.Parts]:
+        return losses.d_loss(partial(method.disc, params), x_t, draws.t, x_tp1, fake_x_t, r1_gamma)
+
+    return jax.grad(loss, has_aux=True)(state.disc_params)
+
+
+def g_gradients(method: Method, state: TrainState, x0: Array, draws: PhaseDraws) -> tuple[Params, losses.Parts]:
+    """Phase 2: gradients of G's parameters through D, whose own get none, and the parts of its loss."""
+
+    def loss(params: Params) -> tuple[Array, losses.Parts]:
+        _, fake_x_t, x_tp1 = fake_pair(method, params, x0, draws)
+        return losses.g_loss(partial(method.disc, state.disc_params), fake_x_t, draws.t, x_tp1)
+
+    return jax.grad(loss, has_aux=True)(state.gen_params)
+
+
+def update(
+    method: Method, state: TrainState, x0: Array, draws: Draws, with_r1: bool, axis_name: str | None = None
+) -> tuple[TrainState, Metrics]:
+    """The step as a pure function of real x_0 [B, *d] in [-1, 1] (already mirrored) and of the draws."""
+    lr_d, lr_g = method.lr_d(state.step), method.lr_g(state.step)
+
+    grads, parts = d_gradients(method, state, x0, draws.d, with_r1)
+    metrics = {
+        "d_loss": jnp.mean(parts["real_loss"] + parts["fake_loss"]),
+        "d_real": jnp.mean(parts["real"]),
+        "d_fake": jnp.mean(parts["fake"]),
+        "d_loss_by_t": _sum_by_t(parts["real_loss"] + parts["fake_loss"], draws.d.t, method),
+        "d_count_by_t": _sum_by_t(jnp.ones_like(parts["real"]), draws.d.t, method),
+    }
+    if with_r1:
+        metrics["r1"] = method.r1_gamma / 2 * jnp.mean(parts["grad_norm_sq"])
+    grads, metrics = parallel.mean((grads, metrics), axis_name)
+    disc_params, disc_opt = apply_gradients(method.optimizer, grads, state.disc_opt, state.disc_params, lr_d)
+    state = state.replace(disc_params=disc_params, disc_opt=disc_opt)
+    metrics |= {"d_grad_norm": optax.global_norm(grads), "d_param_norm": optax.global_norm(disc_params), "lr_d": lr_d}
+
+    grads, parts = g_gradients(method, state, x0, draws.g)
+    g_metrics = {
+        "g_loss": jnp.mean(parts["fake_loss"]),
+        "g_loss_by_t": _sum_by_t(parts["fake_loss"], draws.g.t, method),
+        "g_count_by_t": _sum_by_t(jnp.ones_like(parts["fake"]), draws.g.t, method),
+    }
+    grads, g_metrics = parallel.mean((grads, g_metrics), axis_name)
+    gen_params, gen_opt = apply_gradients(method.optimizer, grads, state.gen_opt, state.gen_params, lr_g)
+    metrics |= g_metrics
+    metrics |= {"g_grad_norm": optax.global_norm(grads), "g_param_norm": optax.global_norm(gen_params), "lr_g": lr_g}
+
+    state = state.replace(
+        step=state.step + 1,
+        gen_params=gen_params,
+        gen_opt=gen_opt,
+        ema_params=update_ema(state.ema_params, gen_params, state.step, method.ema_decay),
+    )
+    return state, metrics
+
+
+def _sum_by_t(values: Array, t: Array, method: Method) -> Array:
+    """[B] values summed apart for every t, over B: [T]. The ratio of two such sums is a mean that averages rightly."""
+    return jnp.zeros(method.schedule.num_steps).at[t].add(values) / values.shape[0]
+
+
+def make_train_step(
+    method: Method, seed: int, with_r1: bool, axis_name: str | None = None
+) -> Callable[[TrainState, Array], tuple[TrainState, Metrics]]:
+    """step(state, images [B, *d]) -> (state, metrics), for one replica.
+
+    uint8 images are scaled to [-1, 1]; other types are taken as they are. With `axis_name` the gradients and metrics
+    are averaged over the replicas that share it. Metrics are float32 scalars, but for those that end in `_by_t`: [T]
+    sums over a batch divided by its size (divide a loss by its count).
+    """
+
+    def step(state: TrainState, images: Array) -> tuple[TrainState, Metrics]:
+        x0 = images.astype(jnp.float32) / 127.5 - 1 if images.dtype == jnp.uint8 else images
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        indices = parallel.global_indices(x0.shape[0], axis_name)
+        draws = draw(key, indices, method.schedule.num_steps, x0.shape[1:], method.nz, method.dropout)
+        if method.flip:
+            x0 = jnp.where(draws.flip[:, None, None, None], x0[:, :, ::-1], x0)
+        return update(method, state, x0, draws, with_r1, axis_name)
+
+    return step

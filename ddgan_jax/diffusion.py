@@ -36,13 +36,15 @@ EPS = 1e-3  # the time s_0 at which the discretisation starts; abar(s_0) counts 
 class Schedule:
     """The coefficients of (1) to (3), float32, in host memory. Build it with `Schedule.create`.
 
-    The first four are indexed by k = 0..T, where k = 0 means "no noise"; the last three by t = 0..T-1.
+    The first five are indexed by k = 0..T, where k = 0 means "no noise"; the last four by t = 0..T-1.
     """
 
+    betas: np.ndarray  # [T+1] beta_k; 1e-8 at k = 0
     a_s: np.ndarray  # [T+1] sqrt(alpha_k)
     sigmas: np.ndarray  # [T+1] sqrt(beta_k)
     a_s_cum: np.ndarray  # [T+1] sqrt(abar_k); exactly 1 at k = 0
     sigmas_cum: np.ndarray  # [T+1] sqrt(1 - abar_k); exactly 0 at k = 0
+    alphas_cumprod: np.ndarray  # [T] abar_{t+1}
     posterior_mean_coef1: np.ndarray  # [T] the factor of x_0 in mu_{t+1}
     posterior_mean_coef2: np.ndarray  # [T] the factor of x_{t+1} in mu_{t+1}
     posterior_variance: np.ndarray  # [T] v_{t+1}; exactly 0 at t = 0
@@ -75,7 +77,7 @@ class Schedule:
         if not (np.all((betas > 0) & (betas < 1)) and all(np.isfinite(field).all() for field in fields.values())):
             raise UserError(
                 f"the {kind} schedule with beta_min={beta_min}, beta_max={beta_max} and {num_steps} steps is not a "
-                "diffusion: every beta must lie between 0 and 1 (try 0.1 and 20 for 'vp', 0.01 and 0.99 for 'geometric')"
+                "diffusion: every beta must be between 0 and 1 (try 0.1 and 20 for 'vp', 0.01 and 0.99 for 'geometric')"
             )
         return Schedule(**fields)
 
@@ -91,10 +93,12 @@ def _coefficients(betas: np.ndarray) -> dict[str, np.ndarray]:
     a_s = np.sqrt(one - betas_0)
     a_s_cum = np.cumprod(a_s, dtype=np.float32)
     return {
+        "betas": betas_0,
         "a_s": a_s,
         "sigmas": np.sqrt(betas_0),
         "a_s_cum": a_s_cum,
         "sigmas_cum": np.sqrt(one - a_s_cum**2),
+        "alphas_cumprod": abar,
         "posterior_mean_coef1": betas * np.sqrt(abar_prev) / (one - abar),
         "posterior_mean_coef2": (one - abar_prev) * np.sqrt(alphas) / (one - abar),
         "posterior_variance": betas * (one - abar_prev) / (one - abar),

@@ -29,7 +29,7 @@ def replicate(tree: Any) -> Any:
 
 
 def split(batch: np.ndarray) -> np.ndarray:
-    """This process's part of a batch, [B, ...] -> [local devices, B / local devices, ...]. Raises UserError if uneven."""
+    """This process's part of a batch, [B, ...] -> [local devices, B / local devices, ...]; UserError if uneven."""
     n = jax.local_device_count()
     if batch.shape[0] % n:
         raise UserError(f"a batch of {batch.shape[0]} images does not divide by {n} devices: choose a multiple of {n}")

@@ -70,5 +70,5 @@ def apply_gradients(
 
 def update_ema(ema: Params, params: Params, step: jax.Array, decay: float) -> Params:
     """decay * ema + (1 - decay) * params; at step 0 a copy of params, which are then the first stepped ones."""
-    decay = jnp.where(step == 0, 0.0, decay)
-    return jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
+    keep = jnp.where(step == 0, 0.0, decay)
+    return jax.tree.map(lambda e, p: keep * e + (1 - keep) * p, ema, params)

@@ -7,18 +7,10 @@ images, whether skips are rescaled, ...) `generator_config` asks for by name.
 
 Layouts: linear weights (out, in) and convolutions (out, in, h, w) become (in, out) and (h, w, in, out); the `W` of
 "NIN" layers is (in, out) already. No value changes, so an export is bit-identical to what was imported.
-
-A pickle can run any program: `load` builds nothing but tensors and plain values from it, and refuses the rest.
-
-    python -m ddgan_jax.torch_weights netG_1200.pth image_size=32 fir=True ...        # what is in a file?
 """
 
-import argparse
-import ast
 import dataclasses
-import pickle
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -29,116 +21,29 @@ from ddgan_jax.errors import UserError
 Params = dict[str, Any]
 StateDict = Mapping[str, np.ndarray]
 
-LICENCE_NOTE = "Imported weights keep their licence: those that NVIDIA released may not be used commercially."
-
-
-# --- Files ------------------------------------------------------------------------------------------------------
-
-
-def load(path: str) -> dict[str, Any]:
-    """The content of a `.pth` file: a state dict (`netG_*.pth`) or a whole run (`content.pth`).
-
-    Tensors come as numpy arrays, the arguments of the run as a dict. Raises UserError if PyTorch is missing, or if
-    the file is missing, damaged, or holds anything but tensors and plain values.
-    """
-    try:
-        import torch
-    except ImportError:
-        raise UserError("a .pth file can only be read or written with PyTorch: pip install torch") from None
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    except pickle.UnpicklingError as error:
-        name = re.search(r"GLOBAL (\S+)|global:? (\S+)|Trying to \w+ (\S+)", str(error))
-        what = f"holds {next(filter(None, name.groups()))}, which is neither" if name else "is not made of"
-        raise UserError(f"{path} is refused: it {what} tensors and plain values") from None
-    except Exception as error:  # damaged archives fail in many ways inside torch
-        raise UserError(f"{path} is damaged, or no PyTorch file ({type(error).__name__})") from None
-    content = _plain(content, path)
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a state dict or a run of the reference")
-    return content
-
-
-def _plain(value: Any, path: str) -> Any:
-    """Tensors to numpy, a Namespace to a dict; a value of any other kind is refused."""
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        if value.layout != torch.strided or value.is_meta or value.is_quantized or value.dtype == torch.bfloat16:
-            raise UserError(f"{path} is refused: it holds a tensor that is not a plain array ({value.dtype}, {value.layout})")
-        return value.detach().numpy()
-    if isinstance(value, argparse.Namespace):
-        value = vars(value)
-    if isinstance(value, Mapping):
-        return {_plain(key, path): _plain(item, path) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item, path) for item in value]
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise UserError(f"{path} is refused: it holds a {type(value).__name__}, neither a tensor nor a plain value")
-
-
-def save(path: str, state_dict: StateDict) -> None:
-    """Write a state dict as the reference does (`netG_*.pth`): keys prefixed with 'module.'. Needs PyTorch."""
-    try:
-        import torch
-    except ImportError:
-        raise UserError("a .pth file can only be read or written with PyTorch: pip install torch") from None
-    torch.save({f"module.{key}": torch.from_numpy(np.array(value)) for key, value in state_dict.items()}, path)
-
-
-@dataclasses.dataclass(frozen=True)
-class Reference:
-    """What a `.pth` file of the reference holds, in this project's terms; None for what it does not hold."""
-
-    generator: dict[str, Any]  # the fields of a Generator
-    gen_params: Params
-    ema_params: Params | None = None
-    discriminator: dict[str, Any] | None = None  # the fields of a Discriminator
-    disc_params: Params | None = None
-    args: dict[str, Any] = dataclasses.field(default_factory=dict)  # the flags of the run
-
-
-def read(path: str, **hints: Any) -> Reference:
-    """Load and convert a `netG_*.pth` or a `content.pth`; `hints` as for `generator_config`.
-
-    A `netG_*.pth` needs hints, a `content.pth` brings the flags of its run. Raises UserError as `load` and
-    `generator_config` do.
-    """
-    content = load(path)
-    if "netG_dict" not in content:
-        return Reference(generator_config(content, **hints), generator_params(content))
-    args = content.get("args", {})
-    netG, netD = content["netG_dict"], content.get("netD_dict")
-    # The moving average lies in the optimizer's state, by the position of the parameter.
-    moments = content.get("optimizerG", {}).get("state", {})
-    ema = {key: moments.get(i, {}).get("ema", value) for i, (key, value) in enumerate(netG.items())}
-    return Reference(
-        generator_config(netG, **(args | hints)),
-        generator_params(netG),
-        generator_params(ema) if any("ema" in entry for entry in moments.values()) else None,
-        discriminator_config(netD) if netD else None,
-        discriminator_params(netD) if netD else None,
-        args,
-    )
-
-
 # --- Arrays -----------------------------------------------------------------------------------------------------
 
-_WEIGHTS = ("weight", "W")
 
-
-def _to_flax(name: str, value: np.ndarray) -> tuple[str, np.ndarray]:
-    """(leaf name, array) of a leaf `name` of the reference."""
-    value = np.asarray(value)
-    if name not in _WEIGHTS:
-        return "bias", value
-    if value.ndim == 1:
-        return "scale", value
-    return "kernel", value.transpose(2, 3, 1, 0) if value.ndim == 4 else value if name == "W" else value.T
+def _to_flax(key: str, value: np.ndarray) -> tuple[str, np.ndarray]:
+    """(leaf name, array) of the array at `key` of the reference; UserError unless key and shape go together."""
+    layer, _, leaf = key.rpartition(".")
+    if leaf in ("bias", "b"):
+        name, rank = "bias", 1
+    elif "GroupNorm" in layer and not layer.endswith("style"):
+        name, rank = "scale", 1
+    elif leaf == "W" or re.search(r"style$|Dense|dense|z_transform|t_embed|end_linear", layer):
+        name, rank = "kernel", 2
+    elif re.search(r"[cC]onv|skip", layer):
+        name, rank = "kernel", 4
+    else:  # a layer of all_modules that has no sublayers: its shape tells what it is
+        name, rank = ("scale" if value.ndim == 1 else "kernel"), value.ndim
+    if leaf not in ("weight", "bias", "W", "b") or value.ndim != rank or rank not in (1, 2, 4):
+        raise UserError(f"unexpected array {key!r} of shape {value.shape} in the state dict")
+    if value.dtype != np.float32:
+        raise UserError(f"the state dict holds {key!r} as {value.dtype}: convert it to float32 first")
+    if name == "kernel" and leaf == "weight":
+        value = value.transpose(2, 3, 1, 0) if rank == 4 else value.T
+    return name, np.ascontiguousarray(value)
 
 
 def _to_torch(leaf: str, value: np.ndarray, nin: bool) -> tuple[str, np.ndarray]:
@@ -154,15 +59,15 @@ def _to_torch(leaf: str, value: np.ndarray, nin: bool) -> tuple[str, np.ndarray]
 def _put(tree: Params, path: str, leaf: str, value: np.ndarray) -> None:
     for part in filter(None, path.split("/")):
         tree = tree.setdefault(part, {})
-    tree[leaf] = np.ascontiguousarray(value)
+    tree[leaf] = value
 
 
-def _leaves(tree: Params, path: str = "") -> dict[str, dict[str, np.ndarray]]:
+def leaves(tree: Params, path: str = "") -> dict[str, dict[str, np.ndarray]]:
     """{path of a layer: {leaf name: array}} of nested parameters."""
     found: dict[str, dict[str, np.ndarray]] = {}
     for name, value in tree.items():
         if isinstance(value, Mapping):
-            found |= _leaves(value, f"{path}/{name}".lstrip("/"))  # type: ignore[arg-type]
+            found |= leaves(value, f"{path}/{name}".lstrip("/"))  # type: ignore[arg-type]
         else:
             found.setdefault(path, {})[name] = value
     return found
@@ -177,16 +82,26 @@ def _bare(state_dict: StateDict) -> dict[str, np.ndarray]:
     return bare
 
 
-def _convert(groups: Mapping[str, StateDict], tables: Mapping[str, Mapping[str, str]], prefix: str) -> Params:
-    """Parameters from {layer: {key below `prefix`: array}} by one table {their sublayer: ours} a layer."""
+def _layer_params(arrays: StateDict, table: Mapping[str, str]) -> Params:
+    """The parameters of one layer from {key below the layer: array}, by a table {their sublayer: ours}."""
     params: Params = {}
-    for layer, arrays in groups.items():
-        for key, value in arrays.items():
-            sublayer, _, leaf = key.rpartition(".")
-            if sublayer not in tables[layer]:
-                raise UserError(f"{prefix}{key} is no layer that the reference has in its place ({layer})")
-            _put(params, "/".join(filter(None, (layer, tables[layer][sublayer]))), *_to_flax(leaf, value))
+    for key, value in arrays.items():
+        sublayer = key.rpartition(".")[0]
+        if sublayer not in table:
+            raise UserError(f"unexpected array {key!r} in the state dict: no layer of its place has one")
+        _put(params, table[sublayer], *_to_flax(key, value))
     return params
+
+
+def _check_complete(params: Params, without_bias: Sequence[str] = ()) -> None:
+    """UserError unless every layer has its weight and its bias, and every residual block its five layers."""
+    for path, arrays in leaves(params).items():
+        expected = 1 if path.split("/")[-1] in without_bias else 2
+        if len(arrays) != expected or set(arrays) == {"bias"}:
+            raise UserError(f"the state dict is incomplete: {path} has only {', '.join(arrays)}")
+    for name, layer in params.items():
+        if "conv_1" in layer and not {"conv_0", "time"} <= set(layer):
+            raise UserError(f"the state dict is incomplete: {name} has only {', '.join(layer)}")
 
 
 # --- Generator --------------------------------------------------------------------------------------------------
@@ -284,7 +199,9 @@ _NO_GENERATOR = "this is no state dict of a DDGAN generator"
 def _plan_of_state_dict(modules: Sequence[StateDict]) -> _Plan:
     """Read the order of the kinds of layers as text: head, then levels split by resamplers."""
     kinds = [_kind(arrays) for arrays in modules]
-    text = "".join(_LETTERS.get(kind, str(np.ndim(m.get("weight", ())))) for kind, m in zip(kinds, modules, strict=True))
+    text = "".join(
+        _LETTERS.get(kind, str(np.ndim(m.get("weight", ())))) for kind, m in zip(kinds, modules, strict=True)
+    )
     if "W" in (modules[0] if modules else {}):
         raise UserError("the Fourier time embedding is not supported: the reference cannot train it (log 0 at t = 0)")
     head = re.match(r"(22)?4", text)
@@ -327,16 +244,19 @@ def generator_params(state_dict: StateDict) -> Params:
     """
     modules, rest = _modules(state_dict)
     plan = _plan_of_state_dict(modules)
-    groups = {name: arrays for (name, _), arrays in zip(plan.names(), modules, strict=True)}
-    tables = {name: _SUBLAYERS[_table(kind, groups[name])] for name, kind in plan.names()}
-    params = _convert(groups, tables, "all_modules.N.")
+    params = {
+        name: _layer_params(arrays, _SUBLAYERS[_table(kind, arrays)])
+        for (name, kind), arrays in zip(plan.names(), modules, strict=True)
+        if arrays
+    }
     for key, value in rest.items():
         match = re.fullmatch(r"z_transform\.(\d{1,3})\.(weight|bias)", key)
         if not match or int(match[1]) % 2 == 0:
             raise UserError(f"{_NO_GENERATOR}: unknown key {key!r}")
-        _put(params, f"z_{int(match[1]) // 2}", *_to_flax(match[2], value))
-    if "z_0" not in params:
-        raise UserError(f"{_NO_GENERATOR}: it lacks z_transform.1.weight")
+        _put(params, f"z_{int(match[1]) // 2}", *_to_flax(key, value))
+    if not rest or any(f"z_{i}" not in params for i in range(len(rest) // 2)):
+        raise UserError(f"{_NO_GENERATOR}: it lacks layers of z_transform")
+    _check_complete(params)
     return params
 
 
@@ -350,9 +270,9 @@ def generator_state_dict(params: Params) -> dict[str, np.ndarray]:
     state_dict: dict[str, np.ndarray] = {}
     plan = _plan_of_params(params)
     for number, (name, kind) in enumerate(plan.names()):
-        layers = _leaves(params.get(name, {}))
+        layers = leaves(params.get(name, {}))
         for theirs, ours in _SUBLAYERS[_table(kind, layers)].items():
-            kernel = layers.get(ours, {}).get("kernel")
+            kernel = layers.get(ours, {}).get("kernel", ())
             nin = theirs.startswith("NIN")
             if ours not in layers or (ours == "shortcut" and nin != (np.ndim(kernel) == 2)):
                 continue
@@ -367,11 +287,13 @@ def generator_state_dict(params: Params) -> dict[str, np.ndarray]:
     return state_dict
 
 
-# Flags of the reference that say nothing about its generator; allowed as hints, so that all flags can be passed.
+# Flags of the reference that say nothing about its generator, or nothing about this one; allowed as hints, so that
+# all flags of a run can be passed.
 _OTHER_FLAGS = frozenset(
     "batch_size beta1 beta2 beta_max beta_min dataset ema_decay exp fourier_scale lazy_reg local_rank lr_d lr_g "
-    "master_address ngf no_lr_decay node_rank num_epoch num_proc_node num_process_per_node num_timesteps r1_gamma resume "
-    "save_ckpt_every save_content save_content_every seed t_emb_dim use_ema use_geometric world_size dropout".split()
+    "master_address ngf no_lr_decay node_rank num_epoch num_proc_node num_process_per_node num_timesteps r1_gamma "
+    "resume save_ckpt_every save_content save_content_every seed t_emb_dim use_ema use_geometric world_size "
+    "image_size fir resamp_with_conv progressive progressive_input progressive_combine".split()
 )
 # What arrays never tell, with the value that the reference has unless its flags say otherwise.
 _UNTOLD = {"fir": True, "skip_rescale": True, "tanh": True, "centered": True}
@@ -415,7 +337,9 @@ def generator_config(state_dict: StateDict, **hints: Any) -> dict[str, Any]:
         config["progressive"] = "output_skip" if plan.output_skip else "none"
         config["progressive_input"] = {"": "none", "combine": "input_skip", "pyramid": "residual"}[plan.input_layer]
         if plan.input_layer == "combine":
-            widened = params["down_1_block_0"]["conv_0"]["kernel"].shape[2] > params["down_0_combine"]["kernel"].shape[-1]
+            widened = (
+                params["down_1_block_0"]["conv_0"]["kernel"].shape[2] > params["down_0_combine"]["kernel"].shape[-1]
+            )
             config["progressive_combine"] = "cat" if widened else "sum"
         resamplers = [params.get("down_0_pyramid", {}), params.get("down_0_resample", {}) if ddpm else {}]
         if any("fir_conv" in layer or "conv" in layer for layer in resamplers):
@@ -423,7 +347,7 @@ def generator_config(state_dict: StateDict, **hints: Any) -> dict[str, Any]:
         if ddpm:
             config["resamp_with_conv"] = bool(resamplers[1])
 
-    untold = dict(_UNTOLD)
+    untold: dict[str, Any] = dict(_UNTOLD)
     if "fir" in config or plan.num_levels == 1:
         untold.pop("fir")
     if plan.attn_levels:
@@ -445,16 +369,19 @@ def _checked_hints(config: Mapping[str, Any], hints: Mapping[str, Any]) -> dict[
         if name in ("fir_kernel", "dropout"):
             added[name] = tuple(value) if name == "fir_kernel" else value
         elif name == "attn_resolutions":  # those that no level has do not matter
-            sizes = [int(hints["image_size"]) >> i for i in range(len(config["ch_mult"]))] if "image_size" in hints else []
+            sizes = (
+                [int(hints["image_size"]) >> i for i in range(len(config["ch_mult"]))] if "image_size" in hints else []
+            )
             if sizes and {size for size in sizes if size in value} != set(config[name]):
                 raise UserError(f"the hint attn_resolutions={value} contradicts the arrays, which say {config[name]}")
         elif name in config:
             told = config[name]
             if (tuple(value) if isinstance(told, tuple) else value) != told:
                 raise UserError(f"the hint {name}={value} contradicts the arrays, which say {told}")
-        elif name not in _OTHER_FLAGS and name not in ("image_size", "progressive", "progressive_input", "resamp_with_conv",
-                                                        "progressive_combine", "fir", "resblock_type"):
-            raise UserError(f"unknown hint {name!r}: hints are fields of Generator, image_size, or flags of the reference")
+        elif name not in _OTHER_FLAGS:
+            raise UserError(
+                f"unknown hint {name!r}: hints are fields of Generator, image_size, or flags of the reference"
+            )
     return added
 
 
@@ -474,7 +401,7 @@ def discriminator_params(state_dict: StateDict) -> Params:
     """Parameters of a Discriminator from the reference's state dict. Raises UserError if the keys are not a D's."""
     params: Params = {}
     for key, value in _bare(state_dict).items():
-        layer, _, leaf = key.rpartition(".")
+        layer = key.rpartition(".")[0]
         match = re.fullmatch(r"conv(\d{1,2})\.(.+)", layer)
         if match and match[2] in _STAGE_LAYERS:
             layer = f"stage_{int(match[1]) - 1}/{_STAGE_LAYERS[match[2]]}"
@@ -482,9 +409,10 @@ def discriminator_params(state_dict: StateDict) -> Params:
             layer = _DISC_LAYERS[layer]
         else:
             raise UserError(f"this is no state dict of a DDGAN discriminator: unknown key {key!r}")
-        _put(params, layer, *_to_flax(leaf, value))
+        _put(params, layer, *_to_flax(key, value))
     if missing := set(_DISC_LAYERS.values()) - params.keys():
         raise UserError(f"this is no state dict of a DDGAN discriminator: it lacks {', '.join(sorted(missing))}")
+    _check_complete(params, without_bias=("shortcut",))
     return params
 
 
@@ -494,7 +422,7 @@ def discriminator_state_dict(params: Params) -> dict[str, np.ndarray]:
     for i in range(sum(name.startswith("stage_") for name in params)):
         names |= {f"conv{i + 1}.{theirs}": f"stage_{i}/{ours}" for theirs, ours in _STAGE_LAYERS.items()}
     names |= {theirs: ours for theirs, ours in _DISC_LAYERS.items() if theirs not in names}
-    layers = _leaves(params)
+    layers = leaves(params)
     state_dict = {}
     for theirs, ours in names.items():
         for leaf in ("kernel", "bias"):
@@ -505,16 +433,20 @@ def discriminator_state_dict(params: Params) -> dict[str, np.ndarray]:
 
 
 def discriminator_config(state_dict: StateDict) -> dict[str, Any]:
-    """The fields of the Discriminator that a state dict belongs to; UserError unless it is the reference's small or large.
+    """The fields of the Discriminator that a state dict belongs to, the reference's small or large; else UserError.
 
     (The arrays tell widths, not where the image is halved; the two have different numbers of stages.)
     """
     params = discriminator_params(state_dict)
     start = params["conv_in"]["kernel"].shape[-1]
-    widths = [params[f"stage_{i}"]["conv_1"]["kernel"].shape[-1] for i in range(sum(n.startswith("stage_") for n in params))]
+    widths = [
+        params[f"stage_{i}"]["conv_1"]["kernel"].shape[-1] for i in range(sum(n.startswith("stage_") for n in params))
+    ]
     factors = tuple(2 * width / start for width in widths)  # both start with 2 ngf
     if factors not in ((2, 4, 8, 8), (4, 8, 8, 8, 8, 8)):
-        raise UserError(f"a discriminator with stages of {widths} channels is neither the reference's small nor its large one")
+        raise UserError(
+            f"a discriminator with stages of {widths} channels is neither the reference's small nor its large one"
+        )
     small = len(factors) == 4
     return {
         "ngf": start // 2,
@@ -523,39 +455,3 @@ def discriminator_config(state_dict: StateDict) -> dict[str, Any]:
         "t_emb_dim": params["time_0"]["kernel"].shape[0],
         "zero_final": small,
     }
-
-
-# --- Command ----------------------------------------------------------------------------------------------------
-
-
-def main(argv: Sequence[str]) -> int:
-    """Print what a `.pth` file holds. Returns the exit code: 2, after one sentence, if it cannot be used."""
-    if not argv or any("=" not in hint for hint in argv[1:]):
-        print("usage: python -m ddgan_jax.torch_weights FILE.pth [image_size=32 ...]", file=sys.stderr)
-        return 2
-
-    def parse(value: str) -> Any:
-        try:
-            return ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            return value
-
-    def count(params: Params) -> str:
-        return f"{sum(value.size for layer in _leaves(params).values() for value in layer.values()):,} parameters"
-
-    try:
-        found = read(argv[0], **{name: parse(value) for name, value in (hint.split("=", 1) for hint in argv[1:])})
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"Generator({', '.join(f'{name}={value!r}' for name, value in found.generator.items())})")
-    print(f"  {count(found.gen_params)}, moving average {'included' if found.ema_params else 'not apart'}")
-    if found.discriminator and found.disc_params:
-        print(f"Discriminator({', '.join(f'{name}={value!r}' for name, value in found.discriminator.items())})")
-        print(f"  {count(found.disc_params)}")
-    print(LICENCE_NOTE)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

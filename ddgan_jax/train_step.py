@@ -134,7 +134,7 @@ def update(
     grads, metrics = parallel.mean((grads, metrics), axis_name)
     disc_params, disc_opt = apply_gradients(method.optimizer, grads, state.disc_opt, state.disc_params, lr_d)
     state = state.replace(disc_params=disc_params, disc_opt=disc_opt)
-    metrics |= {"d_grad_norm": optax.global_norm(grads), "d_param_norm": optax.global_norm(disc_params), "lr_d": lr_d}
+    metrics |= {"d_grad_norm": optax.tree.norm(grads), "d_param_norm": optax.tree.norm(disc_params), "lr_d": lr_d}
 
     grads, parts = g_gradients(method, state, x0, draws.g)
     g_metrics = {
@@ -145,7 +145,7 @@ def update(
     grads, g_metrics = parallel.mean((grads, g_metrics), axis_name)
     gen_params, gen_opt = apply_gradients(method.optimizer, grads, state.gen_opt, state.gen_params, lr_g)
     metrics |= g_metrics
-    metrics |= {"g_grad_norm": optax.global_norm(grads), "g_param_norm": optax.global_norm(gen_params), "lr_g": lr_g}
+    metrics |= {"g_grad_norm": optax.tree.norm(grads), "g_param_norm": optax.tree.norm(gen_params), "lr_g": lr_g}
 
     state = state.replace(
         step=state.step + 1,

@@ -33,9 +33,9 @@ def preset(image_size: int) -> dict:
         raise UserError(f"there is a discriminator for images of 8 to 1024 px, not {image_size}")
     halvings = int(np.log2(image_size / 4))
     if image_size <= 64:
-        widths = [2, 4, 8, 8, 8][: halvings + 1]
+        widths = [2.0, 4.0, 8.0, 8.0, 8.0][: halvings + 1]
         return {"start": 2, "stages": tuple((w, i > 0) for i, w in enumerate(widths)), "zero_final": True}
-    narrower = max(halvings - 6, 0)
+    narrower = max(int(np.ceil(np.log2(image_size / 256))), 0)
     widths = [min(4 * 2.0 ** (i - narrower), 8) for i in range(halvings)]
     return {"start": widths[0] / 2, "stages": tuple((w, True) for w in widths), "zero_final": False}
 
@@ -68,7 +68,9 @@ def minibatch_stddev(x: jax.Array) -> jax.Array:
     b, height, width, c = x.shape
     group = min(b, STDDEV_GROUP)
     if b % group:
-        raise UserError(f"the discriminator compares groups of {STDDEV_GROUP} images: a batch of {b} is no multiple of it")
+        raise UserError(
+            f"the discriminator compares groups of {STDDEV_GROUP} images: a batch of {b} is no multiple of it"
+        )
     variance = jnp.var(x.astype(jnp.float32).reshape(b // group, group, height, width, c), axis=1)
     stddev = jnp.mean(jnp.sqrt(variance + 1e-8), axis=(1, 2, 3))
     feature = jnp.broadcast_to(jnp.repeat(stddev, group)[:, None, None, None], (b, height, width, 1))

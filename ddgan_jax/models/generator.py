@@ -62,6 +62,8 @@ class Generator(nn.Module):
         fir_kernel = tuple(self.fir_kernel) if self.fir else None
         block_class = nn.remat(layers.ResBlock, static_argnums=(4,)) if self.remat else layers.ResBlock
 
+        num_blocks = 0
+
         def block(x: jax.Array, features: int, name: str, direction: str | None = None) -> jax.Array:
             nonlocal num_blocks
             num_blocks += 1
@@ -84,7 +86,6 @@ class Generator(nn.Module):
             h = jax.nn.silu(layers.group_norm(x.shape[-1], f"{level}_norm")(x)).astype(dtype)
             return layers.conv(self.image_channels, 3, dtype, f"{level}_conv", layers.init_avg(0.0))(h)
 
-        num_blocks = 0
         z_emb = layers.pixel_norm(z.astype(jnp.float32))
         for i in range(self.n_mlp + 1):
             z_emb = nn.Dense(self.z_emb_dim, kernel_init=layers.init_out(), dtype=dtype, name=f"z_{i}")(z_emb)
@@ -125,7 +126,9 @@ class Generator(nn.Module):
         image = None
         for level in reversed(range(len(self.ch_mult))):
             for i in range(self.num_res_blocks + 1):
-                h = block(jnp.concatenate([h, skips.pop()], axis=-1), self.nf * self.ch_mult[level], f"up_{level}_block_{i}")
+                h = block(
+                    jnp.concatenate([h, skips.pop()], axis=-1), self.nf * self.ch_mult[level], f"up_{level}_block_{i}"
+                )
             if h.shape[1] in self.attn_resolutions:
                 h = attention(h, f"up_{level}_attn")
             if self.progressive == "output_skip":

@@ -92,7 +92,10 @@ def fir_upsample(x: jax.Array, kernel: Sequence[float] = FIR_KERNEL, margin: int
     def phases(x: jax.Array, axis: int) -> list[jax.Array]:
         """Even and odd outputs: of the zero-inserted image, output 2n + r meets only the taps of one parity."""
         size = x.shape[axis] + margin
-        terms = [[(2 * tap, (r + j - before) // 2) for j, tap in enumerate(taps) if (r + j - before) % 2 == 0] for r in (0, 1)]
+        terms = [
+            [(2 * tap, (r + j - before) // 2) for j, tap in enumerate(taps) if (r + j - before) % 2 == 0]
+            for r in (0, 1)
+        ]
         return [_shifted_sum(x, term, size, 1, axis) for term in terms]
 
     rows = jnp.stack([jnp.stack(phases(row, 2), axis=3) for row in phases(x, 1)], axis=2)  # [B, H, 2, W, 2, C]
@@ -122,11 +125,10 @@ class Resample(nn.Module):
         # The name tells weights trained with a FIR kernel from those without: they do not interchange.
         name = "fir_conv" if self.fir_kernel else "conv"
         if self.direction == "down":
+            pad = (0, 0) if self.fir_kernel else (0, 1)  # without FIR at the right and the bottom only
             if self.fir_kernel:
-                x, padding = fir_filter(x, self.fir_kernel, pad=len(self.fir_kernel)), 0
-            else:
-                padding = (0, 1)  # right and bottom only
-            return conv(self.features, 3, self.dtype, name, strides=2, padding=[padding] * 2)(x)
+                x = fir_filter(x, self.fir_kernel, pad=len(self.fir_kernel))
+            return conv(self.features, 3, self.dtype, name, strides=2, padding=[pad, pad])(x)
         if self.fir_kernel:  # the convolution sees the filter's tails beyond the edge, not zeros
             return conv(self.features, 3, self.dtype, name, padding="VALID")(fir_upsample(x, self.fir_kernel, margin=1))
         return conv(self.features, 3, self.dtype, name)(resample(x, "up", None))
@@ -217,7 +219,7 @@ class Attention(nn.Module):
 
 
 def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
-    """Dropout of [B, H, W, C] with one key an example, so that the mask does not depend on the batch; None keeps all."""
+    """Dropout of [B, H, W, C] with one key an example, so that masks do not depend on the batch; None keeps all."""
     if keys is None or rate == 0:
         return x
     keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)

@@ -30,7 +30,9 @@ class PointGenerator(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, t: jax.Array, z: jax.Array, keys: jax.Array | None = None) -> jax.Array:
-        return _mlp([x, layers.sinusoidal_embedding(t, self.t_emb_dim), z], self.width, self.depth, self.dim, self.dtype)
+        return _mlp(
+            [x, layers.sinusoidal_embedding(t, self.t_emb_dim), z], self.width, self.depth, self.dim, self.dtype
+        )
 
 
 class PointDiscriminator(nn.Module):

@@ -1,0 +1,158 @@
+"""The reference's checkpoint files, read and written: `netG_*.pth`, `content.pth`.
+
+A pickle can run any program: `load` builds nothing but tensors and plain values from it, and refuses the rest.
+Everything here needs PyTorch; the conversion of state dicts that are already in memory (torch_weights.py) does not.
+
+    python -m ddgan_jax.torch_files netG_1200.pth image_size=32 skip_rescale=True ...        # what is in a file?
+"""
+
+import argparse
+import ast
+import dataclasses
+import pickle
+import re
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ddgan_jax.errors import UserError
+from ddgan_jax.torch_weights import (
+    Params,
+    StateDict,
+    discriminator_config,
+    discriminator_params,
+    generator_config,
+    generator_params,
+    leaves,
+)
+
+LICENCE_NOTE = "Imported weights keep their licence: those that NVIDIA released may not be used commercially."
+
+
+def load(path: str) -> dict[str, Any]:
+    """The content of a `.pth` file: a state dict (`netG_*.pth`) or a whole run (`content.pth`).
+
+    Tensors come as numpy arrays, the arguments of the run as a dict. Raises UserError if PyTorch is missing, or if
+    the file is missing, damaged, or holds anything but tensors and plain values.
+    """
+    try:
+        import torch
+    except ImportError:
+        raise UserError("a .pth file can only be read or written with PyTorch: pip install torch") from None
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    except pickle.UnpicklingError as error:
+        name = re.search(r"GLOBAL (\S+)|global:? (\S+)|Trying to \w+ (\S+)", str(error))
+        what = f"holds {next(filter(None, name.groups()))}, which is neither" if name else "is not made of"
+        raise UserError(f"{path} is refused: it {what} tensors and plain values") from None
+    except Exception as error:  # damaged archives fail in many ways inside torch
+        raise UserError(f"{path} is damaged, or no PyTorch file ({type(error).__name__})") from None
+    content = _plain(content, path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a state dict or a run of the reference")
+    return content
+
+
+def _plain(value: Any, path: str) -> Any:
+    """Tensors to numpy, a Namespace to a dict; a value of any other kind is refused."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        if value.layout != torch.strided or value.is_meta or value.is_quantized or value.dtype == torch.bfloat16:
+            raise UserError(
+                f"{path} is refused: it holds a tensor that is not a plain array ({value.dtype}, {value.layout})"
+            )
+        return value.detach().numpy()
+    if isinstance(value, argparse.Namespace):
+        value = vars(value)
+    if isinstance(value, Mapping):
+        return {_plain(key, path): _plain(item, path) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, path) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise UserError(f"{path} is refused: it holds a {type(value).__name__}, neither a tensor nor a plain value")
+
+
+def save(path: str, state_dict: StateDict) -> None:
+    """Write a state dict as the reference does (`netG_*.pth`): keys prefixed with 'module.'. Needs PyTorch."""
+    try:
+        import torch
+    except ImportError:
+        raise UserError("a .pth file can only be read or written with PyTorch: pip install torch") from None
+    torch.save({f"module.{key}": torch.from_numpy(np.array(value)) for key, value in state_dict.items()}, path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """What a `.pth` file of the reference holds, in this project's terms; None for what it does not hold."""
+
+    generator: dict[str, Any]  # the fields of a Generator
+    gen_params: Params
+    ema_params: Params | None = None
+    discriminator: dict[str, Any] | None = None  # the fields of a Discriminator
+    disc_params: Params | None = None
+    args: dict[str, Any] = dataclasses.field(default_factory=dict)  # the flags of the run
+
+
+def read(path: str, **hints: Any) -> Reference:
+    """Load and convert a `netG_*.pth` or a `content.pth`; `hints` as for `generator_config`.
+
+    A `netG_*.pth` needs hints, a `content.pth` brings the flags of its run. Raises UserError as `load` and
+    `generator_config` do.
+    """
+    content = load(path)
+    if "netG_dict" not in content:
+        return Reference(generator_config(content, **hints), generator_params(content))
+    args = content.get("args", {})
+    netG, netD = content["netG_dict"], content.get("netD_dict")
+    # The moving average lies in the optimizer's state, by the position of the parameter.
+    moments = content.get("optimizerG", {}).get("state", {})
+    ema = {key: moments.get(i, {}).get("ema", value) for i, (key, value) in enumerate(netG.items())}
+    return Reference(
+        generator_config(netG, **(args | hints)),
+        generator_params(netG),
+        generator_params(ema) if any("ema" in entry for entry in moments.values()) else None,
+        discriminator_config(netD) if netD else None,
+        discriminator_params(netD) if netD else None,
+        args,
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print what a `.pth` file holds. Returns the exit code: 2, after one sentence, if it cannot be used."""
+    if not argv or any("=" not in hint for hint in argv[1:]):
+        print("usage: python -m ddgan_jax.torch_files FILE.pth [image_size=32 ...]", file=sys.stderr)
+        return 2
+
+    def parse(value: str) -> Any:
+        try:
+            return ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            return value
+
+    def count(params: Params) -> str:
+        return f"{sum(value.size for layer in leaves(params).values() for value in layer.values()):,} parameters"
+
+    try:
+        found = read(argv[0], **{name: parse(value) for name, value in (hint.split("=", 1) for hint in argv[1:])})
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"Generator({', '.join(f'{name}={value!r}' for name, value in found.generator.items())})")
+    print(f"  {count(found.gen_params)}, moving average {'included' if found.ema_params else 'not apart'}")
+    if found.discriminator and found.disc_params:
+        print(f"Discriminator({', '.join(f'{name}={value!r}' for name, value in found.discriminator.items())})")
+        print(f"  {count(found.disc_params)}")
+    print(LICENCE_NOTE)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

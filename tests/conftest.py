@@ -1,0 +1,55 @@
+"""Where the golden files are, and how they are read.
+
+Their arrays are NCHW with PyTorch's weight layouts; `tests/golden/README.md` says what they are.
+"""
+
+import json
+import lzma
+import os
+import pathlib
+
+# The tests spend their time compiling, and quick code generation halves it.
+# `XLA_FLAGS= pytest` tests with full optimization.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+import numpy as np
+import pytest
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+GENERATORS = sorted(path.stem for path in GOLDEN.glob("generator_*.npz"))
+
+
+class Golden(dict):
+    """The arrays of one golden file by key; `config` is its decoded JSON."""
+
+    def __init__(self, name: str):
+        with np.load(GOLDEN / f"{name}.npz") as arrays:
+            super().__init__(arrays)
+        self.config = json.loads(str(self["config"])) if "config" in self else {}
+
+    def below(self, prefix: str) -> dict:
+        """{rest of the key: array} for the keys that start with `prefix`."""
+        return {key.removeprefix(prefix): value for key, value in self.items() if key.startswith(prefix)}
+
+    def nhwc(self, key: str) -> np.ndarray:
+        return self[key].transpose(0, 2, 3, 1)
+
+    def ints(self, key: str) -> np.ndarray:
+        return self[key].astype(np.int32)
+
+
+def golden_inventory(name: str) -> dict:
+    return json.loads(lzma.decompress((GOLDEN / f"inventory_{name}.json.xz").read_bytes()))
+
+
+def close_to_largest(actual, expected, rtol: float, what: str = "") -> None:
+    """Assert |actual - expected| <= rtol max|expected|, the measure for gradients."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape, f"{what}: {actual.shape} is not {expected.shape}"
+    error, scale = np.abs(actual - expected).max(), np.abs(expected).max()
+    assert error <= rtol * scale + 1e-12, f"{what}: off by {error:.2g} where the largest is {scale:.2g}"
+
+
+@pytest.fixture(scope="session", params=GENERATORS)
+def golden_generator(request) -> Golden:
+    return Golden(request.param)

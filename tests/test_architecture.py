@@ -1,0 +1,67 @@
+"""The house rules: a file imports only from lower ranks, and the core needs neither TensorFlow nor configs."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+# Within the models, layers.py is the lower one.
+RANKS = {
+    0: "errors diffusion state parallel checkpoint torch_weights figures data metrics models.layers",
+    1: "losses sampling torch_files models.generator models.discriminator models.mlp",
+    2: "train_step",
+    3: "build",
+    4: "train evaluate generate",
+}
+RANK_OF = {module: rank for rank, modules in RANKS.items() for module in modules.split()}
+NOT_IN_CORE = ("tensorflow", "tensorflow_datasets", "clu", "ml_collections")
+FILES = sorted(path for path in (ROOT / "ddgan_jax").rglob("*.py") if path.name != "__init__.py")
+
+
+def module_of(path: pathlib.Path) -> str:
+    return ".".join(path.relative_to(ROOT / "ddgan_jax").with_suffix("").parts)
+
+
+def rank_of(module: str) -> int:
+    for name in (module, module.split(".")[0]):
+        if name in RANK_OF:
+            return RANK_OF[name]
+    raise AssertionError(f"{module} has no rank: place it in RANKS, and in CONTRIBUTING.md")
+
+
+def imports_of(path: pathlib.Path) -> set[str]:
+    """Modules of this package that a file imports, anywhere in it, with the module itself named."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide where things come from"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        found |= {name.removeprefix("ddgan_jax.") for name in names if name.startswith("ddgan_jax.")}
+    known = {module_of(file) for file in FILES}
+    return {name if name in known else name.rpartition(".")[0] for name in found}
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_imports_go_down(path):
+    """errors is below everything; other files of one rank do not import each other (a folder of one rank may)."""
+    module = module_of(path)
+    for imported in imports_of(path):
+        same_folder = "." in module and module.split(".")[0] == imported.split(".")[0] and rank_of(module) == 0
+        below = rank_of(imported) < rank_of(module) or imported == "errors"
+        assert below or same_folder, f"{module} (rank {rank_of(module)}) imports {imported} (rank {rank_of(imported)})"
+
+
+def test_core_imports_nothing_heavy():
+    """Ranks 0 to 2 import in a process that has no TensorFlow, tfds, clu or ml_collections (nor torch)."""
+    core = [m for m in map(module_of, FILES) if rank_of(m) <= 2]
+    assert len(core) >= 11
+    blocked = f"import sys\nfor name in {(*NOT_IN_CORE, 'torch')!r}: sys.modules[name] = None\n"
+    script = blocked + "\n".join(f"import ddgan_jax.{module}" for module in core)
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

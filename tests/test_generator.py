@@ -1,0 +1,240 @@
+"""The generator: golden outputs and gradients, sizes, initialisation, options, precision."""
+
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import Golden, close_to_largest, golden_inventory
+
+from ddgan_jax.errors import UserError
+from ddgan_jax.models.generator import Generator
+from ddgan_jax.torch_weights import generator_config, generator_params, generator_state_dict
+
+TINY = dict(nf=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(8,), nz=6, z_emb_dim=8, n_mlp=1)
+CELEBA = dict(nf=64, ch_mult=(1, 1, 2, 2, 4, 4), n_mlp=3)
+
+
+def inputs(size=8, channels=3, nz=6, batch=4):
+    key = jax.random.split(jax.random.key(0), 2)
+    x, z = jax.random.normal(key[0], (batch, size, size, channels)), jax.random.normal(key[1], (batch, nz))
+    return x, jnp.arange(batch) % 4, z
+
+
+def shapes_of(generator, size=32):
+    x, t, z = inputs(size, generator.image_channels, generator.nz, batch=1)
+    return jax.eval_shape(generator.init, jax.random.key(0), x, t, z)["params"]
+
+
+def count(params):
+    return sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def random_params(generator, size=16):
+    """Random weights of a size that lets every layer matter: at initialisation the blocks end in (almost) zeros."""
+    random = np.random.default_rng(0)
+
+    def leaf(shape):
+        return np.float32(random.normal(size=shape) / np.sqrt(np.prod(shape[:-1]) if len(shape) > 1 else 10))
+
+    return jax.tree.map(lambda struct: leaf(struct.shape), shapes_of(generator, size))
+
+
+def run(generator, params, *inputs):
+    """Compiled as a whole: op by op, compilation takes ten times as long."""
+    return jax.jit(lambda p, *args: generator.apply({"params": p}, *args))(params, *inputs)
+
+
+@pytest.mark.golden
+def test_output_and_gradients_equal_reference(golden_generator):
+    golden: Golden = golden_generator
+    generator = Generator(**generator_config(golden.below("sd/"), **golden.config))
+    params = generator_params(golden.below("sd/"))
+    t, cotangent = golden.ints("t"), golden.nhwc("cotangent")
+
+    @jax.jit
+    def run(params, x, z):
+        out, pullback = jax.vjp(lambda *args: generator.apply({"params": args[0]}, args[1], t, args[2]), params, x, z)
+        return out, *pullback(jnp.asarray(cotangent))
+
+    out, grads, grad_x, grad_z = run(params, golden.nhwc("x"), golden["z"])
+    np.testing.assert_allclose(out, golden.nhwc("out"), atol=2e-5, rtol=0)
+    close_to_largest(grad_x, golden.nhwc("grad/x"), 1e-4, "x")
+    close_to_largest(grad_z, golden["grad/z"], 1e-4, "z")
+    grads = generator_state_dict(grads)
+    named = golden.below("grad/param/")
+    assert named
+    for name, expected in named.items():
+        if not name.endswith("NIN_1.b"):  # its true gradient is zero: softmax does not see a shift of all its inputs
+            close_to_largest(grads[name], expected, 1e-4, name)
+    names, values = json.loads(str(golden["grad_norm/names"])), golden["grad_norm/values"]
+    unused = json.loads(str(golden["unused_params"]))
+    assert set(names) | set(unused) == set(grads)
+    for name, value in zip(names, values, strict=True):
+        if not name.endswith("NIN_1.b"):
+            np.testing.assert_allclose(np.linalg.norm(grads[name]), value, rtol=1e-4, err_msg=name)
+    for name in unused:
+        assert not grads[name].any()
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize(
+    "name, fields, size, parameters", [("cifar10", {}, 32, 48_432_515), ("celeba256", CELEBA, 256, 39_726_979)]
+)
+def test_paper_networks(name, fields, size, parameters):
+    """The two networks of the paper: number of parameters, every key and shape, and the spread of the first weights."""
+    generator, inventory = Generator(**fields), golden_inventory(name)
+    assert count(shapes_of(generator, size)) == inventory["n_params_G"] == parameters
+    x, t, z = inputs(size, 3, 100, batch=1)
+    # Only the parameters are wanted: without the outputs the compiler drops the forward pass.
+    params = jax.jit(lambda key: generator.init(key, x, t, z)["params"])(jax.random.key(0))
+    ours = generator_state_dict(jax.tree.map(np.asarray, params))
+    assert [[key, list(value.shape)] for key, value in ours.items()] == inventory["G"]
+    for key, stats in inventory["init_stats_G"].items():
+        mean, std, largest = (stats[k] for k in ("mean", "std", "absmax")) if isinstance(stats, dict) else stats
+        spread = 6 / np.sqrt(ours[key].size)  # of two independent draws
+        np.testing.assert_allclose(ours[key].std(), std, rtol=spread, atol=1e-12, err_msg=key)
+        np.testing.assert_allclose(ours[key].mean(), mean, atol=spread * max(std, 1e-12), err_msg=key)
+        if ours[key].size > 1000:
+            np.testing.assert_allclose(np.abs(ours[key]).max(), largest, rtol=0.02, err_msg=key)
+
+
+def runnable():
+    for block, fir, conv, progressive, input_, combine in itertools.product(
+        ("biggan", "biggan_oneadagn", "ddpm"),
+        (True, False),
+        (True, False),
+        ("none", "output_skip"),
+        ("none", "input_skip", "residual"),
+        ("sum", "cat"),
+    ):
+        if (block != "ddpm" and not conv) or (input_ != "input_skip" and combine == "cat"):
+            continue  # the same network as another one in the list
+        yield dict(
+            resblock_type=block,
+            fir=fir,
+            resamp_with_conv=conv,
+            progressive=progressive,
+            progressive_input=input_,
+            progressive_combine=combine,
+        )
+
+
+@pytest.mark.parametrize("options", list(runnable()), ids=lambda o: "-".join(str(v) for v in o.values()))
+def test_every_option_initialises_and_converts(options):
+    """Each combination traces, and its state dict tells the network again, bit for bit."""
+    generator = Generator(**TINY, **options)
+    params = jax.tree.map(
+        lambda leaf: np.random.default_rng(0).random(leaf.shape, np.float32), shapes_of(generator, 16)
+    )
+    state_dict = generator_state_dict(params)
+    assert count(params) == sum(value.size for value in state_dict.values())
+    hints = dict(skip_rescale=True, tanh=True, centered=True, image_size=16, fir=options["fir"])
+    config = generator_config(state_dict, **hints)
+    assert shapes_of(Generator(**config), 16) == shapes_of(generator, 16)
+    for name, value in config.items():
+        assert getattr(generator, name) == value
+    again = generator_params(state_dict)
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(centered=False),
+        dict(tanh=False),
+        dict(skip_rescale=False),
+        dict(conditional=False),
+        dict(image_channels=1),
+        dict(image_channels=4, ch_mult=(1, 1, 1)),
+        dict(ch_mult=(2,), nf=12),
+        dict(ch_mult=(1, 3), num_res_blocks=2, attn_resolutions=(16, 8)),
+        dict(resblock_type="ddpm", fir=False),
+        dict(resblock_type="ddpm", resamp_with_conv=False, progressive="output_skip"),
+        dict(fir=False, progressive_input="input_skip", progressive_combine="cat"),
+        dict(fir_kernel=(1, 2, 1)),
+    ],
+    ids=str,
+)
+def test_options_run(options):
+    """Every option gives finite images that react to x and z, and to t when conditional."""
+    generator = Generator(**(TINY | options))
+    x, t, z = inputs(16, generator.image_channels)
+    params = random_params(generator)
+    apply = jax.jit(lambda x, t, z: generator.apply({"params": params}, x, t, z))
+    out = apply(x, t, z)
+    assert out.shape == x.shape and out.dtype == jnp.float32 and bool(jnp.isfinite(out).all())
+    assert not np.allclose(out, apply(-x, t, z)) and not np.allclose(out, apply(x, t, -z))
+    assert np.allclose(out, apply(x, 3 - t, z), atol=1e-6) == (not generator.conditional)
+
+
+def test_output_options_are_what_they_say():
+    generator = Generator(**TINY)
+    x, t, z = inputs(16)
+    params = random_params(generator)
+    out = run(generator, params, x, t, z)
+    np.testing.assert_allclose(jnp.tanh(run(generator.clone(tanh=False), params, x, t, z)), out, atol=1e-5)
+    np.testing.assert_allclose(run(generator.clone(centered=False), params, (x + 1) / 2, t, z), out, atol=1e-5)
+    assert not np.allclose(run(generator.clone(skip_rescale=False), params, x, t, z), out, atol=1e-3)
+
+
+def test_untrained_generator_is_almost_zero():
+    generator = Generator(**TINY)
+    out, _ = jax.jit(generator.init_with_output)(jax.random.key(0), *inputs(16))
+    assert 0 < float(jnp.abs(out).max()) < 1e-3
+
+
+def test_bfloat16_is_close_to_float32():
+    generator = Generator(**(TINY | dict(nf=32)))
+    x, t, z = inputs(16, batch=8)
+    params = random_params(generator)
+    half = generator.clone(dtype=jnp.bfloat16)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(shapes_of(half, 16)))
+    full, approximate = run(generator, params, x, t, z), run(half, params, x, t, z)
+    assert approximate.dtype == jnp.float32
+    error = float(jnp.linalg.norm(approximate - full) / jnp.linalg.norm(full))
+    assert 1e-5 < error < 0.02
+
+
+def test_rematerialisation_changes_nothing():
+    generator = Generator(**TINY)
+    x, t, z = inputs(16)
+    params, remat = random_params(generator), generator.clone(remat=True)
+
+    def gradient(generator):
+        return jax.jit(jax.grad(lambda p: jnp.sum(generator.apply({"params": p}, x, t, z) ** 2)))(params)
+
+    assert shapes_of(remat, 16) == shapes_of(generator, 16)
+    ours, theirs = generator_state_dict(gradient(remat)), generator_state_dict(gradient(generator))
+    for name in ours:
+        if not name.endswith("NIN_1.b"):
+            close_to_largest(ours[name], theirs[name], 1e-4, name)
+    assert "remat" in str(jax.make_jaxpr(jax.grad(lambda p: jnp.sum(remat.apply({"params": p}, x, t, z))))(params))
+
+
+def test_dropout_needs_keys():
+    generator = Generator(**TINY, dropout=0.3)
+    x, t, z = inputs(16)
+    params, keys = random_params(generator), jax.random.split(jax.random.key(1), 4)
+    apply = jax.jit(lambda *args: generator.apply({"params": params}, *args))
+    plain, dropped = apply(x, t, z), apply(x, t, z, keys)
+    np.testing.assert_allclose(plain, run(generator.clone(dropout=0.0), params, x, t, z, keys), atol=1e-6)
+    assert not np.allclose(plain, dropped, atol=1e-2)
+    np.testing.assert_allclose(apply(x[2:], t[2:], z[2:], keys[2:]), dropped[2:], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, size, message",
+    [
+        (dict(resblock_type="resnet"), 16, "resblock_type 'resnet'"),
+        (dict(progressive="residual"), 16, "progressive 'residual'"),
+        (dict(ch_mult=(1, 1, 1, 1)), 12, "12x12 do not halve 3 times"),
+        (dict(image_channels=1), 16, "1 image channels"),
+        (dict(nf=30), 16, "30 channels"),
+    ],
+)
+def test_refused_options(options, size, message):
+    with pytest.raises(UserError, match=message):
+        jax.eval_shape(Generator(**(TINY | options)).init, jax.random.key(0), *inputs(size))

@@ -1,0 +1,101 @@
+"""Single operations against the golden numbers, and what they are by definition."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import Golden
+
+from ddgan_jax.errors import UserError
+from ddgan_jax.models import layers
+from ddgan_jax.torch_weights import _SUBLAYERS, _layer_params
+
+KERNELS = {"1331": (1, 3, 3, 1), "121": (1, 2, 1), "1234_asym": (1, 2, 3, 4)}
+
+
+def nchw(x):
+    return np.asarray(x).transpose(0, 3, 1, 2)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("name", KERNELS)
+def test_fir_resampling_equals_reference(name):
+    golden, kernel = Golden("ops"), KERNELS[name]
+    x, weight = golden.nhwc("x"), golden["conv_w/" + name].transpose(2, 3, 1, 0)
+
+    def fused(direction):
+        params = {"params": {"fir_conv": {"kernel": weight, "bias": np.zeros(5, np.float32)}}}
+        return nchw(layers.Resample(direction, 5, kernel).apply(params, x))
+
+    np.testing.assert_allclose(nchw(layers.fir_upsample(x, kernel)), golden["upsample_2d/" + name], atol=1e-6)
+    np.testing.assert_allclose(nchw(layers.fir_downsample(x, kernel)), golden["downsample_2d/" + name], atol=1e-6)
+    np.testing.assert_allclose(fused("down"), golden["conv_downsample_2d/" + name], atol=2e-6)
+    np.testing.assert_allclose(fused("up"), golden["PATCHED_upsample_conv_2d/" + name], atol=2e-6)
+
+
+@pytest.mark.golden
+def test_single_operations_equal_reference():
+    golden = Golden("ops")
+    x = golden.nhwc("x")
+    np.testing.assert_allclose(nchw(layers.resample(x, "up", None)), golden["naive_upsample_2d"], atol=1e-6)
+    np.testing.assert_allclose(nchw(layers.resample(x, "down", None)), golden["naive_downsample_2d"], atol=1e-6)
+    for key, value in golden.below("temb/dim").items():
+        # The angles reach 7 radians, where a float32 step is 5e-7.
+        np.testing.assert_allclose(layers.sinusoidal_embedding(golden["temb/t"], int(key)), value, atol=2e-6)
+    np.testing.assert_allclose(layers.pixel_norm(golden["pixelnorm/in"]), golden["pixelnorm/out"], atol=1e-6)
+    nin = np.einsum("bhwi,io->bhwo", x, golden["nin/W"]) + golden["nin/b"]
+    np.testing.assert_allclose(nchw(nin), golden["nin/out"], atol=1e-6)
+
+    assert golden["adagn/num_groups"] == 12 // 4
+    style = {"style.weight": golden["adagn/style.weight"], "style.bias": golden["adagn/style.bias"]}
+    params = _layer_params(style, {"style": "style"})
+    out = layers.AdaptiveGroupNorm().apply({"params": params}, golden.nhwc("adagn/x"), golden["adagn/style_in"])
+    np.testing.assert_allclose(nchw(out), golden["adagn/out"], atol=5e-6)
+
+    params = _layer_params(golden.below("attn/sd/"), _SUBLAYERS["attn"])
+    out = layers.Attention().apply({"params": params}, golden.nhwc("attn/x"))
+    np.testing.assert_allclose(nchw(out), golden["attn/out"], atol=5e-6)
+
+
+@pytest.mark.parametrize("kernel", [(1, 1), (1, 3, 3, 1), (1, 2, 3, 4), (1, 4, 6, 4, 1)])
+def test_fir_is_zero_insertion_and_convolution(kernel):
+    """The two-phase upsampling is the textbook one, and both are adjoint to each other up to the factor 4."""
+    x = np.random.default_rng(0).normal(size=(1, 6, 10, 2)).astype(np.float32)
+    k2 = np.outer(kernel, kernel) / np.sum(kernel) ** 2
+    before = (len(kernel) - 1) // 2 + 1
+    zeros = np.zeros((1, 12, 20, 2))
+    zeros[:, ::2, ::2] = x
+    padded = np.pad(zeros, ((0, 0), (before, len(kernel)), (before, len(kernel)), (0, 0)))
+    expected = np.zeros_like(zeros)
+    for i in range(len(kernel)):
+        for j in range(len(kernel)):
+            expected += 4 * k2[::-1, ::-1][i, j] * padded[:, i : i + 12, j : j + 20]
+    np.testing.assert_allclose(layers.fir_upsample(x, kernel), expected, atol=1e-5)
+    if kernel == kernel[::-1] and len(kernel) % 2 == 0:
+        y = np.random.default_rng(1).normal(size=(1, 3, 5, 2)).astype(np.float32)
+        left, right = jnp.vdot(layers.fir_downsample(x, kernel), y), jnp.vdot(x, layers.fir_upsample(y, kernel)) / 4
+        np.testing.assert_allclose(left, right, rtol=1e-4)
+
+
+def test_fir_keeps_constants_inside():
+    x = jnp.ones((1, 8, 8, 3))
+    np.testing.assert_allclose(layers.fir_downsample(x)[:, 1:-1, 1:-1], 1, rtol=1e-6)
+    np.testing.assert_allclose(layers.fir_upsample(x)[:, 2:-2, 2:-2], 1, rtol=1e-6)
+    assert layers.fir_downsample(jnp.ones((1, 7, 9, 1))).shape == (1, 3, 4, 1)
+
+
+def test_leaky_relu_slope_at_zero():
+    assert jax.grad(lambda x: layers.leaky_relu(x))(0.0) == np.float32(0.2)
+
+
+def test_dropout_belongs_to_the_example():
+    x, keys = jnp.ones((8, 4, 4, 2)), jax.random.split(jax.random.key(0), 8)
+    whole = layers.dropout(x, 0.4, keys)
+    np.testing.assert_array_equal(whole[5:], layers.dropout(x[5:], 0.4, keys[5:]))
+    assert 0.4 < float(jnp.mean(whole > 0)) < 0.8 and np.allclose(np.unique(whole), [0, 1 / 0.6])
+
+
+@pytest.mark.parametrize("channels", [3, 30, 130])
+def test_group_norm_refuses_uneven_widths(channels):
+    with pytest.raises(UserError, match=f"{channels} channels"):
+        layers.group_norm(channels, "norm")

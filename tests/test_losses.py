@@ -1,0 +1,75 @@
+"""The losses in closed form."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddgan_jax import losses
+
+
+def quadratic(weights):
+    """D(x_t, t, x_{t+1}) = sum w x_t^2 + 3 sum x_{t+1} + t, whose gradient in x_t is 2 w x_t."""
+    return lambda x_t, t, x_tp1: jnp.sum(weights * x_t**2, axis=(1, 2, 3)) + 3 * jnp.sum(x_tp1, axis=(1, 2, 3)) + t
+
+
+@pytest.fixture
+def batch():
+    keys = jax.random.split(jax.random.key(0), 3)
+    real, fake, x_tp1 = (jax.random.normal(key, (8, 4, 4, 3)) / 4 for key in keys)
+    return real, fake, x_tp1, jnp.arange(8) % 4
+
+
+def test_r1_of_a_quadratic(batch):
+    """gamma/2 mean ||2 w x||^2, and its derivative in w: gamma mean 4 w x^2. x_{t+1} does not count."""
+    real, _, x_tp1, t = batch
+    w = jnp.linspace(0.5, 2, 48).reshape(4, 4, 3)
+    (penalty, parts), grad = jax.value_and_grad(
+        lambda w: losses.r1_penalty(quadratic(w), real, t, x_tp1, gamma=0.3), has_aux=True
+    )(w)
+    norm_sq = jnp.sum((2 * w * real) ** 2, axis=(1, 2, 3))
+    np.testing.assert_allclose(parts["grad_norm_sq"], norm_sq, rtol=1e-5)
+    np.testing.assert_allclose(penalty, 0.15 * jnp.mean(norm_sq), rtol=1e-5)
+    np.testing.assert_allclose(grad, 0.3 * jnp.mean(4 * w * real**2, axis=0), rtol=1e-5)
+    np.testing.assert_allclose(parts["logits"], quadratic(w)(real, t, x_tp1), rtol=1e-6)
+
+
+def test_r1_where_d_is_flat(batch):
+    """A norm would have the gradient NaN here."""
+    real, _, x_tp1, t = batch
+    penalty, grad = jax.value_and_grad(lambda w: losses.r1_penalty(quadratic(w), real, t, x_tp1, 1.0)[0])(jnp.zeros(()))
+    assert penalty == 0 and grad == 0
+
+
+def test_losses_are_cross_entropies(batch):
+    """At the optimum of a D that knows nothing the losses are log 2 each; the gradients are those of -log sigmoid."""
+    real, fake, x_tp1, t = batch
+    nothing = lambda x_t, t, x_tp1: jnp.zeros(x_t.shape[0]) * jnp.sum(x_t)  # noqa: E731
+    np.testing.assert_allclose(losses.d_loss(nothing, real, t, x_tp1, fake)[0], 2 * np.log(2), rtol=1e-6)
+    np.testing.assert_allclose(losses.g_loss(nothing, fake, t, x_tp1)[0], np.log(2), rtol=1e-6)
+    disc = quadratic(jnp.float32(1.0))
+    loss, parts = losses.d_loss(disc, real, t, x_tp1, fake)
+    sigmoid = lambda x: 1 / (1 + np.exp(-np.float64(x)))  # noqa: E731
+    expected = -np.mean(np.log(sigmoid(parts["real"]))) - np.mean(np.log(1 - sigmoid(parts["fake"])))
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    loss, parts = losses.g_loss(disc, fake, t, x_tp1)
+    np.testing.assert_allclose(loss, -np.mean(np.log(sigmoid(parts["fake"]))), rtol=1e-5)
+    with_r1, parts = losses.d_loss(disc, real, t, x_tp1, fake, r1_gamma=2.0)
+    np.testing.assert_allclose(
+        with_r1 - losses.d_loss(disc, real, t, x_tp1, fake)[0], jnp.mean(parts["grad_norm_sq"]), rtol=1e-5
+    )
+
+
+def test_where_gradients_flow(batch):
+    """D's loss sends none into the fake; G's does."""
+    real, fake, x_tp1, t = batch
+    disc = quadratic(jnp.float32(1.0))
+    assert not jax.grad(lambda f: losses.d_loss(disc, real, t, x_tp1, f, 1.0)[0])(fake).any()
+    assert jax.grad(lambda f: losses.g_loss(disc, f, t, x_tp1)[0])(fake).all()
+
+
+def test_losses_stay_finite_for_confident_discriminators(batch):
+    real, fake, x_tp1, t = batch
+    sure = lambda x_t, t, x_tp1: 1e4 * jnp.sign(jnp.mean(x_t, axis=(1, 2, 3)))  # noqa: E731
+    assert jnp.isfinite(losses.d_loss(sure, real, t, x_tp1, fake)[0])
+    assert jnp.isfinite(losses.g_loss(sure, fake, t, x_tp1)[0])

@@ -1,0 +1,229 @@
+"""Checkpoints of the reference: real files, round trips, and files that must not be trusted."""
+
+import lzma
+import pickle
+import subprocess
+import sys
+import zipfile
+from argparse import Namespace
+from collections import OrderedDict
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import GOLDEN, Golden
+
+from ddgan_jax import torch_files as tf
+from ddgan_jax import torch_weights as tw
+from ddgan_jax.errors import UserError
+from ddgan_jax.models.discriminator import Discriminator
+from ddgan_jax.models.generator import Generator
+
+torch = pytest.importorskip("torch")
+HINTS = dict(image_size=16, skip_rescale=True, tanh=True, centered=True)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """The reference's own files, unpacked."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    for path in (GOLDEN / "checkpoint").glob("*.pth.xz"):
+        (folder / path.stem).write_bytes(lzma.decompress(path.read_bytes()))
+    return folder
+
+
+def outputs(golden, found, params):
+    generator = Generator(**found.generator)
+    apply = jax.jit(lambda p: generator.apply({"params": p}, golden.nhwc("x"), golden.ints("t"), golden["z"]))
+    return np.asarray(apply(params)).transpose(0, 3, 1, 2)
+
+
+@pytest.mark.golden
+def test_real_checkpoints(checkpoint):
+    golden = Golden("checkpoint/expected")
+    found = tf.read(str(checkpoint / "netG_1.pth"), **HINTS)
+    np.testing.assert_allclose(outputs(golden, found, found.gen_params), golden["out_netG_1_ema"], atol=2e-5)
+
+    run = tf.read(str(checkpoint / "content.pth"))  # brings its flags, needs no hints
+    assert run.generator == found.generator | {"dropout": 0.0, "fir_kernel": (1, 3, 3, 1)}
+    assert run.args["num_timesteps"] == 4
+    np.testing.assert_allclose(outputs(golden, run, run.gen_params), golden["out_content_netG"], atol=2e-5)
+    np.testing.assert_allclose(outputs(golden, run, run.ema_params), golden["out_netG_1_ema"], atol=2e-5)
+    disc = Discriminator(**run.discriminator)
+    # Two images are one group of the minibatch stddev, strided or not.
+    logits = jax.jit(lambda p: disc.apply({"params": p}, golden.nhwc("x_prev"), golden.ints("t"), golden.nhwc("x")))
+    np.testing.assert_allclose(logits(run.disc_params), golden["out_content_netD"][:, 0], atol=2e-5)
+
+
+@pytest.mark.golden
+def test_round_trip_through_a_file(checkpoint, tmp_path):
+    """import -> export -> import is the identity, and the exported file is the imported one: keys, order, bits."""
+    content = tf.load(str(checkpoint / "content.pth"))
+    cases = (
+        (tf.load(str(checkpoint / "netG_1.pth")), tw.generator_params, tw.generator_state_dict),
+        (content["netG_dict"], tw.generator_params, tw.generator_state_dict),
+        (content["netD_dict"], tw.discriminator_params, tw.discriminator_state_dict),
+    )
+    for original, read, write in cases:
+        params = read(original)
+        tf.save(str(tmp_path / "again.pth"), write(params))
+        again = tf.load(str(tmp_path / "again.pth"))
+        assert list(again) == list(original)
+        for key, value in original.items():
+            assert again[key].dtype == value.dtype and again[key].tobytes() == value.tobytes(), key
+        jax.tree.map(np.testing.assert_array_equal, read(again), params)
+
+
+def state_dict():
+    return {k: v.copy() for k, v in Golden("generator_01_default32").below("sd/").items()}
+
+
+def test_what_the_arrays_do_not_tell_is_asked_for():
+    sd = state_dict()
+    with pytest.raises(UserError, match=r"do not tell skip_rescale, tanh, centered, image_size.*skip_rescale=True"):
+        tw.generator_config(sd)
+    with pytest.raises(UserError, match="do not tell tanh"):
+        tw.generator_config(sd, image_size=32, skip_rescale=True, centered=True)
+    config = tw.generator_config(sd, **(HINTS | dict(image_size=64, tanh=False)))
+    assert config["attn_resolutions"] == (32,) and not config["tanh"]
+    for hints, message in (
+        (dict(nf=64), "nf=64 contradicts the arrays, which say 32"),
+        (dict(num_channels_dae=64), "nf=64 contradicts"),
+        (dict(ch_mult=[1, 2, 2]), "ch_mult"),
+        (dict(fir=False), "fir=False contradicts"),
+        (dict(attn_resolutions=[8]), r"attn_resolutions=\[8\] contradicts the arrays, which say \(16,\)"),
+        (dict(imagesize=32), "unknown hint 'imagesize'"),
+        (dict(embedding_type="fourier"), "Fourier"),
+    ):
+        with pytest.raises(UserError, match=message):
+            tw.generator_config(sd, **(HINTS | dict(image_size=32) | hints))
+    assert (
+        tw.generator_config(sd, **(HINTS | dict(image_size=32, attn_resolutions=[16], not_use_tanh=True)))["tanh"]
+        is False
+    )
+
+
+def changed(**changes):
+    sd = state_dict()
+    for key, value in changes.items():
+        sd.pop(key.replace("__", "."), None)
+        if value is not None:
+            sd[key.replace("__", ".")] = value
+    return sd
+
+
+@pytest.mark.parametrize(
+    "sd",
+    [
+        {},
+        {"weight": np.zeros(3)},
+        changed(all_modules__2__weight=None),
+        changed(all_modules__3__Conv_1__weight=None),
+        changed(all_modules__3__Conv_1__bias=None),
+        changed(all_modules__99__weight=np.zeros((3, 3))),
+        changed(all_modules__3__Conv_9__weight=np.zeros((3, 3))),
+        changed(all_modules__0__W=np.zeros(16), all_modules__0__weight=None, all_modules__0__bias=None),
+        changed(z_transform__1__weight=None),
+        changed(z_transform__2__weight=np.zeros((3, 3))),
+        changed(all_modules__2__weight="text"),
+        changed(all_modules__3__Conv_0__weight=np.zeros(32, np.float32)),
+        changed(all_modules__3__Dense_0__bias=None),
+        changed(all_modules__2__bias=np.zeros(32)),  # float64
+        changed(z_transform__3__weight=None, z_transform__3__bias=None),
+        Golden("discriminator_small").below("sd/"),
+    ],
+    ids=lambda sd: str(len(sd)),
+)
+def test_other_state_dicts_are_refused_as_generators(sd):
+    with pytest.raises(UserError) as error:
+        tw.generator_params(sd)
+    assert "\n" not in str(error.value)
+
+
+def test_other_state_dicts_are_refused_as_discriminators():
+    with pytest.raises(UserError, match="no state dict of a DDGAN discriminator"):
+        tw.discriminator_params(state_dict())
+    sd = Golden("discriminator_small").below("sd/")
+    sd.pop("end_linear.weight"), sd.pop("end_linear.bias")
+    with pytest.raises(UserError, match="lacks out"):
+        tw.discriminator_params(sd)
+
+
+class Attack:
+    def __reduce__(self):
+        return print, ("this must never be printed",)
+
+
+def broken_files(folder, good):
+    """{name: path} of files that are no checkpoint, or more than one."""
+    data = good.read_bytes()
+    paths = {}
+
+    def write(name, content):
+        paths[name] = folder / f"{name}.pth"
+        paths[name].write_bytes(content) if isinstance(content, bytes) else torch.save(content, paths[name])
+
+    write("empty", b"")
+    write("text", b"not a checkpoint\n" * 20)
+    for part in (10, len(data) // 2, len(data) - 40):
+        write(f"truncated_{part}", data[:part])
+    write("flipped", data[:1500] + bytes(b ^ 255 for b in data[1500:1800]) + data[1800:])
+    write("pickle", pickle.dumps(Attack()))
+    write("attack", {"a": torch.zeros(2), "b": Attack()})
+    write("attack_in_arguments", {"netG_dict": {}, "args": Namespace(x=Attack())})
+    write("whole_module", torch.nn.Linear(2, 2))
+    write("not_a_dict", [1, 2, 3])
+    write("tensor", torch.zeros(3))
+    write("sparse", {"a": torch.eye(3).to_sparse()})
+    write("not_numbers", {"all_modules.0.weight": "text"})
+    write("other_network", OrderedDict(torch.nn.Conv2d(3, 3, 3).state_dict()))
+    paths["archive"] = folder / "archive.pth"
+    with zipfile.ZipFile(paths["archive"], "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps(Attack(), protocol=2))
+        archive.writestr("archive/version", "3\n")
+    paths["directory"] = folder
+    paths["missing"] = folder / "nothing.pth"
+    return paths
+
+
+def test_bad_files_are_refused_in_one_sentence(checkpoint, tmp_path, capfd):
+    paths = broken_files(tmp_path, checkpoint / "netG_1.pth")
+    for name, path in paths.items():
+        assert tf.main([str(path), *(f"{k}={v}" for k, v in HINTS.items())]) == 2, name
+        out, err = capfd.readouterr()
+        assert "never be printed" not in out + err, name
+        assert err.startswith("error: ") and err.count("\n") == 1 and not out, f"{name}: {err}"
+        if name.startswith("attack"):
+            assert "refused" in err and "print" in err, f"{name}: {err}"
+
+
+def test_command(checkpoint):
+    """As a user runs it: what is in the file, and the licence; no arguments, or too few, is code 2."""
+
+    def run(*arguments):
+        command = [sys.executable, "-m", "ddgan_jax.torch_files", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=GOLDEN.parent.parent)
+
+    result = run(checkpoint / "netG_1.pth", *(f"{k}={v}" for k, v in HINTS.items()))
+    assert result.returncode == 0 and "nf=8" in result.stdout and "licence" in result.stdout
+    result = run(checkpoint / "content.pth")
+    assert (
+        result.returncode == 0 and "Discriminator(ngf=2" in result.stdout and "moving average included" in result.stdout
+    )
+    for arguments, message in (
+        ([], "usage"),
+        ([checkpoint / "netG_1.pth"], "do not tell"),
+        (["x.pth"], "no file x.pth|cannot be read"),
+    ):
+        result = run(*arguments)
+        assert result.returncode == 2 and "Traceback" not in result.stderr
+        assert any(part in result.stderr for part in message.split("|"))
+
+
+def test_without_torch(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    for call in (lambda: tf.load("x.pth"), lambda: tf.save("x.pth", {})):
+        with pytest.raises(UserError, match="pip install torch"):
+            call()
+    assert jnp.asarray(tw.generator_params(state_dict())["conv_in"]["bias"]).shape == (32,)  # state dicts need no torch

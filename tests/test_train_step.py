@@ -1,0 +1,297 @@
+"""The training step: four iterations of the reference on its own random draws, and what makes it reproducible."""
+
+import dataclasses
+import json
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import Golden, close_to_largest
+from test_discriminator import to_neighbours
+
+from ddgan_jax import state as state_lib
+from ddgan_jax import torch_weights as tw
+from ddgan_jax import train_step as ts
+from ddgan_jax.diffusion import Schedule
+from ddgan_jax.models.discriminator import Discriminator
+from ddgan_jax.models.generator import Generator
+from ddgan_jax.models.mlp import PointDiscriminator, PointGenerator
+
+
+def method_of(generator, discriminator, **options):
+    defaults = dict(
+        gen=lambda params, *args: generator.apply({"params": params}, *args),
+        disc=lambda params, *args: discriminator.apply({"params": params}, *args),
+        schedule=Schedule.create(4),
+        optimizer=state_lib.adam(),
+        lr_g=state_lib.constant_schedule(1.6e-4),
+        lr_d=state_lib.constant_schedule(1.25e-4),
+        nz=generator.nz,
+        r1_gamma=0.02,
+        ema_decay=0.9,
+    )
+    return ts.Method(**(defaults | options))
+
+
+def phase_draws(golden, prefix, order):
+    images = {key: golden.nhwc(f"{prefix}{key}")[order] for key in ("noise_t", "noise_tp1", "noise_posterior")}
+    return ts.PhaseDraws(t=golden.ints(prefix + "t")[order], z=golden[prefix + "z"][order], **images)
+
+
+@pytest.mark.golden
+def test_learning_rates_equal_reference():
+    golden = Golden("lr_schedule")
+    epochs, per_epoch = int(golden["num_epoch"]), 7
+    for name in ("g", "d"):
+        rate = state_lib.cosine_schedule(float(golden[f"base_lr_{name}"]), per_epoch, epochs, float(golden["eta_min"]))
+        # In force from the first to the last step of each epoch; the reference's last one is number num_epoch.
+        for step in (np.arange(epochs + 1) * per_epoch, np.arange(epochs + 1) * per_epoch + per_epoch - 1):
+            np.testing.assert_allclose(jax.vmap(rate)(step), golden[f"lr_{name}"], rtol=2e-6)
+            np.testing.assert_allclose(jax.vmap(rate)(step), golden[f"closed_form_{name}"], rtol=2e-6)
+        assert rate(jnp.int32(10**6)) == golden["eta_min"]
+
+
+@pytest.mark.golden
+def test_four_steps_equal_reference():
+    golden = Golden("train_step")
+    flags = golden.config
+    init_g, init_d = golden.below("init/G/"), golden.below("init/D/")
+    generator = Generator(**tw.generator_config(init_g, **flags))
+    disc = Discriminator(**tw.discriminator_config(init_d))
+    method = method_of(
+        generator,
+        disc,
+        schedule=Schedule.create(flags["num_timesteps"], "vp", flags["beta_min"], flags["beta_max"]),
+        lr_g=state_lib.cosine_schedule(flags["lr_g"], 3, flags["num_epoch"]),
+        lr_d=state_lib.cosine_schedule(flags["lr_d"], 3, flags["num_epoch"]),
+        r1_gamma=flags["r1_gamma"],
+        ema_decay=flags["ema_decay"],
+    )
+    order = to_neighbours(flags["batch_size"])
+    back = np.argsort(order)
+    state = state_lib.create(tw.generator_params(init_g), tw.discriminator_params(init_d), method.optimizer)
+    names = {"G": json.loads(str(golden["param_names/G"])), "D": json.loads(str(golden["param_names/D"]))}
+    exporters = {"G": tw.generator_state_dict, "D": tw.discriminator_state_dict, "ema": tw.generator_state_dict}
+    d_gradients = jax.jit(lambda s, x, d, r1: ts.d_gradients(method, s, x, d, r1), static_argnums=3)
+    g_gradients = jax.jit(lambda s, x, d: ts.g_gradients(method, s, x, d))
+    fake_pair = jax.jit(lambda s, x, d: ts.fake_pair(method, s.gen_params, x, d))
+    update = jax.jit(lambda s, x, d, r1: ts.update(method, s, x, d, r1), static_argnums=3)
+
+    def compare_gradients(network, step, grads):
+        grads = exporters[network](grads)
+        for name, value in golden.below(f"step{step}/{network}/grad/").items():
+            close_to_largest(grads[name], value, 1e-4, f"step {step} {name}")
+        for name, norm in zip(names[network], golden[f"step{step}/{network}/grad_norms"], strict=True):
+            if not name.endswith("NIN_1.b"):
+                np.testing.assert_allclose(np.linalg.norm(grads[name]), norm, rtol=1e-4, err_msg=name)
+
+    def compare_params(network, prefix, tree):
+        ours = exporters[network](tree)
+        expected = golden.below(f"{prefix}/{network}/")
+        assert expected
+        for name, value in expected.items():
+            if not name.endswith("NIN_1.b"):  # its true gradient is zero, and Adam makes steps of rounding noise
+                np.testing.assert_allclose(ours[name], value, atol=5e-6, rtol=0, err_msg=f"{prefix} {network} {name}")
+
+    for step in range(4):
+        x0 = golden.nhwc(f"step{step}/real")[order]
+        draws = ts.Draws(
+            flip=np.zeros(8, bool),
+            d=phase_draws(golden, f"rand/step{step}/D/", order),
+            g=phase_draws(golden, f"rand/step{step}/G/", order),
+        )
+        with_r1 = step % flags["lazy_reg"] == 0
+        assert with_r1 == golden[f"step{step}/has_r1"]
+
+        grads, parts = d_gradients(state, x0, draws.d, with_r1)
+        compare_gradients("D", step, grads)
+        np.testing.assert_allclose(parts["real"][back], golden[f"step{step}/D_real"], atol=2e-5)
+        np.testing.assert_allclose(parts["fake"][back], golden[f"step{step}/D_fake"], atol=2e-5)
+        if step == 0:
+            x_t, fake, x_tp1 = (x[back] for x in fake_pair(state, x0, draws.d))
+            np.testing.assert_allclose(x_t, golden.nhwc("step0/D/x_t"), atol=1e-5)
+            np.testing.assert_allclose(x_tp1, golden.nhwc("step0/D/x_tp1"), atol=1e-5)
+            np.testing.assert_allclose(fake, golden.nhwc("step0/D/x_pos_sample"), atol=2e-5)
+            keys = () if draws.d.dropout_keys is None else (draws.d.dropout_keys,)
+            x0_hat = jax.jit(method.gen)(state.gen_params, x_tp1[order], draws.d.t, draws.d.z, *keys)
+            np.testing.assert_allclose(x0_hat[back], golden.nhwc("step0/D/x_0_predict"), atol=2e-5)
+
+        new_state, metrics = update(state, x0, draws, with_r1)
+        np.testing.assert_allclose(
+            metrics["d_loss"], golden[f"step{step}/errD_real"] + golden[f"step{step}/errD_fake"], rtol=1e-5
+        )
+        np.testing.assert_allclose(jnp.mean(parts["real_loss"]), golden[f"step{step}/errD_real"], rtol=1e-5)
+        np.testing.assert_allclose(jnp.mean(parts["fake_loss"]), golden[f"step{step}/errD_fake"], rtol=1e-5)
+        if with_r1:
+            np.testing.assert_allclose(metrics["r1"], golden[f"step{step}/grad_penalty"], rtol=1e-5)
+        np.testing.assert_allclose(metrics["g_loss"], golden[f"step{step}/errG"], rtol=1e-5)
+        np.testing.assert_allclose(
+            [metrics["lr_d"], metrics["lr_g"]], [golden[f"step{step}/lr_{n}"] for n in "dg"], rtol=2e-6
+        )
+
+        stepped_d = state.replace(disc_params=new_state.disc_params)  # G is trained against the new D
+        grads, parts = g_gradients(stepped_d, x0, draws.g)
+        compare_gradients("G", step, grads)
+        np.testing.assert_allclose(parts["fake"][back], golden[f"step{step}/G/output"], atol=2e-5)
+        _, fake, _ = fake_pair(state, x0, draws.g)
+        np.testing.assert_allclose(fake[back], golden.nhwc(f"step{step}/G/x_pos_sample"), atol=2e-5)
+
+        state = new_state
+        if step < 3:
+            compare_params("G", f"step{step}/after", state.gen_params)
+            compare_params("D", f"step{step}/after", state.disc_params)
+        if step == 0:
+            jax.tree.map(np.testing.assert_array_equal, state.ema_params, state.gen_params)
+        if step >= 2:
+            compare_params("G", f"after{step + 1}", state.gen_params)
+            compare_params("D", f"after{step + 1}", state.disc_params)
+            compare_params("ema", f"after{step + 1}", state.ema_params)
+        if step == 2:  # the reference samples at the end of an epoch, with the raw weights
+            from test_sampling import golden_noise
+
+            from ddgan_jax.sampling import denoise
+
+            noise = golden_noise(golden, "rand/epoch0_end/", "z_t{}", "noise_t{}")
+            gen = partial(method.gen, state.gen_params)
+            sample = jax.jit(lambda gen, n: denoise(gen, method.schedule, n).x_t[0], static_argnums=0)(gen, noise)
+            np.testing.assert_allclose(sample, golden.nhwc("epoch0_end/fake_sample"), atol=5e-5)
+    assert state.step == 4
+
+
+POINTS = PointGenerator(width=16, depth=2), PointDiscriminator(width=16, depth=2)
+
+
+@pytest.fixture(scope="module")
+def points():
+    """(method, a fresh state, 2-D data): the whole method on points, in milliseconds."""
+    generator, disc = POINTS
+    x, t, z = jnp.zeros((1, 2)), jnp.zeros(1, jnp.int32), jnp.zeros((1, generator.nz))
+    method = method_of(generator, disc)
+
+    @jax.jit
+    def fresh(key):
+        g_key, d_key = jax.random.split(key)
+        params = generator.init(g_key, x, t, z)["params"], disc.init(d_key, x, t, x)["params"]
+        return state_lib.create(*params, method.optimizer)
+
+    return method, fresh(jax.random.key(0)), jax.random.normal(jax.random.key(1), (16, 2))
+
+
+def test_the_method_runs_on_points(points):
+    """The same step, unchanged, trains MLPs on 2-D data: D learns to tell, G moves, everything stays finite."""
+    method, state, data = points
+    method = dataclasses.replace(method, lr_g=state_lib.constant_schedule(1e-3), lr_d=state_lib.constant_schedule(1e-3))
+    steps = [jax.jit(ts.make_train_step(method, 0, with_r1)) for with_r1 in (True, False)]
+    first = None
+    for i in range(200):
+        state, metrics = steps[i % 10 != 0](state, data * 0.1 + 1.0)
+        assert all(bool(jnp.isfinite(value).all()) for value in metrics.values()), f"step {i}: {metrics}"
+        first = first or metrics
+    assert ("r1" in first) and ("r1" not in metrics) and int(state.step) == 200
+    gen = lambda x, t, z: method.gen(state.ema_params, x, t, z)  # noqa: E731
+    from ddgan_jax.sampling import sample
+
+    samples = sample(gen, method.schedule, jax.random.key(5), jnp.arange(256), (2,), method.nz)
+    before = 1.4  # the distance of the data's mean from the origin, where an untrained network samples
+    assert float(jnp.linalg.norm(jnp.mean(samples, axis=0) - 1.0)) < before / 2
+
+
+def test_a_step_is_a_function_of_state_and_seed(points):
+    method, state, data = points
+    step = jax.jit(ts.make_train_step(method, 7, True))
+    one, metrics = step(state, data)
+    two, _ = step(state, data)
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+    other, _ = jax.jit(ts.make_train_step(method, 8, True))(state, data)
+    assert not np.array_equal(jax.tree.leaves(one.gen_params)[0], jax.tree.leaves(other.gen_params)[0])
+    later, _ = step(state.replace(step=state.step + 1), data)  # other draws, though nothing else changed
+    assert not np.array_equal(jax.tree.leaves(one.disc_params)[0], jax.tree.leaves(later.disc_params)[0])
+    for name in ("d_count_by_t", "g_count_by_t"):
+        np.testing.assert_allclose(jnp.sum(metrics[name]), 1, rtol=1e-6)
+    np.testing.assert_allclose(jnp.sum(metrics["d_loss_by_t"]), metrics["d_loss"], rtol=1e-5)
+
+
+def test_draws_belong_to_examples():
+    """The draws of example i are the same in any batch, and independent over examples, phases and steps."""
+    draw = lambda key, indices: ts.draw(key, indices, 4, (3, 3, 1), 5, dropout=True)  # noqa: E731
+    whole, part = draw(jax.random.key(0), jnp.arange(16)), draw(jax.random.key(0), jnp.arange(8, 16))
+    raw = lambda tree: jax.tree.map(  # noqa: E731
+        lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x, tree
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[8:], b), raw(whole), raw(part))
+    many = draw(jax.random.key(1), jnp.arange(4000))
+    noises = [
+        getattr(phase, name)[:, 0, 0, 0]
+        for phase in (many.d, many.g)
+        for name in ("noise_t", "noise_tp1", "noise_posterior")
+    ]
+    correlations = np.corrcoef([*noises, many.d.z[:, 0], many.g.z[:, 0]])
+    np.testing.assert_allclose(correlations, np.eye(8), atol=0.07)
+    for phase in (many.d, many.g):
+        np.testing.assert_allclose(np.bincount(phase.t, minlength=4) / 4000, 0.25, atol=0.03)
+    np.testing.assert_allclose(jnp.mean(many.flip), 0.5, atol=0.03)
+
+
+def test_images_are_scaled_and_mirrored():
+    """uint8 0 and 255 become -1 and 1, and with flip about half of the images are mirrored.
+
+    Seen through a generator that returns nothing and a D that is linear in x_t at t = 0, where x_t is x_0 itself:
+    D's gradient in its weights is then a sum over the images as they were seen.
+    """
+    weights = jnp.zeros((2, 4, 1))
+    method = ts.Method(
+        gen=lambda params, x, t, z: params * x,
+        disc=lambda params, x_t, t, x_tp1: jnp.sum(params * x_t, axis=(1, 2, 3)),
+        schedule=Schedule.create(1),
+        optimizer=optax.identity(),
+        lr_g=state_lib.constant_schedule(0.0),
+        lr_d=state_lib.constant_schedule(1.0),
+        nz=1,
+        r1_gamma=0.0,
+        ema_decay=0.0,
+    )
+    state = state_lib.create(jnp.float32(0.0), weights, method.optimizer)
+    images = np.zeros((64, 2, 4, 1), np.uint8)
+    images[:, :, 0] = 255
+    plain = np.float32(images[0]) / 127.5 - 1
+    # d/dw mean softplus(-w.x) at w = 0 is -mean(x) / 2, and the step goes against it.
+    seen = {flip: ts.make_train_step(dataclasses.replace(method, flip=flip), 0, False) for flip in (False, True)}
+    seen = {flip: 2 * jax.jit(step)(state, images)[0].disc_params for flip, step in seen.items()}
+    np.testing.assert_allclose(seen[False], plain, atol=1e-6)
+    mirrored = (seen[True][0, 3, 0] + 1) / 2  # the share of images whose bright column is now the last
+    assert 0.25 < mirrored < 0.75
+    np.testing.assert_allclose(seen[True], (1 - mirrored) * plain + mirrored * plain[:, ::-1], atol=1e-5)
+
+
+def test_ema_is_a_geometric_mean_of_the_stepped_weights():
+    ema, params = jnp.float32(100.0), [jnp.float32(x) for x in (1.0, 2.0, 4.0)]
+    for step, p in enumerate(params):
+        ema = state_lib.update_ema(ema, p, jnp.int32(step), 0.75)
+    np.testing.assert_allclose(ema, 0.75 * (0.75 * 1 + 0.25 * 2) + 0.25 * 4, rtol=1e-6)
+
+
+def test_gradients_that_nobody_uses_are_not_computed():
+    """D's phase runs no backward pass of G: its program is little longer than G's forward pass alone."""
+    generator = Generator(nf=8, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(), nz=4, z_emb_dim=8, n_mlp=1)
+    disc = PointDiscriminator(width=4, depth=1)
+    flat = lambda params, x_t, t, x_tp1: disc.apply(  # noqa: E731
+        {"params": params}, x_t.reshape(x_t.shape[0], -1), t, x_tp1.reshape(x_t.shape[0], -1)
+    )
+    method = method_of(generator, disc, disc=flat)
+    x, t, z = jnp.zeros((4, 8, 8, 3)), jnp.zeros(4, jnp.int32), jnp.zeros((4, 4))
+    shapes = jax.eval_shape(
+        lambda k: state_lib.create(
+            generator.init(k, x, t, z)["params"],
+            disc.init(k, x.reshape(4, -1), t, x.reshape(4, -1))["params"],
+            method.optimizer,
+        ),
+        jax.random.key(0),
+    )
+    draws = jax.eval_shape(lambda k: ts.draw(k, jnp.arange(4), 4, (8, 8, 3), 4, False), jax.random.key(0))
+    convolutions = lambda f, *args: jax.jit(f).lower(*args).as_text().count("stablehlo.convolution")  # noqa: E731
+    forward = convolutions(method.gen, shapes.gen_params, x, t, z)
+    assert convolutions(lambda s, x, d: ts.d_gradients(method, s, x, d, True), shapes, x, draws.d) == forward
+    assert convolutions(lambda s, x, d: ts.g_gradients(method, s, x, d), shapes, x, draws.g) > 2 * forward

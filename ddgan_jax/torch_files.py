@@ -48,9 +48,9 @@ def load(path: str) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     except pickle.UnpicklingError as error:
-        name = re.search(r"GLOBAL (\S+)|global:? (\S+)|Trying to \w+ (\S+)", str(error))
-        what = f"holds {next(filter(None, name.groups()))}, which is neither" if name else "is not made of"
-        raise UserError(f"{path} is refused: it {what} tensors and plain values") from None
+        name = re.search(r"GLOBAL ([\w.]+)|Trying to \w+ (?:function |class )?([\w.]+)", str(error))
+        found = f"holds {next(filter(None, name.groups()))}, but" if name else "is no PyTorch file, or"
+        raise UserError(f"{path} is refused: it {found} only tensors and plain values are read") from None
     except Exception as error:  # damaged archives fail in many ways inside torch
         raise UserError(f"{path} is damaged, or no PyTorch file ({type(error).__name__})") from None
     content = _plain(content, path)

@@ -138,7 +138,7 @@ def sample_posterior(
 ) -> Float[Array, "b *d"]:
     """x_t ~ q(x_t | x_{t+1}, x_0), equation (3), t in 0..T-1; exactly x_0 at t = 0.
 
-    With x_0 the generator's prediction this is the paper's p_theta(x_{t-1} | x_t) (Section 3.1).
+    With x_0 the generator's prediction this is the paper's p_theta(x_{t-1} | x_t) (Section 3.2).
     """
     mean = _at(schedule.posterior_mean_coef1, t, x0) * x0 + _at(schedule.posterior_mean_coef2, t, x0) * x_tp1
     x_t = mean + _at(np.sqrt(schedule.posterior_variance), t, x0) * noise

@@ -1,9 +1,9 @@
-"""The one exception that stands for a mistake of the user rather than of the program."""
+"""The two exceptions that are told in one sentence instead of a traceback."""
 
 
 class UserError(ValueError):
-    """A wrong setting or input, told in one sentence: what is wrong, its value, what would be right.
+    """A wrong setting or input: what is wrong, its value, what would be right. Commands exit with code 2."""
 
-    Commands print the sentence alone and exit with code 2; anything else that is raised is a fault of
-    the program and keeps its traceback.
-    """
+
+class Fault(RuntimeError):
+    """Something outside went wrong (a full disk, a non-finite loss): what, and what is safe. Commands exit with 1."""

@@ -1,4 +1,4 @@
-"""The adversarial losses of the denoising steps (Section 3.2, equations (3) to (5) of the paper).
+"""The adversarial losses of the denoising steps (Section 3.2 of the paper).
 
 For a real pair (x_t, x_{t+1}) of the forward process and a fake x_t drawn from the posterior given the generator's
 x_0, with l = D(x_t, t, x_{t+1}) the logit and softplus(-l) = -log sigmoid(l):

@@ -5,12 +5,14 @@ The state is replicated without a leading device axis, the batch is split along 
 to examples, by their index in the *global* batch, so that the numbers do not depend on how many devices share it.
 """
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ddgan_jax.errors import UserError
@@ -18,7 +20,7 @@ from ddgan_jax.errors import UserError
 AXIS = "batch"
 
 
-def map_step(step: Callable) -> Callable:
+def map_step(step: Callable) -> Any:
     """step(state, images) of one replica -> the same on all devices, the state donated and kept replicated."""
     return jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0)
 
@@ -50,3 +52,44 @@ def mean(tree: Any, axis_name: str | None) -> Any:
 def example_keys(key: jax.Array, indices: jax.Array) -> jax.Array:
     """One key [B] for each example, from its index alone."""
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(indices)
+
+
+def initialize() -> None:
+    """Join the other processes, if there are any: on a TPU pod unasked, elsewhere as the environment says.
+
+    JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID name the group. Call it before anything
+    touches a device. Raises UserError if only some of the three are set.
+    """
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    given = [name for name in names if os.environ.get(name)]
+    if given and len(given) < len(names):
+        raise UserError(f"several processes need {', '.join(names)}, but only {', '.join(given)} is set")
+    if given:
+        address, count, index = (os.environ[name] for name in names)
+        if not (count.isdigit() and index.isdigit() and int(index) < int(count)):
+            raise UserError(f"JAX_PROCESS_ID={index} must be a number below JAX_NUM_PROCESSES={count}")
+        jax.distributed.initialize(address, int(count), int(index))
+    elif "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
+        jax.distributed.initialize()
+
+
+def is_primary() -> bool:
+    """Is this process 0, the only one that writes?"""
+    return jax.process_index() == 0
+
+
+def from_primary(tree: Any) -> Any:
+    """Host arrays of process 0, in every process."""
+    return tree if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(tree)
+
+
+def any_process(flag: bool) -> bool:
+    """Has any process set its flag? Every process must ask at the same step."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.int32(flag))))
+
+
+def map_indices(sample: Callable) -> Callable:
+    """sample(params, seed, indices [B]) of one device -> the same for [devices, B] on this process's devices."""
+    return jax.pmap(sample, in_axes=(None, None, 0), devices=jax.local_devices())

@@ -1,4 +1,4 @@
-"""Sampling: T calls of the generator, each followed by a draw from the posterior (Section 3.1).
+"""Sampling: T calls of the generator, each followed by a draw from the posterior (Section 3.2).
 
     x_T ~ N(0, I);  for t = T-1..0:  z ~ N(0, I),  x0_hat = G(x_{t+1}, t, z),  x_t ~ q(x_t | x_{t+1}, x0_hat)
 

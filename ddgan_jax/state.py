@@ -1,6 +1,8 @@
 """The state of a training run, all arrays, and the optimizers that move it.
 
-`step` is the only clock: randomness, data order and learning rates are functions of it.
+`step` is the only clock: randomness, data order and learning rates are functions of it. Optimizer and moving average
+work on all parameters as one vector: a few large operations instead of thousands of small ones, which halves the
+compilation and the step of a small network on a CPU.
 """
 
 from collections.abc import Callable
@@ -10,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax.flatten_util import ravel_pytree
 
 Params = Any
 
@@ -55,8 +58,8 @@ def create(gen_params: Params, disc_params: Params, optimizer: optax.GradientTra
         gen_params=gen_params,
         disc_params=disc_params,
         ema_params=jax.tree.map(jnp.copy, gen_params),
-        gen_opt=optimizer.init(gen_params),
-        disc_opt=optimizer.init(disc_params),
+        gen_opt=optimizer.init(ravel_pytree(gen_params)[0]),
+        disc_opt=optimizer.init(ravel_pytree(disc_params)[0]),
     )
 
 
@@ -64,11 +67,18 @@ def apply_gradients(
     optimizer: optax.GradientTransformation, grads: Params, opt_state: optax.OptState, params: Params, lr: jax.Array
 ) -> tuple[Params, optax.OptState]:
     """One step of `optimizer` at learning rate `lr`: (parameters, optimizer state)."""
-    direction, opt_state = optimizer.update(grads, opt_state, params)
-    return jax.tree.map(lambda p, d: p - lr * d, params, direction), opt_state
+    vector, unravel = ravel_pytree(params)
+    direction, opt_state = optimizer.update(ravel_pytree(grads)[0], opt_state, vector)
+    return unravel(vector - lr * direction), opt_state
 
 
 def update_ema(ema: Params, params: Params, step: jax.Array, decay: float) -> Params:
     """decay * ema + (1 - decay) * params; at step 0 a copy of params, which are then the first stepped ones."""
     keep = jnp.where(step == 0, 0.0, decay)
-    return jax.tree.map(lambda e, p: keep * e + (1 - keep) * p, ema, params)
+    vector, unravel = ravel_pytree(ema)
+    return unravel(keep * vector + (1 - keep) * ravel_pytree(params)[0])
+
+
+def norm(tree: Params) -> jax.Array:
+    """The Euclidean norm of all arrays together."""
+    return jnp.sqrt(jnp.sum(jnp.square(ravel_pytree(tree)[0])))

@@ -13,6 +13,7 @@ where (1) to (3) are the losses of losses.py.
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from jax import Array
 
 from ddgan_jax import losses, parallel
 from ddgan_jax.diffusion import Schedule, q_sample_pair, sample_posterior
-from ddgan_jax.state import Params, TrainState, apply_gradients, update_ema
+from ddgan_jax.state import Params, TrainState, apply_gradients, norm, update_ema
 
 Metrics = dict[str, Array]
 
@@ -71,8 +72,8 @@ def draw(key: Array, indices: Array, num_steps: int, image_shape: tuple[int, ...
 class Method:
     """What a step is made of: the networks as callables, the schedule, and the constants of training."""
 
-    gen: Callable[..., Array]  # (params, x_{t+1}, t, z[, dropout_keys]) -> x0_hat
-    disc: Callable[..., Array]  # (params, x_t, t, x_{t+1}) -> logits [B]
+    gen: Callable[..., Any]  # (params, x_{t+1}, t, z[, dropout_keys]) -> x0_hat
+    disc: Callable[..., Any]  # (params, x_t, t, x_{t+1}) -> logits [B]
     schedule: Schedule
     optimizer: optax.GradientTransformation
     lr_g: Callable[[Array], Array]  # step -> learning rate
@@ -134,7 +135,7 @@ def update(
     grads, metrics = parallel.mean((grads, metrics), axis_name)
     disc_params, disc_opt = apply_gradients(method.optimizer, grads, state.disc_opt, state.disc_params, lr_d)
     state = state.replace(disc_params=disc_params, disc_opt=disc_opt)
-    metrics |= {"d_grad_norm": optax.tree.norm(grads), "d_param_norm": optax.tree.norm(disc_params), "lr_d": lr_d}
+    metrics |= {"d_grad_norm": norm(grads), "d_param_norm": norm(disc_params), "lr_d": lr_d}
 
     grads, parts = g_gradients(method, state, x0, draws.g)
     g_metrics = {
@@ -145,7 +146,7 @@ def update(
     grads, g_metrics = parallel.mean((grads, g_metrics), axis_name)
     gen_params, gen_opt = apply_gradients(method.optimizer, grads, state.gen_opt, state.gen_params, lr_g)
     metrics |= g_metrics
-    metrics |= {"g_grad_norm": optax.tree.norm(grads), "g_param_norm": optax.tree.norm(gen_params), "lr_g": lr_g}
+    metrics |= {"g_grad_norm": norm(grads), "g_param_norm": norm(gen_params), "lr_g": lr_g}
 
     state = state.replace(
         step=state.step + 1,

@@ -14,7 +14,8 @@ RANKS = {
     1: "losses sampling torch_files models.generator models.discriminator models.mlp",
     2: "train_step",
     3: "build",
-    4: "train evaluate generate",
+    4: "generate evaluate",
+    5: "train",
 }
 RANK_OF = {module: rank for rank, modules in RANKS.items() for module in modules.split()}
 NOT_IN_CORE = ("tensorflow", "tensorflow_datasets", "clu", "ml_collections")
@@ -59,7 +60,8 @@ def test_imports_go_down(path):
 
 def test_core_imports_nothing_heavy():
     """Ranks 0 to 2 import in a process that has no TensorFlow, tfds, clu or ml_collections (nor torch)."""
-    core = [m for m in map(module_of, FILES) if rank_of(m) <= 2]
+    # Builders of tfds datasets are tfds: they are imported where a dataset is prepared, and nowhere else.
+    core = [m for m in map(module_of, FILES) if rank_of(m) <= 2 and m != "data.digits"]
     assert len(core) >= 11
     blocked = f"import sys\nfor name in {(*NOT_IN_CORE, 'torch')!r}: sys.modules[name] = None\n"
     script = blocked + "\n".join(f"import ddgan_jax.{module}" for module in core)

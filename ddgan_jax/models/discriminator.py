@@ -1,4 +1,4 @@
-"""The discriminator D(x_t, t, x_{t+1}) -> logit: is x_t a denoised x_{t+1}, or the generator's? (Section 4, Appendix)
+"""The discriminator D(x_t, t, x_{t+1}) -> logit: is x_t a denoised x_{t+1}, or the generator's? (Section 3.2, Appendix)
 
 One network described by a list of stages, each a residual block of some width that may halve the image. The two
 discriminators of the paper are presets of it, and `preset` gives the like for every other size.

@@ -1,4 +1,4 @@
-"""The generator G(x_{t+1}, t, z) -> x0_hat: an NCSN++ U-Net whose norms the latent z modulates (Section 4, Appendix).
+"""The generator G(x_{t+1}, t, z) -> x0_hat: an NCSN++ U-Net whose norms the latent z modulates (Section 3.2, Appendix).
 
     z     -> pixel norm -> n_mlp + 1 dense layers with SiLU -> z_emb -> the gain and bias of every adaptive norm
     t     -> sinusoidal embedding -> two dense layers       -> t_emb -> a shift inside every residual block
@@ -28,7 +28,7 @@ CHOICES = {
 class Generator(nn.Module):
     """G(x_{t+1} [B,H,W,C], t [B], z [B,nz]) -> x0_hat [B,H,W,C] float32, in [-1, 1] with `tanh`.
 
-    The defaults are the paper's CIFAR-10 network (Table 6; 48,432,515 parameters). `keys` [B] switches dropout on.
+    The defaults are the paper's CIFAR-10 network (48,432,515 parameters). `keys` [B] switches dropout on.
     Raises UserError for an unknown option, or for images that do not halve once a level.
     """
 

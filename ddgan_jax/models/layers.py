@@ -2,7 +2,7 @@
 
 Everything is NHWC. Parameters, and the statistics of norms and softmaxes, are float32 whatever `dtype` says;
 `dtype` is the compute type of convolutions and dense layers. The blocks are those of NCSN++ (Song et al.,
-"Score-Based Generative Modeling through SDEs", Appendix H) with a norm that the latent z modulates (Section 4).
+"Score-Based Generative Modeling through SDEs", Appendix H) with a norm that the latent z modulates (Section 3.2).
 
 FIR resampling follows upfirdn (Karras et al., "Analyzing and Improving the Image Quality of StyleGAN"):
 insert zeros (up), convolve with the kernel outer(k, k) / sum, keep every second pixel (down). The kernel is

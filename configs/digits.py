@@ -1,0 +1,39 @@
+"""Real handwritten digits, 8x8, embedded in scikit-learn: the default, minutes on a CPU.
+
+Variants: '' (at most 5 minutes on 2 CPU cores), 'long' (about an hour), 'smoke' (made data, under a minute).
+"""
+
+from ml_collections import ConfigDict
+
+from configs.cifar10 import get_config as cifar10
+from configs.cifar10 import smoke
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """The digits, small enough that a laptop trains them while you watch."""
+    config = cifar10()
+    config.data.update(name="digits", image_size=8, channels=1, flip=False)  # a mirrored digit is none
+    config.generator.update(
+        nf=16, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,), nz=32, z_emb_dim=64, n_mlp=2
+    )
+    config.discriminator.update(ngf=16, t_emb_dim=64)
+    config.train.update(
+        num_steps=3000,
+        batch_size=64,
+        lr_g=1e-3,
+        lr_d=1e-3,
+        steps_per_epoch=1,
+        ema_decay=0.99,
+        r1_gamma=0.02,
+        r1_every=10,
+    )
+    config.checkpoint.update(every=500, keep=3, keep_period=0)
+    config.log.update(every=50, samples_every=500)
+    if variant == "long":
+        config.train.update(num_steps=40_000, ema_decay=0.999)
+        config.checkpoint.every = config.log.samples_every = 5_000
+    elif variant == "smoke":
+        smoke(config)
+    elif variant:
+        raise ValueError(f"unknown variant {variant!r}: digits has '', 'long' and 'smoke'")
+    return config

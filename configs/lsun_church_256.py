@@ -1,0 +1,28 @@
+"""LSUN Church Outdoor at 256 px as in the paper . Variants: 'paper', 'smoke'."""
+
+from ml_collections import ConfigDict
+
+from configs.celeba_hq_256 import get_config as celeba
+from configs.cifar10 import smoke
+
+
+def get_config(variant: str = "paper") -> ConfigDict:
+    """The paper's setting: FID 5.25, recall 0.36 with four network calls an image."""
+    config = celeba()
+    config.data.update(name="lsun/church", image_size=256)
+    config.diffusion.num_steps = 4
+    config.train.update(
+        num_steps=986_000,  # 500 epochs of 1,972 steps
+        batch_size=64,  # 8 GPUs x 8
+        lr_g=1.6e-4,
+        lr_d=1e-4,
+        steps_per_epoch=1_972,  # 126,227 images
+        r1_gamma=1.0,
+        r1_every=10,
+        ema_decay=0.999,
+    )
+    if variant == "smoke":
+        smoke(config)
+    elif variant != "paper":
+        raise ValueError(f"unknown variant {variant!r}: it is 'paper' or 'smoke'")
+    return config

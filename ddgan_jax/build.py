@@ -1,0 +1,145 @@
+"""From a configuration to networks, schedule, optimizer and step functions: the only reader of configurations.
+
+A configuration is anything with the fields of `configs/digits.py`: an ml_collections.ConfigDict, or the nested dict
+that lies beside a checkpoint. Importing this needs no ml_collections.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ddgan_jax import parallel, state, train_step
+from ddgan_jax.diffusion import Schedule
+from ddgan_jax.errors import UserError
+from ddgan_jax.models.discriminator import STDDEV_GROUP, Discriminator, preset
+from ddgan_jax.models.generator import Generator
+from ddgan_jax.train_step import Method
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """Everything that a configuration describes, as plain objects."""
+
+    method: Method
+    image_shape: tuple[int, int, int]  # [H, W, C]
+    init_gen: Callable[[jax.Array], Any]  # key -> parameters
+    init_disc: Callable[[jax.Array], Any]
+    batch_size: int  # global
+    seed: int
+
+    @property
+    def schedule(self) -> Schedule:
+        """The diffusion's coefficients."""
+        return self.method.schedule
+
+    def init_state(self) -> state.TrainState:
+        """The state before the first step, a function of the seed alone. Jit it."""
+        gen_key, disc_key = jax.random.split(jax.random.key(self.seed))
+        return state.create(self.init_gen(gen_key), self.init_disc(disc_key), self.method.optimizer)
+
+    def step(self, with_r1: bool) -> Callable:
+        """The training step of one replica."""
+        return train_step.make_train_step(self.method, self.seed, with_r1, parallel.AXIS)
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """A configuration as nested plain dicts, with tuples as lists, as JSON would have it."""
+    return {key: _plain(value) for key, value in config.items()}
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "items"):
+        return as_dict(value)
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def build(config: Any) -> Built:
+    """Build what `config` describes. Raises UserError for settings that do not go together."""
+    c: Mapping[str, Any] = as_dict(config)
+    size, channels = c["data"]["image_size"], c["data"]["channels"]
+    if c["model"]["dtype"] not in DTYPES:
+        raise UserError(f"model.dtype={c['model']['dtype']!r} is not supported: it is float32 or bfloat16")
+    dtype = DTYPES[c["model"]["dtype"]]
+    halvings = len(c["generator"]["ch_mult"]) - 1
+    if size < 2**halvings or size % 2**halvings:
+        raise UserError(
+            f"data.image_size={size} does not halve {halvings} times, as the {halvings + 1} levels of "
+            f"generator.ch_mult need: choose a multiple of {2**halvings}, or fewer levels"
+        )
+    train = c["train"]
+    for name in ("num_steps", "batch_size", "r1_every", "steps_per_epoch"):
+        if train[name] < 1:
+            raise UserError(f"train.{name}={train[name]} must be at least 1")
+
+    generator = Generator(image_channels=channels, dtype=dtype, remat=c["model"]["remat"], **_tuples(c["generator"]))
+    disc_fields = preset(size) | _tuples(c["discriminator"])
+    discriminator = Discriminator(dtype=dtype, **disc_fields)
+
+    def rate(base: float) -> Callable[[jax.Array], jax.Array]:
+        if not train["lr_decay"]:
+            return state.constant_schedule(base)
+        epochs = -(-train["num_steps"] // train["steps_per_epoch"])
+        return state.cosine_schedule(base, train["steps_per_epoch"], epochs, min(train["lr_min"], base))
+
+    method = Method(
+        gen=lambda params, *args: generator.apply({"params": params}, *args),
+        disc=lambda params, *args: discriminator.apply({"params": params}, *args),
+        schedule=Schedule.create(**c["diffusion"]),
+        optimizer=state.adam(train["adam_b1"], train["adam_b2"]),
+        lr_g=rate(train["lr_g"]),
+        lr_d=rate(train["lr_d"]),
+        nz=generator.nz,
+        r1_gamma=train["r1_gamma"],
+        ema_decay=train["ema_decay"],
+        flip=c["data"]["flip"],
+        dropout=generator.dropout > 0,
+    )
+    image_shape = (size, size, channels)
+    x, t, z = jnp.zeros((1, *image_shape)), jnp.zeros(1, jnp.int32), jnp.zeros((1, generator.nz))
+    return Built(
+        method=method,
+        image_shape=image_shape,
+        init_gen=lambda key: generator.init(key, x, t, z)["params"],
+        init_disc=lambda key: discriminator.init(key, x, t, x)["params"],
+        batch_size=train["batch_size"],
+        seed=c["seed"],
+    )
+
+
+def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Lists as tuples, which linen can hash."""
+    return {name: _frozen(value) for name, value in fields.items()}
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+def check_batch(batch_size: int) -> int:
+    """The batch of one device; UserError unless the global batch divides evenly into groups of four on every device."""
+    devices = jax.device_count()
+    per_device, rest = divmod(batch_size, devices)
+    if rest or per_device % STDDEV_GROUP:
+        raise UserError(
+            f"train.batch_size={batch_size} does not divide into a multiple of {STDDEV_GROUP} images for each of "
+            f"{devices} device{'s' * (devices > 1)}: choose a multiple of {STDDEV_GROUP * devices}"
+        )
+    return per_device
+
+
+def sampler(built: Built) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
+    """sample(params, seed, indices [B]) -> uint8 images [B, H, W, C]; image i depends on (seed, i) alone."""
+    from ddgan_jax.sampling import sample
+
+    def draw(params: Any, seed: jax.Array, indices: jax.Array) -> jax.Array:
+        gen = partial(built.method.gen, params)
+        images = sample(gen, built.schedule, jax.random.key(seed), indices, built.image_shape, built.method.nz)
+        return jnp.round((jnp.clip(images, -1, 1) + 1) * 127.5).astype(jnp.uint8)
+
+    return draw

@@ -1,0 +1,193 @@
+"""Checkpoints: the only file that knows Orbax.
+
+A checkpoint `workdir/checkpoints/<step>/` holds three items: `state` (every array of the training state but the moving
+average), `ema` (the moving average, all that sampling needs) and `config` (JSON: the configuration, and a checksum of
+every array). Arrays are written from host memory under their paths, by process 0 alone, so that a checkpoint restores
+on any number of devices and processes. Orbax writes in the background and renames a finished checkpoint into place;
+the checksums tell whether one was damaged later.
+"""
+
+import pathlib
+import shutil
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from ddgan_jax.errors import Fault, UserError
+
+Arrays = dict[str, np.ndarray]
+_EMA = "ema_params/"
+
+
+def flatten(tree: Any) -> Arrays:
+    """{path with slashes: host array} of a tree of arrays."""
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(tree))
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
+
+
+def unflatten(arrays: Arrays, like: Any, what: str = "the checkpoint") -> Any:
+    """The tree of `like` (arrays or shapes) from {path: array}; UserError where paths, shapes or types differ."""
+    expected = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(like)
+    }
+    for path in sorted(expected.keys() | arrays.keys()):
+        if path not in arrays or path not in expected:
+            raise UserError(
+                f"{what} is of another architecture than the configuration: {path} is only in "
+                f"{'the configuration' if path in expected else what}"
+            )
+        if arrays[path].shape != expected[path].shape or arrays[path].dtype != expected[path].dtype:
+            raise UserError(
+                f"{what} is of another architecture than the configuration: {path} is "
+                f"{arrays[path].dtype}{list(arrays[path].shape)} there and "
+                f"{expected[path].dtype}{list(expected[path].shape)} here"
+            )
+    return jax.tree.unflatten(jax.tree.structure(like), [arrays[path] for path in expected])
+
+
+def check_like(tree: Any, like: Any, what: str) -> None:
+    """UserError unless both trees have the same paths, shapes and types."""
+    unflatten(flatten(tree), like, what)
+
+
+def _nested(arrays: Arrays) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, array in arrays.items():
+        *parents, leaf = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = array
+    return tree
+
+
+class Checkpoints:
+    """The checkpoints of one run, for process 0; `close` waits for the last save."""
+
+    def __init__(self, workdir: str, keep: int = 3, keep_period: int | None = None):
+        """Open `workdir`/checkpoints; the last `keep` stay, and every one whose step `keep_period` divides."""
+        self.directory = pathlib.Path(workdir).resolve() / "checkpoints"
+        self._options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            keep_period=keep_period,
+            cleanup_tmp_directories=True,
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                primary_host=jax.process_index(), active_processes={jax.process_index()}, barrier_sync_key_prefix="one"
+            ),
+            create=False,  # Orbax does not create directories for a part of the processes
+        )
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._manager = ocp.CheckpointManager(self.directory, options=self._options)
+
+    def close(self) -> None:
+        """Wait until everything is on disk. Raises Fault if it could not be written."""
+        self.wait()
+        self._manager.close()
+
+    def steps(self) -> list[int]:
+        """The steps that have a finished checkpoint, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: Any, config: dict[str, Any]) -> None:
+        """Begin to save; returns when the arrays are copied. Raises Fault if this save or the one before fails."""
+        if step in self.steps():
+            return
+        arrays = flatten(state)
+        checksums = {path: zlib.crc32(np.ascontiguousarray(array).tobytes()) for path, array in arrays.items()}
+        ema = {path.removeprefix(_EMA): array for path, array in arrays.items() if path.startswith(_EMA)}
+        rest = {path: array for path, array in arrays.items() if not path.startswith(_EMA)}
+        self._guard(
+            lambda: self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(rest),
+                    ema=ocp.args.StandardSave(ema),
+                    config=ocp.args.JsonSave({"config": config, "checksums": checksums}),
+                ),
+            )
+        )
+
+    def wait(self) -> None:
+        """Return when everything is on disk. Raises Fault if it could not be written."""
+        self._guard(self._manager.wait_until_finished)
+
+    def _guard(self, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except Exception as error:  # a full disk surfaces as OSError, ValueError or an XLA error, depending on where
+            safe = self.steps()
+            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+            raise Fault(
+                f"a checkpoint could not be written to {self.directory} ({reason}); "
+                + (f"the one of step {safe[-1]} is intact" if safe else "there is no earlier one")
+            ) from error
+
+    def restore_latest(self, like: Any, report: Callable[[str], None]) -> Any | None:
+        """The newest state that is whole, in the tree of `like`, or None. Damaged ones are moved to `workdir`/damaged.
+
+        Raises UserError if the checkpoint is of another architecture.
+        """
+        for step in reversed(self.steps()):
+            try:
+                arrays = read(self.directory / str(step))[0]
+            except Fault as error:
+                target = self.directory.parent / "damaged" / str(step)
+                shutil.rmtree(target, ignore_errors=True)
+                target.parent.mkdir(exist_ok=True)
+                shutil.move(self.directory / str(step), target)
+                self._manager.reload()
+                report(f"{error}; it is moved to {target}, and the run goes on from the checkpoint before")
+                continue
+            return unflatten(arrays, like, f"the checkpoint of step {step} in {self.directory}")
+        return None
+
+
+def read(path: pathlib.Path, ema_only: bool = False) -> tuple[Arrays, dict[str, Any]]:
+    """({path: array}, config) of one checkpoint directory, on the host. Raises Fault if it is damaged."""
+    items: dict[str, Any] = {"ema": ocp.args.StandardRestore(), "config": ocp.args.JsonRestore()}
+    if not ema_only:
+        items["state"] = ocp.args.StandardRestore()
+    try:
+        handlers = {"ema": ocp.StandardCheckpointHandler(), "config": ocp.JsonCheckpointHandler()}
+        handlers |= {} if ema_only else {"state": ocp.StandardCheckpointHandler()}
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
+            found = checkpointer.restore(path.resolve(), args=ocp.args.Composite(**items))
+        arrays = {_EMA + key: np.asarray(value) for key, value in found["ema"].items()}
+        arrays |= {} if ema_only else {key: np.asarray(value) for key, value in found["state"].items()}
+        config, checksums = found["config"]["config"], found["config"]["checksums"]
+        for key, checksum in checksums.items():
+            if (key in arrays or not ema_only) and zlib.crc32(np.ascontiguousarray(arrays[key]).tobytes()) != checksum:
+                raise ValueError(f"the checksum of {key} is wrong")
+    except Exception as error:  # damage surfaces anywhere inside Orbax and TensorStore
+        raise Fault(f"the checkpoint {path} is damaged ({type(error).__name__})") from error
+    return arrays, config
+
+
+def find(path: str) -> pathlib.Path:
+    """The checkpoint directory that `path` names: itself, or the newest of a workdir. Raises UserError if none."""
+    given = pathlib.Path(path)
+    for folder in (given / "checkpoints", given):
+        steps = [int(entry.name) for entry in folder.glob("*") if entry.name.isdigit() and entry.is_dir()]
+        if steps:
+            return folder / str(max(steps))
+    if given.name.isdigit() and (given / "config").is_dir():
+        return given
+    raise UserError(
+        f"there is no checkpoint in {path}: train first, or name a workdir or a checkpoint with --checkpoint"
+    )
+
+
+def restore_ema(path: str) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """(moving-average parameters of G, configuration, step) of a workdir or a checkpoint, on the host.
+
+    Needs neither data nor TensorFlow, tfds, clu or ml_collections. Raises UserError if there is none, Fault if damaged.
+    """
+    directory = find(path)
+    arrays, config = read(directory, ema_only=True)
+    ema = {key.removeprefix(_EMA): value for key, value in arrays.items() if key.startswith(_EMA)}
+    return _nested(ema), config, int(directory.name)

@@ -1,0 +1,75 @@
+"""Sampling as a job: from a checkpoint to pictures or arrays, in chunks that fit the memory."""
+
+import pathlib
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from ddgan_jax import checkpoint, figures, parallel
+from ddgan_jax.build import Built, build, sampler
+from ddgan_jax.errors import UserError
+
+
+class Sampler:
+    """Draws uint8 images by index from a built method; compiled once a chunk size."""
+
+    def __init__(self, built: Built, batch_size: int):
+        """Draw `batch_size` images at once on each of this process's devices."""
+        self._draw = parallel.map_indices(sampler(built))
+        self._batch_size = max(1, batch_size)
+
+    def __call__(self, params: Any, seed: int, num: int, progress: bool = False) -> np.ndarray:
+        """Images 0..num-1, uint8 [num, H, W, C]; image i from (seed, i) alone. Where memory ends it halves its batch."""
+        images: list[np.ndarray] = []
+        done = 0
+        with tqdm(total=num, unit="img", desc="sampling", disable=None if progress else True) as bar:
+            while done < num:
+                devices = jax.local_device_count()
+                size = min(self._batch_size, -(-num // devices))
+                indices = np.arange(done, done + devices * size, dtype=np.int32).reshape(devices, size)
+                try:
+                    chunk = np.asarray(self._draw(params, np.uint32(seed), indices))
+                except jax.errors.JaxRuntimeError as error:
+                    if "RESOURCE_EXHAUSTED" not in str(error) or size == 1:
+                        raise
+                    self._batch_size = size // 2
+                    continue
+                chunk = chunk.reshape(-1, *chunk.shape[2:])[: num - done]
+                images.append(chunk)
+                done += len(chunk)
+                bar.update(len(chunk))
+        return np.concatenate(images)
+
+
+def save(images: np.ndarray, out: str) -> None:
+    """Write uint8 images [N, H, W, C] as one grid (.png), one array (.npz), or numbered files (a directory)."""
+    path = pathlib.Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".png":
+        figures.save_image(path, figures.grid(images))
+    elif path.suffix == ".npz":
+        np.savez_compressed(path, images=images)
+    else:
+        for i, image in enumerate(images):
+            figures.save_image(path / f"{i:06d}.png", image if image.shape[-1] == 3 else image[..., :1].repeat(3, -1))
+
+
+def generate(path: str, out: str, num_samples: int, seed: int = 0, batch_size: int | None = None) -> np.ndarray:
+    """Sample from the moving average of a workdir or checkpoint `path`, write to `out`, and return the images."""
+    suffix = pathlib.Path(out).suffix
+    if suffix not in (".png", ".npz", ""):
+        raise UserError(f"--out={out} must end in .png (a grid), .npz (an array) or name a directory")
+    if num_samples < 1:
+        raise UserError(f"--num_samples={num_samples} must be at least 1")
+    params, config, step = checkpoint.restore_ema(path)
+    built = build(config)
+    checkpoint.check_like(params, jax.eval_shape(built.init_gen, jax.random.key(0)), f"the checkpoint in {path}")
+    start = time.time()
+    draw = Sampler(built, batch_size or config["sample"]["batch_size"])
+    images = draw(params, seed, num_samples, progress=True)
+    save(images, out)
+    print(f"{num_samples} samples of step {step} written to {out} in {time.time() - start:.1f} s")
+    return images

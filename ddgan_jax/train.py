@@ -1,0 +1,302 @@
+"""The training job: build, restore or initialise, compile, loop; files, progress and signals.
+
+The step is the only clock. Run the same command again and it goes on from the newest checkpoint that is whole, with
+the numbers that an unbroken run would have had.
+"""
+
+import json
+import math
+import os
+import pathlib
+import signal
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from ddgan_jax import checkpoint, figures, parallel
+from ddgan_jax.build import Built, as_dict, build, check_batch
+from ddgan_jax.data.batches import batches
+from ddgan_jax.data.sources import open_images
+from ddgan_jax.errors import Fault, UserError
+from ddgan_jax.generate import Sampler
+
+Metrics = dict[str, Any]
+
+
+def say(text: str) -> None:
+    """One line for people, from process 0, above the progress bar."""
+    if parallel.is_primary():
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+
+# --- Metrics ----------------------------------------------------------------------------------------------------
+
+
+def summarise(window: list[Metrics]) -> dict[str, float]:
+    """Means over a window of steps; `_by_t` sums become one mean for every t that occurred. Host floats."""
+    names = {name for metrics in window for name in metrics}
+    means = {name: np.mean([np.asarray(m[name], np.float64) for m in window if name in m], axis=0) for name in names}
+    summary = {name: float(value) for name, value in means.items() if not name.endswith("_by_t")}
+    for network in ("d", "g"):
+        sums, counts = means[f"{network}_loss_by_t"], means[f"{network}_count_by_t"]
+        summary |= {f"{network}_loss_t{t}": float(sums[t] / counts[t]) for t in range(len(sums)) if counts[t] > 0}
+    return dict(sorted(summary.items()))
+
+
+def check_finite(first_step: int, window: list[Metrics], safe: int | None) -> None:
+    """Raise Fault that names the first step and quantity of the window that is not finite."""
+    for i, metrics in enumerate(window):
+        for name, value in sorted(metrics.items()):
+            if not np.all(np.isfinite(value)):
+                raise Fault(
+                    f"{name} is not finite at step {first_step + i}: "
+                    + (f"the checkpoint of step {safe} is good" if safe is not None else "there is no checkpoint yet")
+                )
+
+
+class Log:
+    """What process 0 writes while training: metrics.jsonl, TensorBoard, and lines for people."""
+
+    def __init__(self, workdir: pathlib.Path, config: dict[str, Any], start_step: int):
+        """Open the log; records of steps after `start_step`, from a run that broke off, are dropped."""
+        from clu import metric_writers
+
+        self._path = workdir / "metrics.jsonl"
+        records = [r for r in figures.read_metrics(self._path) if r["step"] <= start_step]
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
+        os.replace(temporary, self._path)
+        self._file = self._path.open("a")
+        self._writer = metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(workdir / "tensorboard")))
+        text = "    " + json.dumps(config, indent=2).replace("\n", "\n    ")  # indented: Markdown shows it as it is
+        self._writer.write_texts(start_step, {"config": text})
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Append one record."""
+        self._file.write(json.dumps({"step": step} | {k: float(f"{v:.6g}") for k, v in values.items()}) + "\n")
+        self._file.flush()
+        self._writer.write_scalars(step, values)
+
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Show uint8 [H, W, 3] in TensorBoard."""
+        self._writer.write_images(step, {name: image[None]})
+
+    def close(self) -> None:
+        """Write what is pending."""
+        self._file.close()
+        self._writer.close()
+
+
+# --- Signals ----------------------------------------------------------------------------------------------------
+
+
+class Interrupt:
+    """Set by the first SIGTERM or SIGINT; the second ends the process at once."""
+
+    def __init__(self) -> None:
+        """Begin to listen."""
+        self.signal = ""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._first)
+
+    def _first(self, number: int, frame: Any) -> None:
+        self.signal = signal.Signals(number).name
+        for other in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(other, signal.SIG_DFL)
+
+
+# --- The job ----------------------------------------------------------------------------------------------------
+
+
+def open_workdir(workdir: pathlib.Path, config: dict[str, Any]) -> None:
+    """Create the workdir and write config.json. Raises UserError if it cannot be written."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        old = workdir / "config.json"
+        if old.exists():
+            before = json.loads(old.read_text())
+            changed = sorted(
+                f"{group}.{name}" if isinstance(value, dict) else group
+                for group, value in config.items()
+                for name in (value if isinstance(value, dict) else [group])
+                if (value.get(name) if isinstance(value, dict) else value)
+                != (before.get(group, {}).get(name) if isinstance(value, dict) else before.get(group))
+            )
+            if changed:
+                say(f"note: {workdir} was started with other values of {', '.join(changed)}")
+        temporary = workdir / "config.json.tmp"
+        temporary.write_text(json.dumps(config, indent=2) + "\n")
+        os.replace(temporary, old)
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"--workdir={workdir} cannot be used: {error}") from error
+
+
+def compile_steps(built: Built, state: Any, images: np.ndarray) -> dict[bool, Any]:
+    """Both step functions, compiled; says how long it took, the work of a step and the memory it needs."""
+    steps, start = {}, time.time()
+    for with_r1 in (True, False):
+        # On a CPU the highest optimization level compiles half as fast, for no faster a step.
+        options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else {}
+        lowered = parallel.map_step(built.step(with_r1)).lower(state, images)
+        steps[with_r1] = lowered.compile(compiler_options=options)
+    costs = [steps[with_r1].cost_analysis() or {} for with_r1 in (False, True)]
+    memory = steps[True].memory_analysis()
+    size = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20 if memory else float("nan")
+    say(
+        f"compiled in {time.time() - start:.1f} s: {costs[0].get('flops', 0) / 1e9:.3g} GFLOP a step on each device "
+        f"({costs[1].get('flops', 0) / 1e9:.3g} with R1), {size:.0f} MiB of device memory"
+    )
+    return steps
+
+
+def overview(built: Built, per_device: int, num_images: int) -> None:
+    """Say what is trained: networks, batch layout, state."""
+    shapes = jax.eval_shape(built.init_state)
+    count = lambda tree: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))  # noqa: E731
+    megabytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)) / 2**20
+    say(
+        f"generator {count(shapes.gen_params):,} parameters, discriminator {count(shapes.disc_params):,}; "
+        f"the state takes {megabytes:.1f} MiB"
+    )
+    say(
+        f"{num_images:,} images of {'x'.join(map(str, built.image_shape))}; batch {built.batch_size} = "
+        f"{jax.process_count()} processes x {jax.local_device_count()} devices x {per_device} "
+        f"on {jax.devices()[0].device_kind}"
+    )
+
+
+def train(config: Any, workdir: str) -> Any:
+    """Train as `config` says in `workdir`, from its newest checkpoint if there is one; returns the last state.
+
+    Leaves checkpoints/, config.json, metrics.jsonl, results.json, curves.png, samples/ and tensorboard/. Raises
+    UserError for settings that cannot be, Fault where something outside went wrong.
+    """
+    started = time.time()
+    interrupt = Interrupt()
+    settings = as_dict(config)
+    built = build(config)
+    train_, log_ = settings["train"], settings["log"]
+    num_steps, path = train_["num_steps"], pathlib.Path(workdir)
+    per_device = check_batch(built.batch_size)
+    primary = parallel.is_primary()
+    if primary:
+        open_workdir(path, settings)
+    data = settings["data"]
+    images = open_images(data["name"], data["split"], data["dir"] or None, built.image_shape)
+    overview(built, per_device, len(images))
+
+    # The state is restored or initialised, never both.
+    shapes = jax.eval_shape(built.init_state)
+    keep = settings["checkpoint"]
+    checkpoints = checkpoint.Checkpoints(workdir, keep["keep"], keep["keep_period"] or None) if primary else None
+    restored = checkpoints.restore_latest(shapes, say) if checkpoints else None
+    if parallel.any_process(restored is not None):
+        blank = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+        host_state = parallel.from_primary(restored if primary else blank)
+    else:
+        # Quick code for a program that runs once: the random bits of every layer take long to optimise.
+        options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
+        host_state = jax.device_get(jax.jit(built.init_state, compiler_options=options)())
+    state = parallel.replicate(host_state)
+    step = first = int(host_state.step)
+    safe = step if restored is not None else None
+    if step >= num_steps:
+        say(f"{workdir} has already finished its {num_steps} steps")
+    elif step:
+        say(f"going on from step {step}")
+
+    log = Log(path, settings, step) if primary else None
+    draw = Sampler(built, settings["sample"]["batch_size"])
+    stream = batches(
+        images,
+        global_batch=built.batch_size,
+        seed=built.seed,
+        start_step=step,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    window: list[Metrics] = []
+    mark, marked = time.time(), step
+    steps: dict[bool, Any] = {}
+    bar = tqdm(total=num_steps, initial=step, unit="step", disable=None if primary else True, file=sys.stdout)
+
+    def samples(name: str) -> None:
+        grid = figures.grid(draw(jax.device_get(state.ema_params), 0, settings["sample"]["grid"]))
+        figures.save_image(path / "samples" / name, grid)
+        if log:
+            log.image(step, "samples", grid)
+
+    while step < num_steps:
+        batch = parallel.split(next(stream))
+        if not steps:
+            steps = compile_steps(built, state, batch)
+            mark = time.time()
+        state, metrics = steps[step % train_["r1_every"] == 0](state, batch)
+        window.append(metrics)
+        step += 1
+        bar.update()
+        if step - first <= 3:
+            jax.block_until_ready(metrics)
+            say(f"step {step} done, {time.time() - started:.1f} s after the start")
+
+        # Several processes must agree on the step at which they stop; they ask each other when they log.
+        stop = (jax.process_count() == 1 or step % log_["every"] == 0) and parallel.any_process(bool(interrupt.signal))
+        due = {name: step % every == 0 for name, every in (("log", log_["every"]), ("save", keep["every"]))}
+        last = step == num_steps or stop
+        if due["log"] or due["save"] or last:
+            window = jax.device_get(window)
+            check_finite(step - len(window), window, safe)
+            seconds, mark_step = time.time() - mark, step - marked
+            values = summarise(window)
+            values |= {"images_per_second": mark_step * built.batch_size / max(seconds, 1e-9)}
+            window, mark, marked = [], time.time(), step
+            if log:
+                log.scalars(step, values)
+                eta = (num_steps - step) * seconds / max(mark_step, 1)
+                line = f"D {values['d_loss']:.3f} G {values['g_loss']:.3f} {values['images_per_second']:.0f} images/s"
+                bar.set_postfix_str(line)
+                if bar.disable:
+                    say(f"step {step}/{num_steps}: {line}, {clock(eta)} to go")
+        if (due["save"] or last) and checkpoints:
+            checkpoints.save(step, state, settings)
+            safe = step
+        if stop:
+            break
+        if primary and (step % log_["samples_every"] == 0 and not last):
+            samples(f"step_{step:07d}.png")
+            mark = time.time()
+
+    bar.close()
+    if checkpoints:
+        checkpoints.close()
+    if primary and not interrupt.signal:
+        samples("final.png")
+        figures.curves(path / "metrics.jsonl", path / "curves.png")
+        records = figures.read_metrics(path / "metrics.jsonl")
+        results = {
+            "step": step,
+            "seconds": round(time.time() - started, 1),
+            "resumed_from": first,
+            "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            "metrics": records[-1] if records else {},
+        }
+        (path / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    if log:
+        log.close()
+    if interrupt.signal:
+        say(f"{interrupt.signal}: saved step {step} in {workdir}; run the same command to go on")
+    else:
+        say(f"finished {num_steps} steps in {clock(time.time() - started)}: see {path / 'samples' / 'final.png'}")
+    return state
+
+
+def clock(seconds: float) -> str:
+    """'1:02:03' or '2:03'."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(int(minutes), 60)
+    return f"{hours}:{minutes:02d}:{int(seconds):02d}" if hours else f"{minutes}:{int(seconds):02d}"

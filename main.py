@@ -1,0 +1,71 @@
+"""Denoising Diffusion GANs: `python main.py` trains on digits; see --help for the flags and README.md for the rest."""
+
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+from ddgan_jax import parallel
+from ddgan_jax.errors import Fault, UserError
+
+MODES = ("train", "sample")
+
+flags.DEFINE_string("workdir", "runs/digits", "Where a run keeps its checkpoints, metrics and pictures.")
+flags.DEFINE_string("mode", "train", f"What to do: {', '.join(MODES)}.")
+flags.DEFINE_string("checkpoint", None, "Sample from this checkpoint or workdir instead of --workdir.")
+flags.DEFINE_string("out", None, "Where samples go: x.png (a grid), x.npz (an array) or a directory.")
+flags.DEFINE_integer("num_samples", 64, "How many images to sample.")
+flags.DEFINE_integer("sample_seed", 0, "Image i depends on this and on i alone.")
+flags.DEFINE_string("compilation_cache", None, "Keep compiled programs in this directory for the next start.")
+
+
+def run(argv: list[str]) -> None:
+    """Read the flags and do the job. Raises UserError for wrong use."""
+    FLAGS = flags.FLAGS
+    try:
+        # This reads sys.argv already: fields of the configuration are flags of their own.
+        config_flags.DEFINE_config_file("config", "configs/digits.py", "Configuration, FILE.py or FILE.py:VARIANT.")
+        rest = FLAGS(argv)
+        config = FLAGS.config
+        config.lock()
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        # A traceback inside the message ends in the sentence that a configuration raised.
+        text = " ".join(str(error).split("Error: ")[-1].replace("\\n", " ").split())
+        if "Did you mean" in text:
+            text = "unknown field of the configuration: did you mean" + text.split("Did you mean")[1].rstrip("'")
+        raise UserError(text) from error
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]!r}: every option is a flag, --name=value")
+    if FLAGS.mode not in MODES:
+        raise UserError(f"unknown --mode={FLAGS.mode}: it is one of {', '.join(MODES)}")
+    if FLAGS.compilation_cache:
+        import jax
+
+        jax.config.update("jax_compilation_cache_dir", FLAGS.compilation_cache)
+    parallel.initialize()
+    if FLAGS.mode == "train":
+        from ddgan_jax.train import train
+
+        train(config, FLAGS.workdir)
+    else:
+        from ddgan_jax.generate import generate
+
+        path = FLAGS.checkpoint or FLAGS.workdir
+        generate(path, FLAGS.out or f"{path}/samples.png", FLAGS.num_samples, FLAGS.sample_seed)
+
+
+def main() -> int:
+    """Run, and tell mistakes (exit code 2) and faults (1) in one sentence."""
+    try:
+        run(sys.argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Fault as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

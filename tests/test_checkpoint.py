@@ -1,0 +1,154 @@
+"""Checkpoints: nothing is lost, nothing broken is believed, and sampling needs neither data nor TensorFlow."""
+
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddgan_jax import checkpoint, state
+from ddgan_jax.errors import UserError
+
+CONFIG = {"seed": 3, "generator": {"ch_mult": [1, 2]}}
+
+
+def tiny_state(step=0):
+    params = {"layer": {"kernel": np.full((3, 2), step, np.float32), "bias": np.arange(2, dtype=np.float32) - step}}
+    made = jax.jit(lambda g, d: state.create(g, d, state.adam()))(params, {"disc": np.float32(step)})
+    return made.replace(step=jnp.int32(step), ema_params=jax.tree.map(lambda x: x + 10, params))
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    """Three checkpoints: steps 1, 2 and 3."""
+    checkpoints = checkpoint.Checkpoints(str(tmp_path), keep=3)
+    for step in (1, 2, 3):
+        checkpoints.save(step, tiny_state(step), CONFIG)
+    checkpoints.close()
+    return tmp_path
+
+
+def restore(workdir):
+    said = []
+    restored = checkpoint.Checkpoints(str(workdir)).restore_latest(jax.eval_shape(tiny_state), said.append)
+    return restored, said
+
+
+def test_round_trip(workdir):
+    restored, said = restore(workdir)
+    assert not said and jax.tree.structure(restored) == jax.tree.structure(tiny_state(3))
+    jax.tree.map(np.testing.assert_array_equal, restored, tiny_state(3))
+    ema, config, step = checkpoint.restore_ema(str(workdir))
+    jax.tree.map(np.testing.assert_array_equal, ema, tiny_state(3).ema_params)
+    assert config == CONFIG and step == 3
+    for path in (workdir / "checkpoints", workdir / "checkpoints" / "2"):
+        assert checkpoint.restore_ema(str(path))[2] == (2 if path.name == "2" else 3)
+
+
+def test_keeps_the_last_and_every_mth(tmp_path):
+    checkpoints = checkpoint.Checkpoints(str(tmp_path), keep=2, keep_period=4)
+    for step in range(1, 10):
+        checkpoints.save(step, tiny_state(step), CONFIG)
+        checkpoints.save(step, tiny_state(step), CONFIG)  # again is nothing new
+    checkpoints.close()
+    assert checkpoint.Checkpoints(str(tmp_path)).steps() == [4, 8, 9]
+
+
+def largest_file(folder: pathlib.Path) -> pathlib.Path:
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def truncate(folder):
+    for path in folder.rglob("*"):
+        if path.is_file() and path.stat().st_size > 100:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(folder):
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+
+
+def half_delete(folder):
+    shutil.rmtree(folder / "state")
+
+
+def flip_bits(folder):
+    target = largest_file(folder / "ema")
+    target.write_bytes(bytes(255 - b for b in target.read_bytes()))
+
+
+@pytest.mark.parametrize("damage", [truncate, empty, half_delete, flip_bits], ids=lambda f: f.__name__)
+def test_a_damaged_checkpoint_is_set_aside(workdir, damage):
+    damage(workdir / "checkpoints" / "3")
+    restored, said = restore(workdir)
+    assert int(restored.step) == 2 and (workdir / "damaged" / "3").exists()
+    assert len(said) == 1 and "is damaged" in said[0] and "goes on from the checkpoint before" in said[0]
+    checkpoints = checkpoint.Checkpoints(str(workdir))
+    checkpoints.save(3, tiny_state(3), CONFIG)  # the step can be saved again
+    checkpoints.close()
+    assert int(restore(workdir)[0].step) == 3
+
+
+def test_nothing_whole_is_none(workdir):
+    for step in (1, 2, 3):
+        empty(workdir / "checkpoints" / str(step))
+    restored, said = restore(workdir)
+    assert restored is None and len(said) == 3
+
+
+def test_another_architecture_is_told(workdir):
+    wider = tiny_state().replace(
+        gen_params={"layer": {"kernel": np.zeros((3, 5), np.float32), "bias": np.zeros(2, np.float32)}}
+    )
+    with pytest.raises(
+        UserError, match=r"another architecture.*gen_params/layer/kernel is float32\[3, 2\].*\[3, 5\] here"
+    ):
+        checkpoint.Checkpoints(str(workdir)).restore_latest(wider, print)
+    with pytest.raises(UserError, match="only in the configuration"):
+        checkpoint.unflatten({}, {"a": np.zeros(1)})
+
+
+def test_missing_checkpoint(tmp_path):
+    with pytest.raises(UserError, match="no checkpoint in"):
+        checkpoint.restore_ema(str(tmp_path / "nothing"))
+
+
+def test_restore_ema_needs_no_data_libraries(workdir):
+    script = f"""
+import sys
+for name in ("tensorflow", "tensorflow_datasets", "clu", "ml_collections", "torch"): sys.modules[name] = None
+from ddgan_jax.checkpoint import restore_ema
+print(restore_ema({str(workdir)!r})[2])
+"""
+    root = pathlib.Path(__file__).parent.parent
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root)
+    assert result.returncode == 0 and result.stdout.split()[-1] == "3", result.stderr
+
+
+def test_a_full_disk_is_one_sentence_and_loses_nothing(workdir):
+    """Files may not grow beyond a megabyte, as on a disk with no more room; the state is 16 MB of noise."""
+    script = f"""
+import resource, sys
+import numpy as np
+from ddgan_jax.checkpoint import Checkpoints
+from ddgan_jax.errors import Fault
+resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+checkpoints = Checkpoints({str(workdir)!r}, keep=5)
+try:
+    noise = np.random.default_rng(0).random(4_000_000, np.float32)
+    checkpoints.save(4, {{"ema_params": {{"x": noise}}, "step": np.int32(4)}}, {{}})
+    checkpoints.close()
+except Fault as error:
+    print("FAULT", error)
+"""
+    root = pathlib.Path(__file__).parent.parent
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root)
+    faults = [line for line in result.stdout.splitlines() if line.startswith("FAULT")]
+    assert len(faults) == 1 and "the one of step 3 is intact" in faults[0], result.stdout + result.stderr
+    assert int(restore(workdir)[0].step) == 3

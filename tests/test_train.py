@@ -1,0 +1,188 @@
+"""The command as a user runs it: wrong use, and (slow) training, interruption, resumption, sampling."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from ddgan_jax import checkpoint, train
+from ddgan_jax.errors import Fault
+
+ROOT = pathlib.Path(__file__).parent.parent
+SMOKE = "--config=configs/digits.py:smoke"
+
+
+def command(*arguments, **options):
+    return [sys.executable, "main.py", *map(str, arguments)], dict(cwd=ROOT, text=True) | options
+
+
+def run(*arguments, env=None):
+    argv, options = command(*arguments)
+    return subprocess.run(argv, **options, capture_output=True, env=os.environ | (env or {}), timeout=900)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--config.train.batch_sise=3"], "batch_size"),
+        (["--config.train.batch_size=many"], "batch_size"),
+        (["--config=configs/nothing.py"], "nothing.py"),
+        (["--config=configs/digits.py:tiny"], "unknown variant 'tiny'"),
+        ([SMOKE, "--mode=dream"], "unknown --mode=dream: it is one of train, sample"),
+        ([SMOKE, "now"], "unexpected argument 'now'"),
+        ([SMOKE, "--config.train.batch_size=6"], "train.batch_size=6 does not divide into a multiple of 4"),
+        ([SMOKE, "--config.data.image_size=9"], "data.image_size=9 does not halve"),
+        ([SMOKE, "--config.diffusion.kind=geometric"], "not a diffusion"),
+        ([SMOKE, "--config.model.dtype=float16"], "float32 or bfloat16"),
+        ([SMOKE, "--mode=sample"], "no checkpoint in"),
+        ([SMOKE, "--mode=sample", "--out=x.gif"], "must end in .png"),
+        ([SMOKE, "--workdir=/proc/nothing"], "cannot be used"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_wrong_use_is_one_sentence(arguments, message, tmp_path):
+    if not any("--workdir" in argument for argument in arguments):
+        arguments = [*arguments, f"--workdir={tmp_path / 'run'}"]
+    result = run(*arguments)
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 2 and len(errors) == 1 and message in errors[0], result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_loss_that_is_not_finite_is_named():
+    window = [
+        {"d_loss": np.float32(1), "g_loss": np.float32(2)},
+        {"d_loss": np.float32(1), "g_loss": np.float32("nan")},
+    ]
+    with pytest.raises(Fault, match="g_loss is not finite at step 11: the checkpoint of step 8 is good"):
+        train.check_finite(10, window, 8)
+    train.check_finite(10, window[:1], 8)
+
+
+def test_summary_of_losses_by_t():
+    """Means over the examples of each t, whatever the window; a t that did not occur is left out."""
+    window = [
+        {"d_loss_by_t": np.array([1.0, 0.0, 0]), "d_count_by_t": np.array([0.5, 0.5, 0])},
+        {"d_loss_by_t": np.array([0.0, 3.0, 0]), "d_count_by_t": np.array([0.0, 1.0, 0])},
+    ]
+    window = [w | {"g_loss_by_t": w["d_loss_by_t"], "g_count_by_t": w["d_count_by_t"], "d_loss": 2.0} for w in window]
+    assert train.summarise(window) == {
+        "d_loss": 2.0,
+        "d_loss_t0": 2.0,
+        "d_loss_t1": 2.0,
+        "g_loss_t0": 2.0,
+        "g_loss_t1": 2.0,
+    }
+
+
+# --- Slow: each start compiles for a minute or so, once; then a cache serves ------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return f"--compilation_cache={tmp_path_factory.mktemp('cache')}"
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, cache):
+    """A run of 24 steps that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("unbroken")
+    result = run(SMOKE, f"--workdir={workdir}", "--config.train.num_steps=24", cache)
+    assert result.returncode == 0, result.stderr
+    return workdir
+
+
+def final(workdir):
+    return checkpoint.read(checkpoint.find(str(workdir)))[0]
+
+
+def assert_same(workdir, other):
+    ours, theirs = final(workdir), final(other)
+    assert ours.keys() == theirs.keys()
+    for path, array in ours.items():
+        np.testing.assert_array_equal(array, theirs[path], err_msg=path)
+
+
+@pytest.mark.slow
+def test_a_run_leaves_what_it_should(unbroken):
+    for name in ("config.json", "metrics.jsonl", "results.json", "curves.png", "samples/final.png", "checkpoints/24"):
+        assert (unbroken / name).exists(), name
+    records = [json.loads(line) for line in (unbroken / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(2, 25, 2))
+    expected = "d_loss g_loss d_real d_fake r1 d_grad_norm g_grad_norm d_param_norm g_param_norm images_per_second"
+    assert set(expected.split()) <= set(records[-1]) | set(records[-2])
+    assert list((unbroken / "tensorboard").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
+def test_interrupted_and_resumed_is_bit_identical(number, unbroken, cache, tmp_path):
+    arguments = SMOKE, f"--workdir={tmp_path}", "--config.train.num_steps=24", cache
+    argv, options = command(*arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    with subprocess.Popen(argv, **options) as process:
+        for line in process.stdout:
+            match = re.match(r"step (\d+)/", line)
+            if match and int(match[1]) >= 8:  # steps 9 to 11 lie between the checkpoints of 8 and 12
+                process.send_signal(number)
+                break
+        output = process.stdout.read()
+        code = process.wait()
+    if number == signal.SIGKILL:
+        assert code == -signal.SIGKILL
+    else:
+        assert code == 0 and f"{number.name}: saved step" in output, output
+    assert not (tmp_path / "results.json").exists()
+    result = run(*arguments)
+    assert result.returncode == 0 and "going on from step" in result.stdout, result.stdout + result.stderr
+    assert_same(tmp_path, unbroken)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps)) and steps[-1] == 24
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_at_once(cache, tmp_path):
+    argv, options = command(SMOKE, f"--workdir={tmp_path}", "--config.train.num_steps=100000", cache)
+    with subprocess.Popen(argv, **options, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        for line in process.stdout:
+            if line.startswith("step 1 done"):
+                break
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)
+        start = time.time()
+        process.communicate()
+        assert time.time() - start < 20
+
+
+@pytest.mark.slow
+def test_a_nan_stops_the_run(cache, tmp_path):
+    """An absurd learning rate blows the networks up: the run names step and quantity, and saves nothing of it."""
+    result = run(SMOKE, f"--workdir={tmp_path}", "--config.train.lr_g=1e38", "--config.train.lr_d=1e38")
+    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
+    assert re.search(r"stopped: \w+ is not finite at step \d+: there is no checkpoint yet", result.stderr), (
+        result.stderr
+    )
+    assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
+
+
+@pytest.mark.slow
+def test_samples_do_not_depend_on_batch_or_devices(unbroken, tmp_path):
+    images = {}
+    for batch, devices in ((7, 1), (32, 1), (100, 1), (25, 4)):
+        out = tmp_path / f"{batch}_{devices}.npz"
+        script = f"""
+from ddgan_jax.generate import generate
+generate({str(unbroken)!r}, {str(out)!r}, 100, batch_size={batch})
+"""
+        env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "PYTHONPATH": str(ROOT)}
+        subprocess.run([sys.executable, "-c", script], env=env, cwd=tmp_path, check=True, timeout=600)
+        images[batch] = np.load(out)["images"]
+        assert images[batch].shape == (100, 8, 8, 1) and images[batch].dtype == np.uint8
+    for other in images.values():  # rounding to uint8 can turn a difference of 1e-7 into one
+        assert np.abs(other.astype(int) - images[7]).max() <= 1

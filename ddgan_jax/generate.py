@@ -22,7 +22,7 @@ class Sampler:
         self._batch_size = max(1, batch_size)
 
     def __call__(self, params: Any, seed: int, num: int, progress: bool = False) -> np.ndarray:
-        """Images 0..num-1, uint8 [num, H, W, C]; image i from (seed, i) alone. Where memory ends it halves its batch."""
+        """Images 0..num-1, uint8 [num, H, W, C]; image i from (seed, i) alone. Halves its batch where memory ends."""
         images: list[np.ndarray] = []
         done = 0
         with tqdm(total=num, unit="img", desc="sampling", disable=None if progress else True) as bar:

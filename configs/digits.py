@@ -16,10 +16,10 @@ def get_config(variant: str = "") -> ConfigDict:
     config.generator.update(
         nf=16, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,), nz=32, z_emb_dim=64, n_mlp=2
     )
-    config.discriminator.update(ngf=16, t_emb_dim=64)
+    config.discriminator.update(ngf=12, t_emb_dim=64)
     config.train.update(
-        num_steps=3000,
-        batch_size=64,
+        num_steps=2500,
+        batch_size=32,
         lr_g=1e-3,
         lr_d=1e-3,
         steps_per_epoch=1,

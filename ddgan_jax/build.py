@@ -17,6 +17,7 @@ from ddgan_jax.diffusion import Schedule
 from ddgan_jax.errors import UserError
 from ddgan_jax.models.discriminator import STDDEV_GROUP, Discriminator, preset
 from ddgan_jax.models.generator import Generator
+from ddgan_jax.sampling import sample
 from ddgan_jax.train_step import Method
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -135,7 +136,6 @@ def check_batch(batch_size: int) -> int:
 
 def sampler(built: Built) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
     """sample(params, seed, indices [B]) -> uint8 images [B, H, W, C]; image i depends on (seed, i) alone."""
-    from ddgan_jax.sampling import sample
 
     def draw(params: Any, seed: jax.Array, indices: jax.Array) -> jax.Array:
         gen = partial(built.method.gen, params)

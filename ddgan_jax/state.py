@@ -1,8 +1,7 @@
 """The state of a training run, all arrays, and the optimizers that move it.
 
 `step` is the only clock: randomness, data order and learning rates are functions of it. Optimizer and moving average
-work on all parameters as one vector: a few large operations instead of thousands of small ones, which halves the
-compilation and the step of a small network on a CPU.
+work on all parameters as one vector: a few large operations instead of hundreds of small ones in the compiled step.
 """
 
 from collections.abc import Callable

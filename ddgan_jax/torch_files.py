@@ -32,16 +32,22 @@ from ddgan_jax.torch_weights import (
 LICENCE_NOTE = "Imported weights keep their licence: those that NVIDIA released may not be used commercially."
 
 
+def _torch() -> Any:
+    """PyTorch, or a UserError that says how to get it."""
+    try:
+        import torch
+    except ImportError:
+        raise UserError("a .pth file can only be read or written with PyTorch: pip install torch") from None
+    return torch
+
+
 def load(path: str) -> dict[str, Any]:
     """The content of a `.pth` file: a state dict (`netG_*.pth`) or a whole run (`content.pth`).
 
     Tensors come as numpy arrays, the arguments of the run as a dict. Raises UserError if PyTorch is missing, or if
     the file is missing, damaged, or holds anything but tensors and plain values.
     """
-    try:
-        import torch
-    except ImportError:
-        raise UserError("a .pth file can only be read or written with PyTorch: pip install torch") from None
+    torch = _torch()
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -82,10 +88,7 @@ def _plain(value: Any, path: str) -> Any:
 
 def save(path: str, state_dict: StateDict) -> None:
     """Write a state dict as the reference does (`netG_*.pth`): keys prefixed with 'module.'. Needs PyTorch."""
-    try:
-        import torch
-    except ImportError:
-        raise UserError("a .pth file can only be read or written with PyTorch: pip install torch") from None
+    torch = _torch()
     torch.save({f"module.{key}": torch.from_numpy(np.array(value)) for key, value in state_dict.items()}, path)
 
 

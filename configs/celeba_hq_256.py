@@ -1,9 +1,9 @@
-"""CelebA-HQ at 256 px as in the paper : two denoising steps. Variants: 'paper', 'smoke'."""
+"""CelebA-HQ at 256 px as in the paper: two denoising steps. Variants: 'paper', 'smoke'."""
 
 from ml_collections import ConfigDict
 
+from configs.cifar10 import apply_variant
 from configs.cifar10 import get_config as cifar10
-from configs.cifar10 import smoke
 
 
 def get_config(variant: str = "paper") -> ConfigDict:
@@ -23,8 +23,4 @@ def get_config(variant: str = "paper") -> ConfigDict:
         ema_decay=0.9999,
     )
     config.sample.update(batch_size=8, grid=16)
-    if variant == "smoke":
-        smoke(config)
-    elif variant != "paper":
-        raise ValueError(f"unknown variant {variant!r}: it is 'paper' or 'smoke'")
-    return config
+    return apply_variant(config, variant)

@@ -70,6 +70,11 @@ def get_config(variant: str = "paper") -> ConfigDict:
     config.sample.batch_size = 64  # images drawn at once on a device; halved where memory runs out
     config.sample.grid = 64  # images in a grid
 
+    return apply_variant(config, variant)
+
+
+def apply_variant(config: ConfigDict, variant: str) -> ConfigDict:
+    """The config as it is ('paper') or shrunk ('smoke')."""
     if variant == "smoke":
         smoke(config)
     elif variant != "paper":
@@ -80,7 +85,7 @@ def get_config(variant: str = "paper") -> ConfigDict:
 def smoke(config: ConfigDict) -> None:
     """Shrink any config so that it runs in under a minute on a CPU, on made data, through the same code."""
     config.data.update(name="synthetic", image_size=8)
-    config.generator.update(nf=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,), nz=8, z_emb_dim=16, n_mlp=1)
+    config.generator.update(nf=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(), nz=8, z_emb_dim=16, n_mlp=1)
     config.discriminator.update(ngf=8, t_emb_dim=16)
     config.train.update(num_steps=8, batch_size=16, steps_per_epoch=2, r1_every=3)
     config.checkpoint.update(every=4, keep=2, keep_period=0)

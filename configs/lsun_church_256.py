@@ -1,9 +1,9 @@
-"""LSUN Church Outdoor at 256 px as in the paper . Variants: 'paper', 'smoke'."""
+"""LSUN Church Outdoor at 256 px as in the paper. Variants: 'paper', 'smoke'."""
 
 from ml_collections import ConfigDict
 
 from configs.celeba_hq_256 import get_config as celeba
-from configs.cifar10 import smoke
+from configs.cifar10 import apply_variant
 
 
 def get_config(variant: str = "paper") -> ConfigDict:
@@ -21,8 +21,4 @@ def get_config(variant: str = "paper") -> ConfigDict:
         r1_every=10,
         ema_decay=0.999,
     )
-    if variant == "smoke":
-        smoke(config)
-    elif variant != "paper":
-        raise ValueError(f"unknown variant {variant!r}: it is 'paper' or 'smoke'")
-    return config
+    return apply_variant(config, variant)

@@ -5,16 +5,12 @@ The paper gives the networks (those of CIFAR-10) and not the training; everythin
 
 from ml_collections import ConfigDict
 
+from configs.cifar10 import apply_variant
 from configs.cifar10 import get_config as cifar10
-from configs.cifar10 import smoke
 
 
 def get_config(variant: str = "paper") -> ConfigDict:
     """The networks of the paper: 1,000 modes, KL 0.071."""
     config = cifar10()
     config.data.update(name="stacked_mnist", flip=False)
-    if variant == "smoke":
-        smoke(config)
-    elif variant != "paper":
-        raise ValueError(f"unknown variant {variant!r}: it is 'paper' or 'smoke'")
-    return config
+    return apply_variant(config, variant)

@@ -66,6 +66,14 @@ def _nested(arrays: Arrays) -> dict[str, Any]:
     return tree
 
 
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """Orbax works in this process only; else it would wait for the other processes, which do not call it."""
+    index = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=index, active_processes={index}, barrier_sync_key_prefix="one"
+    )
+
+
 class Checkpoints:
     """The checkpoints of one run, for process 0; `close` waits for the last save."""
 
@@ -76,9 +84,7 @@ class Checkpoints:
             max_to_keep=keep,
             keep_period=keep_period,
             cleanup_tmp_directories=True,
-            multiprocessing_options=ocp.options.MultiprocessingOptions(
-                primary_host=jax.process_index(), active_processes={jax.process_index()}, barrier_sync_key_prefix="one"
-            ),
+            multiprocessing_options=_alone(),
             create=False,  # Orbax does not create directories for a part of the processes
         )
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -149,13 +155,18 @@ class Checkpoints:
 
 def read(path: pathlib.Path, ema_only: bool = False) -> tuple[Arrays, dict[str, Any]]:
     """({path: array}, config) of one checkpoint directory, on the host. Raises Fault if it is damaged."""
+    alone = {"multiprocessing_options": _alone()}
+    handlers: dict[str, Any] = {
+        "ema": ocp.StandardCheckpointHandler(**alone),
+        "config": ocp.JsonCheckpointHandler(**alone),
+    }
     items: dict[str, Any] = {"ema": ocp.args.StandardRestore(), "config": ocp.args.JsonRestore()}
     if not ema_only:
+        handlers["state"] = ocp.StandardCheckpointHandler(**alone)
         items["state"] = ocp.args.StandardRestore()
+    handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(**alone), **handlers)
     try:
-        handlers = {"ema": ocp.StandardCheckpointHandler(), "config": ocp.JsonCheckpointHandler()}
-        handlers |= {} if ema_only else {"state": ocp.StandardCheckpointHandler()}
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
+        with ocp.Checkpointer(handler, **alone) as checkpointer:
             found = checkpointer.restore(path.resolve(), args=ocp.args.Composite(**items))
         arrays = {_EMA + key: np.asarray(value) for key, value in found["ema"].items()}
         arrays |= {} if ema_only else {key: np.asarray(value) for key, value in found["state"].items()}

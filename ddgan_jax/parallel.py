@@ -25,13 +25,32 @@ def map_step(step: Callable) -> Any:
     return jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0)
 
 
+def compile_step(step: Callable, state: Any, batch: np.ndarray, options: dict[str, Any]) -> Any:
+    """`map_step(step)` compiled for a `replicate`d state and for this process's part of a batch, before it is `split`.
+
+    Call the result with what `split` returns: a compiled pmap takes arrays that span all processes.
+    """
+    return map_step(step).lower(state, _rows(batch)).compile(compiler_options=options)
+
+
+def _sharding(*axes: str) -> NamedSharding:
+    return NamedSharding(Mesh(np.array(jax.devices()), (AXIS,)), PartitionSpec(*axes))
+
+
 def replicate(tree: Any) -> Any:
     """Arrays of this process -> arrays on every device of every process."""
-    return jax.device_put(tree, NamedSharding(Mesh(np.array(jax.devices()), (AXIS,)), PartitionSpec()))
+    return jax.device_put(tree, _sharding())
 
 
-def split(batch: np.ndarray) -> np.ndarray:
-    """This process's part of a batch, [B, ...] -> [local devices, B / local devices, ...]; UserError if uneven."""
+def split(batch: np.ndarray) -> jax.Array:
+    """This process's part of a batch, [B, ...] -> an array on the devices of all processes, [devices, b, ...].
+
+    Raises UserError unless B divides by this process's devices.
+    """
+    return jax.make_array_from_process_local_data(_sharding(AXIS), _rows(batch))
+
+
+def _rows(batch: np.ndarray) -> np.ndarray:
     n = jax.local_device_count()
     if batch.shape[0] % n:
         raise UserError(f"a batch of {batch.shape[0]} images does not divide by {n} devices: choose a multiple of {n}")

@@ -68,9 +68,7 @@ class Log:
 
         self._path = workdir / "metrics.jsonl"
         records = [r for r in figures.read_metrics(self._path) if r["step"] <= start_step]
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
-        os.replace(temporary, self._path)
+        _replace(self._path, "".join(json.dumps(record) + "\n" for record in records))
         self._file = self._path.open("a")
         self._writer = metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(workdir / "tensorboard")))
         text = "    " + json.dumps(config, indent=2).replace("\n", "\n    ")  # indented: Markdown shows it as it is
@@ -119,21 +117,28 @@ def open_workdir(workdir: pathlib.Path, config: dict[str, Any]) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         old = workdir / "config.json"
         if old.exists():
-            before = json.loads(old.read_text())
-            changed = sorted(
-                f"{group}.{name}" if isinstance(value, dict) else group
-                for group, value in config.items()
-                for name in (value if isinstance(value, dict) else [group])
-                if (value.get(name) if isinstance(value, dict) else value)
-                != (before.get(group, {}).get(name) if isinstance(value, dict) else before.get(group))
-            )
+            before, now = _fields(json.loads(old.read_text())), _fields(config)
+            changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
             if changed:
                 say(f"note: {workdir} was started with other values of {', '.join(changed)}")
-        temporary = workdir / "config.json.tmp"
-        temporary.write_text(json.dumps(config, indent=2) + "\n")
-        os.replace(temporary, old)
+        _replace(old, json.dumps(config, indent=2) + "\n")
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(f"--workdir={workdir} cannot be used: {error}") from error
+
+
+def _fields(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, {'train.batch_size': 32}."""
+    fields: dict[str, Any] = {}
+    for name, value in config.items():
+        fields |= _fields(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return fields
+
+
+def _replace(path: pathlib.Path, text: str) -> None:
+    """Write a file so that it is the old one or the new one at any moment."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 def compile_steps(built: Built, state: Any, images: np.ndarray) -> dict[bool, Any]:
@@ -142,8 +147,7 @@ def compile_steps(built: Built, state: Any, images: np.ndarray) -> dict[bool, An
     for with_r1 in (True, False):
         # On a CPU the highest optimization level takes longer to compile (33 s against 19 s), for no faster a step.
         options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else {}
-        lowered = parallel.map_step(built.step(with_r1)).lower(state, images)
-        steps[with_r1] = lowered.compile(compiler_options=options)
+        steps[with_r1] = parallel.compile_step(built.step(with_r1), state, images, options)
     costs = [steps[with_r1].cost_analysis() or {} for with_r1 in (False, True)]
     memory = steps[True].memory_analysis()
     size = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20 if memory else float("nan")
@@ -231,11 +235,11 @@ def train(config: Any, workdir: str) -> Any:
             log.image(step, "samples", grid)
 
     while step < num_steps:
-        batch = parallel.split(next(stream))
+        batch = next(stream)
         if not steps:
             steps = compile_steps(built, state, batch)
             mark = time.time()
-        state, metrics = steps[step % train_["r1_every"] == 0](state, batch)
+        state, metrics = steps[step % train_["r1_every"] == 0](state, parallel.split(batch))
         window.append(metrics)
         step += 1
         bar.update()
@@ -276,15 +280,7 @@ def train(config: Any, workdir: str) -> Any:
     if primary and not interrupt.signal:
         samples("final.png")
         figures.curves(path / "metrics.jsonl", path / "curves.png")
-        records = figures.read_metrics(path / "metrics.jsonl")
-        results = {
-            "step": step,
-            "seconds": round(time.time() - started, 1),
-            "resumed_from": first,
-            "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-            "metrics": records[-1] if records else {},
-        }
-        (path / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        write_results(path, step, first, time.time() - started)
     if log:
         log.close()
     if interrupt.signal:
@@ -292,6 +288,19 @@ def train(config: Any, workdir: str) -> Any:
     else:
         say(f"finished {num_steps} steps in {clock(time.time() - started)}: see {path / 'samples' / 'final.png'}")
     return state
+
+
+def write_results(workdir: pathlib.Path, step: int, resumed_from: int, seconds: float) -> None:
+    """Leave results.json: how the run ended, and its last metrics."""
+    records = figures.read_metrics(workdir / "metrics.jsonl")
+    results = {
+        "step": step,
+        "seconds": round(seconds, 1),
+        "resumed_from": resumed_from,
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "metrics": records[-1] if records else {},
+    }
+    _replace(workdir / "results.json", json.dumps(results, indent=2) + "\n")
 
 
 def clock(seconds: float) -> str:

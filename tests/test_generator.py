@@ -67,7 +67,7 @@ def test_output_and_gradients_equal_reference(golden_generator):
     named = golden.below("grad/param/")
     assert named
     for name, expected in named.items():
-        if not name.endswith("NIN_1.b"):  # its true gradient is zero: softmax does not see a shift of all its inputs
+        if not name.endswith("NIN_1.b"):  # its true gradient is zero, as ours is; the reference has rounding noise
             close_to_largest(grads[name], expected, 1e-4, name)
     names, values = json.loads(str(golden["grad_norm/names"])), golden["grad_norm/values"]
     unused = json.loads(str(golden["unused_params"]))
@@ -213,8 +213,7 @@ def test_rematerialisation_changes_nothing():
     assert shapes_of(remat, 16) == shapes_of(generator, 16)
     ours, theirs = generator_state_dict(gradient(remat)), generator_state_dict(gradient(generator))
     for name in ours:
-        if not name.endswith("NIN_1.b"):
-            close_to_largest(ours[name], theirs[name], 1e-4, name)
+        close_to_largest(ours[name], theirs[name], 1e-4, name)
     assert "remat" in str(jax.make_jaxpr(jax.grad(lambda p: jnp.sum(remat.apply({"params": p}, x, t, z))))(params))
 
 

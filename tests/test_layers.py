@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import Golden
+from conftest import Golden, close_to_largest
 
 from ddgan_jax.errors import UserError
 from ddgan_jax.models import layers
@@ -29,8 +29,9 @@ def test_fir_resampling_equals_reference(name):
 
     np.testing.assert_allclose(nchw(layers.fir_upsample(x, kernel)), golden["upsample_2d/" + name], atol=1e-6)
     np.testing.assert_allclose(nchw(layers.fir_downsample(x, kernel)), golden["downsample_2d/" + name], atol=1e-6)
-    np.testing.assert_allclose(fused("down"), golden["conv_downsample_2d/" + name], atol=2e-6)
-    np.testing.assert_allclose(fused("up"), golden["PATCHED_upsample_conv_2d/" + name], atol=2e-6)
+    # Sums of 45 products, which processors add up in different orders: 3.8e-6 was seen where the largest is 8.6.
+    close_to_largest(fused("down"), golden["conv_downsample_2d/" + name], 1e-6)
+    close_to_largest(fused("up"), golden["PATCHED_upsample_conv_2d/" + name], 1e-6)
 
 
 @pytest.mark.golden

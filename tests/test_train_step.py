@@ -93,7 +93,7 @@ def test_four_steps_equal_reference():
         expected = golden.below(f"{prefix}/{network}/")
         assert expected
         for name, value in expected.items():
-            if not name.endswith("NIN_1.b"):  # its true gradient is zero, and Adam makes steps of rounding noise
+            if not name.endswith("NIN_1.b"):  # its true gradient is zero; the reference steps along rounding noise
                 np.testing.assert_allclose(ours[name], value, atol=5e-6, rtol=0, err_msg=f"{prefix} {network} {name}")
 
     for step in range(4):

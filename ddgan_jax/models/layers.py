@@ -201,6 +201,22 @@ def merge(x: jax.Array, h: jax.Array, rescale: bool) -> jax.Array:
     return (x + h) / np.sqrt(2).astype(x.dtype) if rescale else x + h
 
 
+class Keys(nn.Module):
+    """The keys of attention, [B, N, C] -> [B, N, C]: dense with a bias that released weights have, unused.
+
+    It would add the same to all logits of a query, which softmax ignores. Its true gradient is therefore zero, and Adam
+    would walk along the rounding noise of a computed one, another way on any other number of devices.
+    """
+
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, h: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", init_avg(0.1), (h.shape[-1], h.shape[-1]))
+        self.param("bias", nn.initializers.zeros, (h.shape[-1],))
+        return h.astype(self.dtype) @ kernel.astype(self.dtype)
+
+
 class Attention(nn.Module):
     """Single-head self-attention over the pixels of [B, H, W, C], with a residual connection."""
 
@@ -211,7 +227,8 @@ class Attention(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         b, height, width, c = x.shape
         h = group_norm(c, "norm")(x).reshape(b, height * width, c)
-        q, k, v = (nn.Dense(c, kernel_init=init_avg(0.1), dtype=self.dtype, name=name)(h) for name in ("q", "k", "v"))
+        q, v = (nn.Dense(c, kernel_init=init_avg(0.1), dtype=self.dtype, name=name)(h) for name in ("q", "v"))
+        k = Keys(self.dtype, name="k")(h)
         logits = jnp.einsum("bqc,bkc->bqk", q, k).astype(jnp.float32) * c**-0.5
         h = jnp.einsum("bqk,bkc->bqc", jax.nn.softmax(logits, axis=-1).astype(v.dtype), v)
         h = nn.Dense(c, kernel_init=init_avg(0.0), dtype=self.dtype, name="out")(h)

@@ -1,6 +1,7 @@
 """Denoising Diffusion GANs: `python main.py` trains on digits; see --help for the flags and README.md for the rest."""
 
 import sys
+import traceback
 
 from absl import flags
 from ml_collections import config_flags
@@ -56,15 +57,21 @@ def run(argv: list[str]) -> None:
 
 def main() -> int:
     """Run, and tell mistakes (exit code 2) and faults (1) in one sentence."""
+    code = 0
     try:
         run(sys.argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        code = 2
     except Fault as error:
         print(f"stopped: {error}", file=sys.stderr)
-        return 1
-    return 0
+        code = 1
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    if code:
+        parallel.leave(code)
+    return code
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ to examples, by their index in the *global* batch, so that the numbers do not de
 """
 
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -88,8 +89,24 @@ def initialize() -> None:
         if not (count.isdigit() and index.isdigit() and int(index) < int(count)):
             raise UserError(f"JAX_PROCESS_ID={index} must be a number below JAX_NUM_PROCESSES={count}")
         jax.distributed.initialize(address, int(count), int(index))
+        barrier()
     elif "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
         jax.distributed.initialize()
+        barrier()
+
+
+def barrier() -> None:
+    """Wait for the other processes. Where they meet for the first time in a program, they give up after 30 s."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("barrier")
+
+
+def leave(exit_code: int) -> None:
+    """End this process at once if others work with it: at a usual exit it would wait for them, and they for it."""
+    if jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
 
 
 def is_primary() -> bool:

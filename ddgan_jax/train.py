@@ -238,6 +238,7 @@ def train(config: Any, workdir: str) -> Any:
         batch = next(stream)
         if not steps:
             steps = compile_steps(built, state, batch)
+            parallel.barrier()
             mark = time.time()
         state, metrics = steps[step % train_["r1_every"] == 0](state, parallel.split(batch))
         window.append(metrics)

@@ -185,7 +185,7 @@ LAYOUTS = {"1 device": (1, 1), "4 devices": (1, 4), "2 processes of 2": (2, 2)} 
 
 
 def run_layout(layout, workdir, *arguments):
-    """Run the command in every process of a layout, joined by jax.distributed over the loopback; their outputs."""
+    """Run the command in every process of a layout, joined by jax.distributed over the loopback: [(code, output)]."""
     count, devices = LAYOUTS[layout]
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -200,8 +200,18 @@ def run_layout(layout, workdir, *arguments):
         argv, options = command(CIFAR10, f"--workdir={workdir}", *arguments)
         options |= dict(env=env | (group if count > 1 else {}), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         processes.append(subprocess.Popen(argv, **options))
-    outputs = [process.communicate(timeout=900)[0] for process in processes]
-    assert all(process.returncode == 0 for process in processes), "\n\n".join(outputs)
+    try:
+        outputs = [process.communicate(timeout=900)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
+
+
+def succeed(layout, workdir, *arguments):
+    """The outputs of a layout's processes, which must all end well."""
+    codes, outputs = zip(*run_layout(layout, workdir, *arguments), strict=True)
+    assert not any(codes), "\n\n".join(outputs)
     return outputs
 
 
@@ -210,7 +220,7 @@ def layouts(tmp_path_factory, cache):
     """A whole run of eight steps, with a checkpoint at four, for every layout."""
     workdirs = {layout: tmp_path_factory.mktemp("layout") for layout in LAYOUTS}
     for layout, workdir in workdirs.items():
-        outputs = run_layout(layout, workdir, cache)
+        outputs = succeed(layout, workdir, cache)
         count, devices = LAYOUTS[layout]
         assert f"{count} processes x {devices} devices x {16 // count // devices}" in outputs[0]
         assert not any("finished" in output or "step 1" in output for output in outputs[1:])  # only process 0 speaks
@@ -238,5 +248,15 @@ def test_a_checkpoint_resumes_on_any_layout(layouts, source, target, cache, tmp_
     if source == target:
         pytest.skip("the same layout: tested above, bit for bit")
     shutil.copytree(layouts[source] / "checkpoints" / "4", tmp_path / "checkpoints" / "4")
-    assert "going on from step 4" in run_layout(target, tmp_path, cache)[0]
+    assert "going on from step 4" in succeed(target, tmp_path, cache)[0]
     assert_close(tmp_path, layouts["1 device"])
+
+
+@pytest.mark.slow
+def test_an_error_in_one_process_ends_all(layouts, tmp_path):
+    """Only process 0 reads the checkpoint, which is of another architecture: the other must not wait for ever."""
+    shutil.copytree(layouts["1 device"] / "checkpoints" / "4", tmp_path / "checkpoints" / "4")
+    start = time.time()
+    (code, output), (other_code, _) = run_layout("2 processes of 2", tmp_path, "--config.generator.nf=16")
+    assert code == 2 and "error: the checkpoint of step 4" in output and "Traceback" not in output, output
+    assert other_code != 0 and time.time() - start < 120

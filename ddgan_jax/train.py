@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ddgan_jax import checkpoint, figures, parallel
 from ddgan_jax.build import Built, as_dict, build, check_batch
 from ddgan_jax.data.batches import batches
-from ddgan_jax.data.sources import open_images
+from ddgan_jax.data.sources import open_images, quiet
 from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.generate import Sampler
 
@@ -64,7 +64,8 @@ class Log:
 
     def __init__(self, workdir: pathlib.Path, config: dict[str, Any], start_step: int):
         """Open the log; records of steps after `start_step`, from a run that broke off, are dropped."""
-        from clu import metric_writers
+        with quiet():  # it imports TensorFlow
+            from clu import metric_writers
 
         self._path = workdir / "metrics.jsonl"
         records = [r for r in figures.read_metrics(self._path) if r["step"] <= start_step]

@@ -29,7 +29,7 @@ def open_images(name: str, split: str, data_dir: str | None, image_shape: tuple[
         return np.random.default_rng(0).integers(0, 256, (SYNTHETIC_IMAGES, *image_shape), np.uint8)
     data_dir = os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
     try:
-        with _quiet():
+        with quiet():
             builder = _find(name, data_dir)
             if builder is None and name == "digits":
                 builder = _prepare_digits(data_dir)
@@ -101,13 +101,19 @@ def _read(builder: Any, name: str, split: str, image_shape: tuple[int, int, int]
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the notes of TensorFlow and tfds on what they find and how they were built; errors stay."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+def quiet() -> Iterator[None]:
+    """Without the notes of TensorFlow and tfds on what they find and how they were built; exceptions come through.
+
+    TensorFlow 2.21 writes to the file descriptor, before any setting of its own is read.
+    """
     absl = logging.getLogger("absl")
-    level = absl.level
+    level, stderr, nowhere = absl.level, os.dup(2), os.open(os.devnull, os.O_WRONLY)
     absl.setLevel(logging.ERROR)
+    os.dup2(nowhere, 2)
     try:
         yield
     finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
         absl.setLevel(level)

@@ -12,11 +12,13 @@ def get_config(variant: str = "paper") -> ConfigDict:
     config.seed = 0  # of weights, noise, and the order of the images
 
     config.data = ConfigDict()
-    config.data.name = "cifar10"  # a tfds dataset; 'digits' and 'synthetic' need no download
+    config.data.name = "cifar10"  # a tfds dataset; 'digits' and 'synthetic' need no download; or 'image_folder'
+    config.data.path = ""  # of 'image_folder': a folder or a zip
+    config.data.max_bad_share = 0.01  # of 'image_folder': the share of files that may be skipped as damaged
     config.data.split = "train"
-    config.data.dir = ""  # of tfds; '' is its default, ~/tensorflow_datasets
-    config.data.image_size = 32
-    config.data.channels = 3
+    config.data.dir = ""  # of tfds and of prepared copies; '' is the default of tfds, ~/tensorflow_datasets
+    config.data.image_size = 32  # 0 for 'image_folder': what the images have
+    config.data.channels = 3  # likewise
     config.data.flip = True  # mirror half of the images (released code)
 
     config.diffusion = ConfigDict()  # the fields of Schedule.create
@@ -84,7 +86,7 @@ def apply_variant(config: ConfigDict, variant: str) -> ConfigDict:
 
 def smoke(config: ConfigDict) -> None:
     """Shrink any config so that it runs in under a minute on a CPU, on made data, through the same code."""
-    config.data.update(name="synthetic", image_size=8)
+    config.data.update(name="synthetic", image_size=8, channels=config.data.channels or 3)
     config.generator.update(nf=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(), nz=8, z_emb_dim=16, n_mlp=1)
     config.discriminator.update(ngf=8, t_emb_dim=16)
     config.train.update(num_steps=8, batch_size=16, steps_per_epoch=2, r1_every=3)

@@ -142,6 +142,12 @@ def _replace(path: pathlib.Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def open_data(data: dict[str, Any]) -> np.ndarray:
+    """The images uint8 [N, H, W, C] that the group `data` of a configuration names."""
+    shape = data["image_size"], data["image_size"], data["channels"]
+    return open_images(data["name"], data["split"], data["dir"] or None, shape, data["path"], data["max_bad_share"])
+
+
 def compile_steps(built: Built, state: Any, images: np.ndarray) -> dict[bool, Any]:
     """Both step functions, compiled; says how long it took, the work of a step and the memory it needs."""
     steps, start = {}, time.time()
@@ -183,15 +189,16 @@ def train(config: Any, workdir: str) -> Any:
     started = time.time()
     interrupt = Interrupt()
     settings = as_dict(config)
-    built = build(config)
+    if 0 in (settings["data"]["image_size"], settings["data"]["channels"]):
+        settings["data"] |= dict(zip(("image_size", "channels"), open_data(settings["data"]).shape[2:], strict=True))
+    built = build(settings)
     train_, log_ = settings["train"], settings["log"]
     num_steps, path = train_["num_steps"], pathlib.Path(workdir)
     per_device = check_batch(built.batch_size)
     primary = parallel.is_primary()
     if primary:
         open_workdir(path, settings)
-    data = settings["data"]
-    images = open_images(data["name"], data["split"], data["dir"] or None, built.image_shape)
+    images = open_data(settings["data"])
     shapes = jax.eval_shape(built.init_state)
     overview(built, shapes, per_device, len(images))
 
@@ -241,6 +248,7 @@ def train(config: Any, workdir: str) -> Any:
             steps = compile_steps(built, state, batch)
             parallel.barrier()
             mark = time.time()
+            bar.unpause()  # the time to go is that of steps
         state, metrics = steps[step % train_["r1_every"] == 0](state, parallel.split(batch))
         window.append(metrics)
         step += 1

@@ -1,7 +1,8 @@
-"""Sets of images by name, decoded once into memory: uint8 [N, H, W, C].
+"""Sets of images by name, decoded once: uint8 [N, H, W, C], in memory or memory-mapped.
 
-'synthetic' is made up here, every other name is a tfds dataset that lies on disk as array_record; 'digits' is put
-there by its first use. Reading needs tfds but no TensorFlow, and importing this file needs neither.
+'synthetic' is made up here, 'image_folder' is anyone's folder or zip, and every other name is a tfds dataset that lies
+on disk as array_record; 'digits' is put there by its first use. Reading tfds datasets needs tfds but no TensorFlow, and
+importing this file needs neither.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ddgan_jax.data import image_folder
 from ddgan_jax.errors import UserError
 
 SYNTHETIC_IMAGES = 256
@@ -19,15 +21,28 @@ SYNTHETIC_IMAGES = 256
 CLI_NEEDS = "(after `pip install apache-beam mlcroissant`)"
 
 
-def open_images(name: str, split: str, data_dir: str | None, image_shape: tuple[int, int, int]) -> np.ndarray:
+def open_images(
+    name: str,
+    split: str,
+    data_dir: str | None,
+    image_shape: tuple[int, int, int],
+    path: str = "",
+    max_bad_share: float = 0.01,
+) -> np.ndarray:
     """The images uint8 [N, *image_shape] of a split such as 'train' or 'train[:90%]'.
 
-    `name` is 'synthetic', 'digits' or any tfds dataset with a feature 'image'; `data_dir` None means $TFDS_DATA_DIR or
-    ~/tensorflow_datasets. UserError if the data is not there, not array_record, or not of `image_shape`.
+    `name` is 'synthetic', 'digits', any tfds dataset with a feature 'image', or 'image_folder': the folder or zip
+    `path`, cropped and resized to `image_shape`, where zeros mean what the images have; see `image_folder.open_folder`.
+    `data_dir` None means $TFDS_DATA_DIR or ~/tensorflow_datasets. UserError if the data is not there, not array_record,
+    or not of `image_shape`.
     """
+    if name != "image_folder" and 0 in image_shape:
+        raise UserError(f"data.image_size and data.channels must be given for dataset {name}")
     if name == "synthetic":
         return np.random.default_rng(0).integers(0, 256, (SYNTHETIC_IMAGES, *image_shape), np.uint8)
     data_dir = os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+    if name == "image_folder":
+        return image_folder.open_folder(path, image_shape[0], image_shape[2], data_dir, max_bad_share)[0]
     try:
         with quiet():
             builder = _find(name, data_dir)

@@ -202,10 +202,10 @@ def merge(x: jax.Array, h: jax.Array, rescale: bool) -> jax.Array:
 
 
 class Keys(nn.Module):
-    """The keys of attention, [B, N, C] -> [B, N, C]: dense with a bias that released weights have, unused.
+    """The keys of attention, [B, N, C] -> [B, N, C]: a dense layer whose bias gets no gradient.
 
-    It would add the same to all logits of a query, which softmax ignores. Its true gradient is therefore zero, and Adam
-    would walk along the rounding noise of a computed one, another way on any other number of devices.
+    The bias adds the same to all logits of a query, which softmax ignores. Its true gradient is therefore zero, and
+    Adam would walk along the rounding noise of a computed one, another way on any other number of devices.
     """
 
     dtype: Dtype = jnp.float32
@@ -213,8 +213,8 @@ class Keys(nn.Module):
     @nn.compact
     def __call__(self, h: jax.Array) -> jax.Array:
         kernel = self.param("kernel", init_avg(0.1), (h.shape[-1], h.shape[-1]))
-        self.param("bias", nn.initializers.zeros, (h.shape[-1],))
-        return h.astype(self.dtype) @ kernel.astype(self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (h.shape[-1],))
+        return h.astype(self.dtype) @ kernel.astype(self.dtype) + jax.lax.stop_gradient(bias).astype(self.dtype)
 
 
 class Attention(nn.Module):

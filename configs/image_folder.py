@@ -1,0 +1,20 @@
+"""Your own images: `--config=configs/image_folder.py --config.data.path=DIR`, a folder or a zip.
+
+Variants: 'paper' (the networks of CIFAR-10, for 32 to 64 px), 'large' (of CelebA-HQ, for 128 and 256 px), 'smoke'.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.celeba_hq_256 import get_config as celeba
+from configs.cifar10 import apply_variant
+from configs.cifar10 import get_config as cifar10
+
+
+def get_config(variant: str = "paper") -> ConfigDict:
+    """Size and channels are those of the images unless `--config.data.image_size` and `.channels` name others."""
+    config = celeba() if variant == "large" else cifar10()
+    config.data.update(name="image_folder", image_size=0, channels=0)
+    if variant == "large":
+        config.diffusion.num_steps = 4
+        return config
+    return apply_variant(config, variant)

@@ -1,0 +1,235 @@
+"""Folders and zips of images as people have them: every mode, every size, and everything that can be wrong."""
+
+import io
+import json
+import multiprocessing
+import pathlib
+import struct
+import zipfile
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddgan_jax.data import image_folder
+from ddgan_jax.errors import UserError
+
+
+def noise(width, height, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def save(path, image, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(path, **options)
+
+
+def open_folder(path, cache, size=0, channels=0, max_bad_share=0.01):
+    return image_folder.open_folder(str(path), size, channels, str(cache), max_bad_share)
+
+
+def bomb():
+    """A PNG whose header claims 30,000 x 30,000 pixels."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def test_images_come_back_as_they_are_with_their_classes(tmp_path):
+    for i in range(6):
+        save(tmp_path / "in" / ("cat" if i % 2 else "ant") / "deep" / f"{i}.png", noise(8, 8, i))
+    images, labels, classes = open_folder(tmp_path / "in", tmp_path / "cache")
+    assert images.shape == (6, 8, 8, 3) and images.dtype == np.uint8 and classes == ["ant", "cat"]
+    assert list(labels) == [0, 0, 0, 1, 1, 1]
+    for image, i in zip(images, (0, 2, 4, 1, 3, 5), strict=True):
+        np.testing.assert_array_equal(image, noise(8, 8, i))
+
+
+def test_a_second_start_reads_the_copy_and_a_change_makes_a_new_one(tmp_path, monkeypatch):
+    save(tmp_path / "in" / "a.png", noise(8, 8))
+    first = open_folder(tmp_path / "in", tmp_path / "cache")[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(image_folder, "_prepare", lambda *_: pytest.fail("decoded again"))
+        np.testing.assert_array_equal(open_folder(tmp_path / "in", tmp_path / "cache")[0], first)
+    save(tmp_path / "in" / "a.png", noise(8, 8, 1), compress_level=0)
+    np.testing.assert_array_equal(open_folder(tmp_path / "in", tmp_path / "cache")[0][0], noise(8, 8, 1))
+    assert open_folder(tmp_path / "in", tmp_path / "cache", size=4)[0].shape == (1, 4, 4, 3)
+
+
+@pytest.mark.parametrize(
+    "sizes, expected", [([(40, 40), (36, 50), (500, 41)], 32), ([(8, 8)], 8), ([(64, 100), (9, 9), (70, 64)], 64)]
+)
+def test_size_from_the_images(tmp_path, sizes, expected):
+    """The largest power of two not above the median shorter side."""
+    for i, (width, height) in enumerate(sizes):
+        save(tmp_path / "in" / f"{i}.png", noise(width, height))
+    assert open_folder(tmp_path / "in", tmp_path / "cache")[0].shape == (len(sizes), expected, expected, 3)
+
+
+def test_the_centre_is_cut_out_and_shrunk_without_aliasing(tmp_path):
+    left_and_right = np.zeros((32, 96, 3), np.uint8)
+    left_and_right[:, :32], left_and_right[:, 64:] = 255, 255
+    left_and_right[:, 32:64] = 10
+    save(tmp_path / "in" / "wide.png", left_and_right)
+    stripes = np.zeros((64, 64, 3), np.uint8)
+    stripes[:, ::2] = 255  # at half the size, nearest neighbours would show only black or only white
+    save(tmp_path / "in" / "stripes.png", stripes)
+    images = open_folder(tmp_path / "in", tmp_path / "cache", size=16)[0]
+    assert np.abs(images[0, :, 2:-2].astype(int) - 127).max() <= 3
+    assert (images[1] == 10).all()
+
+
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "YCbCr", "I;16", "I", "F", "palette alpha"]
+)
+def test_every_mode(tmp_path, mode):
+    """A picture of one grey, 200, in any mode is that grey; what is transparent is white."""
+    grey = Image.new("L", (8, 8), 200)
+    name = "x.png"
+    if mode == "1":
+        image, expected = Image.new("1", (8, 8), 1), 255
+    elif mode == "I;16":
+        image, expected = Image.fromarray(np.full((8, 8), 200 * 257, np.uint16)), 200
+    elif mode == "I":
+        image = Image.fromarray(np.full((8, 8), 200 * 257, np.int32))
+        np.testing.assert_array_equal(image_folder.to_eight_bits(image), np.full((8, 8), 200))
+        return
+    elif mode == "RGBA" or mode == "LA":
+        image = grey.convert(mode)
+        image.putalpha(0)
+        expected = 255
+    elif mode == "palette alpha":
+        image = Image.new("P", (8, 8), 1)
+        image.putpalette([0, 0, 0, 9, 9, 9])
+        image.info["transparency"] = 1
+        expected = 255
+    elif mode in ("CMYK", "YCbCr"):
+        image, expected, name = grey.convert("RGB").convert(mode), 200, "x.jpg"
+    elif mode == "F":  # no file type that is read here holds these two
+        np.testing.assert_array_equal(image_folder.to_eight_bits(grey.convert("F")), np.full((8, 8), 200))
+        return
+    else:
+        image, expected = grey.convert(mode), 200
+    save(tmp_path / "in" / name, image)
+    images = open_folder(tmp_path / "in", tmp_path / "cache", channels=3)[0]
+    assert np.abs(images.astype(int) - expected).max() <= 2, images[0, 0, 0]
+
+
+def test_grey_and_colour(tmp_path):
+    save(tmp_path / "grey" / "a.png", noise(8, 8)[..., 0])
+    assert open_folder(tmp_path / "grey", tmp_path / "cache")[0].shape == (1, 8, 8, 1)
+    save(tmp_path / "grey" / "b.png", noise(8, 8))
+    assert open_folder(tmp_path / "grey", tmp_path / "cache")[0].shape == (2, 8, 8, 3)
+    assert open_folder(tmp_path / "grey", tmp_path / "cache", channels=1)[0].shape == (2, 8, 8, 1)
+
+
+def test_exif_orientation_and_the_first_frame(tmp_path):
+    image = np.zeros((16, 16, 3), np.uint8)
+    image[:8] = 255  # white above
+    exif = Image.Exif()
+    exif[0x0112] = 3  # turned by 180 degrees
+    save(tmp_path / "in" / "a.png", image, exif=exif)
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    save(tmp_path / "in" / "b.webp", frames[0], save_all=True, append_images=frames[1:], lossless=True)
+    images = open_folder(tmp_path / "in", tmp_path / "cache")[0]
+    assert (images[0, :8] == 0).all() and (images[0, 8:] == 255).all()
+    assert (images[1] == (255, 0, 0)).all()
+
+
+def test_bad_files_are_skipped_and_listed(tmp_path, capsys):
+    folder = tmp_path / "in"
+    for i in range(20):
+        save(folder / f"good {i} é.png", noise(8, 8, i))
+    buffer = io.BytesIO()
+    Image.fromarray(noise(64, 64)).save(buffer, "JPEG")
+    (folder / "cut.jpg").write_bytes(buffer.getvalue()[:-400])
+    (folder / "text.png").write_text("I am not an image")
+    (folder / "zero.png").write_bytes(b"")
+    (folder / "bomb.png").write_bytes(bomb())
+    save(folder / "dot.png", noise(1, 1))
+    secret = tmp_path / "secret.png"
+    save(secret, noise(8, 8))
+    (folder / "link.png").symlink_to(secret)
+    (folder / "loop").symlink_to(folder)
+    (folder / "nowhere.png").symlink_to(folder / "missing.png")
+    with pytest.raises(UserError, match=r"7 of 27 files .* more than data.max_bad_share=0.01 allows"):
+        open_folder(folder, tmp_path / "cache")
+    images, labels, classes = open_folder(folder, tmp_path / "cache", max_bad_share=0.5)
+    assert images.shape == (20, 8, 8, 3) and len(labels) == 20 and classes == [""]
+    assert "7 of 27 files" in capsys.readouterr().out
+    (report,) = (tmp_path / "cache" / "image_folder").glob("*/skipped.json")
+    reasons = json.loads(report.read_text())
+    expected = {
+        "cut.jpg": "damaged",
+        "text.png": "not an image",
+        "zero.png": "empty",
+        "bomb.png": "claims more than",
+        "dot.png": "too few",
+        "link.png": "outside the folder",
+        "nowhere.png": "No such file",
+    }
+    assert reasons.keys() == expected.keys()
+    for name, reason in expected.items():
+        assert reason in reasons[name], reasons[name]
+
+
+def test_an_unreadable_file(tmp_path, monkeypatch):
+    """By a refusing read, since a test may run as the superuser, who may read everything."""
+    for name in ("a.png", "b.png"):
+        save(tmp_path / "in" / name, noise(8, 8))
+    read = pathlib.Path.read_bytes
+
+    def refuse(path):
+        if path.name == "b.png":
+            raise PermissionError(13, "Permission denied")
+        return read(path)
+
+    monkeypatch.setattr(pathlib.Path, "read_bytes", refuse)
+    assert len(open_folder(tmp_path / "in", tmp_path / "cache", max_bad_share=0.5)[0]) == 1
+
+
+def test_a_zip(tmp_path):
+    buffer = io.BytesIO()
+    Image.fromarray(noise(8, 8)).save(buffer, "PNG")
+    with zipfile.ZipFile(tmp_path / "in.zip", "w") as file:
+        for name in ("a/x.png", "a/y.png", "b/z.PNG", "__MACOSX/a/x.png", "a/.hidden.png", "notes.txt", "../evil.png"):
+            file.writestr(name, buffer.getvalue())
+    with pytest.raises(UserError, match=r"1 of 4 files .* points outside the zip"):
+        open_folder(tmp_path / "in.zip", tmp_path / "cache")
+    images, labels, classes = open_folder(tmp_path / "in.zip", tmp_path / "cache", max_bad_share=0.3)
+    assert images.shape == (3, 8, 8, 3) and [classes[label] for label in labels] == ["a", "a", "b"]
+    assert not list(tmp_path.rglob("evil*"))
+
+
+@pytest.mark.parametrize("content", [None, "", "text"])
+def test_a_folder_without_images(tmp_path, content):
+    path = tmp_path / "in"
+    if content is not None:
+        path.mkdir()
+    if content:
+        (path / "notes.txt").write_text(content)
+    with pytest.raises(UserError, match="does not exist" if content is None else "no image in"):
+        open_folder(path, tmp_path / "cache")
+    (tmp_path / "file.zip").write_text("no zip")
+    with pytest.raises(UserError, match="neither a folder nor a zip"):
+        open_folder(tmp_path / "file.zip", tmp_path / "cache")
+
+
+def _open_in_process(arguments):
+    return np.array(open_folder(*arguments)[0])
+
+
+def test_two_at_once_and_one_that_was_killed(tmp_path):
+    for i in range(50):
+        save(tmp_path / "in" / f"{i}.png", noise(64, 64, i))
+    (tmp_path / "cache" / "image_folder" / "incomplete.killed").mkdir(parents=True)
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        one, other = pool.map(_open_in_process, [(tmp_path / "in", tmp_path / "cache")] * 2)
+    np.testing.assert_array_equal(one, other)
+    assert one.shape == (50, 64, 64, 3)
+    copies = [path.name for path in (tmp_path / "cache" / "image_folder").iterdir()]
+    assert len(copies) == 2 and "incomplete.killed" in copies

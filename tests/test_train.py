@@ -13,6 +13,7 @@ import time
 import numpy as np
 import pytest
 from commands import ROOT, SMOKE, command, run
+from PIL import Image
 
 from ddgan_jax import checkpoint, train
 from ddgan_jax.errors import Fault
@@ -260,3 +261,20 @@ def test_an_error_in_one_process_ends_all(layouts, tmp_path):
     (code, output), (other_code, _) = run_layout("2 processes of 2", tmp_path, "--config.generator.nf=16")
     assert code == 2 and "error: the checkpoint of step 4" in output and "Traceback" not in output, output
     assert other_code != 0 and time.time() - start < 120
+
+
+@pytest.mark.slow
+def test_a_folder_of_images_trains_and_samples(cache, tmp_path):
+    """Size and channels come from the images: 16 px, since twelve of 20x16 and one of 9x9 have a median side of 16."""
+    (tmp_path / "photos").mkdir()
+    for i in range(13):
+        pixels = np.random.default_rng(i).integers(0, 256, (9, 9, 3) if i == 0 else (20, 16, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{i}.png")
+    folder = [f"--config.data.path={tmp_path / 'photos'}", f"--config.data.dir={tmp_path / 'copies'}"]
+    zeros = ["--config.data.name=image_folder", "--config.data.image_size=0", "--config.data.channels=0"]
+    workdir = f"--workdir={tmp_path / 'run'}"
+    result = run("--config=configs/image_folder.py:smoke", workdir, *folder, *zeros, cache)
+    assert result.returncode == 0 and "13 images of 16x16x3" in result.stdout, result.stdout + result.stderr
+    result = run("--mode=sample", workdir, "--num_samples=3", f"--out={tmp_path / 'x.npz'}")
+    assert result.returncode == 0, result.stderr
+    assert np.load(tmp_path / "x.npz")["images"].shape == (3, 16, 16, 3)

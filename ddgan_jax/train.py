@@ -189,8 +189,10 @@ def train(config: Any, workdir: str) -> Any:
     started = time.time()
     interrupt = Interrupt()
     settings = as_dict(config)
-    if 0 in (settings["data"]["image_size"], settings["data"]["channels"]):
-        settings["data"] |= dict(zip(("image_size", "channels"), open_data(settings["data"]).shape[2:], strict=True))
+    data, images = settings["data"], None
+    if 0 in (data["image_size"], data["channels"]):  # the networks depend on what the images have
+        images = open_data(data)
+        data["image_size"], data["channels"] = images.shape[2:]
     built = build(settings)
     train_, log_ = settings["train"], settings["log"]
     num_steps, path = train_["num_steps"], pathlib.Path(workdir)
@@ -198,7 +200,7 @@ def train(config: Any, workdir: str) -> Any:
     primary = parallel.is_primary()
     if primary:
         open_workdir(path, settings)
-    images = open_data(settings["data"])
+    images = open_data(data) if images is None else images
     shapes = jax.eval_shape(built.init_state)
     overview(built, shapes, per_device, len(images))
 

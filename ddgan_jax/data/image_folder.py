@@ -6,12 +6,12 @@ are no images are skipped and listed with the reason. Nothing outside the folder
 
 import collections
 import concurrent.futures
+import contextlib
 import hashlib
 import io
 import json
 import os
 import pathlib
-import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -26,8 +26,6 @@ MIN_SIDE = 2  # px; a tracking pixel is no picture
 MAX_PIXELS = 100_000_000  # of one file: beyond it is more likely an attack on the memory than a photograph
 MAX_BYTES = 2**30  # of one file, for the same reason
 WINDOW = 256  # files that are decoded ahead of the one that is written
-
-File = tuple[str, Callable[[], bytes]]  # (name within the folder, with slashes; reader of its content)
 
 
 # --- Files --------------------------------------------------------------------------------------------------------
@@ -192,33 +190,28 @@ def _prepare(source: Any, given: pathlib.Path, copy: pathlib.Path, image_size: i
     """Decode into a folder aside and rename it: a process that is killed leaves nothing that a later one believes."""
     try:
         copy.parent.mkdir(parents=True, exist_ok=True)
-        aside = pathlib.Path(tempfile.mkdtemp(prefix="incomplete.", dir=copy.parent))
+        with tempfile.TemporaryDirectory(prefix="incomplete.", dir=copy.parent, ignore_cleanup_errors=True) as folder:
+            aside = pathlib.Path(folder)
+            size, channels = _shape(source, image_size, channels)
+            labels, bad = [], {}
+            classes = sorted({_class_of(name) for name in source.names})
+            with (aside / "images.bin").open("wb") as file:
+                decode = lambda name: fit(_open(source.read(name)), size, channels)  # noqa: E731
+                for name, result in _in_order(source.names, decode, f"decoding {given.name}"):
+                    if isinstance(result, str):
+                        bad[name] = result
+                    else:
+                        file.write(result.tobytes())
+                        labels.append(classes.index(_class_of(name)))
+            (aside / "skipped.json").write_text(json.dumps(bad, indent=1, sort_keys=True))
+            shape = (len(labels), size, size, channels)
+            (aside / "dataset.json").write_text(json.dumps({"shape": shape, "classes": classes, "labels": labels}))
+            with contextlib.suppress(OSError):
+                aside.rename(copy)
+        if not (copy / "dataset.json").exists():  # else another process may have been faster, and its copy is as good
+            raise OSError("the finished copy could not be renamed into place")
     except OSError as error:
         raise UserError(f"the copy of {given} cannot be written to {copy.parent}: {error}; set data.dir") from error
-    try:
-        size, channels = _shape(source, image_size, channels)
-        labels, bad = [], {}
-        classes = sorted({_class_of(name) for name in source.names})
-        with (aside / "images.bin").open("wb") as file:
-            decode = lambda name: fit(_open(source.read(name)), size, channels)  # noqa: E731
-            for name, result in _in_order(source.names, decode, f"decoding {given.name}"):
-                if isinstance(result, str):
-                    bad[name] = result
-                else:
-                    file.write(result.tobytes())
-                    labels.append(classes.index(_class_of(name)))
-        (aside / "skipped.json").write_text(json.dumps(bad, indent=1, sort_keys=True))
-        shape = (len(labels), size, size, channels)
-        (aside / "dataset.json").write_text(json.dumps({"shape": shape, "classes": classes, "labels": labels}))
-        try:
-            aside.rename(copy)
-        except OSError:
-            if not (copy / "dataset.json").exists():  # else another process was faster, and its copy is as good
-                raise
-    except OSError as error:
-        raise UserError(f"the copy of {given} cannot be written to {copy.parent}: {error}; set data.dir") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _class_of(name: str) -> str:

@@ -12,13 +12,14 @@ def get_config(variant: str = "paper") -> ConfigDict:
     config.seed = 0  # of weights, noise, and the order of the images
 
     config.data = ConfigDict()
-    config.data.name = "cifar10"  # a tfds dataset; 'digits' and 'synthetic' need no download; or 'image_folder'
-    config.data.path = ""  # of 'image_folder': a folder or a zip
-    config.data.max_bad_share = 0.01  # of 'image_folder': the share of files that may be skipped as damaged
-    config.data.split = "train"
+    config.data.name = "cifar10"  # of tfds, or one of ours: the table in README.md
+    config.data.path = ""  # of 'image_folder' and 'lsun_church': a folder, a zip or an LMDB
+    config.data.max_bad_share = 0.01  # of such a folder: the share of files that may be skipped as damaged
+    config.data.split = "train"  # or a part: 'train[:90%]'
     config.data.dir = ""  # of tfds and of prepared copies; '' is the default of tfds, ~/tensorflow_datasets
-    config.data.image_size = 32  # 0 for 'image_folder': what the images have
+    config.data.image_size = 32  # 0: what the images have
     config.data.channels = 3  # likewise
+    config.data.in_memory_mib = 2048  # larger sets are decoded as they are read
     config.data.flip = True  # mirror half of the images (released code)
 
     config.diffusion = ConfigDict()  # the fields of Schedule.create
@@ -28,6 +29,7 @@ def get_config(variant: str = "paper") -> ConfigDict:
     config.diffusion.beta_max = 20.0  # (paper)
 
     config.model = ConfigDict()
+    config.model.network = "unet"  # or 'mlp', for points
     config.model.dtype = "float32"  # or 'bfloat16': the compute type of convolutions and dense layers
     config.model.remat = False  # True: less memory for more work
 

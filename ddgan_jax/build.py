@@ -13,10 +13,12 @@ import jax
 import jax.numpy as jnp
 
 from ddgan_jax import parallel, state, train_step
+from ddgan_jax.data import sources
 from ddgan_jax.diffusion import Schedule
 from ddgan_jax.errors import UserError
 from ddgan_jax.models.discriminator import STDDEV_GROUP, Discriminator, preset
 from ddgan_jax.models.generator import Generator
+from ddgan_jax.models.mlp import PointDiscriminator, PointGenerator
 from ddgan_jax.sampling import sample
 from ddgan_jax.train_step import Method
 
@@ -28,7 +30,7 @@ class Built:
     """Everything that a configuration describes, as plain objects."""
 
     method: Method
-    image_shape: tuple[int, int, int]  # [H, W, C]
+    image_shape: tuple[int, ...]  # [H, W, C], or [d] for points
     init_gen: Callable[[jax.Array], Any]  # key -> parameters
     init_disc: Callable[[jax.Array], Any]
     batch_size: int  # global
@@ -60,27 +62,53 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def build(config: Any) -> Built:
-    """Build what `config` describes. Raises UserError for settings that do not go together."""
-    c: Mapping[str, Any] = as_dict(config)
+def open_data(config: Any) -> sources.Data:
+    """The images or points that `config.data` names. UserError if they are not there or do not fit."""
+    fields = dict(as_dict(config)["data"])
+    del fields["flip"]  # on the device
+    return sources.open_data(**fields)
+
+
+def _unet(c: Mapping[str, Any], dtype: Any) -> tuple[Generator, Discriminator, tuple[int, ...]]:
+    """The networks of the paper, for images."""
     size, channels = c["data"]["image_size"], c["data"]["channels"]
-    if c["model"]["dtype"] not in DTYPES:
-        raise UserError(f"model.dtype={c['model']['dtype']!r} is not supported: it is float32 or bfloat16")
-    dtype = DTYPES[c["model"]["dtype"]]
     halvings = len(c["generator"]["ch_mult"]) - 1
     if size < 2**halvings or size % 2**halvings:
         raise UserError(
             f"data.image_size={size} does not halve {halvings} times, as the {halvings + 1} levels of "
             f"generator.ch_mult need: choose a multiple of {2**halvings}, or fewer levels"
         )
+    generator = Generator(image_channels=channels, dtype=dtype, remat=c["model"]["remat"], **_tuples(c["generator"]))
+    discriminator = Discriminator(dtype=dtype, **(preset(size) | _tuples(c["discriminator"])))
+    return generator, discriminator, (size, size, channels)
+
+
+def _mlp(c: Mapping[str, Any], dtype: Any) -> tuple[PointGenerator, PointDiscriminator, tuple[int, ...]]:
+    """Fully connected networks, for points."""
+    if c["data"]["flip"]:
+        raise UserError("data.flip=True mirrors images, and points are none: set it to False")
+    dim = c["data"]["channels"]
+    return (
+        PointGenerator(dim=dim, dtype=dtype, **c["generator"]),
+        PointDiscriminator(dtype=dtype, **c["discriminator"]),
+        (dim,),
+    )
+
+
+NETWORKS: dict[str, Callable[..., tuple[Any, Any, tuple[int, ...]]]] = {"unet": _unet, "mlp": _mlp}
+
+
+def build(config: Any) -> Built:
+    """Build what `config` describes. Raises UserError for settings that do not go together."""
+    c: Mapping[str, Any] = as_dict(config)
+    for name, known in (("network", NETWORKS), ("dtype", DTYPES)):
+        if c["model"][name] not in known:
+            raise UserError(f"model.{name}={c['model'][name]!r} is not supported: it is {' or '.join(known)}")
     train = c["train"]
     for name in ("num_steps", "batch_size", "r1_every", "steps_per_epoch"):
         if train[name] < 1:
             raise UserError(f"train.{name}={train[name]} must be at least 1")
-
-    generator = Generator(image_channels=channels, dtype=dtype, remat=c["model"]["remat"], **_tuples(c["generator"]))
-    disc_fields = preset(size) | _tuples(c["discriminator"])
-    discriminator = Discriminator(dtype=dtype, **disc_fields)
+    generator, discriminator, shape = NETWORKS[c["model"]["network"]](c, DTYPES[c["model"]["dtype"]])
 
     def rate(base: float) -> Callable[[jax.Array], jax.Array]:
         if not train["lr_decay"]:
@@ -99,13 +127,12 @@ def build(config: Any) -> Built:
         r1_gamma=train["r1_gamma"],
         ema_decay=train["ema_decay"],
         flip=c["data"]["flip"],
-        dropout=generator.dropout > 0,
+        dropout=getattr(generator, "dropout", 0) > 0,
     )
-    image_shape = (size, size, channels)
-    x, t, z = jnp.zeros((1, *image_shape)), jnp.zeros(1, jnp.int32), jnp.zeros((1, generator.nz))
+    x, t, z = jnp.zeros((1, *shape)), jnp.zeros(1, jnp.int32), jnp.zeros((1, generator.nz))
     return Built(
         method=method,
-        image_shape=image_shape,
+        image_shape=shape,
         init_gen=lambda key: generator.init(key, x, t, z)["params"],
         init_disc=lambda key: discriminator.init(key, x, t, x)["params"],
         batch_size=train["batch_size"],
@@ -135,11 +162,16 @@ def check_batch(batch_size: int) -> int:
 
 
 def sampler(built: Built) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
-    """sample(params, seed, indices [B]) -> uint8 images [B, H, W, C]; image i depends on (seed, i) alone."""
+    """sample(params, seed, indices [B]) -> uint8 images [B, H, W, C], or float32 points [B, d].
+
+    Sample i depends on (seed, i) alone.
+    """
 
     def draw(params: Any, seed: jax.Array, indices: jax.Array) -> jax.Array:
         gen = partial(built.method.gen, params)
-        images = sample(gen, built.schedule, jax.random.key(seed), indices, built.image_shape, built.method.nz)
-        return jnp.round((jnp.clip(images, -1, 1) + 1) * 127.5).astype(jnp.uint8)
+        x0 = sample(gen, built.schedule, jax.random.key(seed), indices, built.image_shape, built.method.nz)
+        if len(built.image_shape) == 1:
+            return x0
+        return jnp.round((jnp.clip(x0, -1, 1) + 1) * 127.5).astype(jnp.uint8)
 
     return draw

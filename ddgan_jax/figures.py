@@ -3,6 +3,7 @@
 import json
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,34 @@ def grid(images: np.ndarray, columns: int | None = None, min_side: int = 64, gap
         y, x = divmod(i, columns)
         canvas[y * h + gap : y * h + h, x * w + gap : x * w + w] = image
     return canvas
+
+
+def scatter(points: np.ndarray) -> np.ndarray:
+    """float32 points [N, 2] -> a picture of them, uint8 [H, W, 3]."""
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(6, 6), constrained_layout=True)
+    axis.plot(points[:, 0], points[:, 1], ".", markersize=2, alpha=0.5)
+    axis.set(aspect="equal", title=f"{len(points):,} points")
+    axis.grid(alpha=0.3)
+    figure.canvas.draw()
+    picture = np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
+    plt.close(figure)
+    return picture
+
+
+def picture(samples: np.ndarray) -> np.ndarray:
+    """uint8 images [N, H, W, C] as a grid, or points [N, 2] as a scatter plot: uint8 [H', W', 3]."""
+    return scatter(samples) if samples.ndim == 2 else grid(samples)
+
+
+def _pyplot() -> Any:
+    """Matplotlib without a screen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
 
 
 def save_image(path: pathlib.Path, image: np.ndarray) -> None:
@@ -44,11 +73,7 @@ def read_metrics(path: pathlib.Path) -> list[dict]:
 
 def curves(metrics: pathlib.Path, path: pathlib.Path) -> None:
     """Draw the curves of a metrics.jsonl: losses, logits, losses by t, R1, norms of gradients and parameters."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = _pyplot()
     records = read_metrics(metrics)
     panels: Sequence[tuple[str, Sequence[str]]] = (
         ("losses", ("d_loss", "g_loss")),

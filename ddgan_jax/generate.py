@@ -14,7 +14,7 @@ from ddgan_jax.errors import UserError
 
 
 class Sampler:
-    """Draws uint8 images by index from a built method; compiled once a chunk size."""
+    """Draws uint8 images or points by index from a built method; compiled once a chunk size."""
 
     def __init__(self, built: Built, batch_size: int):
         """Draw `batch_size` images at once on each of this process's devices."""
@@ -22,7 +22,10 @@ class Sampler:
         self._batch_size = max(1, batch_size)
 
     def __call__(self, params: Any, seed: int, num: int, progress: bool = False) -> np.ndarray:
-        """Images 0..num-1, uint8 [num, H, W, C]; image i from (seed, i) alone. Halves its batch where memory ends."""
+        """Images 0..num-1, uint8 [num, H, W, C], or points [num, d]; sample i from (seed, i) alone.
+
+        Halves its batch where memory ends.
+        """
         images: list[np.ndarray] = []
         done = 0
         with tqdm(total=num, unit="img", desc="sampling", disable=None if progress else True) as bar:
@@ -45,11 +48,14 @@ class Sampler:
 
 
 def save(images: np.ndarray, out: str) -> None:
-    """Write uint8 images [N, H, W, C] as one grid (.png), one array (.npz), or numbered files (a directory)."""
+    """Write uint8 images [N, H, W, C] as one grid (.png), one array (.npz), or numbered files (a directory).
+
+    Points [N, d] become a scatter plot or an array.
+    """
     path = pathlib.Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".png":
-        figures.save_image(path, figures.grid(images))
+        figures.save_image(path, figures.picture(images))
     elif path.suffix == ".npz":
         np.savez_compressed(path, images=images)
     else:
@@ -66,6 +72,8 @@ def generate(path: str, out: str, num_samples: int, seed: int = 0, batch_size: i
         raise UserError(f"--num_samples={num_samples} must be at least 1")
     params, config, step = checkpoint.restore_ema(path)
     built = build(config)
+    if len(built.image_shape) == 1 and not suffix:
+        raise UserError(f"--out={out}: points can be written to .png (a plot) or .npz (an array)")
     checkpoint.check_like(params, jax.eval_shape(built.init_gen, jax.random.key(0)), f"the checkpoint in {path}")
     start = time.time()
     draw = Sampler(built, batch_size or config["sample"]["batch_size"])

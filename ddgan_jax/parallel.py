@@ -5,9 +5,11 @@ The state is replicated without a leading device axis, the batch is split along 
 to examples, by their index in the *global* batch, so that the numbers do not depend on how many devices share it.
 """
 
+import collections
+import itertools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -26,12 +28,13 @@ def map_step(step: Callable) -> Any:
     return jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0)
 
 
-def compile_step(step: Callable, state: Any, batch: np.ndarray, options: dict[str, Any]) -> Any:
-    """`map_step(step)` compiled for a `replicate`d state and for this process's part of a batch, before it is `split`.
+def compile_step(step: Callable, state: Any, batch: jax.Array, options: dict[str, Any]) -> Any:
+    """`map_step(step)` compiled for a `replicate`d state and a `split` batch: it takes arrays that span all processes.
 
-    Call the result with what `split` returns: a compiled pmap takes arrays that span all processes.
+    pmap itself is traced with this process's part of the batch.
     """
-    return map_step(step).lower(state, _rows(batch)).compile(compiler_options=options)
+    local = jax.ShapeDtypeStruct((jax.local_device_count(), *batch.shape[1:]), batch.dtype)
+    return map_step(step).lower(state, local).compile(compiler_options=options)
 
 
 def _sharding(*axes: str) -> NamedSharding:
@@ -49,6 +52,14 @@ def split(batch: np.ndarray) -> jax.Array:
     Raises UserError unless B divides by this process's devices.
     """
     return jax.make_array_from_process_local_data(_sharding(AXIS), _rows(batch))
+
+
+def prefetch(stream: Iterator[np.ndarray], ahead: int = 2) -> Iterator[jax.Array]:
+    """The batches of `stream`, `split`; the next `ahead` are on their way to the devices while one is used."""
+    placed = collections.deque(split(batch) for batch in itertools.islice(stream, ahead))
+    while placed:
+        placed.extend(split(batch) for batch in itertools.islice(stream, 1))
+        yield placed.popleft()
 
 
 def _rows(batch: np.ndarray) -> np.ndarray:

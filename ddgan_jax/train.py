@@ -18,9 +18,9 @@ import numpy as np
 from tqdm import tqdm
 
 from ddgan_jax import checkpoint, figures, parallel
-from ddgan_jax.build import Built, as_dict, build, check_batch
+from ddgan_jax.build import Built, as_dict, build, check_batch, open_data
 from ddgan_jax.data.batches import batches
-from ddgan_jax.data.sources import open_images, quiet
+from ddgan_jax.data.sources import quiet
 from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.generate import Sampler
 
@@ -142,13 +142,7 @@ def _replace(path: pathlib.Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def open_data(data: dict[str, Any]) -> np.ndarray:
-    """The images uint8 [N, H, W, C] that the group `data` of a configuration names."""
-    shape = data["image_size"], data["image_size"], data["channels"]
-    return open_images(data["name"], data["split"], data["dir"] or None, shape, data["path"], data["max_bad_share"])
-
-
-def compile_steps(built: Built, state: Any, images: np.ndarray) -> dict[bool, Any]:
+def compile_steps(built: Built, state: Any, images: jax.Array) -> dict[bool, Any]:
     """Both step functions, compiled; says how long it took, the work of a step and the memory it needs."""
     steps, start = {}, time.time()
     for with_r1 in (True, False):
@@ -174,7 +168,7 @@ def overview(built: Built, shapes: Any, per_device: int, num_images: int) -> Non
         f"the state takes {megabytes:.1f} MiB"
     )
     say(
-        f"{num_images:,} images of {'x'.join(map(str, built.image_shape))}; batch {built.batch_size} = "
+        f"{num_images:,} examples of {'x'.join(map(str, built.image_shape))}; batch {built.batch_size} = "
         f"{jax.process_count()} processes x {jax.local_device_count()} devices x {per_device} "
         f"on {jax.devices()[0].device_kind}"
     )
@@ -191,7 +185,7 @@ def train(config: Any, workdir: str) -> Any:
     settings = as_dict(config)
     data, images = settings["data"], None
     if 0 in (data["image_size"], data["channels"]):  # the networks depend on what the images have
-        images = open_data(data)
+        images = open_data(settings).images
         data["image_size"], data["channels"] = images.shape[2:]
     built = build(settings)
     train_, log_ = settings["train"], settings["log"]
@@ -200,7 +194,12 @@ def train(config: Any, workdir: str) -> Any:
     primary = parallel.is_primary()
     if primary:
         open_workdir(path, settings)
-    images = open_data(data) if images is None else images
+    images = open_data(settings).images if images is None else images
+    if images.shape[1:] != built.image_shape:
+        raise UserError(
+            f"dataset {data['name']} has examples of {list(images.shape[1:])}, but model.network="
+            f"{settings['model']['network']} is built for {list(built.image_shape)}: choose another network or dataset"
+        )
     shapes = jax.eval_shape(built.init_state)
     overview(built, shapes, per_device, len(images))
 
@@ -225,7 +224,7 @@ def train(config: Any, workdir: str) -> Any:
 
     log = Log(path, settings, step) if primary else None
     draw = Sampler(built, settings["sample"]["batch_size"])
-    stream = batches(
+    own = batches(
         images,
         global_batch=built.batch_size,
         seed=built.seed,
@@ -233,13 +232,14 @@ def train(config: Any, workdir: str) -> Any:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+    stream = parallel.prefetch(own)
     window: list[Metrics] = []
     mark, marked = time.time(), step
     steps: dict[bool, Any] = {}
     bar = tqdm(total=num_steps, initial=step, unit="step", disable=None if primary else True, file=sys.stdout)
 
     def samples(name: str) -> None:
-        grid = figures.grid(draw(jax.device_get(state.ema_params), 0, settings["sample"]["grid"]))
+        grid = figures.picture(draw(jax.device_get(state.ema_params), 0, settings["sample"]["grid"]))
         figures.save_image(path / "samples" / name, grid)
         if log:
             log.image(step, "samples", grid)
@@ -251,7 +251,7 @@ def train(config: Any, workdir: str) -> Any:
             parallel.barrier()
             mark = time.time()
             bar.unpause()  # the time to go is that of steps
-        state, metrics = steps[step % train_["r1_every"] == 0](state, parallel.split(batch))
+        state, metrics = steps[step % train_["r1_every"] == 0](state, batch)
         window.append(metrics)
         step += 1
         bar.update()

@@ -1,4 +1,4 @@
-"""main.py in a process of its own, as a user runs it."""
+"""main.py, or a few lines of Python, in a process of its own."""
 
 import os
 import pathlib
@@ -7,6 +7,7 @@ import sys
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMOKE = "--config=configs/digits.py:smoke"
+POINTS = "--config=configs/gaussians.py:smoke"
 
 
 def command(*arguments, **options):
@@ -18,3 +19,9 @@ def run(*arguments, env=None):
     """Run main.py to its end; never raises for an exit code."""
     argv, options = command(*arguments)
     return subprocess.run(argv, **options, capture_output=True, env=os.environ | (env or {}), timeout=1800)
+
+
+def python(script: str, *arguments) -> subprocess.Popen:
+    """Start lines of Python in the root of the project."""
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

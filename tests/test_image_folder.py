@@ -2,17 +2,19 @@
 
 import io
 import json
-import multiprocessing
 import pathlib
 import struct
+import sys
 import zipfile
 import zlib
 
 import numpy as np
 import pytest
+from commands import python
 from PIL import Image
 
-from ddgan_jax.data import image_folder
+from ddgan_jax.data import decoding, image_folder
+from ddgan_jax.data.sources import open_data
 from ddgan_jax.errors import UserError
 
 
@@ -96,7 +98,7 @@ def test_every_mode(tmp_path, mode):
         image, expected = Image.fromarray(np.full((8, 8), 200 * 257, np.uint16)), 200
     elif mode == "I":
         image = Image.fromarray(np.full((8, 8), 200 * 257, np.int32))
-        np.testing.assert_array_equal(image_folder.to_eight_bits(image), np.full((8, 8), 200))
+        np.testing.assert_array_equal(decoding.to_eight_bits(image), np.full((8, 8), 200))
         return
     elif mode == "RGBA" or mode == "LA":
         image = grey.convert(mode)
@@ -110,7 +112,7 @@ def test_every_mode(tmp_path, mode):
     elif mode in ("CMYK", "YCbCr"):
         image, expected, name = grey.convert("RGB").convert(mode), 200, "x.jpg"
     elif mode == "F":  # no file type that is read here holds these two
-        np.testing.assert_array_equal(image_folder.to_eight_bits(grey.convert("F")), np.full((8, 8), 200))
+        np.testing.assert_array_equal(decoding.to_eight_bits(grey.convert("F")), np.full((8, 8), 200))
         return
     else:
         image, expected = grey.convert(mode), 200
@@ -219,17 +221,94 @@ def test_a_folder_without_images(tmp_path, content):
         open_folder(tmp_path / "file.zip", tmp_path / "cache")
 
 
-def _open_in_process(arguments):
-    return np.array(open_folder(*arguments)[0])
+def write_lmdb(path, values):
+    import lmdb
+
+    with lmdb.open(str(path), map_size=2**24) as environment, environment.begin(write=True) as transaction:
+        for key, value in values.items():
+            transaction.put(key.encode(), value)
+
+
+def encoded(image, kind):
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, kind, **({"lossless": True} if kind == "WEBP" else {}))
+    return buffer.getvalue()
+
+
+def test_an_lmdb_as_lsun_is_published(tmp_path):
+    """Keys in order, WebP values; nothing is written beside them, and the released code's part is a split."""
+    folder = tmp_path / "data" / "lsun" / "church_outdoor_train_lmdb"
+    folder.mkdir(parents=True)
+    write_lmdb(folder, {f"{i:040x}": encoded(noise(12, 8, i), "WEBP") for i in range(8)} | {"f": b"no image"})
+    (folder / "lock.mdb").unlink()
+    images, labels, classes = open_folder(folder, tmp_path / "cache", max_bad_share=0.2)
+    assert images.shape == (8, 8, 8, 3) and not labels.any() and classes == [""]
+    for i in range(8):
+        np.testing.assert_array_equal(images[i], noise(12, 8, i)[:, 2:10])
+    assert [path.name for path in folder.iterdir()] == ["data.mdb"]
+    data = open_data("lsun_church", "train[:5]", str(tmp_path / "data"), max_bad_share=0.2)
+    np.testing.assert_array_equal(data.images, images[:5])
+    assert data.labels is None
+
+
+def test_an_lmdb_that_is_none(tmp_path, monkeypatch):
+    (tmp_path / "data.mdb").write_bytes(b"no database" * 1000)
+    with pytest.raises(UserError, match="cannot be read as an LMDB"):
+        open_folder(tmp_path, tmp_path / "cache")
+    monkeypatch.setitem(sys.modules, "lmdb", None)
+    with pytest.raises(UserError, match="run `pip install lmdb`"):
+        open_folder(tmp_path, tmp_path / "cache")
+
+
+def test_splits_and_labels(tmp_path):
+    for i in range(10):
+        save(tmp_path / "in" / ("cat" if i > 6 else "ant") / f"{i}.png", noise(8, 8, i))
+    whole = open_data("image_folder", dir=str(tmp_path), path=str(tmp_path / "in"))
+    assert whole.classes == ("ant", "cat") and list(whole.labels()) == [0] * 7 + [1] * 3
+    for split, part in (("train[:3]", slice(3)), ("train[80%:]", slice(8, 10)), ("train[2:50%]", slice(2, 5))):
+        data = open_data("image_folder", split, str(tmp_path), path=str(tmp_path / "in"))
+        np.testing.assert_array_equal(data.images, whole.images[part])
+        np.testing.assert_array_equal(data.labels(), whole.labels()[part])
+    for split in ("test", "train[:", "train[a:]"):
+        with pytest.raises(UserError, match="has no split"):
+            open_data("image_folder", split, str(tmp_path), path=str(tmp_path / "in"))
+
+
+OPEN = """
+import os, pathlib, signal, sys, time
+from ddgan_jax.data import image_folder
+fit, seen = image_folder.fit, []
+def counted(*arguments):
+    seen.append(1)
+    if len(seen) == 20 and sys.argv[3] == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.02)  # long enough for the other process to come
+    return fit(*arguments)
+image_folder.fit = counted
+images = image_folder.open_folder(sys.argv[1], 0, 0, sys.argv[2])[0]
+print(images.shape, int(images.sum()), len(seen))
+"""
 
 
 def test_two_at_once_and_one_that_was_killed(tmp_path):
+    """What a killed process left is not believed but removed; the second of two waits for the copy of the first."""
     for i in range(50):
         save(tmp_path / "in" / f"{i}.png", noise(64, 64, i))
-    (tmp_path / "cache" / "image_folder" / "incomplete.killed").mkdir(parents=True)
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        one, other = pool.map(_open_in_process, [(tmp_path / "in", tmp_path / "cache")] * 2)
-    np.testing.assert_array_equal(one, other)
-    assert one.shape == (50, 64, 64, 3)
-    copies = [path.name for path in (tmp_path / "cache" / "image_folder").iterdir()]
-    assert len(copies) == 2 and "incomplete.killed" in copies
+    total = sum(int(noise(64, 64, i).sum()) for i in range(50))
+    folder, cache = tmp_path / "in", tmp_path / "cache" / "image_folder"
+    killed = python(OPEN, folder, cache.parent, "killed")
+    _, err = killed.communicate(timeout=60)
+    assert killed.returncode == -9, err
+    assert [path.name.split(".")[0] for path in cache.iterdir() if path.is_dir()] == ["incomplete"]
+    children = [python(OPEN, folder, cache.parent, "whole") for _ in range(2)]
+    outputs = [child.communicate(timeout=60) for child in children]
+    assert sorted(out for out, _ in outputs) == [f"(50, 64, 64, 3) {total} {n}\n" for n in (0, 50)], outputs
+    (copy,) = (path for path in cache.iterdir() if path.is_dir())
+    assert not copy.name.startswith("incomplete")
+
+
+def test_no_room_for_the_copy(tmp_path):
+    save(tmp_path / "in" / "a.png", noise(8, 8))
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    with pytest.raises(UserError, match=r"cannot be written to .*; set data.dir"):
+        open_folder(tmp_path / "in", tmp_path / "cache")

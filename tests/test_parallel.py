@@ -6,6 +6,10 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
+
+from ddgan_jax import parallel
+
 SCRIPT = """
 import json
 import jax, jax.numpy as jnp, numpy as np
@@ -71,3 +75,17 @@ def test_one_replica_equals_four():
     assert worst["moved"] > 1e-4
     assert worst["gen_params"] < 1e-5 and worst["ema_params"] < 1e-5 and worst["disc_params"] < 1e-5
     assert worst["metrics"] < 1e-3
+
+
+def test_prefetch_changes_neither_order_nor_content():
+    taken = []
+
+    def stream():
+        for i in range(5):
+            taken.append(i)
+            yield np.full((4, 2), i, np.uint8)
+
+    for i, batch in enumerate(parallel.prefetch(stream(), ahead=2)):
+        assert batch.shape == (1, 4, 2) and (np.asarray(batch) == i).all()
+        assert taken[-1] == min(i + 2, 4), "two more are on their way"
+    assert i == 4

@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 import pytest
-from commands import ROOT, SMOKE, command, run
+from commands import POINTS, ROOT, SMOKE, command, run
 from PIL import Image
 
 from ddgan_jax import checkpoint, train
@@ -32,6 +32,9 @@ from ddgan_jax.errors import Fault
         ([SMOKE, "--config.data.image_size=9"], "data.image_size=9 does not halve"),
         ([SMOKE, "--config.diffusion.kind=geometric"], "not a diffusion"),
         ([SMOKE, "--config.model.dtype=float16"], "float32 or bfloat16"),
+        ([SMOKE, "--config.model.network=gpt"], "model.network='gpt' is not supported: it is unet or mlp"),
+        ([SMOKE, "--config.data.name=gaussians"], "examples of [2], but model.network=unet is built for [8, 8, 1]"),
+        ([POINTS, "--config.data.flip=True"], "data.flip=True mirrors images"),
         ([SMOKE, "--mode=sample"], "no checkpoint in"),
         ([SMOKE, "--mode=sample", "--out=x.gif"], "must end in .png"),
         ([SMOKE, "--workdir=/proc/nothing"], "cannot be used"),
@@ -45,6 +48,19 @@ def test_wrong_use_is_one_sentence(arguments, message, tmp_path):
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert result.returncode == 2 and len(errors) == 1 and message in errors[0], result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_points(tmp_path):
+    """The mixture of Gaussians through the same loop; its pictures are scatter plots, its samples float32."""
+    result = run(POINTS, f"--workdir={tmp_path}")
+    assert result.returncode == 0, result.stderr
+    assert "100,000 examples of 2" in result.stdout and (tmp_path / "samples" / "final.png").exists()
+    result = run(POINTS, "--mode=sample", f"--workdir={tmp_path}", "--num_samples=5000", f"--out={tmp_path}/x.npz")
+    assert result.returncode == 0, result.stderr
+    points = np.load(tmp_path / "x.npz")["images"]
+    assert points.shape == (5000, 2) and points.dtype == np.float32 and np.isfinite(points).all()
+    result = run(POINTS, "--mode=sample", f"--workdir={tmp_path}", f"--out={tmp_path}/folder")
+    assert result.returncode == 2 and "points can be written to .png" in result.stderr
 
 
 def test_a_loss_that_is_not_finite_is_named():

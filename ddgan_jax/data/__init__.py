@@ -1,5 +1,6 @@
-"""From files of data to uint8 batches [B, H, W, C], a pure function of (seed, step, process).
+"""From files of data to batches, a pure function of (seed, step, process).
 
-`sources` decodes a set of images once into memory, `batches` takes batches from it, `digits` is the one tfds builder
-of our own. Scaling to [-1, 1] and flips happen on the device, in the train step.
+`sources` opens a set by name, `batches` takes batches from it; `image_folder` makes an array of anyone's images,
+`decoding` pixels of one file, and `builders` are the tfds datasets of our own. Images are uint8 [B, H, W, C]: scaling
+to [-1, 1] and flips happen on the device, in the train step.
 """

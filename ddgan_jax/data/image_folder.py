@@ -1,4 +1,4 @@
-"""Anyone's own images: a folder (nested or flat) or a zip of JPEG, PNG, WebP and BMP files, as one array.
+"""Anyone's own images: a folder (nested or flat), a zip or an LMDB of JPEG, PNG, WebP and BMP files, as one array.
 
 The first use decodes every file once, in threads, into a memory-mapped copy; later starts open the copy. Files that
 are no images are skipped and listed with the reason. Nothing outside the folder or zip is read, not even by a link.
@@ -6,25 +6,24 @@ are no images are skipped and listed with the reason. Nothing outside the folder
 
 import collections
 import concurrent.futures
-import contextlib
+import fcntl
 import hashlib
-import io
 import json
 import os
 import pathlib
-import tempfile
+import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
+from ddgan_jax.data.decoding import MIN_SIDE, fit, is_grey, open_image
 from ddgan_jax.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-MIN_SIDE = 2  # px; a tracking pixel is no picture
-MAX_PIXELS = 100_000_000  # of one file: beyond it is more likely an attack on the memory than a photograph
-MAX_BYTES = 2**30  # of one file, for the same reason
+MAX_BYTES = 2**30  # of one file: beyond it is more likely an attack on the memory than a photograph
 WINDOW = 256  # files that are decoded ahead of the one that is written
 
 
@@ -42,10 +41,10 @@ class _Folder:
             names += [os.path.relpath(os.path.join(folder, name), self.root) for name in files]
         self.names = sorted(name.replace(os.sep, "/") for name in names if _is_image_name(name))
 
-    def signature(self, name: str) -> str:
-        """Changes when the file does."""
-        stat = os.lstat(self.root / name)
-        return f"{stat.st_size} {stat.st_mtime_ns}"
+    def signature(self) -> list[str]:
+        """Changes when any file does."""
+        stats = ((name, os.lstat(self.root / name)) for name in self.names)
+        return [f"{name}\0{stat.st_size} {stat.st_mtime_ns}" for name, stat in stats]
 
     def read(self, name: str) -> bytes:
         target = (self.root / name).resolve()
@@ -66,12 +65,12 @@ class _Zip:
         try:
             self.file = zipfile.ZipFile(path)
         except zipfile.BadZipFile as error:
-            raise UserError(f"data.path={path} is neither a folder nor a zip file") from error
+            raise UserError(f"data.path={path} is neither a folder nor a zip file nor an LMDB") from error
         self.names = sorted(info.filename for info in self.file.infolist() if _is_image_name(info.filename))
 
-    def signature(self, name: str) -> str:
-        info = self.file.getinfo(name)
-        return f"{info.file_size} {info.CRC}"
+    def signature(self) -> list[str]:
+        infos = (self.file.getinfo(name) for name in self.names)
+        return [f"{info.filename}\0{info.file_size} {info.CRC}" for info in infos]
 
     def read(self, name: str) -> bytes:
         if name.startswith("/") or ".." in name.replace("\\", "/").split("/"):
@@ -84,70 +83,45 @@ class _Zip:
         self.file.close()
 
 
+class _Lmdb:
+    """The values of an LMDB, each the bytes of an image file, in the order of their keys: LSUN as it is published."""
+
+    def __init__(self, path: pathlib.Path):
+        try:
+            import lmdb
+        except ImportError:
+            raise UserError(f"data.path={path} is an LMDB: to read it run `pip install lmdb`") from None
+        try:
+            # Without its lock file, so that nothing is written beside somebody's data.
+            self.environment = lmdb.open(str(path), subdir=path.is_dir(), readonly=True, lock=False, readahead=False)
+            with self.environment.begin() as transaction:
+                self.names = [key.decode("utf-8", "surrogateescape") for key, _ in transaction.cursor()]
+        except lmdb.Error as error:
+            raise UserError(f"data.path={path} cannot be read as an LMDB: {error}") from error
+        self.file = path / "data.mdb" if path.is_dir() else path
+
+    def signature(self) -> list[str]:
+        stat = self.file.stat()
+        return [f"{stat.st_size} {stat.st_mtime_ns}"]
+
+    def read(self, name: str) -> bytes:
+        with self.environment.begin() as transaction:
+            return transaction.get(name.encode("utf-8", "surrogateescape")) or b""
+
+    def close(self) -> None:
+        self.environment.close()
+
+
+def _open_source(path: pathlib.Path) -> Any:
+    if (path / "data.mdb").exists() or path.suffix == ".mdb":
+        return _Lmdb(path)
+    return _Folder(path) if path.is_dir() else _Zip(path)
+
+
 def _is_image_name(name: str) -> bool:
     parts = name.replace("\\", "/").split("/")
     hidden = any(part.startswith(".") and part not in (".", "..") for part in parts) or "__MACOSX" in parts
     return not hidden and parts[-1].lower().endswith(SUFFIXES)
-
-
-# --- Decoding -----------------------------------------------------------------------------------------------------
-
-
-def _open(content: bytes) -> Any:
-    """The first frame of an image file as Pillow reads it, upright; ValueError with the reason if it is none."""
-    from PIL import Image, ImageOps
-
-    if not content:
-        raise ValueError("it is empty")
-    try:
-        image = Image.open(io.BytesIO(content))
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS:,}")
-        if min(image.size) < MIN_SIDE:
-            raise ValueError(f"{image.width}x{image.height} pixels are too few")
-        image.load()
-        return ImageOps.exif_transpose(image)
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"it claims more than {MAX_PIXELS:,} pixels") from error
-    except Image.UnidentifiedImageError as error:
-        raise ValueError("it is not an image that Pillow can read") from error
-    except (OSError, SyntaxError, EOFError) as error:  # what Pillow raises for broken files
-        raise ValueError(f"it is damaged ({error})") from error
-
-
-def to_eight_bits(image: Any) -> Any:
-    """A Pillow image of any mode -> mode L (grey) or RGB: 16 bits are scaled, transparent parts become white."""
-    from PIL import Image
-
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, np.float64)
-        scale = 255 / 65535 if values.max() > 255 else 1.0
-        return Image.fromarray(np.uint8(np.clip(np.round(values * scale), 0, 255)))
-    if image.mode in ("1", "L"):
-        return image.convert("L")
-    if image.mode in ("LA", "La") or "transparency" in image.info or image.mode in ("RGBA", "RGBa", "PA"):
-        grey = image.mode in ("LA", "La", "L")
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("L" if grey else "RGB")
-    return image.convert("RGB")
-
-
-def fit(image: Any, size: int, channels: int) -> np.ndarray:
-    """A Pillow image -> uint8 [size, size, channels]: the largest square of its centre, resized (Lanczos)."""
-    from PIL import Image
-
-    image = to_eight_bits(image).convert("RGB" if channels == 3 else "L")
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    image = image.crop((left, top, left + side, top + side))
-    if side != size:
-        image = image.resize((size, size), Image.Resampling.LANCZOS, reducing_gap=3.0)
-    return np.asarray(image).reshape(size, size, channels)
-
-
-def _is_grey(image: Any) -> bool:
-    return image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I")
 
 
 # --- The copy -----------------------------------------------------------------------------------------------------
@@ -164,16 +138,16 @@ def open_folder(
     """
     given = pathlib.Path(path).expanduser()
     if not path or not given.exists():
-        raise UserError(f"data.path={path!r} does not exist: name a folder or a zip of images")
+        raise UserError(f"data.path={path!r} does not exist: name a folder, a zip or an LMDB of images")
     try:
-        source: Any = _Folder(given) if given.is_dir() else _Zip(given)
+        source: Any = _open_source(given)
     except OSError as error:
         raise UserError(f"data.path={path} cannot be read: {error}") from error
     try:
         if not source.names:
             raise UserError(f"there is no image in {path}: it needs files that end in {', '.join(SUFFIXES)}")
-        settings = f"1 {image_size} {channels}"  # the first number changes when the rules of this file do
-        lines = [settings, *(f"{name}\0{source.signature(name)}" for name in source.names)]
+        settings = f"2 {image_size} {channels}"  # the first number changes when the rules of this file do
+        lines = [settings, *source.signature()]
         key = hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()[:16]
         copy = pathlib.Path(cache_dir) / "image_folder" / f"{given.resolve().stem}-{key}"
         if not (copy / "dataset.json").exists():
@@ -187,16 +161,25 @@ def open_folder(
 
 
 def _prepare(source: Any, given: pathlib.Path, copy: pathlib.Path, image_size: int, channels: int) -> None:
-    """Decode into a folder aside and rename it: a process that is killed leaves nothing that a later one believes."""
+    """Decode into a folder aside and rename it: a process that is killed leaves nothing that a later one believes.
+
+    The lock makes a second process wait for the copy of the first. A process that dies loses its lock, and the next
+    one begins anew.
+    """
+    aside = copy.with_name(f"incomplete.{copy.name}")
     try:
         copy.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="incomplete.", dir=copy.parent, ignore_cleanup_errors=True) as folder:
-            aside = pathlib.Path(folder)
+        with copy.with_name(f"{copy.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if (copy / "dataset.json").exists():
+                return
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
             size, channels = _shape(source, image_size, channels)
             labels, bad = [], {}
             classes = sorted({_class_of(name) for name in source.names})
             with (aside / "images.bin").open("wb") as file:
-                decode = lambda name: fit(_open(source.read(name)), size, channels)  # noqa: E731
+                decode = lambda name: fit(open_image(source.read(name)), size, channels)  # noqa: E731
                 for name, result in _in_order(source.names, decode, f"decoding {given.name}"):
                     if isinstance(result, str):
                         bad[name] = result
@@ -206,11 +189,9 @@ def _prepare(source: Any, given: pathlib.Path, copy: pathlib.Path, image_size: i
             (aside / "skipped.json").write_text(json.dumps(bad, indent=1, sort_keys=True))
             shape = (len(labels), size, size, channels)
             (aside / "dataset.json").write_text(json.dumps({"shape": shape, "classes": classes, "labels": labels}))
-            with contextlib.suppress(OSError):
-                aside.rename(copy)
-        if not (copy / "dataset.json").exists():  # else another process may have been faster, and its copy is as good
-            raise OSError("the finished copy could not be renamed into place")
+            aside.rename(copy)
     except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
         raise UserError(f"the copy of {given} cannot be written to {copy.parent}: {error}; set data.dir") from error
 
 
@@ -220,7 +201,6 @@ def _class_of(name: str) -> str:
 
 def _in_order(names: list[str], decode: Callable[[str], Any], what: str) -> Iterator[tuple[str, Any]]:
     """(name, decode(name), or the reason why it cannot be) in the order of the names; in threads, with a bar."""
-    from tqdm import tqdm
 
     def attempt(name: str) -> Any:
         try:
@@ -245,8 +225,8 @@ def _shape(source: Any, image_size: int, channels: int) -> tuple[int, int]:
         return image_size, channels
 
     def look(name: str) -> tuple[int, bool]:
-        image = _open(source.read(name))
-        return min(image.size), _is_grey(image)
+        image = open_image(source.read(name))
+        return min(image.size), is_grey(image)
 
     found = [result for _, result in _in_order(source.names, look, "looking") if not isinstance(result, str)]
     if not found:

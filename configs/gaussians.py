@@ -1,0 +1,31 @@
+"""The mixture of 25 Gaussians on a grid, 2-D points: the method in minutes, and its modes can be counted.
+
+Variants: '' (the mixture), 'smoke' (a few steps).
+"""
+
+from ml_collections import ConfigDict
+
+from configs.cifar10 import get_config as cifar10
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """Fully connected networks; the points keep their spacing of 2, which is not scaled to [-1, 1]."""
+    config = cifar10()
+    config.data.update(name="gaussians", image_size=1, channels=2, flip=False)
+    config.model.network = "mlp"
+    # The fields of PointGenerator and PointDiscriminator
+    config.generator = ConfigDict({"nz": 2, "width": 128, "depth": 4, "t_emb_dim": 32})
+    config.discriminator = ConfigDict({"width": 128, "depth": 4, "t_emb_dim": 32})
+    config.train.update(
+        num_steps=20_000, batch_size=256, lr_g=1e-3, lr_d=1e-3, steps_per_epoch=1, r1_every=1, ema_decay=0.999
+    )
+    config.checkpoint.update(every=5_000, keep_period=0)
+    config.log.update(every=100, samples_every=2_000)
+    config.sample.update(batch_size=4096, grid=4096)
+    if variant == "smoke":
+        config.train.update(num_steps=8, batch_size=16)
+        config.checkpoint.update(every=4, keep=2)
+        config.log.update(every=2, samples_every=4)
+    elif variant:
+        raise ValueError(f"unknown variant {variant!r}: gaussians has '' and 'smoke'")
+    return config

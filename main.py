@@ -9,13 +9,16 @@ from ml_collections import config_flags
 from ddgan_jax import parallel
 from ddgan_jax.errors import Fault, UserError
 
-MODES = ("train", "sample")
+MODES = ("train", "sample", "evaluate")
 
 flags.DEFINE_string("workdir", "runs/digits", "Where a run keeps its checkpoints, metrics and pictures.")
 flags.DEFINE_string("mode", "train", f"What to do: {', '.join(MODES)}.")
-flags.DEFINE_string("checkpoint", None, "Sample from this checkpoint or workdir instead of --workdir.")
-flags.DEFINE_string("out", None, "Where samples go: x.png (a grid), x.npz (an array) or a directory.")
-flags.DEFINE_integer("num_samples", 64, "How many images to sample.")
+flags.DEFINE_string("checkpoint", None, "Sample or evaluate this checkpoint or workdir instead of --workdir.")
+flags.DEFINE_string(
+    "samples", None, "Evaluate these images, an .npz with one array or a folder, instead of a checkpoint."
+)
+flags.DEFINE_string("out", None, "Samples: x.png (a grid), x.npz (an array) or a directory. Evaluation: a directory.")
+flags.DEFINE_integer("num_samples", None, "How many images to sample (64) or evaluate (config.eval.num_samples).")
 flags.DEFINE_integer("sample_seed", 0, "Image i depends on this and on i alone.")
 flags.DEFINE_string("compilation_cache", None, "Keep compiled programs in this directory for the next start.")
 
@@ -48,11 +51,18 @@ def run(argv: list[str]) -> None:
         from ddgan_jax.train import train
 
         train(config, FLAGS.workdir)
-    else:
+        return
+    path = FLAGS.checkpoint or FLAGS.workdir
+    if FLAGS.num_samples is not None and FLAGS.num_samples < 1:
+        raise UserError(f"--num_samples={FLAGS.num_samples} must be at least 1")
+    if FLAGS.mode == "sample":
         from ddgan_jax.generate import generate
 
-        path = FLAGS.checkpoint or FLAGS.workdir
-        generate(path, FLAGS.out or f"{path}/samples.png", FLAGS.num_samples, FLAGS.sample_seed)
+        generate(path, FLAGS.out or f"{path}/samples.png", FLAGS.num_samples or 64, FLAGS.sample_seed)
+    else:
+        from ddgan_jax.evaluate import evaluate
+
+        evaluate(config, path, FLAGS.samples or "", FLAGS.out or "", FLAGS.num_samples or 0, FLAGS.sample_seed)
 
 
 def main() -> int:

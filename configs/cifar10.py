@@ -74,6 +74,19 @@ def get_config(variant: str = "paper") -> ConfigDict:
     config.sample.batch_size = 64  # images drawn at once on a device; halved where memory runs out
     config.sample.grid = 64  # images in a grid
 
+    config.eval = ConfigDict()
+    config.eval.features = "inception"  # or 'classifier', of this project, for small images; or 'points'
+    config.eval.num_samples = 50_000  # (paper)
+    config.eval.reference_samples = 0  # real images that the samples are compared with; 0: all
+    config.eval.reference_statistics = ""  # mu and sigma of real images that others published, .npz, for FID
+    config.eval.manifold_samples = 50_000  # at most so many of each set for precision and recall
+    config.eval.k = 3  # their neighbours (Kynkaanniemi et al. 2019)
+    config.eval.batch_size = 64  # images in a feature network at once, on a device
+    config.eval.inception_weights = ""  # '' is pt_inception-2015-12-05-6726825d.pth in data.dir
+    config.eval.vgg_weights = ""  # '' is vgg16-397923af.pth in data.dir
+    config.eval.every = 0  # steps between two evaluations while training, multiples of log.every; 0: none
+    config.eval.online_samples = 1_000  # that such an evaluation draws
+
     return apply_variant(config, variant)
 
 
@@ -95,3 +108,4 @@ def smoke(config: ConfigDict) -> None:
     config.checkpoint.update(every=4, keep=2, keep_period=0)
     config.log.update(every=2, samples_every=4)
     config.sample.update(batch_size=8, grid=16)
+    config.eval.update(num_samples=64, manifold_samples=64, batch_size=16, online_samples=32)

@@ -32,6 +32,7 @@ def get_config(variant: str = "") -> ConfigDict:
     )
     config.checkpoint.update(every=500, keep=3, keep_period=0)
     config.log.update(every=50, samples_every=500)
+    config.eval.update(features="classifier", num_samples=1797, batch_size=256)
     if variant == "long":
         config.train.update(num_steps=30_000, batch_size=64, ema_decay=0.999)
         config.checkpoint.every = config.log.samples_every = 2_500

@@ -22,6 +22,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.checkpoint.update(every=5_000, keep_period=0)
     config.log.update(every=100, samples_every=2_000)
     config.sample.update(batch_size=4096, grid=4096)
+    config.eval.update(features="points", num_samples=20_000, online_samples=5_000)
     if variant == "smoke":
         config.train.update(num_steps=8, batch_size=16)
         config.checkpoint.update(every=4, keep=2)

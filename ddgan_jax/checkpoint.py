@@ -7,15 +7,18 @@ on any number of devices and processes. Orbax writes in the background and renam
 the checksums tell whether one was damaged later.
 """
 
+import json
+import math
 import pathlib
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as managers
 
 from ddgan_jax.errors import Fault, UserError
 
@@ -74,15 +77,38 @@ def _alone() -> ocp.options.MultiprocessingOptions:
     )
 
 
+class _Best(managers.PreservationPolicy):
+    """Keeps the checkpoint that `best` names."""
+
+    def __init__(self, workdir: pathlib.Path):
+        self._workdir = workdir
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        step = best(self._workdir).get("step")
+        return [checkpoint.step == step for checkpoint in checkpoints]
+
+
+def best(workdir: pathlib.Path) -> dict[str, Any]:
+    """What `workdir`/best.json says: the step of the best checkpoint, what it is best in, and the value; or {}."""
+    try:
+        return json.loads((workdir / "best.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return {}
+
+
 class Checkpoints:
     """The checkpoints of one run, for process 0; `close` waits for the last save."""
 
     def __init__(self, workdir: str, keep: int = 3, keep_period: int | None = None):
-        """Open `workdir`/checkpoints; the last `keep` stay, and every one whose step `keep_period` divides."""
+        """Open `workdir`/checkpoints.
+
+        The last `keep` stay, every one whose step `keep_period` divides, and the one that `offer` found best.
+        """
         self.directory = pathlib.Path(workdir).resolve() / "checkpoints"
+        policies = [managers.LatestN(keep), _Best(self.directory.parent)]
+        policies += [managers.EveryNSteps(keep_period)] if keep_period else []
         self._options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
-            keep_period=keep_period,
+            preservation_policy=managers.AnyPreservationPolicy(policies),
             cleanup_tmp_directories=True,
             multiprocessing_options=_alone(),
             create=False,  # Orbax does not create directories for a part of the processes
@@ -117,6 +143,20 @@ class Checkpoints:
                 ),
             )
         )
+
+    def offer(self, step: int, measure: str, value: float) -> bool:
+        """Mark the checkpoint of `step` as the best if `value` of `measure` is the smallest so far. Is it?
+
+        It is then `workdir`/best for `find`, and stays. NaN is never the best.
+        """
+        before = best(self.directory.parent)
+        if not value < (before["value"] if before.get("measure") == measure else math.inf):
+            return False
+        text = json.dumps({"step": step, "measure": measure, "value": value})
+        temporary = self.directory.parent / "best.tmp"
+        temporary.write_text(text + "\n")
+        temporary.replace(self.directory.parent / "best.json")
+        return True
 
     def wait(self) -> None:
         """Return when everything is on disk. Raises Fault if it could not be written."""
@@ -180,8 +220,13 @@ def read(path: pathlib.Path, ema_only: bool = False) -> tuple[Arrays, dict[str, 
 
 
 def find(path: str) -> pathlib.Path:
-    """The checkpoint directory that `path` names: itself, or the newest of a workdir. Raises UserError if none."""
+    """The checkpoint directory that `path` names: itself, the newest of a workdir, or the best, as WORKDIR/best.
+
+    Raises UserError if there is none.
+    """
     given = pathlib.Path(path)
+    if given.name == "best" and (marked := best(given.parent)):
+        given = given.parent / "checkpoints" / str(marked["step"])
     for folder in (given / "checkpoints", given):
         steps = [int(entry.name) for entry in folder.glob("*") if entry.name.isdigit() and entry.is_dir()]
         if steps:

@@ -37,6 +37,82 @@ def scatter(points: np.ndarray) -> np.ndarray:
     return picture
 
 
+def histogram(counts: np.ndarray, path: pathlib.Path, grid: bool = False) -> None:
+    """Samples of each mode, int [K]: bars (sorted, where there are many), or a square of numbers for a `grid`."""
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(6, 5) if grid else (9, 4), constrained_layout=True)
+    present = f"{int((counts > 0).sum())} of {len(counts)} modes"
+    if grid:
+        side = round(len(counts) ** 0.5)
+        square = counts.reshape(side, side).T
+        image = axis.imshow(square, origin="lower", cmap="viridis", vmin=0)
+        for (y, x), count in np.ndenumerate(square):
+            axis.text(
+                x, y, f"{count:,}", ha="center", va="center", color="white" if count < counts.max() / 2 else "black"
+            )
+        figure.colorbar(image, label="high-quality samples")
+        axis.set(title=f"{present}, by their place in the plane", xticks=[], yticks=[])
+    else:
+        many = len(counts) > 50
+        values = np.sort(counts)[::-1] if many else counts
+        axis.bar(np.arange(len(counts)), values, width=1 if many else 0.8)
+        axis.set_xticks([] if many else range(len(counts)))
+        axis.axhline(counts.mean(), color="black", linewidth=1, linestyle="--", label="equal shares")
+        axis.set(title=present, xlabel="modes, the most frequent first" if many else "class", ylabel="samples")
+        axis.legend()
+    _save(figure, path)
+
+
+def manifolds(
+    real: np.ndarray, fake: np.ndarray, recalled: np.ndarray, inside: np.ndarray, path: pathlib.Path, most: int = 2000
+) -> None:
+    """Features real [N, D] and fake [M, D] on the two principal axes of the real ones.
+
+    `recalled` bool [N]: is a real one in the manifold of the fakes (recall)? `inside` bool [M]: is a fake one in that
+    of the real ones (precision)? At most `most` points of each are drawn.
+    """
+    plt = _pyplot()
+    centred = real.astype(np.float64) - real.mean(axis=0, dtype=np.float64)
+    axes = np.linalg.eigh(centred.T @ centred)[1][:, :-3:-1]
+    figure, panels = plt.subplots(1, 2, figsize=(12, 5.5), constrained_layout=True, sharex=True, sharey=True)
+    for axis, what, x, held, words in (
+        (panels[0], "precision", fake, inside, ("samples among the real ones", "samples outside")),
+        (panels[1], "recall", real, recalled, ("real images among the samples", "real images that are missed")),
+    ):
+        points = (x[:most] - real.mean(axis=0)) @ axes
+        other = ((real if what == "precision" else fake)[:most] - real.mean(axis=0)) @ axes
+        axis.plot(
+            *other.T, ".", color="lightgrey", markersize=3, label="real images" if what == "precision" else "samples"
+        )
+        for flag, colour, word in zip((True, False), ("tab:green", "tab:red"), words, strict=True):
+            axis.plot(*points[held[:most] == flag].T, ".", color=colour, markersize=3, label=word)
+        axis.set(title=f"{what} {held.mean():.3f}", xlabel="first principal axis", ylabel="second")
+        axis.legend(markerscale=3, fontsize=8)
+    _save(figure, path)
+
+
+def neighbours(samples: np.ndarray, nearest: np.ndarray, distance: np.ndarray, path: pathlib.Path) -> None:
+    """uint8 samples [N, H, W, C], the nearest training image of each, and how far it is: first half, then second.
+
+    The first half are the samples closest to a training image, the second any.
+    """
+    plt = _pyplot()
+    half = -(-len(samples) // 2)
+    figure, panels = plt.subplots(4, half, figsize=(1.5 * half, 7), constrained_layout=True)
+    for axis in panels.flat:
+        axis.axis("off")
+    for i, pair in enumerate(zip(samples, nearest, strict=True)):
+        row, column = divmod(i, half)
+        for k, image in enumerate(pair):
+            panels[2 * row + k, column].imshow(
+                image if image.shape[-1] == 3 else image[..., 0], cmap="gray", vmin=0, vmax=255
+            )
+        panels[2 * row + 1, column].set_title(f"{distance[i]:.3g}", fontsize=8)
+    words = "samples above their nearest training images, with the distance in feature space"
+    figure.suptitle(f"{words}; first the closest of all, then any", fontsize=10)
+    _save(figure, path)
+
+
 def picture(samples: np.ndarray) -> np.ndarray:
     """uint8 images [N, H, W, C] as a grid, or points [N, 2] as a scatter plot: uint8 [H', W', 3]."""
     return scatter(samples) if samples.ndim == 2 else grid(samples)
@@ -50,6 +126,12 @@ def _pyplot() -> Any:
     import matplotlib.pyplot
 
     return matplotlib.pyplot
+
+
+def _save(figure: Any, path: pathlib.Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+    _pyplot().close(figure)
 
 
 def save_image(path: pathlib.Path, image: np.ndarray) -> None:
@@ -75,16 +157,22 @@ def curves(metrics: pathlib.Path, path: pathlib.Path) -> None:
     """Draw the curves of a metrics.jsonl: losses, logits, losses by t, R1, norms of gradients and parameters."""
     plt = _pyplot()
     records = read_metrics(metrics)
-    panels: Sequence[tuple[str, Sequence[str]]] = (
+    panels: list[tuple[str, Sequence[str]]] = [
         ("losses", ("d_loss", "g_loss")),
         ("mean logits", ("d_real", "d_fake")),
         ("loss of D by t", [k for k in sorted(records[-1]) if k.startswith("d_loss_t")] if records else []),
         ("loss of G by t", [k for k in sorted(records[-1]) if k.startswith("g_loss_t")] if records else []),
         ("gradient norms, R1", ("d_grad_norm", "g_grad_norm", "r1")),
         ("parameter norms", ("d_param_norm", "g_param_norm")),
-    )
-    figure, axes = plt.subplots(2, 3, figsize=(15, 7), constrained_layout=True)
-    for axis, (title, names) in zip(axes.flat, panels, strict=True):
+    ]
+    judged = sorted({name for record in records for name in record if name.startswith("eval/")})
+    distances = [
+        name for name in judged if name.rpartition("_")[2] in ("frechet", "fid", "variation") or name == "eval/fid"
+    ]
+    shares = [name for name in judged if name.rpartition("/")[2] in ("precision", "recall", "coverage", "high_quality")]
+    panels += [("evaluation: distances", distances), ("evaluation: shares", shares)] if judged else []
+    figure, axes = plt.subplots(2, len(panels) // 2, figsize=(2.5 * len(panels), 7), constrained_layout=True)
+    for axis, (title, names) in zip(axes.T.flat, panels, strict=True):
         for name in names:
             points = [(r["step"], r[name]) for r in records if r.get(name) is not None]
             if points:
@@ -95,6 +183,4 @@ def curves(metrics: pathlib.Path, path: pathlib.Path) -> None:
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    _save(figure, path)

@@ -2,6 +2,7 @@
 
 import pathlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -18,31 +19,35 @@ class Sampler:
 
     def __init__(self, built: Built, batch_size: int):
         """Draw `batch_size` images at once on each of this process's devices."""
-        self._draw = parallel.map_indices(sampler(built))
+        self._draw = parallel.map_local(sampler(built), (None, None, 0))
         self._batch_size = max(1, batch_size)
 
-    def __call__(self, params: Any, seed: int, num: int, progress: bool = False) -> np.ndarray:
-        """Images 0..num-1, uint8 [num, H, W, C], or points [num, d]; sample i from (seed, i) alone.
+    def chunks(self, params: Any, seed: int, num: int) -> Iterator[np.ndarray]:
+        """Images 0..num-1, uint8 [n, H, W, C], or points [n, d], chunk by chunk; sample i from (seed, i) alone.
 
         Halves its batch where memory ends.
         """
-        images: list[np.ndarray] = []
-        done = 0
+        params, devices, done = parallel.replicate_local(params), jax.local_device_count(), 0
+        while done < num:
+            size = min(self._batch_size, -(-num // devices))
+            indices = np.arange(done, done + devices * size, dtype=np.int32).reshape(devices, size)
+            try:
+                chunk = np.asarray(self._draw(params, np.uint32(seed), indices))
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error) or size == 1:
+                    raise
+                self._batch_size = size // 2
+                continue
+            chunk = chunk.reshape(-1, *chunk.shape[2:])[: num - done]
+            done += len(chunk)
+            yield chunk
+
+    def __call__(self, params: Any, seed: int, num: int, progress: bool = False) -> np.ndarray:
+        """The same in one array."""
+        images = []
         with tqdm(total=num, unit="img", desc="sampling", disable=None if progress else True) as bar:
-            while done < num:
-                devices = jax.local_device_count()
-                size = min(self._batch_size, -(-num // devices))
-                indices = np.arange(done, done + devices * size, dtype=np.int32).reshape(devices, size)
-                try:
-                    chunk = np.asarray(self._draw(params, np.uint32(seed), indices))
-                except jax.errors.JaxRuntimeError as error:
-                    if "RESOURCE_EXHAUSTED" not in str(error) or size == 1:
-                        raise
-                    self._batch_size = size // 2
-                    continue
-                chunk = chunk.reshape(-1, *chunk.shape[2:])[: num - done]
+            for chunk in self.chunks(params, seed, num):
                 images.append(chunk)
-                done += len(chunk)
                 bar.update(len(chunk))
         return np.concatenate(images)
 
@@ -63,18 +68,25 @@ def save(images: np.ndarray, out: str) -> None:
             figures.save_image(path / f"{i:06d}.png", image if image.shape[-1] == 3 else image[..., :1].repeat(3, -1))
 
 
+def load(path: str) -> tuple[Any, dict[str, Any], int, Built]:
+    """(moving average of G's parameters, configuration, step, what it describes) of a workdir or checkpoint `path`.
+
+    UserError if there is none, or if its arrays are not those of its configuration.
+    """
+    params, config, step = checkpoint.restore_ema(path)
+    built = build(config)
+    checkpoint.check_like(params, jax.eval_shape(built.init_gen, jax.random.key(0)), f"the checkpoint in {path}")
+    return params, config, step, built
+
+
 def generate(path: str, out: str, num_samples: int, seed: int = 0, batch_size: int | None = None) -> np.ndarray:
     """Sample from the moving average of a workdir or checkpoint `path`, write to `out`, and return the images."""
     suffix = pathlib.Path(out).suffix
     if suffix not in (".png", ".npz", ""):
         raise UserError(f"--out={out} must end in .png (a grid), .npz (an array) or name a directory")
-    if num_samples < 1:
-        raise UserError(f"--num_samples={num_samples} must be at least 1")
-    params, config, step = checkpoint.restore_ema(path)
-    built = build(config)
+    params, config, step, built = load(path)
     if len(built.image_shape) == 1 and not suffix:
         raise UserError(f"--out={out}: points can be written to .png (a plot) or .npz (an array)")
-    checkpoint.check_like(params, jax.eval_shape(built.init_gen, jax.random.key(0)), f"the checkpoint in {path}")
     start = time.time()
     draw = Sampler(built, batch_size or config["sample"]["batch_size"])
     images = draw(params, seed, num_samples, progress=True)

@@ -137,6 +137,11 @@ def any_process(flag: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.int32(flag))))
 
 
-def map_indices(sample: Callable) -> Callable:
-    """sample(params, seed, indices [B]) of one device -> the same for [devices, B] on this process's devices."""
-    return jax.pmap(sample, in_axes=(None, None, 0), devices=jax.local_devices())
+def map_local(function: Callable, in_axes: tuple[int | None, ...]) -> Callable:
+    """`function` of one device -> the same on all of this process's, split along the axes that `in_axes` names."""
+    return jax.pmap(function, in_axes=in_axes, devices=jax.local_devices())
+
+
+def replicate_local(tree: Any) -> Any:
+    """Arrays on every device of this process, for what `map_local` does not split."""
+    return jax.device_put(tree, NamedSharding(Mesh(np.array(jax.local_devices()), (AXIS,)), PartitionSpec()))

@@ -23,6 +23,7 @@ from ddgan_jax.data.batches import batches
 from ddgan_jax.data.sources import quiet
 from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.generate import Sampler
+from ddgan_jax.judge import RANKED_BY, judge, open_judge
 
 Metrics = dict[str, Any]
 
@@ -183,18 +184,19 @@ def train(config: Any, workdir: str) -> Any:
     started = time.time()
     interrupt = Interrupt()
     settings = as_dict(config)
-    data, images = settings["data"], None
+    data, opened = settings["data"], None
     if 0 in (data["image_size"], data["channels"]):  # the networks depend on what the images have
-        images = open_data(settings).images
-        data["image_size"], data["channels"] = images.shape[2:]
+        opened = open_data(settings)
+        data["image_size"], data["channels"] = opened.images.shape[2:]
     built = build(settings)
-    train_, log_ = settings["train"], settings["log"]
+    train_, log_, eval_ = settings["train"], settings["log"], settings["eval"]
     num_steps, path = train_["num_steps"], pathlib.Path(workdir)
     per_device = check_batch(built.batch_size)
     primary = parallel.is_primary()
     if primary:
         open_workdir(path, settings)
-    images = open_data(settings).images if images is None else images
+    opened = opened or open_data(settings)
+    images = opened.images
     if images.shape[1:] != built.image_shape:
         raise UserError(
             f"dataset {data['name']} has examples of {list(images.shape[1:])}, but model.network="
@@ -224,6 +226,7 @@ def train(config: Any, workdir: str) -> Any:
 
     log = Log(path, settings, step) if primary else None
     draw = Sampler(built, settings["sample"]["batch_size"])
+    judge_ = open_judge(settings, opened) if primary and eval_["every"] else None
     own = batches(
         images,
         global_batch=built.batch_size,
@@ -244,6 +247,11 @@ def train(config: Any, workdir: str) -> Any:
         if log:
             log.image(step, "samples", grid)
 
+    def evaluation() -> dict[str, float]:
+        chunks = draw.chunks(jax.device_get(state.ema_params), 0, eval_["online_samples"])
+        found = judge(judge_, chunks, eval_["online_samples"]).results  # type: ignore[arg-type]
+        return {f"eval/{name}": float(value) for name, value in found.items()}
+
     while step < num_steps:
         batch = next(stream)
         if not steps:
@@ -261,15 +269,19 @@ def train(config: Any, workdir: str) -> Any:
 
         # Several processes must agree on the step at which they stop; they ask each other when they log.
         stop = (jax.process_count() == 1 or step % log_["every"] == 0) and parallel.any_process(bool(interrupt.signal))
-        due = {name: step % every == 0 for name, every in (("log", log_["every"]), ("save", keep["every"]))}
+        every = {"log": log_["every"], "save": keep["every"], "eval": eval_["every"], "samples": log_["samples_every"]}
+        due = {name: number > 0 and step % number == 0 for name, number in every.items()}
         last = step == num_steps or stop
-        if due["log"] or due["save"] or last:
+        if due["log"] or due["save"] or due["eval"] or last:
             window = jax.device_get(window)
             check_finite(step - len(window), window, safe)
             seconds, mark_step = time.time() - mark, step - marked
             values = summarise(window)
             values |= {"images_per_second": mark_step * built.batch_size / max(seconds, 1e-9)}
             window, mark, marked = [], time.time(), step
+            if due["eval"] and judge_:
+                values |= evaluation()
+                mark = time.time()
             if log:
                 log.scalars(step, values)
                 eta = (num_steps - step) * seconds / max(mark_step, 1)
@@ -277,12 +289,15 @@ def train(config: Any, workdir: str) -> Any:
                 bar.set_postfix_str(line)
                 if bar.disable:
                     say(f"step {step}/{num_steps}: {line}, {clock(eta)} to go")
-        if (due["save"] or last) and checkpoints:
+        if (due["save"] or due["eval"] or last) and checkpoints:
             checkpoints.save(step, state, settings)
             safe = step
+            ranked_by = f"eval/{RANKED_BY[eval_['features']]}"
+            if due["eval"] and checkpoints.offer(step, ranked_by, values[ranked_by]):
+                say(f"step {step} is the best so far: {ranked_by} {values[ranked_by]:.4g}")
         if stop:
             break
-        if primary and (step % log_["samples_every"] == 0 and not last):
+        if primary and due["samples"] and not last:
             samples(f"step_{step:07d}.png")
             mark = time.time()
 

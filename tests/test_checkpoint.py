@@ -58,6 +58,22 @@ def test_keeps_the_last_and_every_mth(tmp_path):
     assert checkpoint.Checkpoints(str(tmp_path)).steps() == [4, 8, 9]
 
 
+def test_the_best_stays_and_has_a_name(tmp_path):
+    """Smaller is better, NaN is never; another measure starts anew."""
+    values = {1: float("nan"), 2: 3.0, 3: 2.0, 4: 2.0, 5: 7.0, 6: float("nan")}
+    checkpoints = checkpoint.Checkpoints(str(tmp_path), keep=1)
+    with pytest.raises(UserError, match="no checkpoint in"):
+        checkpoint.find(f"{tmp_path}/best")
+    for step, value in values.items():
+        checkpoints.save(step, tiny_state(step), CONFIG)
+        assert checkpoints.offer(step, "fid", value) == (step in (2, 3))
+    checkpoints.close()
+    again = checkpoint.Checkpoints(str(tmp_path), keep=1)  # as after a resume
+    assert again.steps() == [3, 6] and not again.offer(6, "fid", 2.5)
+    assert checkpoint.restore_ema(f"{tmp_path}/best")[2] == 3 and checkpoint.restore_ema(str(tmp_path))[2] == 6
+    assert again.offer(6, "recall", 9.0) and checkpoint.find(f"{tmp_path}/best").name == "6"
+
+
 def largest_file(folder: pathlib.Path) -> pathlib.Path:
     return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
 

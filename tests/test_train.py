@@ -290,7 +290,7 @@ def test_a_folder_of_images_trains_and_samples(cache, tmp_path):
     zeros = ["--config.data.name=image_folder", "--config.data.image_size=0", "--config.data.channels=0"]
     workdir = f"--workdir={tmp_path / 'run'}"
     result = run("--config=configs/image_folder.py:smoke", workdir, *folder, *zeros, cache)
-    assert result.returncode == 0 and "13 images of 16x16x3" in result.stdout, result.stdout + result.stderr
+    assert result.returncode == 0 and "13 examples of 16x16x3" in result.stdout, result.stdout + result.stderr
     result = run("--mode=sample", workdir, "--num_samples=3", f"--out={tmp_path / 'x.npz'}")
     assert result.returncode == 0, result.stderr
     assert np.load(tmp_path / "x.npz")["images"].shape == (3, 16, 16, 3)

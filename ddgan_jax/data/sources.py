@@ -66,7 +66,7 @@ def open_data(
         return Data(np.random.default_rng(0).integers(0, 256, shape, np.uint8))
     if name == "gaussians":
         return Data(gaussians())
-    data_dir = os.path.expanduser(dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+    data_dir = directory(dir)
     if name in ("image_folder", "lsun_church"):
         return _open_folder(name, split, data_dir, image_size, channels, path, max_bad_share)
     stacked = name.startswith("stacked_")
@@ -79,6 +79,11 @@ def open_data(
         raise UserError(f"dataset {name} needs {error.name}: run `pip install {needed}`") from error
     data = dataclasses.replace(data, images=_in_memory(data.images, in_memory_mib))
     return _stack(name, data, image_size, channels) if stacked else data
+
+
+def directory(dir: str = "") -> str:
+    """Where data lies: `dir`, else $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    return os.path.expanduser(dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
 
 
 # --- Made up ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,154 @@
+"""Evaluation as a job: the paper's measures of a checkpoint, or of images made elsewhere; see judge.py for them."""
+
+import json
+import pathlib
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from ddgan_jax import checkpoint, figures
+from ddgan_jax.build import as_dict
+from ddgan_jax.data import decoding
+from ddgan_jax.errors import UserError
+from ddgan_jax.generate import Sampler, load
+from ddgan_jax.judge import Judge, Judged, Results, judge, open_judge
+from ddgan_jax.metrics import weights
+
+# --- Samples ------------------------------------------------------------------------------------------------------
+
+
+def read_samples(path: str, num_samples: int) -> tuple[Iterator[np.ndarray], int]:
+    """Chunks [n, ...] of the first `num_samples` samples (0: all) of an npz with one array or a folder, and how many.
+
+    UserError if they are too few, damaged, or not all of one size.
+    """
+    given = pathlib.Path(path)
+    if given.is_dir():
+        files = sorted(f for f in given.iterdir() if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp"))
+        total = len(files)
+    else:
+        arrays = weights.read(path)
+        if len(arrays) != 1:
+            raise UserError(f"{path} holds {len(arrays)} arrays, {', '.join(arrays) or 'none'}: it needs to be one")
+        (array,) = arrays.values()
+        total = len(array) if array.ndim else 0
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise UserError(f"{path} holds NaN or infinity")
+    count = num_samples or total
+    if total < max(count, 2):
+        raise UserError(
+            f"{path} holds {total} samples, but {max(count, 2)} are needed: say how many with --num_samples"
+        )
+    if given.is_dir():
+        return _decoded(files[:count]), count
+    return (array[i : min(i + 256, count)] for i in range(0, count, 256)), count
+
+
+def _decoded(files: list[pathlib.Path]) -> Iterator[np.ndarray]:
+    """Pictures in chunks uint8 [n, H, W, C]."""
+    first = None
+    for start in range(0, len(files), 64):
+        chunk = []
+        for file in files[start : start + 64]:
+            try:
+                image = decoding.to_eight_bits(decoding.open_image(file.read_bytes()))
+            except (ValueError, OSError) as error:
+                raise UserError(f"sample {file} cannot be read: {error}") from error
+            chunk.append(np.asarray(image).reshape(image.height, image.width, -1))
+            first = first or chunk[0].shape
+            if chunk[-1].shape != first:
+                raise UserError(f"the samples are of different sizes: {file} is {chunk[-1].shape}, the first {first}")
+        yield np.stack(chunk)
+
+
+def time_sampling(draw: Sampler, params: Any, seed: int, batch: int, num_steps: int) -> Results:
+    """Seconds for 100 samples: the median of 5 draws of a batch after one that does not count."""
+    seconds = []
+    for _ in range(6):
+        start = time.perf_counter()
+        draw(params, seed, batch)
+        seconds.append(time.perf_counter() - start)
+    return {
+        "network_calls": num_steps,
+        "seconds_per_100": statistics.median(seconds[1:]) * 100 / batch,
+        "batch": batch,
+        "devices": f"{jax.local_device_count()} x {jax.devices()[0].device_kind}",
+    }
+
+
+# --- The job ------------------------------------------------------------------------------------------------------
+
+
+def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_samples: int = 0, seed: int = 0) -> Results:
+    """Judge the checkpoint or workdir `path`, or the `samples` of a file or folder, against `config.data`.
+
+    Writes results.json and pictures into the folder `out`, by default `path`/evaluation/STEP. Returns the results.
+    Raises UserError where `config` is of other data than the checkpoint.
+    """
+    c, start = as_dict(config), time.time()
+    count = num_samples or c["eval"]["num_samples"]
+    results: Results = {"num_samples": count}
+    if samples:
+        chunks, count = read_samples(samples, num_samples)
+        folder = pathlib.Path(out or f"{samples.rstrip('/')}.evaluation")
+        results = {"samples": samples}
+    else:
+        params, trained, step, built = load(path)
+        c = _same_data(c, trained, path)
+        draw = Sampler(built, c["sample"]["batch_size"])
+        chunks = draw.chunks(params, seed, count)
+        folder = pathlib.Path(out or pathlib.Path(path, "evaluation", str(step)))
+        results = {"checkpoint": str(checkpoint.find(path)), "step": step, "seed": seed}
+    judge_ = open_judge(c)
+    judged = judge(judge_, chunks, count, "reading" if samples else "sampling")
+    results |= {"features": c["eval"]["features"]} | judge_.about | judged.results
+    if not samples:
+        batch = min(count, 100, c["sample"]["batch_size"] * jax.local_device_count())
+        results["sampling"] = time_sampling(draw, params, seed, batch, built.schedule.num_steps)
+    results["seconds"] = round(time.time() - start, 1)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(results, indent=2, default=float) + "\n")
+    draw_figures(judge_, judged, folder, path if not samples else "")
+    for name, value in results.items():
+        print(f"  {name:<46} {_readable(value)}")
+    print(f"written to {folder}", flush=True)
+    return results
+
+
+def _readable(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_readable(item)}" for name, item in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _same_data(c: dict[str, Any], trained: dict[str, Any], path: str) -> dict[str, Any]:
+    """The configuration with the size that the checkpoint's images have, if both are of the same data."""
+    ours, theirs = c["data"], trained["data"]
+    if ours["name"] != theirs["name"] or any(ours[n] not in (0, theirs[n]) for n in ("image_size", "channels")):
+        sets = (f"{data['name']} {data['image_size']} px, {data['channels']} channels" for data in (theirs, ours))
+        raise UserError(
+            "the checkpoint in {} is of {}, but --config is of {}: name the one of its training".format(path, *sets)
+        )
+    return c | {"data": ours | {"image_size": theirs["image_size"], "channels": theirs["channels"]}}
+
+
+def draw_figures(j: Judge, judged: Judged, folder: pathlib.Path, workdir: str) -> None:
+    """Pictures of what was judged: samples, curves, modes, the manifolds, the nearest training images."""
+    figures.save_image(folder / "samples.png", figures.picture(judged.samples[: 64 if j.networks else None]))
+    if workdir and pathlib.Path(workdir, "metrics.jsonl").exists():
+        figures.curves(pathlib.Path(workdir, "metrics.jsonl"), folder / "curves.png")
+    if judged.histogram is not None:
+        figures.histogram(judged.histogram, folder / "modes.png", grid=not j.networks)
+    if judged.manifolds is not None and judged.shown is not None:
+        real, fake = j.real[-1].features[judged.shown], judged.features[-1].features[: len(judged.manifolds.balls)]
+        figures.manifolds(real, fake, judged.manifolds.recalled, judged.manifolds.balls > 0, folder / "manifold.png")
+    if judged.neighbours is not None:
+        index, distance = judged.neighbours
+        closest = np.argsort(distance, kind="stable")[:8]
+        chosen = np.concatenate([closest, np.arange(8)])
+        near = j.data.images[j.reference[index[chosen]]]
+        figures.neighbours(judged.samples[chosen], near, distance[chosen], folder / "neighbours.png")

@@ -1,0 +1,232 @@
+"""Distances between sets of features [N, D], each one number for a whole set of samples. All sums are in float64.
+
+    (1)  Frechet   |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^{1/2})        Heusel et al. 2017, equation 6
+    (2)  kernel    MMD^2 with k(x, y) = (x.y / D + 1)^3, unbiased              Binkowski et al. 2018
+    (3)  score     exp(E_x KL(p(c|x) || E_x p(c|x)))                           Salimans et al. 2016, Section 4
+
+With the pool features of Inception v3 (D = 2048), (1) is FID and (2) KID; with its logits, (3) is the Inception score.
+(1) depends on the number of samples, which must be the published one to compare; (2) does not.
+"""
+
+import dataclasses
+import os
+import pathlib
+import zipfile
+import zlib
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ddgan_jax.errors import UserError
+
+ROWS = 1024  # taken at once where rows are converted to float64, so that no whole set is copied
+
+
+def as_features(x: ArrayLike, what: str, at_least: int = 1) -> np.ndarray:
+    """`x` as an array of numbers [N, D], not copied where it is one already.
+
+    Raises UserError, with `what` to name it, unless it is two-dimensional, finite and of `at_least` rows.
+    """
+    x = np.asarray(x)
+    if x.dtype.kind == "V":  # bfloat16, which NumPy does not know
+        x = x.astype(np.float32)
+    if x.dtype.kind not in "biuf":
+        raise UserError(f"{what} must be real numbers, not {x.dtype}")
+    if x.ndim != 2 or x.shape[1] < 1:
+        raise UserError(f"{what} must be an array [N, D], one row a sample, not of shape {list(x.shape)}")
+    if len(x) < at_least:
+        raise UserError(f"{what} hold {len(x)} samples; at least {at_least} are needed")
+    for start in range(0, len(x), ROWS):
+        bad = np.flatnonzero(~np.isfinite(x[start : start + ROWS]).all(axis=1))
+        if len(bad):
+            raise UserError(f"{what} must be finite, but sample {start + bad[0]} holds NaN or infinity")
+    return x
+
+
+def check_widths(x: np.ndarray, y: np.ndarray) -> None:
+    """Raise UserError unless x [N, D] and y [M, D] have one D."""
+    if x.shape[1] != y.shape[1]:
+        raise UserError(f"both sets need features of one width, not {x.shape[1]} and {y.shape[1]}")
+
+
+# --- Frechet ------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Moments:
+    """Mean and covariance of a set of features, float64: what (1) needs of it."""
+
+    mu: np.ndarray  # [D]
+    sigma: np.ndarray  # [D, D], divided by count - 1; zeros where count is 1
+    count: int | None = None  # samples; None where a file does not say
+
+
+def update(before: Moments | None, chunk: ArrayLike) -> Moments:
+    """The moments of all samples so far and of `chunk` [n, D]; `before` is None at the start.
+
+    The pairwise update of Chan, Golub and LeVeque (1979): deviations are from the mean of their chunk, so nothing
+    cancels where means are large. Raises UserError for a chunk that is not finite or of another width.
+    """
+    x = as_features(chunk, "features").astype(np.float64)
+    n, mean = len(x), x.mean(axis=0)
+    x -= mean
+    if before is None:
+        return Moments(mean, x.T @ x / max(n - 1, 1), n)
+    if before.count is None:
+        raise UserError("moments read from a file do not say of how many samples they are, and so cannot be updated")
+    if before.mu.shape != mean.shape:
+        raise UserError(f"this chunk has {len(mean)} features a sample; the ones before it have {len(before.mu)}")
+    total = before.count + n
+    shift = mean - before.mu
+    # The shift enters as one more deviation, so the sum is a Gram matrix and stays exactly symmetric.
+    x = np.concatenate([x, np.sqrt(before.count * n / total) * shift[None]])
+    sigma = x.T @ x
+    sigma += before.sigma * (before.count - 1)
+    sigma /= total - 1
+    return Moments(before.mu + shift * (n / total), sigma, total)
+
+
+def moments(chunks: Iterable[ArrayLike]) -> Moments:
+    """Mean and covariance of features that come in chunks [n, D]; how they are cut matters only to rounding.
+
+    Raises UserError for fewer than 2 samples, NaN, infinity, or widths that differ.
+    """
+    result = None
+    for chunk in chunks:
+        result = update(result, chunk)
+    if result is None or result.count is None or result.count < 2:
+        raise UserError(f"a covariance needs at least 2 samples, not {result.count if result else 0}")
+    return result
+
+
+def save_moments(path: str | os.PathLike, values: Moments) -> None:
+    """Write `mu` and `sigma` as an npz, the form in which others publish theirs; `path` should end in .npz."""
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, mu=values.mu, sigma=values.sigma)
+
+
+def load_moments(path: str | os.PathLike, width: int | None = None) -> Moments:
+    """Read an npz with `mu` [D] and `sigma` [D, D]; other arrays in it are ignored.
+
+    Raises UserError if the file or an array is missing, shapes do not fit, a number is not finite, sigma is not
+    symmetric, or D is not the `width` asked for.
+    """
+    try:
+        with open(path, "rb") as opened, np.load(opened) as file:
+            missing = [name for name in ("mu", "sigma") if name not in file]
+            if missing:
+                raise UserError(f"{path} has no array {missing[0]!r} (it has {', '.join(file) or 'none'})")
+            mu, sigma = (np.asarray(file[name], np.float64) for name in ("mu", "sigma"))
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path} is not an npz with the arrays mu and sigma of numbers") from error
+    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+        raise UserError(
+            f"{path} must hold mu [D] and sigma [D, D], not of shapes {list(mu.shape)} and {list(sigma.shape)}"
+        )
+    if width is not None and len(mu) != width:
+        raise UserError(f"{path} is of features of width {len(mu)}, and {width} is needed")
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise UserError(f"{path} holds NaN or infinity")
+    if np.abs(sigma - sigma.T).max(initial=0) > 1e-4 * np.abs(sigma).max(initial=0):
+        raise UserError(f"{path} holds a sigma that is not symmetric, so it is no covariance")
+    return Moments(mu, sigma)
+
+
+def frechet_distance(a: Moments, b: Moments) -> float:
+    """(1), at least 0, in squared units of the features. Raises UserError where the widths differ.
+
+    With S_a = V V^T the trace of (S_a S_b)^{1/2} is that of (V^T S_b V)^{1/2}, a symmetric matrix. V has a column for
+    each eigenvalue of S_a that is not rounding, so covariances of fewer samples than features need no care.
+    """
+    if a.mu.shape != b.mu.shape:
+        raise UserError(f"both moments need features of one width, not {len(a.mu)} and {len(b.mu)}")
+    values, vectors = np.linalg.eigh(a.sigma)
+    kept = values > len(values) * np.finfo(np.float64).eps * values.max(initial=0)
+    root = vectors[:, kept] * np.sqrt(values[kept])
+    product = np.linalg.eigvalsh(root.T @ b.sigma @ root)
+    trace = np.trace(a.sigma) + np.trace(b.sigma) - 2 * np.sum(np.sqrt(np.maximum(product, 0)))
+    return max(0.0, float(np.sum((a.mu - b.mu) ** 2) + trace))
+
+
+# --- Kernel -------------------------------------------------------------------------------------------------------
+
+
+class KernelDistance(NamedTuple):
+    """(2) over blocks of samples."""
+
+    mean: float  # may be a little below 0, as it is unbiased
+    std: float  # over the blocks (divided by their number); 0 for one block
+    blocks: int
+    block_size: int  # samples of each set in a block
+
+
+def _kernel_mean(x: np.ndarray, y: np.ndarray | None = None) -> float:
+    """Mean of k(x_i, y_j) over all pairs, or of k(x_i, x_j) over those with i != j."""
+    other = x if y is None else y
+    total = 0.0
+    for start in range(0, len(x), ROWS):
+        total += np.sum((x[start : start + ROWS] @ other.T / x.shape[1] + 1) ** 3)
+    if y is not None:
+        return total / (len(x) * len(y))
+    diagonal = np.sum((np.sum(x * x, axis=1) / x.shape[1] + 1) ** 3)
+    return (total - diagonal) / (len(x) * (len(x) - 1))
+
+
+def kernel_distance(x: ArrayLike, y: ArrayLike, block_size: int = 1000, seed: int = 0) -> KernelDistance:
+    """(2) between x [N, D] and y [M, D]: mean and spread over as many disjoint blocks as both sets fill.
+
+    Each set is permuted by `seed` and cut into consecutive blocks; what fills no block is left out. With fewer than
+    `block_size` samples in a set there is one block, of the size of the smaller set. The block size does not move
+    the expectation, but the spread. Raises UserError for fewer than 2 samples, NaN, infinity, or different widths.
+    """
+    x, y = as_features(x, "the first features", 2), as_features(y, "the second features", 2)
+    check_widths(x, y)
+    if block_size < 2:
+        raise UserError(f"a block of the kernel distance needs at least 2 samples, not block_size={block_size}")
+    smaller = min(len(x), len(y))
+    size = min(block_size, smaller)
+    blocks = smaller // size
+    rng = np.random.default_rng(seed)
+    order_x, order_y = rng.permutation(len(x)), rng.permutation(len(y))
+    values = []
+    for start in range(0, blocks * size, size):
+        a, b = (s[order[start : start + size]].astype(np.float64) for s, order in ((x, order_x), (y, order_y)))
+        values.append(_kernel_mean(a) + _kernel_mean(b) - 2 * _kernel_mean(a, b))
+    return KernelDistance(float(np.mean(values)), float(np.std(values)), blocks, size)
+
+
+# --- Inception score ----------------------------------------------------------------------------------------------
+
+
+class InceptionScore(NamedTuple):
+    """(3) over splits."""
+
+    mean: float  # 1 (all predictions equal) to C (certain, and all classes equally often)
+    std: float  # over the splits (divided by their number)
+
+
+def inception_score(logits: ArrayLike, splits: int = 10) -> InceptionScore:
+    """(3) of logits [N, C] (log-probabilities are logits too): mean and spread over consecutive splits of the samples.
+
+    The order is the caller's: samples that come sorted by class must be shuffled before. Raises UserError for fewer
+    samples than splits, NaN or infinity.
+    """
+    if splits < 1:
+        raise UserError(f"the Inception score needs at least 1 split, not splits={splits}")
+    logits = as_features(logits, "logits", splits)
+    n, scores = len(logits), []
+    for i in range(splits):
+        x = logits[i * n // splits : (i + 1) * n // splits].astype(np.float64)
+        x -= x.max(axis=1, keepdims=True)
+        x -= np.log(np.sum(np.exp(x), axis=1, keepdims=True))
+        p = np.exp(x)
+        marginal = p.mean(axis=0)
+        entropy = -np.sum(marginal * np.log(np.where(marginal > 0, marginal, 1)))
+        scores.append(np.exp(np.mean(np.sum(p * x, axis=1)) + entropy))
+    return InceptionScore(float(np.mean(scores)), float(np.std(scores)))

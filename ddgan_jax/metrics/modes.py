@@ -1,0 +1,95 @@
+"""Which modes of a known distribution the samples reach, and how evenly.
+
+With h the share of the samples in each of K modes: the number of modes with h > 0, and
+
+    (1)  KL(h || uniform) = sum h log(K h), in nats, 0 for equal shares and log K for a single mode.
+
+StackedMNIST has K = 1,000 modes, one for each triple of digits, and is judged by 25,600 samples that a classifier
+of digits labels channel by channel. The grid of Gaussians has K = 25.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ddgan_jax.errors import UserError
+
+
+class ModeReport(NamedTuple):
+    """Modes of labelled samples."""
+
+    modes: int  # present, of num_modes
+    kl: float  # (1)
+    histogram: np.ndarray  # int64 [num_modes], samples of each mode
+
+
+class GaussianReport(NamedTuple):
+    """Modes of points in the plane. Only high-quality points are counted, but in `high_quality`."""
+
+    modes: int  # with at least one high-quality point
+    high_quality: float  # the share of all points within three standard deviations of their centre, 0 to 1
+    kl: float  # (1); NaN if no point is of high quality
+    histogram: np.ndarray  # int64 [side^2], high-quality points of each mode, in the order of `grid_centres`
+
+
+def _report(histogram: np.ndarray) -> ModeReport:
+    total = histogram.sum()
+    if not total:
+        return ModeReport(0, float("nan"), histogram)
+    share = histogram[histogram > 0] / total
+    return ModeReport(len(share), float(np.sum(share * np.log(len(histogram) * share))), histogram)
+
+
+def mode_report(labels: ArrayLike, num_modes: int) -> ModeReport:
+    """Modes present, and (1), of labels [N] in 0..num_modes-1; an empty mode adds 0 to (1).
+
+    Raises UserError for no labels, labels that are no whole numbers, or one out of range.
+    """
+    labels = np.asarray(labels)
+    if labels.ndim != 1 or not len(labels) or labels.dtype.kind not in "iu":
+        raise UserError(f"labels must be whole numbers [N], N >= 1, not {labels.dtype} {list(labels.shape)}")
+    if labels.min() < 0 or labels.max() >= num_modes:
+        raise UserError(f"labels must be 0 to {num_modes - 1}, not {labels.min()} to {labels.max()}")
+    return _report(np.bincount(labels.astype(np.int64), minlength=num_modes))
+
+
+def stacked_labels(digits: ArrayLike) -> np.ndarray:
+    """The mode 100 a + 10 b + c, int64 [N] in 0..999, of three digits [N, 3] in 0..9, one of each channel (a first).
+
+    Raises UserError for another shape, or for numbers that are no digits.
+    """
+    digits = np.asarray(digits)
+    if digits.ndim != 2 or digits.shape[1] != 3 or digits.dtype.kind not in "iu":
+        raise UserError(f"digits must be whole numbers [N, 3], not {digits.dtype} {list(digits.shape)}")
+    if digits.size and (digits.min() < 0 or digits.max() > 9):
+        raise UserError(f"digits must be 0 to 9, not {digits.min()} to {digits.max()}")
+    return digits.astype(np.int64) @ np.array([100, 10, 1])
+
+
+def grid_centres(side: int = 5, spacing: float = 2.0) -> np.ndarray:
+    """Centres of a square grid about the origin, float64 [side^2, 2]; mode side * i + j is the i-th x and j-th y."""
+    axis = (np.arange(side) - (side - 1) / 2) * spacing
+    return np.stack(np.meshgrid(axis, axis, indexing="ij"), axis=-1).reshape(-1, 2)
+
+
+def gaussian_report(points: ArrayLike, side: int = 5, spacing: float = 2.0, std: float = 0.05) -> GaussianReport:
+    """How points [N, 2] spread over `grid_centres`, the modes of Gaussians with standard deviation `std` an axis.
+
+    Every point belongs to its nearest centre, and is of high quality within 3 std of it (Euclidean). A mode is covered
+    if it has at least one high-quality point, as in VEEGAN (Srivastava et al. 2017) and PacGAN (Lin et al. 2018), and
+    (1) is over the high-quality points alone, as PacGAN's code counts. Of exact samples 98.9 % are of high quality.
+    Raises UserError for another shape, NaN or infinity.
+    """
+    points = np.asarray(points, np.float64)
+    if points.ndim != 2 or points.shape[1] != 2 or not len(points):
+        raise UserError(f"points must be an array [N, 2], N >= 1, not of shape {list(points.shape)}")
+    if not np.isfinite(points).all():
+        bad = np.flatnonzero(~np.isfinite(points).all(axis=1))
+        raise UserError(f"points must be finite, but point {bad[0]} holds NaN or infinity")
+    # On a grid the nearest centre is the nearest along each axis.
+    cell = np.clip(np.rint(points / spacing + (side - 1) / 2), 0, side - 1).astype(np.int64)
+    mode = side * cell[:, 0] + cell[:, 1]
+    high = np.hypot(*(points - grid_centres(side, spacing)[mode]).T) <= 3 * std
+    found = _report(np.bincount(mode[high], minlength=side**2))
+    return GaussianReport(found.modes, float(high.mean()), found.kl, found.histogram)

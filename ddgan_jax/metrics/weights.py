@@ -1,0 +1,52 @@
+"""Published weights of the feature networks: named arrays of a state dict -> parameters, every one checked.
+
+A state dict comes from a `.pth` file in PyTorch's layout: convolutions (out, in, h, w), linear weights (out, in).
+Here they are read from an `.npz` with the same names; whoever has PyTorch may pass the content of the `.pth` itself.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from ddgan_jax.errors import UserError
+
+StateDict = Mapping[str, np.ndarray]
+Params = dict[str, dict[str, np.ndarray]]
+
+
+def read(path: str) -> dict[str, np.ndarray]:
+    """The arrays of an `.npz` by name. Raises UserError if it is missing, damaged, or holds anything but arrays."""
+    try:
+        # numpy leaves a damaged file open, if it was numpy that opened it.
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    except Exception as error:  # damaged archives fail in many ways inside zipfile, zlib and numpy
+        raise UserError(f"{path} is damaged, or no .npz file of plain arrays ({type(error).__name__})") from None
+
+
+def shapes(network: nn.Module) -> dict[str, dict[str, tuple[int, ...]]]:
+    """{layer: {leaf: shape}} of the parameters of a feature network; nothing is computed."""
+    images = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.uint8)
+    found = jax.eval_shape(network.init, jax.random.key(0), images)["params"]
+    return {layer: {leaf: value.shape for leaf, value in leaves.items()} for layer, leaves in found.items()}
+
+
+def array(state_dict: StateDict, key: str, shape: tuple[int, ...], file: str) -> np.ndarray:
+    """The array at `key`; UserError if it is missing, of another shape or not of floats. `file` is the right one."""
+    if key not in state_dict:
+        raise UserError(f"the weights lack {key!r}, which {file} holds with shape {shape}")
+    value = np.asarray(state_dict[key])
+    if value.shape != shape or value.dtype.kind != "f":
+        raise UserError(f"the weights hold {key!r} as {value.dtype} of shape {value.shape}; {file} has floats {shape}")
+    return value
+
+
+def kernel(state_dict: StateDict, key: str, shape: tuple[int, ...], file: str) -> np.ndarray:
+    """The weight at `key` as the kernel of `shape` (h, w, in, out) or (in, out) that linen has; else as `array`."""
+    value = array(state_dict, key, shape[:-3:-1] + shape[:-2], file)
+    return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T

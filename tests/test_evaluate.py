@@ -1,0 +1,336 @@
+"""Evaluation as a user runs it: of images made elsewhere, of checkpoints, while training; and everything wrong."""
+
+import dataclasses
+import importlib
+import json
+import os
+
+import jax
+import numpy as np
+import pytest
+from commands import POINTS, SMOKE, python, run
+from PIL import Image
+
+from ddgan_jax import evaluate, figures, judge
+from ddgan_jax.build import as_dict
+from ddgan_jax.data.sources import Data, open_data
+from ddgan_jax.errors import UserError
+from ddgan_jax.metrics import inception, vgg
+
+TIMES = ("seconds", "sampling")
+
+
+def config(name="digits", variant="", **eval_fields):
+    c = as_dict(importlib.import_module(f"configs.{name}").get_config(variant))
+    c["eval"] |= eval_fields
+    return c
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """(configuration, all digits): the data and the classifier are prepared once."""
+    c = config(batch_size=64)
+    c["data"]["dir"] = str(tmp_path_factory.mktemp("data"))
+    child = python(
+        "import sys; from ddgan_jax.data.sources import *; open_data('digits', dir=sys.argv[1])", c["data"]["dir"]
+    )
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 0, err
+    return c, open_data("digits", dir=c["data"]["dir"]).images
+
+
+def save(path, images):
+    np.savez(path, images=images)
+    return str(path)
+
+
+def of_samples(c, images, folder, **options):
+    return evaluate.evaluate(c, "", save(folder / "x.npz", images), str(folder / "out"), **options)
+
+
+# --- Digits -------------------------------------------------------------------------------------------------------
+
+
+def test_the_training_set_itself_is_perfect(digits, tmp_path):
+    c, images = digits
+    results = of_samples(c, images, tmp_path)
+    assert results["classifier_frechet"] == pytest.approx(0, abs=1e-3) and "fid" not in results
+    assert results["precision"] == results["recall"] == results["coverage"] == 1
+    assert results["num_samples"] == results["manifold_fake"] == results["real_images"] == 1797 and results["k"] == 3
+    assert results["classifier_test_accuracy"] > 0.95 and results["classifier_test_images"] == 359
+    assert results["modes"] == 10 and results["kl"] < 0.01
+    assert results["nearest_training_distance"] == 0 < results["nearest_training_distance_of_training_images"]
+    for name in ("samples", "modes", "manifold", "neighbours"):
+        with Image.open(tmp_path / "out" / f"{name}.png") as picture:
+            assert min(picture.size) > 200, name
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == json.loads(json.dumps(results, default=float))
+
+
+def test_worse_samples_have_worse_numbers(digits, tmp_path):
+    """A few digits only: precise, but without recall. Noise: neither."""
+    c, images = digits
+    labels = open_data("digits", dir=c["data"]["dir"]).labels()
+    ones = of_samples(c, images[labels == 1], tmp_path)
+    noise = of_samples(c, np.random.default_rng(0).integers(0, 256, (300, 8, 8, 1), np.uint8), tmp_path)
+    assert ones["modes"] <= 3 and ones["precision"] == 1 and ones["recall"] < 0.3 and ones["kl"] > 2
+    assert noise["precision"] < 0.1 and min(ones["classifier_frechet"], noise["classifier_frechet"]) > 10
+
+
+def test_neither_batches_nor_chunks_show(digits):
+    c, images = digits
+    found = []
+    for batch, chunk in ((64, 500), (7, 33)):
+        c["eval"]["batch_size"] = batch
+        chunks = (images[i : min(i + chunk, 500)] for i in range(0, 500, chunk))
+        found.append(judge.judge(judge.open_judge(c), chunks, 500).results)
+    assert found[0].keys() == found[1].keys()
+    for name, value in found[0].items():
+        assert found[1][name] == pytest.approx(value, rel=1e-5), name
+
+
+def test_four_devices_give_the_same_numbers(digits, tmp_path):
+    """To rounding; the samples are no copies, which would lie at the very edge of balls."""
+    c, images = digits
+    noise = np.random.default_rng(0).integers(-30, 30, images.shape)
+    mine = of_samples(c, np.clip(images + noise, 0, 255).astype(np.uint8)[::2], tmp_path)
+    result = run(
+        "--mode=evaluate",
+        f"--config.data.dir={c['data']['dir']}",
+        f"--samples={tmp_path}/x.npz",
+        f"--out={tmp_path}/four",
+        env={"XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+    )
+    assert result.returncode == 0, result.stderr
+    theirs = json.loads((tmp_path / "four" / "results.json").read_text())
+    assert theirs.keys() == mine.keys()
+    for name in mine.keys() - set(TIMES):
+        assert theirs[name] == (pytest.approx(mine[name], rel=1e-4) if isinstance(mine[name], float) else mine[name]), (
+            name
+        )
+
+
+def test_what_is_known_of_the_real_images_is_kept(digits, tmp_path, monkeypatch):
+    """A second evaluation trains and computes nothing of them; damaged files are made again."""
+    c, images = digits
+    first = of_samples(c, images[:300], tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(judge.classifier, "train", lambda *_: pytest.fail("trained again"))
+        again = of_samples(c, images[:300], tmp_path)
+    assert {k: v for k, v in again.items() if k not in TIMES} == {k: v for k, v in first.items() if k not in TIMES}
+    (features,) = (path for path in os.scandir(f"{c['data']['dir']}/evaluation") if path.name.startswith("features"))
+    with open(features.path, "r+b") as file:
+        file.truncate(100)
+    assert of_samples(c, images[:300], tmp_path)["classifier_frechet"] == first["classifier_frechet"]
+    assert os.path.getsize(features.path) > 100
+
+
+def test_a_folder_of_pictures(digits, tmp_path):
+    c, images = digits
+    for i, image in enumerate(images[:40]):
+        figures.save_image(tmp_path / "in" / f"{i:03d}.png", image[..., 0])
+    results = evaluate.evaluate(c, "", str(tmp_path / "in"), str(tmp_path / "out"))
+    assert results["num_samples"] == 40 and results["precision"] == 1
+    evaluate.evaluate(c, "", str(tmp_path / "in"), str(tmp_path / "out"), num_samples=30)
+    Image.new("L", (9, 8)).save(tmp_path / "in" / "wide.png")
+    with pytest.raises(UserError, match="of different sizes"):
+        evaluate.evaluate(c, "", str(tmp_path / "in"), str(tmp_path / "out"))
+    (tmp_path / "in" / "wide.png").write_text("no picture")
+    with pytest.raises(UserError, match=r"sample .*wide.png cannot be read: it is not an image"):
+        evaluate.evaluate(c, "", str(tmp_path / "in"), str(tmp_path / "out"))
+
+
+# --- Points -------------------------------------------------------------------------------------------------------
+
+
+def test_exact_points(tmp_path):
+    points = open_data("gaussians").images[:20_000]
+    results = of_samples(config("gaussians"), points, tmp_path)
+    assert results["modes"] == results["of_modes"] == 25 and results["kl"] < 1e-3
+    assert results["high_quality"] == pytest.approx(1 - np.exp(-4.5), abs=3e-3)  # within 3 deviations in the plane
+    # of the shares of 25 modes and of what lies in none: half of the sum of the differences from 1/25 (and 0)
+    assert results["total_variation"] == pytest.approx(np.exp(-4.5), abs=5e-3)
+    half = of_samples(config("gaussians"), points[points[:, 0] < 1], tmp_path)
+    assert half["modes"] == 15 and half["total_variation"] == pytest.approx(0.4, abs=0.02)
+
+
+def test_while_training(tmp_path):
+    """Measures go into the metrics, and the best checkpoint stays and has a name."""
+    arguments = [POINTS, f"--workdir={tmp_path}", "--config.eval.every=2", "--config.eval.online_samples=200"]
+    result = run(*arguments, "--config.checkpoint.keep=1", "--config.checkpoint.every=100")
+    assert result.returncode == 0, result.stderr
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    values = {r["step"]: r["eval/total_variation"] for r in records if "eval/total_variation" in r}
+    assert values.keys() == {2, 4, 6, 8} and "eval/modes" in records[-1] and "d_loss" in records[-1]
+    marked = json.loads((tmp_path / "best.json").read_text())
+    assert marked["step"] == min(values, key=lambda step: (round(values[step], 5), step))
+    assert marked["value"] == pytest.approx(min(values.values()), rel=1e-4)
+    steps = {int(path.name) for path in (tmp_path / "checkpoints").iterdir()}
+    assert steps == {marked["step"], 8}
+    result = run(POINTS, "--mode=evaluate", f"--checkpoint={tmp_path}/best", f"--out={tmp_path}/out")
+    assert result.returncode == 0, result.stderr
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["step"] == marked["step"] and results["num_samples"] == 20_000
+    assert results["sampling"]["network_calls"] == 4 and results["sampling"]["seconds_per_100"] > 0
+
+
+# --- Published networks, with random weights ----------------------------------------------------------------------
+
+
+def random_state_dict(network, to_state):
+    rng = np.random.default_rng(0)
+    state = {}
+    for layer, leaves in judge.weights.shapes(network).items():
+        state |= to_state(layer, {leaf: shape for leaf, shape in leaves.items()}, rng)
+    return state
+
+
+def inception_state(layer, leaves, rng):
+    shape = leaves["kernel"]
+    kernel = (rng.normal(size=shape) * np.sqrt(2 / np.prod(shape[:-1]))).astype(np.float32)
+    if layer == "fc":
+        return {"fc.weight": kernel.T}
+    one, zero = np.ones(shape[-1], np.float32), np.zeros(shape[-1], np.float32)
+    parts = {"bn.weight": one, "bn.bias": zero, "bn.running_mean": zero, "bn.running_var": one}
+    return {f"{layer}.conv.weight": kernel.transpose(3, 2, 0, 1)} | {f"{layer}.{k}": v for k, v in parts.items()}
+
+
+def vgg_state(layer, leaves, rng):
+    shape = leaves["kernel"]
+    kernel = (rng.standard_normal(shape, np.float32) * np.sqrt(2 / np.prod(shape[:-1]))).astype(np.float32)
+    kernel = kernel.transpose(3, 2, 0, 1) if kernel.ndim == 4 else kernel.T
+    return {f"{layer}.weight": kernel, f"{layer}.bias": np.zeros(shape[-1], np.float32)}
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A configuration of made images with both networks, as npz files of random weights."""
+    folder = tmp_path_factory.mktemp("weights")
+    np.savez(folder / "inception.npz", **random_state_dict(inception.Inception(), inception_state))
+    np.savez(folder / "vgg.npz", **random_state_dict(vgg.VGG16(), vgg_state))
+    c = config("cifar10", "smoke", features="inception", num_samples=12, batch_size=12, reference_samples=12)
+    c["eval"] |= {"inception_weights": f"{folder}/inception.npz", "vgg_weights": f"{folder}/vgg.npz"}
+    c["data"]["dir"] = str(folder / "data")
+    return c
+
+
+def test_the_measures_of_the_paper(published, tmp_path):
+    judge_ = judge.open_judge(published)
+    images = judge_.data.images[judge_.reference]
+    assert judge_.about["networks"] == ["Inception 2015-12-05", "VGG16"]
+    other = judge.judge(judge_, [images[:3] // 2, images[3:] // 2], len(images)).results
+    assert other["fid"] > 1e-2 and other["kid"] > 0 and other["inception_score"] >= 1 and other["precision"] <= 1
+    assert other["kid_block_size"] == other["num_samples"] == other["manifold_real"] == 12
+
+    def with_statistics(name):
+        c = published | {"eval": published["eval"] | {"reference_statistics": str(tmp_path / name)}}
+        return judge.judge(dataclasses.replace(judge_, config=c), [images // 2], len(images)).results
+
+    # statistics that somebody published, of the same images
+    judge.distances.save_moments(tmp_path / "mine.npz", judge.distances.moments([judge_.real[0].features]))
+    assert with_statistics("mine.npz")["fid"] == pytest.approx(other["fid"], rel=1e-6)
+    np.savez(tmp_path / "small.npz", mu=np.zeros(64), sigma=np.eye(64))
+    with pytest.raises(UserError, match="of features of width 64, and 2048 is needed"):
+        with_statistics("small.npz")
+
+
+def test_weights_that_are_not_there_or_damaged(published, tmp_path, monkeypatch):
+    c = published | {"data": published["data"] | {"dir": str(tmp_path)}}
+    missing = c | {"eval": c["eval"] | {"inception_weights": "", "vgg_weights": ""}}
+    with pytest.raises(UserError, match=r"needs pt_inception-2015-12-05-6726825d.pth \(SHA-256 6726825d...;") as error:
+        judge.open_judge(missing)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+    (tmp_path / inception.FILE).write_bytes(b"cut off")
+    with pytest.raises(UserError, match=r"6726825d.pth is damaged: its SHA-256 is \w{8}..., not 6726825d"):
+        judge.open_judge(missing)
+    (tmp_path / "bad.npz").write_bytes(b"cut off")
+    with pytest.raises(UserError, match=r"bad.npz is damaged"):
+        judge.open_judge(c | {"eval": c["eval"] | {"inception_weights": str(tmp_path / "bad.npz")}})
+    with pytest.raises(UserError, match=r"the weights lack 'Conv2d_1a_3x3.conv.weight'"):
+        judge.open_judge(c | {"eval": c["eval"] | {"inception_weights": c["eval"]["vgg_weights"]}})
+
+
+def test_without_vgg_there_is_no_precision(published, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(judge, "_real_features", lambda c, data, reference, network: None)
+    c = published | {"data": published["data"] | {"dir": str(tmp_path)}}
+    found = judge.open_judge(c | {"eval": c["eval"] | {"vgg_weights": ""}})
+    assert len(found.networks) == 1 and "without precision and recall: " in capsys.readouterr().out
+
+
+# --- Wrong use ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "array, message",
+    [
+        (np.zeros((40, 9, 9, 1), np.uint8), r"the samples are uint8 \[9, 9, 1\], but .* uint8 \[8, 8, 1\]"),
+        (np.zeros((40, 8, 8, 1), np.float32), r"the samples are float32 \[8, 8, 1\]"),
+        (np.full((40, 8, 8, 1), np.nan), "holds NaN"),
+        (np.zeros((1, 8, 8, 1), np.uint8), "holds 1 samples, but 2 are needed"),
+        (np.zeros((3, 8, 8, 1), np.uint8), "the fake features hold 3 samples; at least 4"),
+        (np.zeros(40, np.uint8), r"the samples are uint8 \[\]"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else f"{value.dtype}{list(value.shape)}",
+)
+def test_samples_that_cannot_be(digits, tmp_path, array, message):
+    with pytest.raises(UserError, match=message) as error:
+        of_samples(digits[0], array, tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_files_that_cannot_be(digits, tmp_path):
+    c, images = digits
+    with pytest.raises(UserError, match="cannot be read"):
+        evaluate.evaluate(c, "", str(tmp_path / "none.npz"))
+    np.savez(tmp_path / "two.npz", a=images, b=images)
+    with pytest.raises(UserError, match="holds 2 arrays, a, b: it needs to be one"):
+        evaluate.evaluate(c, "", str(tmp_path / "two.npz"))
+    with pytest.raises(UserError, match="holds 1797 samples, but 2000 are needed"):
+        of_samples(c, images, tmp_path, num_samples=2000)
+    with pytest.raises(UserError, match=r"eval.features='fid' is not supported: it is inception, classifier, points"):
+        judge.open_judge(c | {"eval": c["eval"] | {"features": "fid"}})
+    with pytest.raises(UserError, match="needs labels, and synthetic has none"):
+        judge.open_judge(config(variant="smoke"), Data(np.zeros((9, 8, 8, 1), np.uint8)))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([SMOKE], "no checkpoint in"),
+        ([SMOKE, "--num_samples=0"], "--num_samples=0 must be at least 1"),
+        ([SMOKE, "--samples=nothing.npz"], "nothing.npz cannot be read"),
+    ],
+)
+def test_wrong_use_is_one_sentence(arguments, message, tmp_path):
+    result = run("--mode=evaluate", *arguments, f"--workdir={tmp_path}")
+    assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr, result.stderr
+
+
+@pytest.mark.slow
+def test_stacked_digits(tmp_path):
+    """Real stacked digits have all 1,000 modes, at a KL of about 999 / (2 N) and that of their triples."""
+    c = config("stacked_mnist", "mnist_5k")
+    c["data"]["dir"] = str(tmp_path)
+    images = open_data("stacked_mnist_5k", "train+test", str(tmp_path), 32, 3).images
+    results = of_samples(c, images[np.arange(25_600)], tmp_path)
+    assert results["classifier_test_accuracy"] >= 0.97 and results["classifier_test_images"] == 1_000
+    assert results["modes"] == results["of_modes"] == 1_000 and 0.01 < results["kl"] < 0.03
+    assert results["classifier_frechet"] < 1 and results["num_samples"] == 25_600
+
+
+@pytest.mark.slow
+def test_a_checkpoint_twice(tmp_path, digits):
+    """The same seed gives the same numbers; a configuration of other data is refused."""
+    c, _ = digits
+    result = run(SMOKE, f"--workdir={tmp_path}", "--config.data.name=digits", f"--config.data.dir={c['data']['dir']}")
+    assert result.returncode == 0, result.stderr
+    found = []
+    for _ in range(2):
+        result = run("--mode=evaluate", f"--workdir={tmp_path}", f"--config.data.dir={c['data']['dir']}")
+        assert result.returncode == 0, result.stderr
+        results = json.loads((tmp_path / "evaluation" / "8" / "results.json").read_text())
+        found.append({name: value for name, value in results.items() if name not in TIMES})
+    assert found[0] == found[1] and found[0]["num_samples"] == 1797
+    assert (tmp_path / "evaluation" / "8" / "curves.png").exists()
+    result = run("--mode=evaluate", f"--workdir={tmp_path}", "--config=configs/cifar10.py")
+    assert result.returncode == 2 and "is of digits 8 px, 1 channels, but --config is of cifar10 32 px" in result.stderr
+    assert jax.device_count() == 1

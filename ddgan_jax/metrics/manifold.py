@@ -188,7 +188,7 @@ def nearest(
 
 
 def nearest_other(x: ArrayLike, block: int = BLOCK, progress: Progress = iter) -> np.ndarray:
-    """The distance of each row of x [N, D] to the nearest other one, float64 [N]; errors as of `nearest`, and N >= 2."""
+    """The distance of each row of x [N, D] to the nearest other one, float64 [N]; UserErrors as of `nearest`."""
     x = as_features(x, "the features", 2)
     return np.sqrt(_neighbours(x, x, 1, _even(block, len(x)), progress, same=True)[1][:, 0])
 

@@ -9,7 +9,7 @@ from ml_collections import config_flags
 from ddgan_jax import parallel
 from ddgan_jax.errors import Fault, UserError
 
-MODES = ("train", "sample", "evaluate")
+MODES = ("train", "sample", "vary", "edit", "inpaint", "interpolate", "evaluate")
 
 flags.DEFINE_string("workdir", "runs/digits", "Where a run keeps its checkpoints, metrics and pictures.")
 flags.DEFINE_string("mode", "train", f"What to do: {', '.join(MODES)}.")
@@ -20,6 +20,15 @@ flags.DEFINE_string(
 flags.DEFINE_string("out", None, "Samples: x.png (a grid), x.npz (an array) or a directory. Evaluation: a directory.")
 flags.DEFINE_integer("num_samples", None, "How many images to sample (64) or evaluate (config.eval.num_samples).")
 flags.DEFINE_integer("sample_seed", 0, "Image i depends on this and on i alone.")
+flags.DEFINE_enum("posterior", "gaussian", ["gaussian", "deterministic"], "How x_t follows from x_{t+1} and x_0.")
+flags.DEFINE_string("trajectory", None, "sample: also write here (.png, .gif) how the first samples came about.")
+flags.DEFINE_integer("num_variants", 15, "vary, edit, inpaint: how many images; interpolate: how many from end to end.")
+flags.DEFINE_string("image", None, "edit, inpaint, vary: a picture; it is cropped and resized to the model's size.")
+flags.DEFINE_string("mask", None, "inpaint: a picture that is white where --image is to be filled in.")
+flags.DEFINE_integer("start_step", None, "edit: diffuse to this step, 0 (nothing) to T (all); T / 2 if not given.")
+flags.DEFINE_integer("t", None, "vary: the step x_{t+1} -> x_t to look at, 0 to T-1; T-1 if not given.")
+flags.DEFINE_integer("rounds", 1, "inpaint: times that each step is taken; more let old and new agree better.")
+flags.DEFINE_list("between", ["0", "1"], "interpolate: from this sample to that one.")
 flags.DEFINE_string("compilation_cache", None, "Keep compiled programs in this directory for the next start.")
 
 
@@ -55,14 +64,23 @@ def run(argv: list[str]) -> None:
     path = FLAGS.checkpoint or FLAGS.workdir
     if FLAGS.num_samples is not None and FLAGS.num_samples < 1:
         raise UserError(f"--num_samples={FLAGS.num_samples} must be at least 1")
-    if FLAGS.mode == "sample":
-        from ddgan_jax.generate import generate
-
-        generate(path, FLAGS.out or f"{path}/samples.png", FLAGS.num_samples or 64, FLAGS.sample_seed)
-    else:
+    if FLAGS.mode == "evaluate":
         from ddgan_jax.evaluate import evaluate
 
         evaluate(config, path, FLAGS.samples or "", FLAGS.out or "", FLAGS.num_samples or 0, FLAGS.sample_seed)
+        return
+    from ddgan_jax import generate, model
+
+    seed, posterior, num = FLAGS.sample_seed, FLAGS.posterior, FLAGS.num_variants
+    image, out = FLAGS.image or "", FLAGS.out or f"{path}/{FLAGS.mode}.png"
+    options = {
+        "sample": dict(num=FLAGS.num_samples or 64, posterior=posterior, trajectory=FLAGS.trajectory or ""),
+        "vary": dict(num=num, t=FLAGS.t, image=image),
+        "edit": dict(num=num, image=image, start_step=FLAGS.start_step, posterior=posterior),
+        "inpaint": dict(num=num, image=image, mask=FLAGS.mask or "", rounds=FLAGS.rounds, posterior=posterior),
+        "interpolate": dict(num=num, samples=FLAGS.between, posterior=posterior),
+    }
+    generate.generate(FLAGS.mode, model.load(path), out, seed=seed, **options[FLAGS.mode])
 
 
 def main() -> int:

@@ -1,6 +1,7 @@
 """How fast the data arrives: `python benchmarks/data.py`, a minute or two on 2 cores; one JSON line at the end.
 
-Three rates in images a second, medians of several runs after a first one that does not count:
+Three rates in images a second, medians of several runs after a first one that does not count; 2 and 3 take turns, since
+a machine's speed changes with what else it does, and their ratio is the median of the ratios of neighbours:
 
 1. CIFAR-size uint8 images in batches of 256 from memory, ready on the host, and placed on the device;
 2. 256x256 JPEGs from array_record, decoded as they are read, against
@@ -34,14 +35,15 @@ CIFAR = (50_000, 32, 32, 3)
 NUM_JPEGS, SIDE, QUALITY = 1_000, 256, 95
 
 
-def median_rate(run: Callable[[], int]) -> float:
+def rate(run: Callable[[], int]) -> float:
     """Images a second of `run`, which returns how many it handled."""
-    run()
-    rates = []
-    for _ in range(RUNS):
-        start = time.perf_counter()
-        rates.append(run() / (time.perf_counter() - start))
-    return statistics.median(rates)
+    start = time.perf_counter()
+    return run() / (time.perf_counter() - start)
+
+
+def median_rate(run: Callable[[], int]) -> float:
+    """The same, of several runs after one that does not count."""
+    return statistics.median([rate(run) for _ in range(RUNS + 1)][1:])
 
 
 def stream(images, batch_size: int) -> Iterator[np.ndarray]:
@@ -125,16 +127,21 @@ def main() -> None:
         with quiet():
             write(files, folder)
         photos = stream(open_data("photos", dir=folder, in_memory_mib=0).images, 32)
-        rates["pillow"] = median_rate(lambda: pillow(files))
-        rates["array_record"] = median_rate(lambda: take(photos, 128))  # of which 4 may have been ready before
-        rates["pillow_again"] = median_rate(lambda: pillow(files))
-    share = rates["array_record"] / statistics.mean((rates["pillow"], rates["pillow_again"]))
+        ours, theirs, shares = [], [rate(lambda: pillow(files))], []
+        for _ in range(2 * RUNS):
+            take(photos, 8)  # what was made while the others ran
+            ours.append(rate(lambda: take(photos, NUM_JPEGS // 32)))
+            time.sleep(0.5)  # until it has stopped working ahead
+            theirs.append(rate(lambda: pillow(files)))
+            shares.append(2 * ours[-1] / (theirs[-1] + theirs[-2]))
+        rates |= {"array_record": statistics.median(ours), "pillow": statistics.median(theirs)}
+        share = statistics.median(shares)
     size = np.mean([len(file) for file in files]) / 1024
     print(
         f"32x32 from memory, batches of 256: {rates['memory']:,.0f} images/s on the host, "
         f"{rates['memory_to_device']:,.0f} placed on {jax.devices()[0].device_kind}\n"
         f"256x256 JPEGs of {size:.0f} KiB from array_record: {rates['array_record']:,.0f} images/s, {share:.0%} of "
-        f"what Pillow decodes alone ({rates['pillow']:,.0f} before, {rates['pillow_again']:,.0f} after)"
+        f"what Pillow decodes alone ({rates['pillow']:,.0f})"
     )
     about = {"cpu": cpu(), "cores": os.cpu_count(), "jax": jax.__version__, "pillow_version": PIL.__version__}
     print(

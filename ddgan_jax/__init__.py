@@ -1,1 +1,16 @@
-"""Denoising Diffusion GANs in JAX and Flax (Xiao, Kreis and Vahdat, ICLR 2022, arXiv 2112.07804)."""
+"""Denoising Diffusion GANs in JAX and Flax (Xiao, Kreis and Vahdat, ICLR 2022, arXiv 2112.07804).
+
+model = ddgan_jax.load("runs/digits")
+images = model.sample(64, seed=0)
+"""
+
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    """`load` is imported when it is asked for, so that the method's files import nothing but what they need."""
+    if name == "load":
+        from ddgan_jax.model import load
+
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,7 +6,6 @@ that lies beside a checkpoint. Importing this needs no ml_collections.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import jax
@@ -19,7 +18,6 @@ from ddgan_jax.errors import UserError
 from ddgan_jax.models.discriminator import STDDEV_GROUP, Discriminator, preset
 from ddgan_jax.models.generator import Generator
 from ddgan_jax.models.mlp import PointDiscriminator, PointGenerator
-from ddgan_jax.sampling import sample
 from ddgan_jax.train_step import Method
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -159,19 +157,3 @@ def check_batch(batch_size: int) -> int:
             f"{devices} device{'s' * (devices > 1)}: choose a multiple of {STDDEV_GROUP * devices}"
         )
     return per_device
-
-
-def sampler(built: Built) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
-    """sample(params, seed, indices [B]) -> uint8 images [B, H, W, C], or float32 points [B, d].
-
-    Sample i depends on (seed, i) alone.
-    """
-
-    def draw(params: Any, seed: jax.Array, indices: jax.Array) -> jax.Array:
-        gen = partial(built.method.gen, params)
-        x0 = sample(gen, built.schedule, jax.random.key(seed), indices, built.image_shape, built.method.nz)
-        if len(built.image_shape) == 1:
-            return x0
-        return jnp.round((jnp.clip(x0, -1, 1) + 1) * 127.5).astype(jnp.uint8)
-
-    return draw

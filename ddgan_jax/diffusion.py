@@ -13,6 +13,10 @@ The betas discretise a continuous process whose signal level is abar(s) = 1 - va
     (5)  'vp':        var(s) = 1 - exp(2 l(s)),   l(s) = -s^2 (beta_max - beta_min) / 4 - s beta_min / 2
          'geometric': var(s) = beta_min (beta_max / beta_min)^s
 
+A deterministic step to the same marginals (2), instead of a draw from (3) (Song et al. 2021, DDIM, with eta = 0):
+
+    (6)  x_{k-1} = sqrt(abar_{k-1}) x_0 + sqrt(1 - abar_{k-1}) (x_k - sqrt(abar_k) x_0) / sqrt(1 - abar_k)
+
 Which index is t? Everywhere in this project t is 0-based, 0..T-1, and names the step between x_t and
 x_{t+1}: the generator sees (x_{t+1}, t), the discriminator (x_t, t, x_{t+1}). t = 0 is the last step of
 denoising, x_1 -> x_0. Only `q_sample` takes t up to T, since x_T exists but no step begins there.
@@ -126,7 +130,14 @@ def q_sample_pair(
 ) -> tuple[Float[Array, "b *d"], Float[Array, "b *d"]]:
     """(x_t, x_{t+1}) of one forward path, equations (2) and (1), t in 0..T-1: what D sees as real."""
     x_t = q_sample(schedule, x0, t, noise_t)
-    return x_t, _at(schedule.a_s, t + 1, x0) * x_t + _at(schedule.sigmas, t + 1, x0) * noise_tp1
+    return x_t, q_step(schedule, x_t, t, noise_tp1)
+
+
+def q_step(
+    schedule: Schedule, x_t: Float[Array, "b *d"], t: Int[Array, "b"], noise: Float[Array, "b *d"]
+) -> Float[Array, "b *d"]:
+    """x_{t+1} from x_t, equation (1), t in 0..T-1."""
+    return _at(schedule.a_s, t + 1, x_t) * x_t + _at(schedule.sigmas, t + 1, x_t) * noise
 
 
 def sample_posterior(
@@ -143,3 +154,19 @@ def sample_posterior(
     mean = _at(schedule.posterior_mean_coef1, t, x0) * x0 + _at(schedule.posterior_mean_coef2, t, x0) * x_tp1
     x_t = mean + _at(np.sqrt(schedule.posterior_variance), t, x0) * noise
     return jnp.where(t.reshape(t.shape + (1,) * (x0.ndim - 1)) == 0, x0, x_t)
+
+
+def deterministic_posterior(
+    schedule: Schedule,
+    x0: Float[Array, "b *d"],
+    x_tp1: Float[Array, "b *d"],
+    t: Int[Array, "b"],
+    noise: Float[Array, "b *d"],
+) -> Float[Array, "b *d"]:
+    """x_t, equation (6), t in 0..T-1; exactly x_0 at t = 0. `noise` is not used.
+
+    The noise that leads from x_0 to x_{t+1} is kept, at the level of x_t: another posterior for the same generator.
+    """
+    del noise
+    direction = (x_tp1 - _at(schedule.a_s_cum, t + 1, x0) * x0) / _at(schedule.sigmas_cum, t + 1, x0)
+    return _at(schedule.a_s_cum, t, x0) * x0 + _at(schedule.sigmas_cum, t, x0) * direction

@@ -14,9 +14,9 @@ from ddgan_jax import checkpoint, figures
 from ddgan_jax.build import as_dict
 from ddgan_jax.data import decoding
 from ddgan_jax.errors import UserError
-from ddgan_jax.generate import Sampler, load
 from ddgan_jax.judge import Judge, Judged, Results, judge, open_judge
 from ddgan_jax.metrics import weights
+from ddgan_jax.model import Sampler, load
 
 # --- Samples ------------------------------------------------------------------------------------------------------
 
@@ -97,10 +97,10 @@ def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_sampl
         folder = pathlib.Path(out or f"{samples.rstrip('/')}.evaluation")
         results = {"samples": samples}
     else:
-        params, trained, step, built = load(path)
-        c = _same_data(c, trained, path)
-        draw = Sampler(built, c["sample"]["batch_size"])
-        chunks = draw.chunks(params, seed, count)
+        model = load(path)
+        c, step = _same_data(c, model.config, path), model.step
+        draw = Sampler(model.built, c["sample"]["batch_size"])
+        chunks = draw.chunks(model.params, seed, count)
         folder = pathlib.Path(out or pathlib.Path(path, "evaluation", str(step)))
         results = {"checkpoint": str(checkpoint.find(path)), "step": step, "seed": seed}
     judge_ = open_judge(c)
@@ -108,7 +108,7 @@ def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_sampl
     results |= {"features": c["eval"]["features"]} | judge_.about | judged.results
     if not samples:
         batch = min(count, 100, c["sample"]["batch_size"] * jax.local_device_count())
-        results["sampling"] = time_sampling(draw, params, seed, batch, built.schedule.num_steps)
+        results["sampling"] = time_sampling(draw, model.params, seed, batch, model.num_steps)
     results["seconds"] = round(time.time() - start, 1)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(results, indent=2, default=float) + "\n")

@@ -142,6 +142,29 @@ def save_image(path: pathlib.Path, image: np.ndarray) -> None:
     Image.fromarray(image).save(path)
 
 
+def save_gif(path: pathlib.Path, frames: Sequence[np.ndarray], milliseconds: int = 400) -> None:
+    """Write uint8 pictures [H, W, 3] of one size as an animation that repeats."""
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    first, *rest = [Image.fromarray(frame) for frame in frames]
+    first.save(path, save_all=True, append_images=rest, duration=milliseconds, loop=0)
+
+
+def trajectory(x: np.ndarray, x0_hat: np.ndarray, names: Sequence[str], path: pathlib.Path) -> None:
+    """Draw x_T, ..., x_0 [T+1, N, ...], and the x_0 predicted from each but the last [T, N, ...], a column a step."""
+    plt = _pyplot()
+    figure, panels = plt.subplots(2, len(x), figsize=(2.2 * len(x), 9), constrained_layout=True)
+    for i, name in enumerate(names):
+        for row, many, title in ((0, x, name), (1, x0_hat, f"$\\hat x_0$ from {name}")):
+            axis = panels[row, i]
+            axis.axis("off")
+            if i < len(many):
+                axis.imshow(picture(many[i]) if many.ndim == 3 else grid(many[i], columns=2))
+                axis.set_title(title)
+    _save(figure, path)
+
+
 def read_metrics(path: pathlib.Path) -> list[dict]:
     """The records of a metrics.jsonl; a last line that was cut off is left out."""
     records = []

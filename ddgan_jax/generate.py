@@ -1,59 +1,35 @@
-"""Sampling as a job: from a checkpoint to pictures or arrays, in chunks that fit the memory."""
+"""What a trained model makes, as jobs: from a checkpoint to pictures, animations and arrays."""
 
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
-from tqdm import tqdm
 
-from ddgan_jax import checkpoint, figures, parallel
-from ddgan_jax.build import Built, build, sampler
+from ddgan_jax import figures
+from ddgan_jax.data import decoding
 from ddgan_jax.errors import UserError
+from ddgan_jax.model import Model, to_images
+
+KINDS = {
+    ".png": "a grid",
+    ".gif": "an animation",
+    ".npz": "an array",
+    "": "a directory",
+}
 
 
-class Sampler:
-    """Draws uint8 images or points by index from a built method; compiled once a chunk size."""
-
-    def __init__(self, built: Built, batch_size: int):
-        """Draw `batch_size` images at once on each of this process's devices."""
-        self._draw = parallel.map_local(sampler(built), (None, None, 0))
-        self._batch_size = max(1, batch_size)
-
-    def chunks(self, params: Any, seed: int, num: int) -> Iterator[np.ndarray]:
-        """Images 0..num-1, uint8 [n, H, W, C], or points [n, d], chunk by chunk; sample i from (seed, i) alone.
-
-        Halves its batch where memory ends.
-        """
-        params, devices, done = parallel.replicate_local(params), jax.local_device_count(), 0
-        while done < num:
-            size = min(self._batch_size, -(-num // devices))
-            indices = np.arange(done, done + devices * size, dtype=np.int32).reshape(devices, size)
-            try:
-                chunk = np.asarray(self._draw(params, np.uint32(seed), indices))
-            except jax.errors.JaxRuntimeError as error:
-                if "RESOURCE_EXHAUSTED" not in str(error) or size == 1:
-                    raise
-                self._batch_size = size // 2
-                continue
-            chunk = chunk.reshape(-1, *chunk.shape[2:])[: num - done]
-            done += len(chunk)
-            yield chunk
-
-    def __call__(self, params: Any, seed: int, num: int, progress: bool = False) -> np.ndarray:
-        """The same in one array."""
-        images = []
-        with tqdm(total=num, unit="img", desc="sampling", disable=None if progress else True) as bar:
-            for chunk in self.chunks(params, seed, num):
-                images.append(chunk)
-                bar.update(len(chunk))
-        return np.concatenate(images)
+def check_out(out: str, *kinds: str) -> str:
+    """`out` if it ends in one of `kinds`, else UserError; to be asked before the work."""
+    if pathlib.Path(out).suffix not in kinds:
+        known = ", ".join(f"in {kind} ({KINDS[kind]})" for kind in kinds if kind)
+        raise UserError(f"--out={out} must end {known}" + (" or name a directory" if "" in kinds else ""))
+    return out
 
 
 def save(images: np.ndarray, out: str) -> None:
-    """Write uint8 images [N, H, W, C] as one grid (.png), one array (.npz), or numbered files (a directory).
+    """Write uint8 images [N, H, W, C] as one grid (.png), an animation (.gif), an array (.npz), or numbered files.
 
     Points [N, d] become a scatter plot or an array.
     """
@@ -61,6 +37,8 @@ def save(images: np.ndarray, out: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".png":
         figures.save_image(path, figures.picture(images))
+    elif path.suffix == ".gif":
+        figures.save_gif(path, [figures.picture(image[None]) for image in images])
     elif path.suffix == ".npz":
         np.savez_compressed(path, images=images)
     else:
@@ -68,28 +46,92 @@ def save(images: np.ndarray, out: str) -> None:
             figures.save_image(path / f"{i:06d}.png", image if image.shape[-1] == 3 else image[..., :1].repeat(3, -1))
 
 
-def load(path: str) -> tuple[Any, dict[str, Any], int, Built]:
-    """(moving average of G's parameters, configuration, step, what it describes) of a workdir or checkpoint `path`.
+def sample(model: Model, out: str, num: int, seed: int, posterior: str, trajectory: str = "") -> None:
+    """Samples 0..num-1; and, into the .png or .gif `trajectory`, how the first of them came about."""
+    check_out(out, ".png", ".npz", *([""] if _has_images(model) else []))
+    if trajectory:
+        check_out(trajectory, ".png", ".gif")
+    save(model.sample(num, seed, posterior, progress=True), out)
+    if not trajectory:
+        return
+    steps = model.trajectory(min(num, 8 if _has_images(model) else 4096), seed, posterior)
+    # x_T, ..., x_1 are what the generator saw, and x_0 is the sample.
+    rows = [*(to_images(x) for x in steps.x_tp1[::-1]), to_images(steps.x_t[0])]
+    guesses = [to_images(x) for x in steps.x0_hat[::-1]]
+    if trajectory.endswith(".gif"):
+        frames = [rows[0], *(frame for pair in zip(guesses, rows[1:], strict=True) for frame in pair)]
+        figures.save_gif(pathlib.Path(trajectory), [figures.picture(np.asarray(frame)) for frame in frames])
+    else:
+        names = [f"$x_{t}$" for t in range(len(guesses), -1, -1)]
+        figures.trajectory(np.array(rows), np.array(guesses), names, pathlib.Path(trajectory))
 
-    UserError if there is none, or if its arrays are not those of its configuration.
-    """
-    params, config, step = checkpoint.restore_ema(path)
-    built = build(config)
-    checkpoint.check_like(params, jax.eval_shape(built.init_gen, jax.random.key(0)), f"the checkpoint in {path}")
-    return params, config, step, built
+
+def vary(model: Model, out: str, num: int, seed: int, t: int | None, image: str) -> None:
+    """One x_{t+1}, then `num` images that the generator sees in it, by z alone. t is T-1 unless given."""
+    check_out(out, ".png", ".npz")
+    t = model.num_steps - 1 if t is None else t
+    x_tp1, images = model.vary(num, t, read_image(model, image) if image else None, seed)
+    save(images if out.endswith(".npz") else np.concatenate([to_images(x_tp1[None]), images]), out)
 
 
-def generate(path: str, out: str, num_samples: int, seed: int = 0, batch_size: int | None = None) -> np.ndarray:
-    """Sample from the moving average of a workdir or checkpoint `path`, write to `out`, and return the images."""
-    suffix = pathlib.Path(out).suffix
-    if suffix not in (".png", ".npz", ""):
-        raise UserError(f"--out={out} must end in .png (a grid), .npz (an array) or name a directory")
-    params, config, step, built = load(path)
-    if len(built.image_shape) == 1 and not suffix:
-        raise UserError(f"--out={out}: points can be written to .png (a plot) or .npz (an array)")
+def edit(model: Model, out: str, image: str, start_step: int | None, num: int, seed: int, posterior: str) -> None:
+    """The image, then `num` variants of it from step `start_step`, which is T / 2 rounded up unless given."""
+    check_out(out, ".png", ".npz", "")
+    start_step = -(-model.num_steps // 2) if start_step is None else start_step
+    given = read_image(model, image)
+    images = model.edit(given, start_step, num, seed, posterior)
+    save(np.concatenate([given[None], images]) if out.endswith(".png") else images, out)
+
+
+def inpaint(model: Model, out: str, image: str, mask: str, num: int, rounds: int, seed: int, posterior: str) -> None:
+    """The image with its hole, then `num` ways to fill it in."""
+    check_out(out, ".png", ".npz", "")
+    given, hole = read_image(model, image), read_image(model, mask, "--mask")[..., 0] > 127
+    images = model.inpaint(given, ~hole, num, rounds, seed, posterior)
+    with_hole = np.where(hole[..., None], np.uint8(127), given)
+    save(np.concatenate([with_hole[None], images]) if out.endswith(".png") else images, out)
+
+
+def interpolate(model: Model, out: str, num: int, samples: Sequence[str], seed: int, posterior: str) -> None:
+    """`num` images from one sample to another, as a strip, an animation or an array."""
+    check_out(out, ".png", ".gif", ".npz", "")
+    if len(samples) != 2 or not all(index.isdigit() for index in samples):
+        raise UserError(f"--between={','.join(samples)} must be two samples, such as 0,1")
+    images = model.interpolate(num, int(samples[0]), int(samples[1]), seed, posterior)
+    if out.endswith(".png"):
+        figures.save_image(pathlib.Path(out), figures.grid(images, columns=num))
+    else:
+        save(np.concatenate([images, images[-2:0:-1]]) if out.endswith(".gif") else images, out)
+
+
+def read_image(model: Model, path: str, flag: str = "--image") -> np.ndarray:
+    """A picture from disk, cropped and resized to the model's images, uint8 [H, W, C]."""
+    if not _has_images(model):
+        raise UserError("this model makes points, and has no images to work on")
+    if not path:
+        raise UserError(f"name a picture with {flag}=PATH")
+    size, _, channels = model.built.image_shape
+    try:
+        return decoding.fit(decoding.open_image(pathlib.Path(path).read_bytes()), size, channels)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag}={path} cannot be read: {error}") from error
+
+
+def _has_images(model: Model) -> bool:
+    return len(model.built.image_shape) == 3
+
+
+def generate(mode: str, model: Model, out: str, **options: Any) -> None:
+    """Do the job that `mode` names, and say how long it took."""
     start = time.time()
-    draw = Sampler(built, batch_size or config["sample"]["batch_size"])
-    images = draw(params, seed, num_samples, progress=True)
-    save(images, out)
-    print(f"{num_samples} samples of step {step} written to {out} in {time.time() - start:.1f} s")
-    return images
+    JOBS[mode](model, out, **options)
+    print(f"{mode} of step {model.step} written to {out} in {time.time() - start:.1f} s")
+
+
+JOBS: dict[str, Callable[..., None]] = {
+    "sample": sample,
+    "vary": vary,
+    "edit": edit,
+    "inpaint": inpaint,
+    "interpolate": interpolate,
+}

@@ -103,15 +103,15 @@ def _read_weights(setting: str, given: str, module: Any, folder: str) -> dict[st
     path = given or os.path.join(folder, module.FILE)
     if not os.path.exists(path):
         raise UserError(
-            f"evaluation needs {module.FILE} (SHA-256 {module.SHA256_PREFIX}...; its source is named in "
+            f"evaluation needs {module.FILE} (SHA-256 {module.SHA256}; its source is named in "
             f"{module.__name__.replace('.', '/')}.py): put it in {folder}, or name it with eval.{setting}; "
             f"{path} does not exist"
         )
-    if os.path.basename(path).endswith(f"-{module.SHA256_PREFIX}.pth"):
+    if os.path.basename(path).endswith(f"-{module.SHA256[:8]}.pth"):
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if not digest.startswith(module.SHA256_PREFIX):
-            raise UserError(f"{path} is damaged: its SHA-256 is {digest[:8]}..., not {module.SHA256_PREFIX}...")
+        if digest != module.SHA256:
+            raise UserError(f"{path} is damaged: its SHA-256 is {digest}, not {module.SHA256}")
     return weights.read(path) if path.endswith(".npz") else torch_files.load(path)
 
 

@@ -22,8 +22,8 @@ from ddgan_jax.build import Built, as_dict, build, check_batch, open_data
 from ddgan_jax.data.batches import batches
 from ddgan_jax.data.sources import quiet
 from ddgan_jax.errors import Fault, UserError
-from ddgan_jax.generate import Sampler
 from ddgan_jax.judge import RANKED_BY, judge, open_judge
+from ddgan_jax.model import Sampler
 
 Metrics = dict[str, Any]
 

@@ -14,8 +14,8 @@ RANKS = {
     1: "losses sampling torch_files models.generator models.discriminator models.mlp",
     2: "train_step",
     3: "build",
-    4: "generate judge",
-    5: "evaluate train",
+    4: "model judge",
+    5: "generate evaluate train",
 }
 RANK_OF = {module: rank for rank, modules in RANKS.items() for module in modules.split()}
 NOT_IN_CORE = ("tensorflow", "tensorflow_datasets", "clu", "ml_collections")

@@ -26,7 +26,7 @@ from ddgan_jax.errors import Fault
         (["--config.train.batch_size=many"], "batch_size"),
         (["--config=configs/nothing.py"], "nothing.py"),
         (["--config=configs/digits.py:tiny"], "unknown variant 'tiny'"),
-        ([SMOKE, "--mode=dream"], "unknown --mode=dream: it is one of train, sample"),
+        ([SMOKE, "--mode=dream"], "unknown --mode=dream: it is one of train, sample, vary, edit, inpaint"),
         ([SMOKE, "now"], "unexpected argument 'now'"),
         ([SMOKE, "--config.train.batch_size=6"], "train.batch_size=6 does not divide into a multiple of 4"),
         ([SMOKE, "--config.data.image_size=9"], "data.image_size=9 does not halve"),
@@ -36,7 +36,6 @@ from ddgan_jax.errors import Fault
         ([SMOKE, "--config.data.name=gaussians"], "examples of [2], but model.network=unet is built for [8, 8, 1]"),
         ([POINTS, "--config.data.flip=True"], "data.flip=True mirrors images"),
         ([SMOKE, "--mode=sample"], "no checkpoint in"),
-        ([SMOKE, "--mode=sample", "--out=x.gif"], "must end in .png"),
         ([SMOKE, "--workdir=/proc/nothing"], "cannot be used"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
@@ -60,7 +59,7 @@ def test_points(tmp_path):
     points = np.load(tmp_path / "x.npz")["images"]
     assert points.shape == (5000, 2) and points.dtype == np.float32 and np.isfinite(points).all()
     result = run(POINTS, "--mode=sample", f"--workdir={tmp_path}", f"--out={tmp_path}/folder")
-    assert result.returncode == 2 and "points can be written to .png" in result.stderr
+    assert result.returncode == 2 and "must end in .png (a grid), in .npz (an array)" in result.stderr
 
 
 def test_a_loss_that_is_not_finite_is_named():
@@ -184,8 +183,10 @@ def test_samples_do_not_depend_on_batch_or_devices(unbroken, tmp_path):
     for batch, devices in ((7, 1), (32, 1), (100, 1), (25, 4)):
         out = tmp_path / f"{batch}_{devices}.npz"
         script = f"""
-from ddgan_jax.generate import generate
-generate({str(unbroken)!r}, {str(out)!r}, 100, batch_size={batch})
+import numpy as np
+from ddgan_jax.model import Sampler, load
+model = load({str(unbroken)!r})
+np.savez({str(out)!r}, images=Sampler(model.built, {batch})(model.params, 0, 100))
 """
         env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "PYTHONPATH": str(ROOT)}
         subprocess.run([sys.executable, "-c", script], env=env, cwd=tmp_path, check=True, timeout=600)

@@ -22,7 +22,8 @@ def open_image(content: bytes) -> Any:
         if min(image.size) < MIN_SIDE:
             raise ValueError(f"{image.width}x{image.height} pixels are too few")
         image.load()
-        return ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)  # else it copies every image
+        return image
     except Image.DecompressionBombError as error:
         raise ValueError(f"it claims more than {MAX_PIXELS:,} pixels") from error
     except Image.UnidentifiedImageError as error:

@@ -7,7 +7,7 @@ tests compare it with torch-fidelity's.
 
 The weights are the file `FILE`: from the project pytorch-fid on GitHub, release "fid_weights", or from torch-fidelity,
 release v0.2.0, where its name starts with "weights-" instead of "pt_". By the convention of torch.hub, a name ends
-with the first digits of the file's SHA-256 (`SHA256_PREFIX`).
+with the first digits of the file's SHA-256; `SHA256` is what projects that use it publish.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from ddgan_jax.errors import UserError
 from ddgan_jax.metrics import weights
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
-SHA256_PREFIX = "6726825d"
+SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 SIZE = 299
 BATCH_NORM_EPSILON = 1e-3
 

@@ -4,7 +4,7 @@ Simonyan and Zisserman (arXiv 1409.1556), configuration D, as torchvision has it
 torch-fidelity's 'vgg16': the features that its precision and recall are measured on, and tests compare them. The
 weights are the file `FILE` of torchvision, `VGG16_Weights.IMAGENET1K_V1`, which torchvision trained from scratch:
 numbers compare with torch-fidelity's, not with those in the paper. By the convention of torch.hub, the name of a file
-ends with the first digits of its SHA-256 (`SHA256_PREFIX`).
+ends with the first digits of its SHA-256; `SHA256` is what projects that use it publish.
 """
 
 import jax
@@ -15,7 +15,7 @@ from ddgan_jax.metrics import weights
 from ddgan_jax.metrics.inception import pixels
 
 FILE = "vgg16-397923af.pth"
-SHA256_PREFIX = "397923af"
+SHA256 = "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"
 SIZE = 224
 STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # (features, convolutions); each ends with a pool
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, in units of 255

@@ -1,0 +1,284 @@
+"""A trained model, from Python: `model = ddgan_jax.load(path)`, then `images = model.sample(64, seed=0)`.
+
+What goes in and comes out are uint8 images [N, H, W, C], or float32 points [N, d]. Sample i depends on (seed, i)
+alone, never on how many are drawn, nor on how many devices draw them. Nothing here reads data, or needs TensorFlow.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from ddgan_jax import checkpoint, parallel, sampling, torch_files
+from ddgan_jax.build import Built, build
+from ddgan_jax.diffusion import deterministic_posterior, sample_posterior
+from ddgan_jax.errors import UserError
+
+POSTERIORS = {"gaussian": sample_posterior, "deterministic": deterministic_posterior}
+
+
+# --- Between images and x_0 ---------------------------------------------------------------------------------------
+
+
+def to_x0(images: Any) -> jax.Array:
+    """uint8 images [N, H, W, C] -> float32 in [-1, 1]; points [N, d] as they are."""
+    images = jnp.asarray(images)
+    return images.astype(jnp.float32) / 127.5 - 1 if images.dtype == jnp.uint8 else images
+
+
+def to_images(x0: Any) -> jax.Array:
+    """float32 [..., H, W, C] in [-1, 1] -> uint8; points [N, d] as they are."""
+    return jnp.round((jnp.clip(x0, -1, 1) + 1) * 127.5).astype(jnp.uint8) if x0.ndim > 2 else x0
+
+
+class Sampler:
+    """Draws uint8 images or points by index from a built method; compiled once a chunk size."""
+
+    def __init__(self, built: Built, batch_size: int, posterior: str = "gaussian"):
+        """Draw `batch_size` images at once on each of this process's devices."""
+        self._draw = parallel.map_local(partial(_sample, built, posterior), (None, None, 0))
+        self._batch_size = max(1, batch_size)
+
+    def chunks(self, params: Any, seed: int, num: int) -> Iterator[np.ndarray]:
+        """Images 0..num-1, uint8 [n, H, W, C], or points [n, d], chunk by chunk; sample i from (seed, i) alone.
+
+        Halves its batch where memory ends.
+        """
+        params, devices, done = parallel.replicate_local(params), jax.local_device_count(), 0
+        while done < num:
+            size = min(self._batch_size, -(-num // devices))
+            indices = np.arange(done, done + devices * size, dtype=np.int32).reshape(devices, size)
+            try:
+                chunk = np.asarray(self._draw(params, np.uint32(seed), indices))
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error) or size == 1:
+                    raise
+                self._batch_size = size // 2
+                continue
+            chunk = chunk.reshape(-1, *chunk.shape[2:])[: num - done]
+            done += len(chunk)
+            yield chunk
+
+    def __call__(self, params: Any, seed: int, num: int, progress: bool = False) -> np.ndarray:
+        """The same in one array."""
+        images = []
+        with tqdm(total=num, unit="img", desc="sampling", disable=None if progress else True) as bar:
+            for chunk in self.chunks(params, seed, num):
+                images.append(chunk)
+                bar.update(len(chunk))
+        return np.concatenate(images)
+
+
+# --- Compiled once for a model, its shapes, and the static arguments in front --------------------------------------
+
+
+def _gen(built: Built, params: Any) -> sampling.Gen:
+    return partial(built.method.gen, params)
+
+
+def _noise(built: Built, seed: jax.Array, indices: jax.Array) -> sampling.Noise:
+    steps = built.schedule.num_steps
+    return sampling.draw_noise(jax.random.key(seed), indices, steps, built.image_shape, built.method.nz)
+
+
+def _sample(built: Built, posterior: str, params: Any, seed: jax.Array, indices: jax.Array) -> jax.Array:
+    """Samples `indices` [B], uint8 images or points."""
+    noise = _noise(built, seed, indices)
+    return to_images(sampling.denoise(_gen(built, params), built.schedule, noise, POSTERIORS[posterior]).x_t[0])
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _trajectory(built: Built, posterior: str, params: Any, noise: sampling.Noise) -> sampling.Trajectory:
+    return sampling.denoise(_gen(built, params), built.schedule, noise, POSTERIORS[posterior])
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _edit(built: Built, posterior: str, start_step: int, params: Any, x0: jax.Array, noise: Any) -> jax.Array:
+    gen = _gen(built, params)
+    return to_images(sampling.edit(gen, built.schedule, x0, start_step, noise, POSTERIORS[posterior]))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _inpaint(
+    built: Built, posterior: str, rounds: int, params: Any, x0: jax.Array, known: jax.Array, seed: Any, indices: Any
+) -> jax.Array:
+    gen, key, way = _gen(built, params), jax.random.key(seed), POSTERIORS[posterior]
+    x = sampling.inpaint(gen, built.schedule, x0, known, key, indices, built.method.nz, rounds, way)
+    return to_images(x)
+
+
+@partial(jax.jit, static_argnums=0)
+def _vary(built: Built, params: Any, x_tp1: jax.Array, t: Any, z: jax.Array) -> jax.Array:
+    return to_images(sampling.vary(_gen(built, params), x_tp1, t, z))
+
+
+# --- The model ----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A generator's moving average, and what its configuration describes. `posterior` is 'gaussian' (the paper's) or
+    'deterministic', the same images for the same x_T and z."""
+
+    params: Any
+    built: Built
+    config: dict[str, Any]
+    step: int
+
+    @property
+    def num_steps(self) -> int:
+        """T, the network calls of a sample."""
+        return self.built.schedule.num_steps
+
+    def sampler(self, posterior: str = "gaussian") -> Sampler:
+        """Draws in batches of config.sample.batch_size on every device."""
+        return Sampler(self.built, self.config["sample"]["batch_size"], _known(posterior))
+
+    def sample(self, num: int, seed: int = 0, posterior: str = "gaussian", progress: bool = False) -> np.ndarray:
+        """Samples 0..num-1 of `seed`, uint8 [num, H, W, C]."""
+        _at_least_one("num", num)
+        return self.sampler(posterior)(self.params, seed, num, progress)
+
+    def trajectory(self, num: int, seed: int = 0, posterior: str = "gaussian") -> sampling.Trajectory:
+        """Every step of the samples 0..num-1, float32 [T, num, ...]: x_{t+1}, x0_hat, x_t; x_t[0] are the samples."""
+        _at_least_one("num", num)
+        noise = _noise(self.built, jnp.uint32(seed), jnp.arange(num))
+        return jax.device_get(_trajectory(self.built, _known(posterior), self.params, noise))
+
+    def vary(self, num: int, t: int, image: Any = None, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """(x_{t+1} [H, W, C] float32, `num` draws of x_0 from it by z alone, uint8): Figure 8 of the paper.
+
+        x_{t+1} is on the way of sample 0 of `seed`, or `image` diffused to it; t in 0..T-1.
+        """
+        _at_least_one("num", num)
+        self._check_step("t", t, 0, self.num_steps - 1)
+        noise = _noise(self.built, jnp.uint32(seed), jnp.arange(num))
+        if image is None:
+            x_tp1 = self.trajectory(1, seed).x_tp1[t, 0]
+        else:
+            x0 = to_x0(self._check_images(np.asarray(image)[None]))
+            x_tp1 = sampling.q_sample(self.built.schedule, x0, jnp.full(1, t + 1), noise.x_T[:1])[0]
+        return np.asarray(x_tp1), np.asarray(_vary(self.built, self.params, x_tp1, jnp.int32(t), noise.z[t]))
+
+    def edit(
+        self, image: Any, start_step: int, num_variants: int = 1, seed: int = 0, posterior: str = "gaussian"
+    ) -> np.ndarray:
+        """`num_variants` of one image [H, W, C]: diffused to x_s, s = `start_step` in 0..T, and denoised again.
+
+        A stroke painting becomes an image; the larger s, the freer. s = 0 returns the image.
+        """
+        _at_least_one("num_variants", num_variants)
+        self._check_step("start_step", start_step, 0, self.num_steps)
+        images = np.repeat(self._check_images(np.asarray(image)[None]), num_variants, axis=0)
+        if not start_step:
+            return images
+        noise = _noise(self.built, jnp.uint32(seed), jnp.arange(num_variants))
+        return np.asarray(_edit(self.built, _known(posterior), start_step, self.params, to_x0(images), noise))
+
+    def inpaint(
+        self,
+        image: Any,
+        known: Any,
+        num_variants: int = 1,
+        rounds: int = 1,
+        seed: int = 0,
+        posterior: str = "gaussian",
+    ) -> np.ndarray:
+        """`num_variants` of one image [H, W, C], filled in where `known` [H, W] is False; the rest stays exactly.
+
+        More `rounds` a step let the two parts agree better, for so many times the work.
+        """
+        _at_least_one("num_variants", num_variants)
+        _at_least_one("rounds", rounds)
+        images = np.repeat(self._check_images(np.asarray(image)[None]), num_variants, axis=0)
+        known = np.asarray(known, bool)
+        if known.shape != images.shape[1:3]:
+            raise UserError(f"the mask is {list(known.shape)}, but the image is {list(images.shape[1:3])}")
+        mask = jnp.broadcast_to(known[None, ..., None], images.shape).astype(jnp.float32)
+        indices = jnp.arange(num_variants)
+        x = _inpaint(self.built, _known(posterior), rounds, self.params, to_x0(images), mask, jnp.uint32(seed), indices)
+        return np.where(known[None, ..., None], images, np.asarray(x))
+
+    def interpolate(
+        self, num: int, first: int = 0, last: int = 1, seed: int = 0, posterior: str = "gaussian"
+    ) -> np.ndarray:
+        """`num` images from sample `first` to `last` of `seed`, uint8 [num, ...]: their draws mixed on a sphere."""
+        if num < 2:
+            raise UserError(f"num={num} must be at least 2: the two ends")
+        a, b = (_noise(self.built, jnp.uint32(seed), jnp.array([i])) for i in (first, last))
+        noise = sampling.interpolate(a, b, jnp.linspace(0, 1, num))
+        return np.asarray(to_images(_trajectory(self.built, _known(posterior), self.params, noise).x_t[0]))
+
+    def _check_images(self, images: np.ndarray) -> np.ndarray:
+        shape = self.built.image_shape
+        wanted = np.uint8 if len(shape) == 3 else np.float32
+        if images.shape[1:] != shape or images.dtype != wanted:
+            raise UserError(
+                f"the image is {images.dtype} {list(images.shape[1:])}, but the model's are "
+                f"{np.dtype(wanted)} {list(shape)}"
+            )
+        return images
+
+    def _check_step(self, name: str, value: int, low: int, high: int) -> None:
+        if not low <= value <= high:
+            raise UserError(f"{name}={value} is not a step of this model: it is {low} to {high}")
+
+
+def _known(posterior: str) -> str:
+    if posterior not in POSTERIORS:
+        raise UserError(f"posterior={posterior!r} is not supported: it is {' or '.join(POSTERIORS)}")
+    return posterior
+
+
+def _at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise UserError(f"{name}={value} must be at least 1")
+
+
+def load(path: str, num_steps: int = 4, **hints: Any) -> Model:
+    """The model in a workdir, a checkpoint, or a `.pth` file of the PyTorch reference.
+
+    A `netG_*.pth` needs hints, since arrays do not tell everything: `num_steps`, and those of
+    `torch_weights.generator_config`, such as `image_size=32`. Raises UserError if there is no model, or hints are
+    missing; Fault if it is damaged.
+    """
+    if pathlib.Path(path).suffix == ".pth":
+        return _load_reference(path, num_steps, hints)
+    params, config, step = checkpoint.restore_ema(path)
+    built = build(config)
+    checkpoint.check_like(params, jax.eval_shape(built.init_gen, jax.random.key(0)), f"the checkpoint in {path}")
+    return Model(params, built, config, step)
+
+
+def _load_reference(path: str, num_steps: int, hints: dict[str, Any]) -> Model:
+    """A model of the reference, in a configuration of ours; what only training needs is filled with the defaults."""
+    found = torch_files.read(path, **hints)
+    args = found.args | hints
+    if "image_size" not in args:
+        raise UserError(f"{path} does not tell the size of its images: name it, image_size=32")
+    generator = dict(found.generator)
+    channels = generator.pop("image_channels")
+    config = {
+        "seed": 0,
+        "data": {"name": path, "image_size": args["image_size"], "channels": channels, "flip": False},
+        "diffusion": {
+            "num_steps": args.get("num_timesteps", num_steps),
+            "kind": "geometric" if args.get("use_geometric") else "vp",
+        },
+        "model": {"network": "unet", "dtype": "float32", "remat": False},
+        "generator": generator,
+        "discriminator": {},
+        "train": dict(num_steps=1, batch_size=4, r1_every=1, steps_per_epoch=1, lr_decay=False, lr_g=0.0, lr_d=0.0)
+        | dict(adam_b1=0.5, adam_b2=0.9, r1_gamma=0.0, ema_decay=0.0),
+        "sample": {"batch_size": 64, "grid": 64},
+    }
+    for name in ("beta_min", "beta_max"):
+        if name in args:
+            config["diffusion"][name] = args[name]  # type: ignore[index]
+    return Model(found.ema_params or found.gen_params, build(config), config, 0)

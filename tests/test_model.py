@@ -1,0 +1,253 @@
+"""What a trained model makes: variants, edits, fillings, ways between samples; from Python and as commands."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from commands import ROOT, run
+from PIL import Image
+
+import ddgan_jax
+from ddgan_jax import checkpoint, generate, sampling
+from ddgan_jax.build import as_dict, build
+from ddgan_jax.diffusion import Schedule, deterministic_posterior, q_sample
+from ddgan_jax.errors import UserError
+from ddgan_jax.model import to_images, to_x0
+
+
+def workdir_of(folder, num_steps=4, name="digits"):
+    """A workdir of a tiny generator whose last layer is not near zero, as it is at the start of training."""
+    import importlib
+
+    c = as_dict(importlib.import_module(f"configs.{name}").get_config("smoke"))
+    c["diffusion"]["num_steps"] = num_steps
+    state = jax.jit(build(c).init_state)()
+    leaves, tree = jax.tree.flatten(state.ema_params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    grown = [0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    checkpoints = checkpoint.Checkpoints(str(folder))
+    checkpoints.save(7, state.replace(ema_params=jax.tree.unflatten(tree, grown)), c)
+    checkpoints.close()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    return workdir_of(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def model(workdir):
+    return ddgan_jax.load(str(workdir))
+
+
+@pytest.fixture(scope="module")
+def image():
+    return np.random.default_rng(0).integers(0, 256, (8, 8, 1), np.uint8)
+
+
+def test_loading_needs_nothing_but_the_checkpoint(model, workdir):
+    assert model.step == 7 and model.num_steps == 4
+    images = model.sample(5, seed=3)
+    assert images.shape == (5, 8, 8, 1) and images.dtype == np.uint8 and images.std() > 10
+    np.testing.assert_array_equal(images, model.sample(5, seed=3))
+    np.testing.assert_array_equal(images[:2], model.sample(2, seed=3))
+    assert not np.array_equal(images, model.sample(5, seed=4))
+    with pytest.raises(AttributeError, match="no attribute 'lode'"):
+        ddgan_jax.lode  # noqa: B018
+
+
+@pytest.mark.parametrize("posterior", ["gaussian", "deterministic"])
+def test_trajectories_end_in_the_samples(model, posterior):
+    steps = model.trajectory(6, 2, posterior)
+    assert steps.x_t.shape == (4, 6, 8, 8, 1)
+    samples = model.sample(6, 2, posterior)
+    assert np.abs(np.asarray(to_images(steps.x_t[0])).astype(int) - samples).max() <= 1  # two programs round apart
+
+
+def test_the_deterministic_posterior():
+    """Equation (6): with x_0 known the noise stays as it is, so that x_{t+1} leads to x_t = q_sample of that noise."""
+    schedule = Schedule.create(4)
+    x0, noise = jax.random.normal(jax.random.key(0), (2, 4, 3, 3, 1))
+    t = jnp.array([0, 1, 2, 3])
+    x_tp1 = q_sample(schedule, x0, t + 1, noise)
+    found = deterministic_posterior(schedule, x0, x_tp1, t, jnp.full_like(x0, jnp.nan))
+    np.testing.assert_allclose(found, q_sample(schedule, x0, t, noise), atol=2e-5)
+    np.testing.assert_array_equal(found[0], x0[0])
+
+
+def test_deterministic_samples_do_not_see_the_posteriors_noise(model):
+    gen = lambda x, t, z: model.built.method.gen(model.params, x, t, z)  # noqa: E731
+    noise = sampling.draw_noise(jax.random.key(0), jnp.arange(3), 4, (8, 8, 1), model.built.method.nz)
+    other = noise.replace(posterior=noise.posterior + 1)
+    run = jax.jit(lambda n: sampling.denoise(gen, model.built.schedule, n, deterministic_posterior).x_t[0])
+    np.testing.assert_array_equal(run(noise), run(other))
+
+
+@pytest.mark.parametrize("num_steps, t", [(4, 3), (4, 0), (1, 0)])
+def test_vary(model, tmp_path, image, num_steps, t):
+    """z alone makes the difference; the noisy input is that of the sample, or of the image."""
+    model = model if num_steps == 4 else ddgan_jax.load(str(workdir_of(tmp_path, num_steps)))
+    x_tp1, images = model.vary(6, t, seed=5)
+    np.testing.assert_allclose(x_tp1, model.trajectory(1, 5).x_tp1[t, 0], atol=1e-5)
+    assert images.shape == (6, 8, 8, 1) and len(np.unique(images.reshape(6, -1), axis=0)) == 6
+    other, more = model.vary(9, t, seed=5)
+    np.testing.assert_array_equal(other, x_tp1)
+    np.testing.assert_array_equal(more[:6], images)
+    noisy, _ = model.vary(2, t, image)
+    expected = q_sample(model.built.schedule, to_x0(image[None]), jnp.array([t + 1]), jnp.zeros((1, 8, 8, 1)))[0]
+    assert np.abs(noisy - expected).mean() < 1.2 * model.built.schedule.sigmas_cum[t + 1]
+
+
+def test_edit(model, image):
+    np.testing.assert_array_equal(model.edit(image, 0, 3), np.stack([image] * 3))
+    distances = []
+    for start_step in (1, 4):
+        images = model.edit(image, start_step, 5)
+        assert images.shape == (5, 8, 8, 1) and len(np.unique(images.reshape(5, -1), axis=0)) == 5
+        distances.append(np.abs(images.astype(float) - image).mean())
+    np.testing.assert_array_equal(images[:2], model.edit(image, 4, 2))
+
+
+def test_edit_keeps_the_more_the_earlier_it_starts():
+    """A perfect generator returns the image; one that believes what it sees leaves the noise of the start."""
+    schedule, image = Schedule.create(4), jnp.ones((2000, 2))
+    noise = sampling.draw_noise(jax.random.key(0), jnp.arange(2000), 4, (2,), 1)
+    perfect = lambda x, t, z: jnp.ones_like(x)  # noqa: E731
+    levels = jnp.asarray(schedule.a_s_cum)
+    off = lambda x, t, z: x / levels[t + 1][:, None]  # noqa: E731
+    for start_step in range(5):
+        np.testing.assert_allclose(sampling.edit(perfect, schedule, image, start_step, noise), 1, atol=1e-6)
+    first = sampling.edit(off, schedule, image, 1, noise)
+    np.testing.assert_allclose(first.mean(), 1, atol=0.05)
+    np.testing.assert_allclose(first.std(), schedule.sigmas_cum[1] / schedule.a_s_cum[1], rtol=0.05)
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_inpaint_keeps_what_is_known(model, image, rounds):
+    known = np.zeros((8, 8), bool)
+    known[:, :4] = True
+    images = model.inpaint(image, known, 5, rounds)
+    np.testing.assert_array_equal(images[:, :, :4], np.stack([image[:, :4]] * 5))
+    assert len(np.unique(images[:, :, 4:].reshape(5, -1), axis=0)) == 5
+    np.testing.assert_array_equal(images[:2], model.inpaint(image, known, 2, rounds))
+    np.testing.assert_array_equal(model.inpaint(image, np.ones((8, 8)), 1, rounds)[0], image)
+
+
+def test_inpaint_calls_every_step_as_often_as_there_are_rounds():
+    schedule, seen = Schedule.create(3), []
+
+    def gen(x, t, z):
+        jax.debug.callback(lambda t: seen.append(int(t)), t[0], ordered=True)
+        return jnp.zeros_like(x)
+
+    x, known = jnp.zeros((1, 2, 2, 1)), jnp.zeros((1, 2, 2, 1))
+    jax.block_until_ready(sampling.inpaint(gen, schedule, x, known, jax.random.key(0), jnp.arange(1), 1, rounds=2))
+    jax.effects_barrier()
+    assert seen == [2, 2, 1, 1, 0]
+
+
+def test_interpolation(model):
+    images = model.interpolate(7, 3, 5, seed=1)
+    samples = model.sample(6, 1)
+    assert images.shape == (7, 8, 8, 1)
+    for image, i in ((images[0], 3), (images[-1], 5)):
+        assert np.abs(image.astype(int) - samples[i]).max() <= 1
+    assert len(np.unique(images.reshape(7, -1), axis=0)) == 7
+
+
+def test_the_middle_of_an_interpolation_is_as_long_as_its_ends():
+    a, b = (sampling.draw_noise(jax.random.key(0), jnp.array([i]), 2, (30, 30, 1), 400) for i in (0, 1))
+    mixed = sampling.interpolate(a, b, jnp.array([0.0, 0.5, 1.0]))
+    assert mixed.x_T.shape == (3, 30, 30, 1) and mixed.z.shape == (2, 3, 400)
+    np.testing.assert_allclose(mixed.z[:, 0], a.z[:, 0], atol=1e-5)
+    np.testing.assert_allclose(mixed.x_T[2], b.x_T[0], atol=1e-5)
+    for array in (mixed.x_T[1], mixed.z[0, 1], mixed.posterior[1, 1]):
+        np.testing.assert_allclose(jnp.sqrt(jnp.mean(array**2)), 1, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda m, x: m.sample(0), "num=0 must be at least 1"),
+        (lambda m, x: m.sample(1, posterior="ddim"), "posterior='ddim' is not supported: it is gaussian or deter"),
+        (lambda m, x: m.vary(1, 4), "t=4 is not a step of this model: it is 0 to 3"),
+        (lambda m, x: m.edit(x, 5), "start_step=5 is not a step of this model: it is 0 to 4"),
+        (lambda m, x: m.edit(x[:4], 1), r"the image is uint8 \[4, 8, 1\], but the model's are uint8 \[8, 8, 1\]"),
+        (lambda m, x: m.edit(x / 255, 1), "the image is float64"),
+        (lambda m, x: m.inpaint(x, x), r"the mask is \[8, 8, 1\], but the image is \[8, 8\]"),
+        (lambda m, x: m.inpaint(x, x[..., 0], rounds=0), "rounds=0 must be at least 1"),
+        (lambda m, x: m.interpolate(1), "num=1 must be at least 2"),
+    ],
+)
+def test_wrong_use(model, image, call, message):
+    with pytest.raises(UserError, match=message):
+        call(model, image)
+
+
+# --- As commands --------------------------------------------------------------------------------------------------
+
+
+def save(path, image):
+    Image.fromarray(image.squeeze()).save(path)
+    return str(path)
+
+
+def test_the_jobs_write_what_they_say(model, tmp_path, image):
+    """A grid of the input and its variants, arrays of the variants alone, animations."""
+    picture = save(tmp_path / "x.png", np.repeat(np.repeat(image, 5, 0), 7, 1))  # not the model's size
+    mask = save(tmp_path / "m.png", np.repeat(np.uint8(255 * np.eye(8)), 5, 0))
+    common = dict(seed=0, posterior="gaussian")
+    jobs = {
+        "sample": dict(num=9, trajectory=str(tmp_path / "trajectory.gif")) | common,
+        "vary": dict(num=5, seed=0, t=None, image=""),
+        "edit": dict(num=5, image=picture, start_step=None) | common,
+        "inpaint": dict(num=5, image=picture, mask=mask, rounds=2) | common,
+        "interpolate": dict(num=5, samples=["0", "3"]) | common,
+    }
+    for mode, options in jobs.items():
+        for kind in (".png", ".npz"):
+            generate.generate(mode, model, str(tmp_path / f"{mode}{kind}"), **options)
+        with np.load(tmp_path / f"{mode}.npz") as arrays:
+            assert arrays["images"].shape == (options["num"], 8, 8, 1), mode
+        with Image.open(tmp_path / f"{mode}.png") as grid:
+            assert min(grid.size) > 60
+    with Image.open(tmp_path / "trajectory.gif") as animation:
+        assert animation.n_frames in (8, 9)  # x_4, a guess at each step and what came of it; the last two are one
+    generate.generate("interpolate", model, str(tmp_path / "i.gif"), **jobs["interpolate"])
+    generate.generate(
+        "sample", model, str(tmp_path / "many"), **(jobs["sample"] | {"trajectory": str(tmp_path / "t.png")})
+    )
+    assert len(list((tmp_path / "many").glob("*.png"))) == 9 and (tmp_path / "t.png").exists()
+
+
+def test_points(tmp_path):
+    model = ddgan_jax.load(str(workdir_of(tmp_path, name="gaussians")))
+    options = dict(num=50, seed=0, posterior="gaussian", trajectory=str(tmp_path / "t.png"))
+    generate.generate("sample", model, str(tmp_path / "x.png"), **options)
+    generate.generate("vary", model, str(tmp_path / "v.png"), num=50, seed=0, t=3, image="")
+    assert model.vary(50, 3)[1].dtype == np.float32 and (tmp_path / "t.png").exists()
+    with pytest.raises(UserError, match="this model makes points"):
+        generate.generate(
+            "edit", model, str(tmp_path / "e.png"), num=1, image="x.png", start_step=1, seed=0, posterior=""
+        )
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--mode=edit"], "name a picture with --image=PATH"),
+        (["--mode=edit", "--image=nothing.png"], "--image=nothing.png cannot be read"),
+        (["--mode=inpaint", f"--image={ROOT / 'docs' / 'digits.png'}"], "name a picture with --mask=PATH"),
+        (["--mode=edit", f"--image={ROOT / 'README.md'}"], "it is not an image"),
+        (["--mode=vary", "--t=9"], "t=9 is not a step of this model: it is 0 to 3"),
+        (["--mode=interpolate", "--between=3"], "--between=3 must be two samples, such as 0,1"),
+        (["--mode=sample", "--trajectory=x.mp4"], "must end in .png (a grid), in .gif (an animation)"),
+        (["--mode=sample", "--out=x.gif"], "must end in .png (a grid), in .npz (an array) or name a directory"),
+        (["--mode=sample", "--posterior=mean"], "gaussian"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_commands_are_one_sentence(workdir, arguments, message):
+    result = run(f"--workdir={workdir}", *arguments)
+    assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr, result.stderr

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import ROOT, run
+from conftest import GOLDEN
 from PIL import Image
 
 import ddgan_jax
@@ -251,3 +252,18 @@ def test_points(tmp_path):
 def test_wrong_commands_are_one_sentence(workdir, arguments, message):
     result = run(f"--workdir={workdir}", *arguments)
     assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr, result.stderr
+
+
+def test_a_checkpoint_of_the_reference(tmp_path):
+    """The moving average of a run; weights alone need hints, and one that names the size of the images."""
+    import lzma
+
+    for name in ("content.pth", "netG_1.pth"):
+        (tmp_path / name).write_bytes(lzma.decompress((GOLDEN / "checkpoint" / f"{name}.xz").read_bytes()))
+    run = ddgan_jax.load(str(tmp_path / "content.pth"))
+    assert run.num_steps == 4 and run.sample(3).shape == (3, 16, 16, 3)
+    hints = dict(num_steps=4, image_size=16, skip_rescale=True, tanh=True, centered=True)
+    weights = ddgan_jax.load(str(tmp_path / "netG_1.pth"), **hints)
+    np.testing.assert_array_equal(run.sample(3, seed=2), weights.sample(3, seed=2))  # netG_1 holds the moving average
+    with pytest.raises(UserError, match="the arrays do not tell"):
+        ddgan_jax.load(str(tmp_path / "netG_1.pth"))

@@ -9,7 +9,7 @@ from ml_collections import config_flags
 from ddgan_jax import parallel
 from ddgan_jax.errors import Fault, UserError
 
-MODES = ("train", "sample", "vary", "edit", "inpaint", "interpolate", "evaluate")
+MODES = ("train", "sample", "vary", "edit", "inpaint", "interpolate", "export", "evaluate")
 
 flags.DEFINE_string("workdir", "runs/digits", "Where a run keeps its checkpoints, metrics and pictures.")
 flags.DEFINE_string("mode", "train", f"What to do: {', '.join(MODES)}.")
@@ -17,7 +17,7 @@ flags.DEFINE_string("checkpoint", None, "Sample or evaluate this checkpoint or w
 flags.DEFINE_string(
     "samples", None, "Evaluate these images, an .npz with one array or a folder, instead of a checkpoint."
 )
-flags.DEFINE_string("out", None, "Samples: x.png (a grid), x.npz (an array) or a directory. Evaluation: a directory.")
+flags.DEFINE_string("out", None, "Where the result goes; README.md says what each mode writes.")
 flags.DEFINE_integer("num_samples", None, "How many images to sample (64) or evaluate (config.eval.num_samples).")
 flags.DEFINE_integer("sample_seed", 0, "Image i depends on this and on i alone.")
 flags.DEFINE_enum("posterior", "gaussian", ["gaussian", "deterministic"], "How x_t follows from x_{t+1} and x_0.")
@@ -38,6 +38,9 @@ def run(argv: list[str]) -> None:
     try:
         # This reads sys.argv already: fields of the configuration are flags of their own.
         config_flags.DEFINE_config_file("config", "configs/digits.py", "Configuration, FILE.py or FILE.py:VARIANT.")
+        if {"--help", "-help", "-h"} & set(argv):
+            print(f"{__doc__}\n{FLAGS.main_module_help()}")
+            return
         rest = FLAGS(argv)
         config = FLAGS.config
         config.lock()
@@ -72,15 +75,16 @@ def run(argv: list[str]) -> None:
     from ddgan_jax import generate, model
 
     seed, posterior, num = FLAGS.sample_seed, FLAGS.posterior, FLAGS.num_variants
-    image, out = FLAGS.image or "", FLAGS.out or f"{path}/{FLAGS.mode}.png"
+    image, name = FLAGS.image or "", "sampler.bin" if FLAGS.mode == "export" else f"{FLAGS.mode}.png"
     options = {
         "sample": dict(num=FLAGS.num_samples or 64, posterior=posterior, trajectory=FLAGS.trajectory or ""),
         "vary": dict(num=num, t=FLAGS.t, image=image),
         "edit": dict(num=num, image=image, start_step=FLAGS.start_step, posterior=posterior),
         "inpaint": dict(num=num, image=image, mask=FLAGS.mask or "", rounds=FLAGS.rounds, posterior=posterior),
         "interpolate": dict(num=num, samples=FLAGS.between, posterior=posterior),
+        "export": dict(posterior=posterior),
     }
-    generate.generate(FLAGS.mode, model.load(path), out, seed=seed, **options[FLAGS.mode])
+    generate.generate(FLAGS.mode, model.load(path), FLAGS.out or f"{path}/{name}", seed=seed, **options[FLAGS.mode])
 
 
 def main() -> int:

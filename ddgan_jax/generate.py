@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ddgan_jax import figures
+from ddgan_jax import figures, torch_files, torch_weights
 from ddgan_jax.data import decoding
 from ddgan_jax.errors import UserError
 from ddgan_jax.model import Model, to_images
@@ -16,6 +16,8 @@ KINDS = {
     ".png": "a grid",
     ".gif": "an animation",
     ".npz": "an array",
+    ".bin": "the sampler for jax alone",
+    ".pth": "weights for the PyTorch reference",
     "": "a directory",
 }
 
@@ -104,6 +106,20 @@ def interpolate(model: Model, out: str, num: int, samples: Sequence[str], seed: 
         save(np.concatenate([images, images[-2:0:-1]]) if out.endswith(".gif") else images, out)
 
 
+def export(model: Model, out: str, seed: int, posterior: str) -> None:
+    """The sampler as one file for jax alone (.bin), or the generator's weights as the PyTorch reference's (.pth)."""
+    del seed
+    check_out(out, ".bin", ".pth")
+    path = pathlib.Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".bin":
+        path.write_bytes(model.export(posterior))
+    elif _has_images(model):
+        torch_files.save(out, torch_weights.generator_state_dict(model.params))
+    else:
+        raise UserError(f"--out={out}: the reference has no networks for points; write a .bin")
+
+
 def read_image(model: Model, path: str, flag: str = "--image") -> np.ndarray:
     """A picture from disk, cropped and resized to the model's images, uint8 [H, W, C]."""
     if not _has_images(model):
@@ -134,4 +150,5 @@ JOBS: dict[str, Callable[..., None]] = {
     "edit": edit,
     "inpaint": inpaint,
     "interpolate": interpolate,
+    "export": export,
 }

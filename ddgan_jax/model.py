@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
@@ -214,6 +215,23 @@ class Model:
         a, b = (_noise(self.built, jnp.uint32(seed), jnp.array([i])) for i in (first, last))
         noise = sampling.interpolate(a, b, jnp.linspace(0, 1, num))
         return np.asarray(to_images(_trajectory(self.built, _known(posterior), self.params, noise).x_t[0]))
+
+    def export(self, posterior: str = "gaussian") -> bytes:
+        """The whole sampler, weights included, for jax alone on a CPU, GPU or TPU.
+
+        `jax.export.deserialize(data).call(seed, indices)` with uint32 [] and int32 [B], any B, gives the samples of
+        these indices: float32 [B, H, W, C] in [-1, 1], or points.
+        """
+        way = POSTERIORS[_known(posterior)]
+
+        def sample(seed: jax.Array, indices: jax.Array) -> jax.Array:
+            noise = _noise(self.built, seed, indices)
+            return sampling.denoise(_gen(self.built, self.params), self.built.schedule, noise, way).x_t[0]
+
+        (b,) = jax.export.symbolic_shape("b")
+        arguments = jax.ShapeDtypeStruct((), jnp.uint32), jax.ShapeDtypeStruct((b,), jnp.int32)
+        exported = jax.export.export(jax.jit(sample), platforms=("cpu", "cuda", "tpu"))(*arguments)
+        return bytes(exported.serialize())
 
     def _check_images(self, images: np.ndarray) -> np.ndarray:
         shape = self.built.image_shape

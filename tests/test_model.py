@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from commands import ROOT, run
+from commands import ROOT, python, run
 from conftest import GOLDEN
 from PIL import Image
 
@@ -234,9 +234,42 @@ def test_points(tmp_path):
         )
 
 
+def test_an_exported_sampler_needs_jax_alone(model, workdir, tmp_path):
+    """In a process that cannot import this package, nor flax; any number of samples, by their indices."""
+    result = run("--mode=export", f"--workdir={workdir}", f"--out={tmp_path}/sampler.bin")
+    assert result.returncode == 0, result.stderr
+    script = f"""
+import sys
+sys.modules["ddgan_jax"] = sys.modules["flax"] = None
+import jax.export, numpy as np
+sampler = jax.export.deserialize(open({str(tmp_path / "sampler.bin")!r}, "rb").read())
+assert set(sampler.platforms) == {{"cpu", "cuda", "tpu"}}
+for count in (5, 3):
+    images = sampler.call(np.uint32(4), np.arange(count, dtype=np.int32))
+    np.save({str(tmp_path)!r} + f"/{{count}}.npy", images)
+"""
+    child = python(script)
+    _, err = child.communicate(timeout=120)
+    assert child.returncode == 0, err
+    expected = model.trajectory(5, seed=4).x_t[0]
+    for count in (5, 3):
+        np.testing.assert_allclose(np.load(tmp_path / f"{count}.npy"), expected[:count], atol=1e-5)
+
+
+def test_weights_for_the_reference(model, workdir, tmp_path):
+    """A .pth written here holds the reference's names and, read again, the same bits."""
+    result = run("--mode=export", f"--workdir={workdir}", f"--out={tmp_path}/netG.pth")
+    assert result.returncode == 0, result.stderr
+    hints = dict(num_steps=4, image_size=8, skip_rescale=True, tanh=True, centered=True, fir=True)
+    again = ddgan_jax.load(str(tmp_path / "netG.pth"), **hints)
+    jax.tree.map(np.testing.assert_array_equal, again.params, jax.tree.map(np.asarray, model.params))
+    np.testing.assert_array_equal(again.sample(3), model.sample(3))
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        (["--mode=export", "--out=x.onnx"], "must end in .bin (the sampler for jax alone), in .pth (weights"),
         (["--mode=edit"], "name a picture with --image=PATH"),
         (["--mode=edit", "--image=nothing.png"], "--image=nothing.png cannot be read"),
         (["--mode=inpaint", f"--image={ROOT / 'docs' / 'digits.png'}"], "name a picture with --mask=PATH"),

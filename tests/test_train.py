@@ -49,6 +49,22 @@ def test_wrong_use_is_one_sentence(arguments, message, tmp_path):
     assert "Traceback" not in result.stderr
 
 
+def test_help():
+    """It names every flag, and trains nothing."""
+    result = run("--help")
+    assert result.returncode == 0 and not result.stderr
+    for flag in (
+        "--config",
+        "--workdir",
+        "--mode",
+        "--checkpoint",
+        "--num_samples",
+        "--start_step",
+        "--compilation_cache",
+    ):
+        assert flag in result.stdout, flag
+
+
 def test_points(tmp_path):
     """The mixture of Gaussians through the same loop; its pictures are scatter plots, its samples float32."""
     result = run(POINTS, f"--workdir={tmp_path}")

@@ -5,8 +5,10 @@ that endless sequence. Every image comes exactly once an epoch, also where B doe
 """
 
 import functools
+import os
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -32,13 +34,13 @@ def batch_indices(step: int, num_images: int, global_batch: int, seed: int) -> n
 
 
 def batches(
-    images: np.ndarray, *, global_batch: int, seed: int, start_step: int, process_index: int, process_count: int
+    images: Any, *, global_batch: int, seed: int, start_step: int, process_index: int, process_count: int
 ) -> Iterator[np.ndarray]:
     """Endless batches start_step, start_step + 1, ...: this process's part [global_batch / process_count, ...] of each.
 
-    `images` is [N, H, W, C], or points [N, 2]; the dtype stays. Process p gets the p-th contiguous part, so that the
-    global batch is the same for any number of processes. A few batches are gathered ahead, in threads. UserError if
-    there are no images or the batch does not divide.
+    `images` is an array [N, ...] or what `sources.open_data` gives for one; the dtype stays. Process p gets the p-th
+    contiguous part, so that the global batch is the same for any number of processes. A few batches are gathered ahead,
+    in threads. UserError if there are no images or the batch does not divide.
     """
     import grain
 
@@ -56,5 +58,7 @@ def batches(
         return images[batch_indices(step, len(images), global_batch, seed)[mine]]
 
     steps = grain.MapDataset.range(start_step, sys.maxsize)
-    ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    # Batches of arrays are only copied; others are decoded, by a thread on every core.
+    threads = 2 if isinstance(images, np.ndarray) else max(2, os.cpu_count() or 1)
+    ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 2)
     return iter(steps.map(gather).to_iter_dataset(ahead))

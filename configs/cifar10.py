@@ -84,7 +84,7 @@ def get_config(variant: str = "paper") -> ConfigDict:
     config.eval.batch_size = 64  # images in a feature network at once, on a device
     config.eval.inception_weights = ""  # '' is pt_inception-2015-12-05-6726825d.pth in data.dir
     config.eval.vgg_weights = ""  # '' is vgg16-397923af.pth in data.dir
-    config.eval.every = 0  # steps between two evaluations while training, multiples of log.every; 0: none
+    config.eval.every = 0  # steps between two evaluations while training; 0: none
     config.eval.online_samples = 1_000  # that such an evaluation draws
 
     return apply_variant(config, variant)

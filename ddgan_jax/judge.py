@@ -98,8 +98,8 @@ def _rebatch(chunks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
         yield np.concatenate(rest)
 
 
-def _read_weights(setting: str, given: str, module: Any, folder: str) -> dict[str, np.ndarray]:
-    """The state dict of a published network, from the file that the configuration names or its usual place."""
+def _find_weights(setting: str, given: str, module: Any, folder: str) -> str:
+    """The file of a published network: the one that the configuration names, or that in its usual place."""
     path = given or os.path.join(folder, module.FILE)
     if not os.path.exists(path):
         raise UserError(
@@ -107,6 +107,11 @@ def _read_weights(setting: str, given: str, module: Any, folder: str) -> dict[st
             f"{module.__name__.replace('.', '/')}.py): put it in {folder}, or name it with eval.{setting}; "
             f"{path} does not exist"
         )
+    return path
+
+
+def _read_weights(path: str, module: Any) -> dict[str, np.ndarray]:
+    """The state dict in a published file."""
     if os.path.basename(path).endswith(f"-{module.SHA256[:8]}.pth"):
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -117,18 +122,19 @@ def _read_weights(setting: str, given: str, module: Any, folder: str) -> dict[st
 
 def _published_networks(c: dict[str, Any]) -> list[Network]:
     """Inception, and VGG16 if its weights are there."""
-    folder = sources.directory(c["data"]["dir"])
-    state = _read_weights("inception_weights", c["eval"]["inception_weights"], inception, folder)
+    folder, given = sources.directory(c["data"]["dir"]), c["eval"]
+    path = _find_weights("inception_weights", given["inception_weights"], inception, folder)
+    state = _read_weights(path, inception)
     net = inception.Inception()
     networks = [_network("Inception 2015-12-05", lambda p, x: net.apply({"params": p}, x), inception.params(state))]
     try:
-        state = _read_weights("vgg_weights", c["eval"]["vgg_weights"], vgg, folder)
+        path = _find_weights("vgg_weights", given["vgg_weights"], vgg, folder)
     except UserError as error:
-        if c["eval"]["vgg_weights"]:
+        if given["vgg_weights"]:
             raise
         print(f"without precision and recall: {error}", flush=True)
         return networks
-    other = vgg.VGG16()
+    state, other = _read_weights(path, vgg), vgg.VGG16()
 
     def apply(params: Any, images: Any) -> Any:
         features: Any = other.apply({"params": params}, images)

@@ -5,6 +5,7 @@ alone, never on how many are drawn, nor on how many devices draw them. Nothing h
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Iterator
 from functools import partial
@@ -43,7 +44,7 @@ class Sampler:
 
     def __init__(self, built: Built, batch_size: int, posterior: str = "gaussian"):
         """Draw `batch_size` images at once on each of this process's devices."""
-        self._draw = parallel.map_local(partial(_sample, built, posterior), (None, None, 0))
+        self._draw = _mapped_sample(built, posterior)
         self._batch_size = max(1, batch_size)
 
     def chunks(self, params: Any, seed: int, num: int) -> Iterator[np.ndarray]:
@@ -92,6 +93,11 @@ def _sample(built: Built, posterior: str, params: Any, seed: jax.Array, indices:
     """Samples `indices` [B], uint8 images or points."""
     noise = _noise(built, seed, indices)
     return to_images(sampling.denoise(_gen(built, params), built.schedule, noise, POSTERIORS[posterior]).x_t[0])
+
+
+@functools.lru_cache(maxsize=16)
+def _mapped_sample(built: Built, posterior: str) -> Any:
+    return parallel.map_local(partial(_sample, built, posterior), (None, None, 0))
 
 
 @partial(jax.jit, static_argnums=(0, 1))

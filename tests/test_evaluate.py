@@ -256,6 +256,11 @@ def test_without_vgg_there_is_no_precision(published, tmp_path, monkeypatch, cap
     c = published | {"data": published["data"] | {"dir": str(tmp_path)}}
     found = judge.open_judge(c | {"eval": c["eval"] | {"vgg_weights": ""}})
     assert len(found.networks) == 1 and "without precision and recall: " in capsys.readouterr().out
+    (tmp_path / vgg.FILE).write_bytes(b"cut off")
+    with pytest.raises(UserError, match=r"397923af.pth is damaged"):
+        judge.open_judge(c | {"eval": c["eval"] | {"vgg_weights": ""}})
+    with pytest.raises(UserError, match=r"vgg16-397923af.pth .* none.pth does not exist"):
+        judge.open_judge(c | {"eval": c["eval"] | {"vgg_weights": "none.pth"}})
 
 
 # --- Wrong use ----------------------------------------------------------------------------------------------------

@@ -53,6 +53,7 @@ def test_loading_needs_nothing_but_the_checkpoint(model, workdir):
     assert images.shape == (5, 8, 8, 1) and images.dtype == np.uint8 and images.std() > 10
     np.testing.assert_array_equal(images, model.sample(5, seed=3))
     np.testing.assert_array_equal(images[:2], model.sample(2, seed=3))
+    assert model.sampler()._draw is model.sampler()._draw, "it would be compiled again"
     assert not np.array_equal(images, model.sample(5, seed=4))
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         ddgan_jax.lode  # noqa: B018

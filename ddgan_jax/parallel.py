@@ -31,9 +31,9 @@ def map_step(step: Callable) -> Any:
 def compile_step(step: Callable, state: Any, batch: jax.Array, options: dict[str, Any]) -> Any:
     """`map_step(step)` compiled for a `replicate`d state and a `split` batch: it takes arrays that span all processes.
 
-    pmap itself is traced with this process's part of the batch.
+    pmap itself is traced with this process's part of a batch, in host memory (a mere shape fails in several processes).
     """
-    local = jax.ShapeDtypeStruct((jax.local_device_count(), *batch.shape[1:]), batch.dtype)
+    local = np.zeros((jax.local_device_count(), *batch.shape[1:]), batch.dtype)
     return map_step(step).lower(state, local).compile(compiler_options=options)
 
 

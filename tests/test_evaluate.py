@@ -321,7 +321,8 @@ def test_stacked_digits(tmp_path):
     results = of_samples(c, images[np.arange(25_600)], tmp_path)
     assert results["classifier_test_accuracy"] >= 0.97 and results["classifier_test_images"] == 1_000
     assert results["modes"] == results["of_modes"] == 1_000 and 0.01 < results["kl"] < 0.03
-    assert results["classifier_frechet"] < 1 and results["num_samples"] == 25_600
+    # The samples hold digits that the real images, of 'train', do not.
+    assert min(results["precision"], results["recall"]) > 0.9 and results["num_samples"] == 25_600
 
 
 @pytest.mark.slow

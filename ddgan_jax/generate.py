@@ -22,12 +22,11 @@ KINDS = {
 }
 
 
-def check_out(out: str, *kinds: str) -> str:
-    """`out` if it ends in one of `kinds`, else UserError; to be asked before the work."""
+def check_out(out: str, *kinds: str) -> None:
+    """UserError unless `out` ends in one of `kinds`; to be asked before the work."""
     if pathlib.Path(out).suffix not in kinds:
         known = ", ".join(f"in {kind} ({KINDS[kind]})" for kind in kinds if kind)
         raise UserError(f"--out={out} must end {known}" + (" or name a directory" if "" in kinds else ""))
-    return out
 
 
 def save(images: np.ndarray, out: str) -> None:

@@ -152,7 +152,8 @@ def _own_network(c: dict[str, Any], data: sources.Data) -> tuple[Network, Result
         fields = {k: v for k, v in c["data"].items() if k != "flip"} | {"name": base, "image_size": 0, "channels": 1}
         train, test = (sources.open_data(**(fields | {"split": split})) for split in ("train", "test"))
         assert train.labels and test.labels
-        x, y, test_x, test_y = pad(train.images, size), train.labels(), pad(test.images, size), test.labels()
+        x, test_x = (sources.pad(part.images, size) for part in (train, test))
+        y, test_y = train.labels(), test.labels()
         count = 10
     elif data.labels is None:
         raise UserError(f"eval.features=classifier needs labels, and {name} has none: choose eval.features=inception")
@@ -187,13 +188,6 @@ def _own_network(c: dict[str, Any], data: sources.Data) -> tuple[Network, Result
 
     about = {"classifier_test_accuracy": share, "classifier_test_images": len(test_x)}
     return _network(f"classifier of {base}", of_channels if stacked else forward, params), about
-
-
-def pad(digits: np.ndarray, size: int) -> np.ndarray:
-    """uint8 [N, S, S, 1] -> [N, size, size, 1], zeros around, as in StackedMNIST."""
-    low = (size - digits.shape[1]) // 2
-    high = size - digits.shape[1] - low
-    return np.pad(digits, ((0, 0), (low, high), (low, high), (0, 0)))
 
 
 # --- Caches -------------------------------------------------------------------------------------------------------

@@ -120,12 +120,14 @@ class Stacked:
 
     def __getitem__(self, indices: Any) -> np.ndarray:
         triples = self.triples[indices]  # [n, 3]
-        side, size = self._digits.shape[1], self.shape[1]
-        images = np.zeros((len(triples), size, size, 3), np.uint8)
-        low = (size - side) // 2
-        for c in range(3):
-            images[:, low : low + side, low : low + side, c] = self._digits[triples[:, c]][..., 0]
-        return images
+        return np.concatenate([pad(self._digits[triples[:, c]], self.shape[1]) for c in range(3)], axis=-1)
+
+
+def pad(digits: np.ndarray, size: int) -> np.ndarray:
+    """uint8 [N, S, S, 1] -> [N, size, size, 1], zeros around, as StackedMNIST has them."""
+    low = (size - digits.shape[1]) // 2
+    high = size - digits.shape[1] - low
+    return np.pad(digits, ((0, 0), (low, high), (low, high), (0, 0)))
 
 
 def _stack(name: str, digits: Data, image_size: int, channels: int) -> Data:

@@ -20,6 +20,7 @@ flags.DEFINE_string(
 flags.DEFINE_string("out", None, "Where the result goes; README.md says what each mode writes.")
 flags.DEFINE_integer("num_samples", None, "How many images to sample (64) or evaluate (config.eval.num_samples).")
 flags.DEFINE_integer("sample_seed", 0, "Image i depends on this and on i alone.")
+flags.DEFINE_integer("label", None, "Class of the images of a class-conditional model; all in turn if not given.")
 flags.DEFINE_enum("posterior", "gaussian", ["gaussian", "deterministic"], "How x_t follows from x_{t+1} and x_0.")
 flags.DEFINE_string("trajectory", None, "sample: also write here (.png, .gif) how the first samples came about.")
 flags.DEFINE_integer("num_variants", 15, "vary, edit, inpaint: how many images; interpolate: how many from end to end.")
@@ -74,17 +75,19 @@ def run(argv: list[str]) -> None:
         return
     from ddgan_jax import generate, model
 
-    seed, posterior, num = FLAGS.sample_seed, FLAGS.posterior, FLAGS.num_variants
-    image, name = FLAGS.image or "", "sampler.bin" if FLAGS.mode == "export" else f"{FLAGS.mode}.png"
+    num, image = FLAGS.num_variants, FLAGS.image or ""
+    name = "sampler.bin" if FLAGS.mode == "export" else f"{FLAGS.mode}.png"
+    one = dict(seed=FLAGS.sample_seed, label=FLAGS.label)
+    how = dict(posterior=FLAGS.posterior) | one
     options = {
-        "sample": dict(num=FLAGS.num_samples or 64, posterior=posterior, trajectory=FLAGS.trajectory or ""),
-        "vary": dict(num=num, t=FLAGS.t, image=image),
-        "edit": dict(num=num, image=image, start_step=FLAGS.start_step, posterior=posterior),
-        "inpaint": dict(num=num, image=image, mask=FLAGS.mask or "", rounds=FLAGS.rounds, posterior=posterior),
-        "interpolate": dict(num=num, samples=FLAGS.between, posterior=posterior),
-        "export": dict(posterior=posterior),
+        "sample": dict(num=FLAGS.num_samples or 64, trajectory=FLAGS.trajectory or "", **how),
+        "vary": dict(num=num, t=FLAGS.t, image=image, **one),
+        "edit": dict(num=num, image=image, start_step=FLAGS.start_step, **how),
+        "inpaint": dict(num=num, image=image, mask=FLAGS.mask or "", rounds=FLAGS.rounds, **how),
+        "interpolate": dict(num=num, samples=FLAGS.between, **how),
+        "export": dict(posterior=FLAGS.posterior),
     }
-    generate.generate(FLAGS.mode, model.load(path), FLAGS.out or f"{path}/{name}", seed=seed, **options[FLAGS.mode])
+    generate.generate(FLAGS.mode, model.load(path), FLAGS.out or f"{path}/{name}", **options[FLAGS.mode])
 
 
 def main() -> int:

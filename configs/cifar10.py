@@ -31,6 +31,7 @@ def get_config(variant: str = "paper") -> ConfigDict:
     config.model = ConfigDict()
     config.model.network = "unet"  # or 'mlp', for points
     config.model.dtype = "float32"  # or 'bfloat16': the compute type of convolutions and dense layers
+    config.model.num_classes = 0  # above 0: networks that know the labels of the data (not in the paper)
     config.model.remat = False  # True: less memory for more work
 
     config.generator = ConfigDict()  # the fields of Generator
@@ -68,6 +69,7 @@ def get_config(variant: str = "paper") -> ConfigDict:
 
     config.log = ConfigDict()
     config.log.every = 100  # steps between two lines of metrics
+    config.log.tensorboard = True
     config.log.samples_every = 5_000  # steps between two grids of samples
 
     config.sample = ConfigDict()

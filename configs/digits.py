@@ -1,6 +1,7 @@
 """Real handwritten digits, 8x8, embedded in scikit-learn: the default, minutes on a CPU.
 
-Variants: '' (at most 5 minutes on 2 CPU cores), 'long' (about an hour), 'smoke' (made data, under a minute).
+Variants: '' (at most 5 minutes on 2 CPU cores), 'long' (about an hour), 'conditional' (on the ten classes, for
+`--label`; as long as ''), 'smoke' (made data, under a minute).
 """
 
 from ml_collections import ConfigDict
@@ -36,8 +37,10 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant == "long":
         config.train.update(num_steps=30_000, batch_size=64, ema_decay=0.999)
         config.checkpoint.every = config.log.samples_every = 2_500
+    elif variant == "conditional":
+        config.model.num_classes = 10
     elif variant == "smoke":
         smoke(config)
     elif variant:
-        raise ValueError(f"unknown variant {variant!r}: digits has '', 'long' and 'smoke'")
+        raise ValueError(f"unknown variant {variant!r}: digits has '', 'long', 'conditional' and 'smoke'")
     return config

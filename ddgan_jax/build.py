@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ddgan_jax import parallel, state, train_step
 from ddgan_jax.data import sources
@@ -33,6 +34,7 @@ class Built:
     init_disc: Callable[[jax.Array], Any]
     batch_size: int  # global
     seed: int
+    num_classes: int = 0  # 0: unconditional
 
     @property
     def schedule(self) -> Schedule:
@@ -67,6 +69,22 @@ def open_data(config: Any) -> sources.Data:
     return sources.open_data(**fields)
 
 
+def labels_of(data: sources.Data, num_classes: int, name: str) -> np.ndarray | None:
+    """The labels [N] int32 of the set `name` for a model of `num_classes`, or None for 0.
+
+    UserError unless it has so many classes.
+    """
+    if not num_classes:
+        return None
+    if data.labels is None:
+        raise UserError(f"model.num_classes={num_classes}, but dataset {name} has no labels: set it to 0")
+    labels = data.labels()
+    classes = len(data.classes) or int(labels.max()) + 1
+    if num_classes != classes:
+        raise UserError(f"model.num_classes={num_classes}, but dataset {name} has {classes} classes: set it to that")
+    return labels
+
+
 def _unet(c: Mapping[str, Any], dtype: Any) -> tuple[Generator, Discriminator, tuple[int, ...]]:
     """The networks of the paper, for images."""
     size, channels = c["data"]["image_size"], c["data"]["channels"]
@@ -76,8 +94,9 @@ def _unet(c: Mapping[str, Any], dtype: Any) -> tuple[Generator, Discriminator, t
             f"data.image_size={size} does not halve {halvings} times, as the {halvings + 1} levels of "
             f"generator.ch_mult need: choose a multiple of {2**halvings}, or fewer levels"
         )
-    generator = Generator(image_channels=channels, dtype=dtype, remat=c["model"]["remat"], **_tuples(c["generator"]))
-    discriminator = Discriminator(dtype=dtype, **(preset(size) | _tuples(c["discriminator"])))
+    both = {"dtype": dtype, "num_classes": _num_classes(c)}
+    generator = Generator(image_channels=channels, remat=c["model"]["remat"], **both, **_tuples(c["generator"]))
+    discriminator = Discriminator(**both, **(preset(size) | _tuples(c["discriminator"])))
     return generator, discriminator, (size, size, channels)
 
 
@@ -85,12 +104,18 @@ def _mlp(c: Mapping[str, Any], dtype: Any) -> tuple[PointGenerator, PointDiscrim
     """Fully connected networks, for points."""
     if c["data"]["flip"]:
         raise UserError("data.flip=True mirrors images, and points are none: set it to False")
+    if _num_classes(c):
+        raise UserError(f"model.num_classes={_num_classes(c)}: networks for points are unconditional, set it to 0")
     dim = c["data"]["channels"]
     return (
         PointGenerator(dim=dim, dtype=dtype, **c["generator"]),
         PointDiscriminator(dtype=dtype, **c["discriminator"]),
         (dim,),
     )
+
+
+def _num_classes(c: Mapping[str, Any]) -> int:
+    return c["model"].get("num_classes", 0)  # checkpoints may be older than the field
 
 
 NETWORKS: dict[str, Callable[..., tuple[Any, Any, tuple[int, ...]]]] = {"unet": _unet, "mlp": _mlp}
@@ -102,6 +127,8 @@ def build(config: Any) -> Built:
     for name, known in (("network", NETWORKS), ("dtype", DTYPES)):
         if c["model"][name] not in known:
             raise UserError(f"model.{name}={c['model'][name]!r} is not supported: it is {' or '.join(known)}")
+    if _num_classes(c) < 0:
+        raise UserError(f"model.num_classes={_num_classes(c)} must be 0, for unconditional networks, or more")
     train = c["train"]
     for name in ("num_steps", "batch_size", "r1_every", "steps_per_epoch"):
         if train[name] < 1:
@@ -115,8 +142,8 @@ def build(config: Any) -> Built:
         return state.cosine_schedule(base, train["steps_per_epoch"], epochs, min(train["lr_min"], base))
 
     method = Method(
-        gen=lambda params, *args: generator.apply({"params": params}, *args),
-        disc=lambda params, *args: discriminator.apply({"params": params}, *args),
+        gen=lambda params, *args, **labels: generator.apply({"params": params}, *args, **labels),
+        disc=lambda params, *args, **labels: discriminator.apply({"params": params}, *args, **labels),
         schedule=Schedule.create(**c["diffusion"]),
         optimizer=state.adam(train["adam_b1"], train["adam_b2"]),
         lr_g=rate(train["lr_g"]),
@@ -128,13 +155,15 @@ def build(config: Any) -> Built:
         dropout=getattr(generator, "dropout", 0) > 0,
     )
     x, t, z = jnp.zeros((1, *shape)), jnp.zeros(1, jnp.int32), jnp.zeros((1, generator.nz))
+    labels = {"y": t} if _num_classes(c) else {}
     return Built(
         method=method,
         image_shape=shape,
-        init_gen=lambda key: generator.init(key, x, t, z)["params"],
-        init_disc=lambda key: discriminator.init(key, x, t, x)["params"],
+        init_gen=lambda key: generator.init(key, x, t, z, **labels)["params"],
+        init_disc=lambda key: discriminator.init(key, x, t, x, **labels)["params"],
         batch_size=train["batch_size"],
         seed=c["seed"],
+        num_classes=_num_classes(c),
     )
 
 

@@ -11,8 +11,9 @@ import jax
 import numpy as np
 
 from ddgan_jax import checkpoint, figures
-from ddgan_jax.build import as_dict
+from ddgan_jax.build import as_dict, labels_of
 from ddgan_jax.data import decoding
+from ddgan_jax.data.batches import like_real
 from ddgan_jax.errors import UserError
 from ddgan_jax.judge import Judge, Judged, Results, judge, open_judge
 from ddgan_jax.metrics import weights
@@ -100,11 +101,13 @@ def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_sampl
         model = load(path)
         c, step = _same_data(c, model.config, path), model.step
         draw = Sampler(model.built, c["sample"]["batch_size"])
-        chunks = draw.chunks(model.params, seed, count)
         folder = pathlib.Path(out or pathlib.Path(path, "evaluation", str(step)))
         results = {"checkpoint": str(checkpoint.find(path)), "step": step, "seed": seed}
-    judge_ = open_judge(c)
-    judged = judge(judge_, chunks, count, "reading" if samples else "sampling")
+    judge_, labels = open_judge(c), None
+    if not samples:
+        labels = like_real(labels_of(judge_.data, model.built.num_classes, c["data"]["name"]), count)
+        chunks = draw.chunks(model.params, seed, count, labels)
+    judged = judge(judge_, chunks, count, "reading" if samples else "sampling", labels)
     results |= {"features": c["eval"]["features"]} | judge_.about | judged.results
     if not samples:
         batch = min(count, 100, c["sample"]["batch_size"] * jax.local_device_count())

@@ -1,4 +1,7 @@
-"""What a trained model makes, as jobs: from a checkpoint to pictures, animations and arrays."""
+"""What a trained model makes, as jobs: from a checkpoint to pictures, animations and arrays.
+
+`how` is what the method of Model of the same name takes too: `seed`, `posterior`, `label`.
+"""
 
 import pathlib
 import time
@@ -47,15 +50,15 @@ def save(images: np.ndarray, out: str) -> None:
             figures.save_image(path / f"{i:06d}.png", image if image.shape[-1] == 3 else image[..., :1].repeat(3, -1))
 
 
-def sample(model: Model, out: str, num: int, seed: int, posterior: str, trajectory: str = "") -> None:
+def sample(model: Model, out: str, num: int, trajectory: str = "", **how: Any) -> None:
     """Samples 0..num-1; and, into the .png or .gif `trajectory`, how the first of them came about."""
     check_out(out, ".png", ".npz", *([""] if _has_images(model) else []))
     if trajectory:
         check_out(trajectory, ".png", ".gif")
-    save(model.sample(num, seed, posterior, progress=True), out)
+    save(model.sample(num, progress=True, **how), out)
     if not trajectory:
         return
-    steps = model.trajectory(min(num, 8 if _has_images(model) else 4096), seed, posterior)
+    steps = model.trajectory(min(num, 8 if _has_images(model) else 4096), **how)
     # x_T, ..., x_1 are what the generator saw, and x_0 is the sample.
     rows = [*(to_images(x) for x in steps.x_tp1[::-1]), to_images(steps.x_t[0])]
     guesses = [to_images(x) for x in steps.x0_hat[::-1]]
@@ -67,52 +70,53 @@ def sample(model: Model, out: str, num: int, seed: int, posterior: str, trajecto
         figures.trajectory(np.array(rows), np.array(guesses), names, pathlib.Path(trajectory))
 
 
-def vary(model: Model, out: str, num: int, seed: int, t: int | None, image: str) -> None:
+def vary(model: Model, out: str, num: int, t: int | None, image: str, **how: Any) -> None:
     """One x_{t+1}, then `num` images that the generator sees in it, by z alone. t is T-1 unless given."""
     check_out(out, ".png", ".npz")
     t = model.num_steps - 1 if t is None else t
-    x_tp1, images = model.vary(num, t, read_image(model, image) if image else None, seed)
+    x_tp1, images = model.vary(num, t, read_image(model, image) if image else None, **how)
     save(images if out.endswith(".npz") else np.concatenate([to_images(x_tp1[None]), images]), out)
 
 
-def edit(model: Model, out: str, image: str, start_step: int | None, num: int, seed: int, posterior: str) -> None:
+def edit(model: Model, out: str, image: str, start_step: int | None, num: int, **how: Any) -> None:
     """The image, then `num` variants of it from step `start_step`, which is T / 2 rounded up unless given."""
     check_out(out, ".png", ".npz", "")
     start_step = -(-model.num_steps // 2) if start_step is None else start_step
     given = read_image(model, image)
-    images = model.edit(given, start_step, num, seed, posterior)
+    images = model.edit(given, start_step, num, **how)
     save(np.concatenate([given[None], images]) if out.endswith(".png") else images, out)
 
 
-def inpaint(model: Model, out: str, image: str, mask: str, num: int, rounds: int, seed: int, posterior: str) -> None:
+def inpaint(model: Model, out: str, image: str, mask: str, num: int, rounds: int, **how: Any) -> None:
     """The image with its hole, then `num` ways to fill it in."""
     check_out(out, ".png", ".npz", "")
     given, hole = read_image(model, image), read_image(model, mask, "--mask")[..., 0] > 127
-    images = model.inpaint(given, ~hole, num, rounds, seed, posterior)
+    images = model.inpaint(given, ~hole, num, rounds, **how)
     with_hole = np.where(hole[..., None], np.uint8(127), given)
     save(np.concatenate([with_hole[None], images]) if out.endswith(".png") else images, out)
 
 
-def interpolate(model: Model, out: str, num: int, samples: Sequence[str], seed: int, posterior: str) -> None:
+def interpolate(model: Model, out: str, num: int, samples: Sequence[str], **how: Any) -> None:
     """`num` images from one sample to another, as a strip, an animation or an array."""
     check_out(out, ".png", ".gif", ".npz", "")
     if len(samples) != 2 or not all(index.isdigit() for index in samples):
         raise UserError(f"--between={','.join(samples)} must be two samples, such as 0,1")
-    images = model.interpolate(num, int(samples[0]), int(samples[1]), seed, posterior)
+    images = model.interpolate(num, int(samples[0]), int(samples[1]), **how)
     if out.endswith(".png"):
         figures.save_image(pathlib.Path(out), figures.grid(images, columns=num))
     else:
         save(np.concatenate([images, images[-2:0:-1]]) if out.endswith(".gif") else images, out)
 
 
-def export(model: Model, out: str, seed: int, posterior: str) -> None:
+def export(model: Model, out: str, posterior: str = "gaussian") -> None:
     """The sampler as one file for jax alone (.bin), or the generator's weights as the PyTorch reference's (.pth)."""
-    del seed
     check_out(out, ".bin", ".pth")
     path = pathlib.Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".bin":
         path.write_bytes(model.export(posterior))
+    elif model.built.num_classes:
+        raise UserError(f"--out={out}: the reference has no class-conditional networks; write a .bin")
     elif _has_images(model):
         torch_files.save(out, torch_weights.generator_state_dict(model.params))
     else:

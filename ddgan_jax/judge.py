@@ -293,10 +293,13 @@ class Judged:
     neighbours: tuple[np.ndarray, np.ndarray] | None = None  # of `samples`: index into `reference`, distance
 
 
-def judge(j: Judge, chunks: Iterable[np.ndarray], total: int, what: str = "") -> Judged:
+def judge(
+    j: Judge, chunks: Iterable[np.ndarray], total: int, what: str = "", labels: np.ndarray | None = None
+) -> Judged:
     """Measure `total` samples that come in chunks [n, ...].
 
     `what` names the progress bar; without it, while training, there are none, and no nearest neighbours either.
+    `labels` [total] are the classes that the samples were asked for; the classifier says how many are of them.
 
     Raises UserError for too few of them, or another type or shape than the real ones.
     """
@@ -337,9 +340,12 @@ def judge(j: Judge, chunks: Iterable[np.ndarray], total: int, what: str = "") ->
         results |= {"inception_score": score.mean, "inception_score_std": score.std}
     else:
         results["classifier_frechet"] = distances.frechet_distance(*moments)
-        labels = fake[0].logits.argmax(-1)
-        stacked = labels.ndim == 2
-        report_ = modes.mode_report(modes.stacked_labels(labels) if stacked else labels, len(j.data.classes))
+        found_labels = fake[0].logits.argmax(-1)
+        if found_labels.ndim == 2:  # three digits
+            found_labels = modes.stacked_labels(found_labels)
+        if labels is not None:
+            results["label_agreement"] = float(np.mean(found_labels == labels[:count]))
+        report_ = modes.mode_report(found_labels, len(j.data.classes))
         histogram = report_.histogram
         results |= {"modes": report_.modes, "of_modes": len(histogram), "kl": report_.kl}
         results |= {"smallest_share": histogram.min() / count, "largest_share": histogram.max() / count}

@@ -1,7 +1,8 @@
 """A trained model, from Python: `model = ddgan_jax.load(path)`, then `images = model.sample(64, seed=0)`.
 
 What goes in and comes out are uint8 images [N, H, W, C], or float32 points [N, d]. Sample i depends on (seed, i)
-alone, never on how many are drawn, nor on how many devices draw them. Nothing here reads data, or needs TensorFlow.
+alone, never on how many are drawn, nor on how many devices draw them. A class-conditional model takes labels; without,
+sample i is of class i modulo the number of classes. Nothing here reads data, or needs TensorFlow.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ from ddgan_jax import checkpoint, parallel, sampling, torch_files
 from ddgan_jax.build import Built, build
 from ddgan_jax.diffusion import deterministic_posterior, sample_posterior
 from ddgan_jax.errors import UserError
+from ddgan_jax.train_step import bind
 
 POSTERIORS = {"gaussian": sample_posterior, "deterministic": deterministic_posterior}
 
@@ -46,18 +48,22 @@ class Sampler:
         """Draw `batch_size` images at once on each of this process's devices."""
         self._draw = _mapped_sample(built, posterior)
         self._batch_size = max(1, batch_size)
+        self._num_classes = built.num_classes
 
-    def chunks(self, params: Any, seed: int, num: int) -> Iterator[np.ndarray]:
+    def chunks(self, params: Any, seed: int, num: int, labels: np.ndarray | None = None) -> Iterator[np.ndarray]:
         """Images 0..num-1, uint8 [n, H, W, C], or points [n, d], chunk by chunk; sample i from (seed, i) alone.
 
-        Halves its batch where memory ends.
+        If the method is class-conditional, of classes `labels` [num]. Halves its batch where memory ends.
         """
         params, devices, done = parallel.replicate_local(params), jax.local_device_count(), 0
+        if labels is None:
+            labels = default_labels(self._num_classes, np.arange(num))
         while done < num:
             size = min(self._batch_size, -(-num // devices))
             indices = np.arange(done, done + devices * size, dtype=np.int32).reshape(devices, size)
+            y = None if labels is None else labels[np.minimum(indices, num - 1)]
             try:
-                chunk = np.asarray(self._draw(params, np.uint32(seed), indices))
+                chunk = np.asarray(self._draw(params, np.uint32(seed), indices, y))
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error) or size == 1:
                     raise
@@ -67,11 +73,13 @@ class Sampler:
             done += len(chunk)
             yield chunk
 
-    def __call__(self, params: Any, seed: int, num: int, progress: bool = False) -> np.ndarray:
+    def __call__(
+        self, params: Any, seed: int, num: int, labels: np.ndarray | None = None, progress: bool = False
+    ) -> np.ndarray:
         """The same in one array."""
         images = []
         with tqdm(total=num, unit="img", desc="sampling", disable=None if progress else True) as bar:
-            for chunk in self.chunks(params, seed, num):
+            for chunk in self.chunks(params, seed, num, labels):
                 images.append(chunk)
                 bar.update(len(chunk))
         return np.concatenate(images)
@@ -80,8 +88,9 @@ class Sampler:
 # --- Compiled once for a model, its shapes, and the static arguments in front --------------------------------------
 
 
-def _gen(built: Built, params: Any) -> sampling.Gen:
-    return partial(built.method.gen, params)
+def default_labels(num_classes: int, indices: np.ndarray) -> np.ndarray | None:
+    """The classes of samples that nobody chose: all in turn; None for an unconditional model."""
+    return (indices % num_classes).astype(np.int32) if num_classes else None
 
 
 def _noise(built: Built, seed: jax.Array, indices: jax.Array) -> sampling.Noise:
@@ -89,40 +98,40 @@ def _noise(built: Built, seed: jax.Array, indices: jax.Array) -> sampling.Noise:
     return sampling.draw_noise(jax.random.key(seed), indices, steps, built.image_shape, built.method.nz)
 
 
-def _sample(built: Built, posterior: str, params: Any, seed: jax.Array, indices: jax.Array) -> jax.Array:
-    """Samples `indices` [B], uint8 images or points."""
-    noise = _noise(built, seed, indices)
-    return to_images(sampling.denoise(_gen(built, params), built.schedule, noise, POSTERIORS[posterior]).x_t[0])
+def _sample(built: Built, posterior: str, params: Any, seed: jax.Array, indices: jax.Array, y: Any) -> jax.Array:
+    """Samples `indices` [B] in [-1, 1], or points; of classes `y` [B] if the model is class-conditional."""
+    noise, gen = _noise(built, seed, indices), bind(built.method.gen, params, y)
+    return sampling.denoise(gen, built.schedule, noise, POSTERIORS[posterior]).x_t[0]
 
 
 @functools.lru_cache(maxsize=16)
 def _mapped_sample(built: Built, posterior: str) -> Any:
-    return parallel.map_local(partial(_sample, built, posterior), (None, None, 0))
+    return parallel.map_local(lambda *inputs: to_images(_sample(built, posterior, *inputs)), (None, None, 0, 0))
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _trajectory(built: Built, posterior: str, params: Any, noise: sampling.Noise) -> sampling.Trajectory:
-    return sampling.denoise(_gen(built, params), built.schedule, noise, POSTERIORS[posterior])
+def _trajectory(built: Built, posterior: str, params: Any, y: Any, noise: sampling.Noise) -> sampling.Trajectory:
+    return sampling.denoise(bind(built.method.gen, params, y), built.schedule, noise, POSTERIORS[posterior])
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _edit(built: Built, posterior: str, start_step: int, params: Any, x0: jax.Array, noise: Any) -> jax.Array:
-    gen = _gen(built, params)
+def _edit(built: Built, posterior: str, start_step: int, params: Any, y: Any, x0: jax.Array, noise: Any) -> jax.Array:
+    gen = bind(built.method.gen, params, y)
     return to_images(sampling.edit(gen, built.schedule, x0, start_step, noise, POSTERIORS[posterior]))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _inpaint(
-    built: Built, posterior: str, rounds: int, params: Any, x0: jax.Array, known: jax.Array, seed: Any, indices: Any
+    built: Built, posterior: str, rounds: int, params: Any, y: Any, x0: jax.Array, known: Any, seed: Any, indices: Any
 ) -> jax.Array:
-    gen, key, way = _gen(built, params), jax.random.key(seed), POSTERIORS[posterior]
+    gen, key, way = bind(built.method.gen, params, y), jax.random.key(seed), POSTERIORS[posterior]
     x = sampling.inpaint(gen, built.schedule, x0, known, key, indices, built.method.nz, rounds, way)
     return to_images(x)
 
 
 @partial(jax.jit, static_argnums=0)
-def _vary(built: Built, params: Any, x_tp1: jax.Array, t: Any, z: jax.Array) -> jax.Array:
-    return to_images(sampling.vary(_gen(built, params), x_tp1, t, z))
+def _vary(built: Built, params: Any, y: Any, x_tp1: jax.Array, t: Any, z: jax.Array) -> jax.Array:
+    return to_images(sampling.vary(bind(built.method.gen, params, y), x_tp1, t, z))
 
 
 # --- The model ----------------------------------------------------------------------------------------------------
@@ -130,8 +139,11 @@ def _vary(built: Built, params: Any, x_tp1: jax.Array, t: Any, z: jax.Array) -> 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A generator's moving average, and what its configuration describes. `posterior` is 'gaussian' (the paper's) or
-    'deterministic', the same images for the same x_T and z."""
+    """A generator's moving average, and what its configuration describes.
+
+    `posterior` is 'gaussian' (the paper's) or 'deterministic', the same images for the same x_T and z. `label`, for
+    class-conditional models only, is a class for all images, or one for each of them.
+    """
 
     params: Any
     built: Built
@@ -147,34 +159,48 @@ class Model:
         """Draws in batches of config.sample.batch_size on every device."""
         return Sampler(self.built, self.config["sample"]["batch_size"], _known(posterior))
 
-    def sample(self, num: int, seed: int = 0, posterior: str = "gaussian", progress: bool = False) -> np.ndarray:
+    def sample(
+        self, num: int, seed: int = 0, posterior: str = "gaussian", label: Any = None, progress: bool = False
+    ) -> np.ndarray:
         """Samples 0..num-1 of `seed`, uint8 [num, H, W, C]."""
         _at_least_one("num", num)
-        return self.sampler(posterior)(self.params, seed, num, progress)
+        return self.sampler(posterior)(self.params, seed, num, self._labels(label, num), progress)
 
-    def trajectory(self, num: int, seed: int = 0, posterior: str = "gaussian") -> sampling.Trajectory:
+    def trajectory(
+        self, num: int, seed: int = 0, posterior: str = "gaussian", label: Any = None
+    ) -> sampling.Trajectory:
         """Every step of the samples 0..num-1, float32 [T, num, ...]: x_{t+1}, x0_hat, x_t; x_t[0] are the samples."""
         _at_least_one("num", num)
         noise = _noise(self.built, jnp.uint32(seed), jnp.arange(num))
-        return jax.device_get(_trajectory(self.built, _known(posterior), self.params, noise))
+        y = self._labels(label, num)
+        return jax.device_get(_trajectory(self.built, _known(posterior), self.params, y, noise))
 
-    def vary(self, num: int, t: int, image: Any = None, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    def vary(
+        self, num: int, t: int, image: Any = None, seed: int = 0, label: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """(x_{t+1} [H, W, C] float32, `num` draws of x_0 from it by z alone, uint8): Figure 8 of the paper.
 
         x_{t+1} is on the way of sample 0 of `seed`, or `image` diffused to it; t in 0..T-1.
         """
         _at_least_one("num", num)
         self._check_step("t", t, 0, self.num_steps - 1)
+        y = self._labels(label, num, one=True)
         noise = _noise(self.built, jnp.uint32(seed), jnp.arange(num))
         if image is None:
-            x_tp1 = self.trajectory(1, seed).x_tp1[t, 0]
+            x_tp1 = self.trajectory(1, seed, label=label).x_tp1[t, 0]
         else:
             x0 = to_x0(self._check_images(np.asarray(image)[None]))
             x_tp1 = sampling.q_sample(self.built.schedule, x0, jnp.full(1, t + 1), noise.x_T[:1])[0]
-        return np.asarray(x_tp1), np.asarray(_vary(self.built, self.params, x_tp1, jnp.int32(t), noise.z[t]))
+        return np.asarray(x_tp1), np.asarray(_vary(self.built, self.params, y, x_tp1, jnp.int32(t), noise.z[t]))
 
     def edit(
-        self, image: Any, start_step: int, num_variants: int = 1, seed: int = 0, posterior: str = "gaussian"
+        self,
+        image: Any,
+        start_step: int,
+        num_variants: int = 1,
+        seed: int = 0,
+        posterior: str = "gaussian",
+        label: Any = None,
     ) -> np.ndarray:
         """`num_variants` of one image [H, W, C]: diffused to x_s, s = `start_step` in 0..T, and denoised again.
 
@@ -183,10 +209,11 @@ class Model:
         _at_least_one("num_variants", num_variants)
         self._check_step("start_step", start_step, 0, self.num_steps)
         images = np.repeat(self._check_images(np.asarray(image)[None]), num_variants, axis=0)
+        y = self._labels(label, num_variants)
         if not start_step:
             return images
         noise = _noise(self.built, jnp.uint32(seed), jnp.arange(num_variants))
-        return np.asarray(_edit(self.built, _known(posterior), start_step, self.params, to_x0(images), noise))
+        return np.asarray(_edit(self.built, _known(posterior), start_step, self.params, y, to_x0(images), noise))
 
     def inpaint(
         self,
@@ -196,6 +223,7 @@ class Model:
         rounds: int = 1,
         seed: int = 0,
         posterior: str = "gaussian",
+        label: Any = None,
     ) -> np.ndarray:
         """`num_variants` of one image [H, W, C], filled in where `known` [H, W] is False; the rest stays exactly.
 
@@ -208,36 +236,61 @@ class Model:
         if known.shape != images.shape[1:3]:
             raise UserError(f"the mask is {list(known.shape)}, but the image is {list(images.shape[1:3])}")
         mask = jnp.broadcast_to(known[None, ..., None], images.shape).astype(jnp.float32)
-        indices = jnp.arange(num_variants)
-        x = _inpaint(self.built, _known(posterior), rounds, self.params, to_x0(images), mask, jnp.uint32(seed), indices)
+        y, inputs = self._labels(label, num_variants), (to_x0(images), mask, jnp.uint32(seed), jnp.arange(num_variants))
+        x = _inpaint(self.built, _known(posterior), rounds, self.params, y, *inputs)
         return np.where(known[None, ..., None], images, np.asarray(x))
 
     def interpolate(
-        self, num: int, first: int = 0, last: int = 1, seed: int = 0, posterior: str = "gaussian"
+        self,
+        num: int,
+        first: int = 0,
+        last: int = 1,
+        seed: int = 0,
+        posterior: str = "gaussian",
+        label: int | None = None,
     ) -> np.ndarray:
         """`num` images from sample `first` to `last` of `seed`, uint8 [num, ...]: their draws mixed on a sphere."""
         if num < 2:
             raise UserError(f"num={num} must be at least 2: the two ends")
+        y = self._labels(label, num, one=True)
         a, b = (_noise(self.built, jnp.uint32(seed), jnp.array([i])) for i in (first, last))
         noise = sampling.interpolate(a, b, jnp.linspace(0, 1, num))
-        return np.asarray(to_images(_trajectory(self.built, _known(posterior), self.params, noise).x_t[0]))
+        return np.asarray(to_images(_trajectory(self.built, _known(posterior), self.params, y, noise).x_t[0]))
 
     def export(self, posterior: str = "gaussian") -> bytes:
         """The whole sampler, weights included, for jax alone on a CPU, GPU or TPU.
 
         `jax.export.deserialize(data).call(seed, indices)` with uint32 [] and int32 [B], any B, gives the samples of
-        these indices: float32 [B, H, W, C] in [-1, 1], or points.
+        these indices: float32 [B, H, W, C] in [-1, 1], or points. A class-conditional one is
+        `call(seed, indices, labels)`, int32 [B].
         """
-        way = POSTERIORS[_known(posterior)]
+        way = _known(posterior)
 
-        def sample(seed: jax.Array, indices: jax.Array) -> jax.Array:
-            noise = _noise(self.built, seed, indices)
-            return sampling.denoise(_gen(self.built, self.params), self.built.schedule, noise, way).x_t[0]
+        def sample(seed: jax.Array, indices: jax.Array, y: Any = None) -> jax.Array:
+            return _sample(self.built, way, self.params, seed, indices, y)
 
         (b,) = jax.export.symbolic_shape("b")
-        arguments = jax.ShapeDtypeStruct((), jnp.uint32), jax.ShapeDtypeStruct((b,), jnp.int32)
+        each = jax.ShapeDtypeStruct((b,), jnp.int32)
+        arguments = jax.ShapeDtypeStruct((), jnp.uint32), each, *([each] if self.built.num_classes else [])
         exported = jax.export.export(jax.jit(sample), platforms=("cpu", "cuda", "tpu"))(*arguments)
         return bytes(exported.serialize())
+
+    def _labels(self, label: Any, num: int, one: bool = False) -> np.ndarray | None:
+        """Labels [num], as asked, or all classes in turn unless the images are to be of `one`; None: unconditional."""
+        classes = self.built.num_classes
+        if not classes:
+            if label is not None:
+                raise UserError(f"label={label}: this model knows no classes, it was trained with model.num_classes=0")
+            return None
+        if label is None:
+            if one:
+                raise UserError(f"these images are of one class: choose it, label=0 to {classes - 1}")
+            return default_labels(classes, np.arange(num))
+        labels = np.asarray(label)
+        fits = labels.dtype.kind in "iu" and labels.shape in ((), (num,))
+        if not fits or labels.min() < 0 or labels.max() >= classes:
+            raise UserError(f"label={label} must be a class of this model, 0 to {classes - 1}, or {num} of them")
+        return np.broadcast_to(labels, num).astype(np.int32)
 
     def _check_images(self, images: np.ndarray) -> np.ndarray:
         shape = self.built.image_shape

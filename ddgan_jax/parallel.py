@@ -24,16 +24,16 @@ AXIS = "batch"
 
 
 def map_step(step: Callable) -> Any:
-    """step(state, images) of one replica -> the same on all devices, the state donated and kept replicated."""
+    """step(state, batch) of one replica -> the same on all devices, the state donated and kept replicated."""
     return jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0)
 
 
-def compile_step(step: Callable, state: Any, batch: jax.Array, options: dict[str, Any]) -> Any:
+def compile_step(step: Callable, state: Any, batch: Any, options: dict[str, Any]) -> Any:
     """`map_step(step)` compiled for a `replicate`d state and a `split` batch: it takes arrays that span all processes.
 
     pmap itself is traced with this process's part of a batch, in host memory (a mere shape fails in several processes).
     """
-    local = np.zeros((jax.local_device_count(), *batch.shape[1:]), batch.dtype)
+    local = jax.tree.map(lambda x: np.zeros((jax.local_device_count(), *x.shape[1:]), x.dtype), batch)
     return map_step(step).lower(state, local).compile(compiler_options=options)
 
 
@@ -46,15 +46,15 @@ def replicate(tree: Any) -> Any:
     return jax.device_put(tree, _sharding())
 
 
-def split(batch: np.ndarray) -> jax.Array:
-    """This process's part of a batch, [B, ...] -> an array on the devices of all processes, [devices, b, ...].
+def split(batch: Any) -> Any:
+    """This process's part of a batch: of arrays [B, ...], arrays on the devices of all processes, [devices, b, ...].
 
     Raises UserError unless B divides by this process's devices.
     """
-    return jax.make_array_from_process_local_data(_sharding(AXIS), _rows(batch))
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(_sharding(AXIS), _rows(x)), batch)
 
 
-def prefetch(stream: Iterator[np.ndarray], ahead: int = 2) -> Iterator[jax.Array]:
+def prefetch(stream: Iterator[Any], ahead: int = 2) -> Iterator[Any]:
     """The batches of `stream`, `split`; the next `ahead` are on their way to the devices while one is used."""
     placed = collections.deque(split(batch) for batch in itertools.islice(stream, ahead))
     while placed:

@@ -10,6 +10,7 @@ import os
 import pathlib
 import signal
 import sys
+import threading
 import time
 from typing import Any
 
@@ -18,9 +19,9 @@ import numpy as np
 from tqdm import tqdm
 
 from ddgan_jax import checkpoint, figures, parallel
-from ddgan_jax.build import Built, as_dict, build, check_batch, open_data
-from ddgan_jax.data.batches import batches
-from ddgan_jax.data.sources import quiet
+from ddgan_jax.build import Built, as_dict, build, check_batch, labels_of, open_data
+from ddgan_jax.data.batches import batches, like_real
+from ddgan_jax.data.sources import Data, quiet
 from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.judge import RANKED_BY, judge, open_judge
 from ddgan_jax.model import Sampler
@@ -64,14 +65,24 @@ class Log:
     """What process 0 writes while training: metrics.jsonl, TensorBoard, and lines for people."""
 
     def __init__(self, workdir: pathlib.Path, config: dict[str, Any], start_step: int):
-        """Open the log; records of steps after `start_step`, from a run that broke off, are dropped."""
-        with quiet():  # it imports TensorFlow
-            from clu import metric_writers
+        """Open the log; records of steps after `start_step`, from a run that broke off, are dropped.
 
+        UserError if it is to write for TensorBoard, and clu is missing.
+        """
         self._path = workdir / "metrics.jsonl"
         records = [r for r in figures.read_metrics(self._path) if r["step"] <= start_step]
         _replace(self._path, "".join(json.dumps(record) + "\n" for record in records))
         self._file = self._path.open("a")
+        self._writer = None
+        if not config["log"].get("tensorboard", True):
+            return
+        try:
+            with quiet():  # it imports TensorFlow
+                from clu import metric_writers
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"log.tensorboard=True needs {error.name}: run `pip install -r requirements.txt`, or set it to False"
+            ) from error
         self._writer = metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(workdir / "tensorboard")))
         text = "    " + json.dumps(config, indent=2).replace("\n", "\n    ")  # indented: Markdown shows it as it is
         self._writer.write_texts(start_step, {"config": text})
@@ -80,29 +91,40 @@ class Log:
         """Append one record."""
         self._file.write(json.dumps({"step": step} | {k: float(f"{v:.6g}") for k, v in values.items()}) + "\n")
         self._file.flush()
-        self._writer.write_scalars(step, values)
+        if self._writer:
+            self._writer.write_scalars(step, values)
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """Show uint8 [H, W, 3] in TensorBoard."""
-        self._writer.write_images(step, {name: image[None]})
+        if self._writer:
+            self._writer.write_images(step, {name: image[None]})
 
     def close(self) -> None:
         """Write what is pending."""
         self._file.close()
-        self._writer.close()
+        if self._writer:
+            self._writer.close()
 
 
 # --- Signals ----------------------------------------------------------------------------------------------------
 
 
 class Interrupt:
-    """Set by the first SIGTERM or SIGINT; the second ends the process at once."""
+    """Set by the first SIGTERM or SIGINT; the second ends the process at once. Listens inside a `with`."""
 
     def __init__(self) -> None:
-        """Begin to listen."""
+        """Nothing has come yet."""
         self.signal = ""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._first)
+
+    def __enter__(self) -> "Interrupt":
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():  # no other thread may listen
+            self._before = {number: signal.signal(number, self._first) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _first(self, number: int, frame: Any) -> None:
         self.signal = signal.Signals(number).name
@@ -143,13 +165,13 @@ def _replace(path: pathlib.Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def compile_steps(built: Built, state: Any, images: jax.Array) -> dict[bool, Any]:
+def compile_steps(built: Built, state: Any, batch: Any) -> dict[bool, Any]:
     """Both step functions, compiled; says how long it took, the work of a step and the memory it needs."""
     steps, start = {}, time.time()
     for with_r1 in (True, False):
         # On a CPU the highest optimization level takes longer to compile (33 s against 19 s), for no faster a step.
         options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else {}
-        steps[with_r1] = parallel.compile_step(built.step(with_r1), state, images, options)
+        steps[with_r1] = parallel.compile_step(built.step(with_r1), state, batch, options)
     costs = [steps[with_r1].cost_analysis() or {} for with_r1 in (False, True)]
     memory = steps[True].memory_analysis()
     size = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20 if memory else float("nan")
@@ -160,8 +182,8 @@ def compile_steps(built: Built, state: Any, images: jax.Array) -> dict[bool, Any
     return steps
 
 
-def overview(built: Built, shapes: Any, per_device: int, num_images: int) -> None:
-    """Say what is trained: networks, batch layout, state (of these `shapes`)."""
+def overview(built: Built, shapes: Any, per_device: int, data: Data) -> None:
+    """Say what is trained: networks, batch layout, state (of these `shapes`), classes."""
     count = lambda tree: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))  # noqa: E731
     megabytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)) / 2**20
     say(
@@ -169,24 +191,34 @@ def overview(built: Built, shapes: Any, per_device: int, num_images: int) -> Non
         f"the state takes {megabytes:.1f} MiB"
     )
     say(
-        f"{num_images:,} examples of {'x'.join(map(str, built.image_shape))}; batch {built.batch_size} = "
+        f"{len(data.images):,} examples of {'x'.join(map(str, built.image_shape))}; batch {built.batch_size} = "
         f"{jax.process_count()} processes x {jax.local_device_count()} devices x {per_device} "
         f"on {jax.devices()[0].device_kind}"
     )
+    if built.num_classes:
+        named = [f"{i} {name}" for i, name in enumerate(data.classes) if name != str(i)]
+        names = f": {', '.join(named[:20])}{', ...' * (len(named) > 20)}" if named else ""
+        say(f"class-conditional on {built.num_classes} classes{names}")
 
 
-def train(config: Any, workdir: str) -> Any:
+def train(config: Any, workdir: str, data: Data | None = None) -> Any:
     """Train as `config` says in `workdir`, from its newest checkpoint if there is one; returns the last state.
+
+    `data` is trained on instead of what `config.data` names, for instance `Data(images)` of an array in memory.
 
     Leaves checkpoints/, config.json, metrics.jsonl, results.json, curves.png, samples/ and tensorboard/. Raises
     UserError for settings that cannot be, Fault where something outside went wrong.
     """
+    with Interrupt() as interrupt:
+        return _train(config, workdir, data, interrupt)
+
+
+def _train(config: Any, workdir: str, opened: Data | None, interrupt: Interrupt) -> Any:
     started = time.time()
-    interrupt = Interrupt()
     settings = as_dict(config)
-    data, opened = settings["data"], None
+    data = settings["data"]
     if 0 in (data["image_size"], data["channels"]):  # the networks depend on what the images have
-        opened = open_data(settings)
+        opened = opened or open_data(settings)
         data["image_size"], data["channels"] = opened.images.shape[2:]
     built = build(settings)
     train_, log_, eval_ = settings["train"], settings["log"], settings["eval"]
@@ -202,8 +234,9 @@ def train(config: Any, workdir: str) -> Any:
             f"dataset {data['name']} has examples of {list(images.shape[1:])}, but model.network="
             f"{settings['model']['network']} is built for {list(built.image_shape)}: choose another network or dataset"
         )
+    labels = labels_of(opened, built.num_classes, data["name"])
     shapes = jax.eval_shape(built.init_state)
-    overview(built, shapes, per_device, len(images))
+    overview(built, shapes, per_device, opened)
 
     # The state is restored or initialised, never both.
     keep = settings["checkpoint"]
@@ -234,6 +267,7 @@ def train(config: Any, workdir: str) -> Any:
         start_step=step,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        labels=labels,
     )
     stream = parallel.prefetch(own)
     window: list[Metrics] = []
@@ -248,8 +282,10 @@ def train(config: Any, workdir: str) -> Any:
             log.image(step, "samples", grid)
 
     def evaluation() -> dict[str, float]:
-        chunks = draw.chunks(jax.device_get(state.ema_params), 0, eval_["online_samples"])
-        found = judge(judge_, chunks, eval_["online_samples"]).results  # type: ignore[arg-type]
+        count = eval_["online_samples"]
+        asked = like_real(labels, count)
+        chunks = draw.chunks(jax.device_get(state.ema_params), 0, count, asked)
+        found = judge(judge_, chunks, count, labels=asked).results  # type: ignore[arg-type]
         return {f"eval/{name}": float(value) for name, value in found.items()}
 
     while step < num_steps:

@@ -72,8 +72,8 @@ def draw(key: Array, indices: Array, num_steps: int, image_shape: tuple[int, ...
 class Method:
     """What a step is made of: the networks as callables, the schedule, and the constants of training."""
 
-    gen: Callable[..., Any]  # (params, x_{t+1}, t, z[, dropout_keys]) -> x0_hat
-    disc: Callable[..., Any]  # (params, x_t, t, x_{t+1}) -> logits [B]
+    gen: Callable[..., Any]  # (params, x_{t+1}, t, z[, dropout_keys][, y=labels]) -> x0_hat
+    disc: Callable[..., Any]  # (params, x_t, t, x_{t+1}[, y=labels]) -> logits [B]
     schedule: Schedule
     optimizer: optax.GradientTransformation
     lr_g: Callable[[Array], Array]  # step -> learning rate
@@ -85,44 +85,59 @@ class Method:
     dropout: bool = False  # does gen take dropout keys?
 
 
-def fake_pair(method: Method, gen_params: Params, x0: Array, draws: PhaseDraws) -> tuple[Array, Array, Array]:
+def bind(network: Callable[..., Any], params: Params, y: Array | None = None) -> Callable[..., Any]:
+    """A network of a Method with its parameters, and with the labels [B] of its examples if it is conditional."""
+    return partial(network, params) if y is None else partial(network, params, y=y)
+
+
+def fake_pair(
+    method: Method, gen_params: Params, x0: Array, draws: PhaseDraws, y: Array | None = None
+) -> tuple[Array, Array, Array]:
     """(real x_t, fake x_t, x_{t+1}) from real x_0 [B, *d]."""
     x_t, x_tp1 = q_sample_pair(method.schedule, x0, draws.t, draws.noise_t, draws.noise_tp1)
     keys = () if draws.dropout_keys is None else (draws.dropout_keys,)
-    x0_hat = method.gen(gen_params, x_tp1, draws.t, draws.z, *keys)
+    x0_hat = bind(method.gen, gen_params, y)(x_tp1, draws.t, draws.z, *keys)
     return x_t, sample_posterior(method.schedule, x0_hat, x_tp1, draws.t, draws.noise_posterior), x_tp1
 
 
 def d_gradients(
-    method: Method, state: TrainState, x0: Array, draws: PhaseDraws, with_r1: bool
+    method: Method, state: TrainState, x0: Array, draws: PhaseDraws, with_r1: bool, y: Array | None = None
 ) -> tuple[Params, losses.Parts]:
     """Phase 1: gradients of D's parameters, and the parts of its loss."""
-    x_t, fake_x_t, x_tp1 = fake_pair(method, state.gen_params, x0, draws)
+    x_t, fake_x_t, x_tp1 = fake_pair(method, state.gen_params, x0, draws, y)
     r1_gamma = method.r1_gamma if with_r1 else None
 
     def loss(params: Params) -> tuple[Array, losses.Parts]:
-        return losses.d_loss(partial(method.disc, params), x_t, draws.t, x_tp1, fake_x_t, r1_gamma)
+        return losses.d_loss(bind(method.disc, params, y), x_t, draws.t, x_tp1, fake_x_t, r1_gamma)
 
     return jax.grad(loss, has_aux=True)(state.disc_params)
 
 
-def g_gradients(method: Method, state: TrainState, x0: Array, draws: PhaseDraws) -> tuple[Params, losses.Parts]:
+def g_gradients(
+    method: Method, state: TrainState, x0: Array, draws: PhaseDraws, y: Array | None = None
+) -> tuple[Params, losses.Parts]:
     """Phase 2: gradients of G's parameters through D, whose own get none, and the parts of its loss."""
 
     def loss(params: Params) -> tuple[Array, losses.Parts]:
-        _, fake_x_t, x_tp1 = fake_pair(method, params, x0, draws)
-        return losses.g_loss(partial(method.disc, state.disc_params), fake_x_t, draws.t, x_tp1)
+        _, fake_x_t, x_tp1 = fake_pair(method, params, x0, draws, y)
+        return losses.g_loss(bind(method.disc, state.disc_params, y), fake_x_t, draws.t, x_tp1)
 
     return jax.grad(loss, has_aux=True)(state.gen_params)
 
 
 def update(
-    method: Method, state: TrainState, x0: Array, draws: Draws, with_r1: bool, axis_name: str | None = None
+    method: Method,
+    state: TrainState,
+    x0: Array,
+    draws: Draws,
+    with_r1: bool,
+    axis_name: str | None = None,
+    y: Array | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """The step as a pure function of real x_0 [B, *d] in [-1, 1] (already mirrored) and of the draws."""
+    """The step as a pure function of real x_0 [B, *d] in [-1, 1] (already mirrored), their labels and the draws."""
     lr_d, lr_g = method.lr_d(state.step), method.lr_g(state.step)
 
-    grads, parts = d_gradients(method, state, x0, draws.d, with_r1)
+    grads, parts = d_gradients(method, state, x0, draws.d, with_r1, y)
     metrics = {
         "d_loss": jnp.mean(parts["real_loss"] + parts["fake_loss"]),
         "d_real": jnp.mean(parts["real"]),
@@ -137,7 +152,7 @@ def update(
     state = state.replace(disc_params=disc_params, disc_opt=disc_opt)
     metrics |= {"d_grad_norm": norm(grads), "d_param_norm": norm(disc_params), "lr_d": lr_d}
 
-    grads, parts = g_gradients(method, state, x0, draws.g)
+    grads, parts = g_gradients(method, state, x0, draws.g, y)
     g_metrics = {
         "g_loss": jnp.mean(parts["fake_loss"]),
         "g_loss_by_t": _sum_by_t(parts["fake_loss"], draws.g.t, method),
@@ -164,21 +179,22 @@ def _sum_by_t(values: Array, t: Array, method: Method) -> Array:
 
 def make_train_step(
     method: Method, seed: int, with_r1: bool, axis_name: str | None = None
-) -> Callable[[TrainState, Array], tuple[TrainState, Metrics]]:
-    """step(state, images [B, *d]) -> (state, metrics), for one replica.
+) -> Callable[[TrainState, Array | tuple[Array, Array]], tuple[TrainState, Metrics]]:
+    """step(state, batch) -> (state, metrics), for one replica; a batch is images [B, *d], or (images, labels [B]).
 
     uint8 images are scaled to [-1, 1]; other types are taken as they are. With `axis_name` the gradients and metrics
     are averaged over the replicas that share it. Metrics are float32 scalars, but for those that end in `_by_t`: [T]
     sums over a batch divided by its size (divide a loss by its count).
     """
 
-    def step(state: TrainState, images: Array) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Array | tuple[Array, Array]) -> tuple[TrainState, Metrics]:
+        images, y = batch if isinstance(batch, tuple) else (batch, None)
         x0 = images.astype(jnp.float32) / 127.5 - 1 if images.dtype == jnp.uint8 else images
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         indices = parallel.global_indices(x0.shape[0], axis_name)
         draws = draw(key, indices, method.schedule.num_steps, x0.shape[1:], method.nz, method.dropout)
         if method.flip:
             x0 = jnp.where(draws.flip[:, None, None, None], x0[:, :, ::-1], x0)
-        return update(method, state, x0, draws, with_r1, axis_name)
+        return update(method, state, x0, draws, with_r1, axis_name, y)
 
     return step

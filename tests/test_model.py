@@ -16,12 +16,13 @@ from ddgan_jax.errors import UserError
 from ddgan_jax.model import to_images, to_x0
 
 
-def workdir_of(folder, num_steps=4, name="digits"):
+def workdir_of(folder, num_steps=4, name="digits", num_classes=0):
     """A workdir of a tiny generator whose last layer is not near zero, as it is at the start of training."""
     import importlib
 
     c = as_dict(importlib.import_module(f"configs.{name}").get_config("smoke"))
     c["diffusion"]["num_steps"] = num_steps
+    c["model"]["num_classes"] = num_classes
     state = jax.jit(build(c).init_state)()
     leaves, tree = jax.tree.flatten(state.ema_params)
     keys = jax.random.split(jax.random.key(1), len(leaves))

@@ -80,8 +80,15 @@ def test_four_steps_equal_reference():
     fake_pair = jax.jit(lambda s, x, d: ts.fake_pair(method, s.gen_params, x, d))
     update = jax.jit(lambda s, x, d, r1: ts.update(method, s, x, d, r1), static_argnums=3)
 
+    # Adam moves by lr g / |g|, whatever |g| is: where a gradient is as small as the rounding of the largest one in its
+    # array (6.4e-6 of it, see README), a step may go anywhere in between, and only there.
+    slack = {"G": {}, "D": {}}
+
     def compare_gradients(network, step, grads):
         grads = exporters[network](grads)
+        for name, value in grads.items():
+            uncertain = np.minimum(1, 6.4e-6 * np.abs(value).max() / np.maximum(np.abs(value), 1e-30))
+            slack[network][name] = slack[network].get(name, 0) + flags[f"lr_{network.lower()}"] * uncertain
         for name, value in golden.below(f"step{step}/{network}/grad/").items():
             close_to_largest(grads[name], value, 1e-4, f"step {step} {name}")
         for name, norm in zip(names[network], golden[f"step{step}/{network}/grad_norms"], strict=True):
@@ -94,7 +101,8 @@ def test_four_steps_equal_reference():
         assert expected
         for name, value in expected.items():
             if not name.endswith("NIN_1.b"):  # its true gradient is zero; the reference steps along rounding noise
-                np.testing.assert_allclose(ours[name], value, atol=5e-6, rtol=0, err_msg=f"{prefix} {network} {name}")
+                off = np.abs(ours[name] - value) - slack["D" if network == "D" else "G"][name]
+                assert off.max() <= 5e-6, f"{prefix} {network} {name}: {off.max():.2g} too far"
 
     for step in range(4):
         x0 = golden.nhwc(f"step{step}/real")[order]

@@ -33,12 +33,25 @@ def batch_indices(step: int, num_images: int, global_batch: int, seed: int) -> n
     return np.concatenate(parts)
 
 
+def like_real(labels: np.ndarray | None, count: int) -> np.ndarray | None:
+    """The labels [count] of samples that are compared with real examples of `labels` [N]: as frequent as there."""
+    return None if labels is None else labels[batch_indices(0, len(labels), count, 0)]
+
+
 def batches(
-    images: Any, *, global_batch: int, seed: int, start_step: int, process_index: int, process_count: int
-) -> Iterator[np.ndarray]:
+    images: Any,
+    *,
+    global_batch: int,
+    seed: int,
+    start_step: int,
+    process_index: int,
+    process_count: int,
+    labels: np.ndarray | None = None,
+) -> Iterator[Any]:
     """Endless batches start_step, start_step + 1, ...: this process's part [global_batch / process_count, ...] of each.
 
-    `images` is an array [N, ...] or what `sources.open_data` gives for one; the dtype stays. Process p gets the p-th
+    `images` is an array [N, ...] or what `sources.open_data` gives for one; the dtype stays. With `labels` [N] a batch
+    is a pair (images, labels). Process p gets the p-th
     contiguous part, so that the global batch is the same for any number of processes. A few batches are gathered ahead,
     in threads. UserError if there are no images or the batch does not divide.
     """
@@ -54,8 +67,9 @@ def batches(
     size = global_batch // process_count
     mine = slice(process_index * size, (process_index + 1) * size)
 
-    def gather(step: int) -> np.ndarray:
-        return images[batch_indices(step, len(images), global_batch, seed)[mine]]
+    def gather(step: int) -> Any:
+        indices = batch_indices(step, len(images), global_batch, seed)[mine]
+        return images[indices] if labels is None else (images[indices], labels[indices])
 
     steps = grain.MapDataset.range(start_step, sys.maxsize)
     # Batches of arrays are only copied; others are decoded, by a thread on every core.

@@ -78,17 +78,22 @@ def minibatch_stddev(x: jax.Array) -> jax.Array:
 
 
 class Discriminator(nn.Module):
-    """D(x_t [B,H,W,C], t [B], x_{t+1} [B,H,W,C]) -> logits [B] float32. The defaults are the paper's for CIFAR-10."""
+    """D(x_t [B,H,W,C], t [B], x_{t+1} [B,H,W,C]) -> logits [B] float32. The defaults are the paper's for CIFAR-10.
+
+    With `num_classes` it takes labels `y` [B] int32 too, and adds their projection on the last features to the logit
+    (Miyato and Koyama, "cGANs with Projection Discriminator", equation 4).
+    """
 
     ngf: int = 64
     start: float = 2  # width of the 1x1 convolution that reads the two images, in units of ngf
     stages: Stages = SMALL
     t_emb_dim: int = 256
     zero_final: bool = True  # start the last convolution at (almost) zero
+    num_classes: int = 0  # 0: unconditional
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x_t: jax.Array, t: jax.Array, x_tp1: jax.Array) -> jax.Array:
+    def __call__(self, x_t: jax.Array, t: jax.Array, x_tp1: jax.Array, y: jax.Array | None = None) -> jax.Array:
         def dense(features: int, name: str, dtype: Dtype = self.dtype) -> nn.Dense:
             return nn.Dense(features, kernel_init=layers.init_out(), dtype=dtype, name=name)
 
@@ -110,4 +115,8 @@ class Discriminator(nn.Module):
         scale = 0.0 if self.zero_final else 1.0
         h = layers.conv(h.shape[-1] - 1, 3, self.dtype, "conv_out", layers.init_out(scale))(h)
         h = jnp.sum(layers.leaky_relu(h).astype(jnp.float32), axis=(1, 2))
-        return dense(1, "out", jnp.float32)(h)[:, 0]
+        logits = dense(1, "out", jnp.float32)(h)[:, 0]
+        if self.num_classes:
+            classes = layers.embed(self.num_classes, h.shape[-1], jnp.float32, "class", h.shape[-1] ** -0.5)
+            logits = logits + jnp.sum(classes(y) * h, axis=-1)
+        return logits

@@ -1,6 +1,7 @@
 """The generator G(x_{t+1}, t, z) -> x0_hat: an NCSN++ U-Net whose norms the latent z modulates (Section 3.2, Appendix).
 
     z     -> pixel norm -> n_mlp + 1 dense layers with SiLU -> z_emb -> the gain and bias of every adaptive norm
+    y     -> a learned vector, added to z_emb                             (class-conditional generators only)
     t     -> sinusoidal embedding -> two dense layers       -> t_emb -> a shift inside every residual block
     x_t+1 -> conv -> levels down -> block, attention, block -> levels up, with skips -> norm, SiLU, conv -> tanh
 
@@ -28,7 +29,8 @@ CHOICES = {
 class Generator(nn.Module):
     """G(x_{t+1} [B,H,W,C], t [B], z [B,nz]) -> x0_hat [B,H,W,C] float32, in [-1, 1] with `tanh`.
 
-    The defaults are the paper's CIFAR-10 network (48,432,515 parameters). `keys` [B] switches dropout on.
+    The defaults are the paper's CIFAR-10 network (48,432,515 parameters). `keys` [B] switches dropout on. With
+    `num_classes` it takes labels `y` [B] int32 too (not in the paper).
     Raises UserError for an unknown option, or for images that do not halve once a level.
     """
 
@@ -53,10 +55,13 @@ class Generator(nn.Module):
     centered: bool = True  # False: the input is in [0, 1]
     dropout: float = 0.0
     dtype: Dtype = jnp.float32
+    num_classes: int = 0  # 0: unconditional
     remat: bool = False  # recompute the residual blocks in the backward pass: less memory, about a third more work
 
     @nn.compact
-    def __call__(self, x: jax.Array, t: jax.Array, z: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, t: jax.Array, z: jax.Array, keys: jax.Array | None = None, y: jax.Array | None = None
+    ) -> jax.Array:
         self._check(x, z)
         dtype, last = self.dtype, len(self.ch_mult) - 1
         fir_kernel = tuple(self.fir_kernel) if self.fir else None
@@ -90,6 +95,8 @@ class Generator(nn.Module):
         for i in range(self.n_mlp + 1):
             z_emb = nn.Dense(self.z_emb_dim, kernel_init=layers.init_out(), dtype=dtype, name=f"z_{i}")(z_emb)
             z_emb = jax.nn.silu(z_emb)
+        if self.num_classes:
+            z_emb = z_emb + layers.embed(self.num_classes, self.z_emb_dim, dtype, "class", 0.1)(y)
         t_emb = None
         if self.conditional:
             t_emb = layers.sinusoidal_embedding(t, self.nf)

@@ -40,6 +40,12 @@ def init_out(scale: float = 1.0) -> Initializer:
     return variance_scaling(scale or 1e-10, "fan_out", "uniform")
 
 
+def embed(classes: int, features: int, dtype: Dtype, name: str, std: float) -> nn.Embed:
+    """A vector [features] for every class, drawn from N(0, std^2)."""
+    init = jax.nn.initializers.normal(std)
+    return nn.Embed(classes, features, embedding_init=init, dtype=dtype, name=name)
+
+
 def conv(features: int, size: int, dtype: Dtype, name: str, init: Initializer | None = None, **options) -> nn.Conv:
     """A size x size convolution, zero-padded to keep height and width unless `options` says otherwise."""
     return nn.Conv(features, (size, size), kernel_init=init or init_avg(), dtype=dtype, name=name, **options)

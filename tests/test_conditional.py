@@ -1,0 +1,253 @@
+"""Class-conditional models: labels from the data through networks, step and sampler to the evaluation."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from commands import python, run
+from test_model import workdir_of
+from test_parallel import run_with_devices
+
+import ddgan_jax
+from ddgan_jax import checkpoint, generate, train_step
+from ddgan_jax.build import as_dict, build, labels_of
+from ddgan_jax.data.batches import batches, like_real
+from ddgan_jax.data.sources import Data, open_data
+from ddgan_jax.errors import UserError
+from ddgan_jax.models.discriminator import Discriminator, preset
+from ddgan_jax.models.generator import Generator
+
+CONDITIONAL = ("--config=configs/digits.py:smoke", "--config.data.name=digits", "--config.model.num_classes=10")
+
+
+def test_the_discriminator_adds_a_projection_of_the_class():
+    """logit(x, y) - logit(x, y') = <v_y - v_y', h>: linear in the class vectors, and nothing else knows the class."""
+    net = Discriminator(ngf=4, t_emb_dim=8, num_classes=3, **preset(8))
+    x, t, y = jax.random.normal(jax.random.key(0), (2, 8, 8, 8, 1)), jnp.zeros(8, jnp.int32), jnp.arange(8) % 3
+    params = jax.jit(lambda k: net.init(k, x[0], t, x[1], y)["params"])(jax.random.key(1))
+    vectors = params["class"]["embedding"]
+    logits = jax.jit(lambda v, y: net.apply({"params": params | {"class": {"embedding": v}}}, x[0], t, x[1], y))
+    plain = dataclasses.replace(net, num_classes=0)
+    without = {name: value for name, value in params.items() if name != "class"}
+    unconditional = jax.jit(lambda p: plain.apply({"params": p}, x[0], t, x[1]))(without)
+    np.testing.assert_allclose(logits(0 * vectors, y), unconditional, atol=1e-6)
+    part = logits(vectors, y) - unconditional
+    assert np.abs(part).min() > 0
+    np.testing.assert_allclose(logits(2 * vectors, y) - unconditional, 2 * part, rtol=1e-4, atol=1e-6)
+    only = vectors.at[1:].set(0)
+    np.testing.assert_allclose(logits(only, y) - unconditional, np.where(y == 0, part, 0), atol=1e-6)
+
+
+def test_the_generator_adds_the_class_to_z_emb():
+    net = Generator(
+        nf=8, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(), nz=4, z_emb_dim=8, n_mlp=1, num_classes=3
+    )
+    x, t, z = jnp.ones((6, 8, 8, 3)), jnp.zeros(6, jnp.int32), jnp.ones((6, 4))
+    y = jnp.array([0, 1, 2, 0, 1, 2])
+    params = jax.jit(lambda k: net.init(k, x, t, z, None, y)["params"])(jax.random.key(0))
+    leaves, tree = jax.tree.flatten(params)  # the last layer starts near zero: grow all
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    params = jax.tree.unflatten(tree, [0.3 * jax.random.normal(k, v.shape) for k, v in zip(keys, leaves, strict=True)])
+    run_ = jax.jit(lambda p, y: net.apply({"params": p}, x, t, z, None, y))
+    images = run_(params, y)
+    np.testing.assert_allclose(images[:3], images[3:], atol=1e-5)
+    assert min(float(np.abs(images[i] - images[j]).max()) for i, j in ((0, 1), (1, 2), (0, 2))) > 1e-3
+    plain = dataclasses.replace(net, num_classes=0)
+    without = {name: value for name, value in params.items() if name != "class"}
+    zero = params | {"class": jax.tree.map(jnp.zeros_like, params["class"])}
+    np.testing.assert_allclose(run_(zero, y), plain.apply({"params": without}, x, t, z), atol=1e-5)
+
+
+TOY = """
+import jax, jax.numpy as jnp, numpy as np, optax
+from ddgan_jax import parallel, state as state_lib, train_step
+from ddgan_jax.diffusion import Schedule
+
+method = train_step.Method(
+    gen=lambda params, x, t, z, y: params[y][:, None] + 0 * x,
+    disc=lambda params, x_t, t, x_tp1, y: params[y] * x_t[:, 0],
+    schedule=Schedule.create(1), optimizer=optax.identity(),
+    lr_g=state_lib.constant_schedule(1.0), lr_d=state_lib.constant_schedule(1.0), nz=1, r1_gamma=0.0, ema_decay=0.0,
+)
+start = state_lib.create(jnp.zeros(5), jnp.array([0.0, 0.0, 0.0, 1.0, 0.0]), method.optimizer)
+images = (1.0 + np.arange(16.0, dtype=np.float32))[:, None]
+labels = (np.arange(16) % 3).astype(np.int32)
+"""
+
+
+def test_labels_reach_both_networks_in_both_phases():
+    """In closed form: D(x, y) = w_y x and G = v_y, from w = v = 0, T = 1, so that the real x_t is x_0.
+
+    D's gradient in w_y is -mean over the batch of [label = y] x_0 / 2, since the fake x_t is 0; G's step then follows
+    sigmoid(0) w_y. The class that is in no example (3) stays, and so does its generator.
+    """
+    scope = {}
+    exec(TOY, scope)
+    method, images, labels = scope["method"], scope["images"], scope["labels"]
+    state, _ = jax.jit(train_step.make_train_step(method, 0, False))(scope["start"], (images, labels))
+    expected = np.array([images[labels == y].sum() / 16 / 2 for y in range(5)])
+    np.testing.assert_allclose(state.disc_params, np.add(expected, [0, 0, 0, 1, 0]), rtol=1e-5)
+    share = np.bincount(labels, minlength=5) / 16
+    np.testing.assert_allclose(state.gen_params, share * expected / 2, rtol=1e-5)
+
+
+def test_labels_follow_their_images_onto_four_devices():
+    script = (
+        TOY
+        + """
+assert jax.device_count() == 4
+one = jax.jit(train_step.make_train_step(method, 0, True))(start, (images, labels))
+step = train_step.make_train_step(method, 0, True, parallel.AXIS)
+state, batch = parallel.replicate(start), parallel.split((images, labels))
+four = parallel.compile_step(step, state, batch, {})(state, batch)
+jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), one[0], four[0])
+print("same")
+"""
+    )
+    assert run_with_devices(script, 4).split()[-1] == "same"
+
+
+def test_batches_keep_images_and_labels_together():
+    images = np.arange(10, dtype=np.uint8)[:, None]
+    how = dict(global_batch=4, seed=3, start_step=2, process_index=1, process_count=2)
+    stream, plain = batches(images, labels=np.arange(10) * 7, **how), batches(images, **how)
+    for _ in range(6):
+        found, labels = next(stream)
+        np.testing.assert_array_equal(found[:, 0] * 7, labels)
+        np.testing.assert_array_equal(found, next(plain))
+
+
+def test_samples_to_be_judged_are_of_the_classes_of_the_real_ones():
+    labels = np.array([5] * 30 + [2] * 10, np.int32)
+    np.testing.assert_array_equal(np.bincount(like_real(labels, 80)), 2 * np.bincount(labels))
+    assert like_real(None, 80) is None
+
+
+def test_the_number_of_classes_is_that_of_the_data(tmp_path):
+    digits = open_data("digits")
+    np.testing.assert_array_equal(labels_of(digits, 10, "digits"), digits.labels())
+    assert labels_of(digits, 0, "digits") is None
+    for data, count, message in (
+        (digits, 9, "model.num_classes=9, but dataset digits has 10 classes"),
+        (Data(digits.images), 10, "model.num_classes=10, but dataset x has no labels"),
+    ):
+        with pytest.raises(UserError, match=message):
+            labels_of(data, count, "digits" if data is digits else "x")
+    config = as_dict(__import__("configs.gaussians", fromlist=["x"]).get_config("smoke"))
+    for changes, message in (
+        ({"num_classes": 2}, "networks for points are unconditional"),
+        ({"num_classes": -1}, "0,"),
+    ):
+        with pytest.raises(UserError, match=message):
+            build(config | {"model": config["model"] | changes})
+    result = run(*CONDITIONAL, "--config.data.name=synthetic", f"--workdir={tmp_path}")
+    assert result.returncode == 2 and "has no labels" in result.stderr and "Traceback" not in result.stderr
+
+
+# --- A model ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    return workdir_of(tmp_path_factory.mktemp("conditional"), num_classes=3)
+
+
+@pytest.fixture(scope="module")
+def model(workdir):
+    return ddgan_jax.load(str(workdir))
+
+
+def test_a_label_for_all_for_each_or_for_none(model):
+    """Sample i of class c is the same however it is asked for."""
+    images = {c: model.sample(7, seed=2, label=c) for c in range(3)}
+    assert min(np.abs(images[a].astype(int) - images[b]).max() for a, b in ((0, 1), (1, 2), (0, 2))) > 3
+    mixed = [2, 2, 0, 1, 0, 1, 1]
+    np.testing.assert_array_equal(
+        model.sample(7, seed=2, label=mixed), np.stack([images[c][i] for i, c in enumerate(mixed)])
+    )
+    np.testing.assert_array_equal(model.sample(7, seed=2), np.stack([images[i % 3][i] for i in range(7)]))
+    # sample.batch_size is 8: three chunks, the last of them not full
+    whole = model.sample(19, seed=2, label=np.arange(19) % 2)
+    np.testing.assert_array_equal(whole[:7], model.sample(7, seed=2, label=np.arange(7) % 2))
+
+
+def test_every_job_knows_the_label(model):
+    image, known = np.full((8, 8, 1), 99, np.uint8), np.zeros((8, 8))
+    calls = [
+        lambda c: model.trajectory(2, label=c).x_t[0],
+        lambda c: model.vary(2, 3, label=c)[1],
+        lambda c: model.vary(2, 3, image, label=c)[1],
+        lambda c: model.edit(image, 4, 2, label=c),
+        lambda c: model.inpaint(image, known, 2, label=c),
+        lambda c: model.interpolate(2, label=c),
+    ]
+    for call in calls:
+        np.testing.assert_array_equal(call(1), call(1))
+        assert not np.array_equal(call(1), call(2))
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda m: m.sample(2, label=3), "label=3 must be a class of this model, 0 to 2, or 2 of them"),
+        (lambda m: m.sample(2, label=-1), "label=-1 must be a class"),
+        (lambda m: m.sample(2, label=[0, 1, 2]), r"label=\[0, 1, 2\] must be a class of this model, 0 to 2, or 2 of"),
+        (lambda m: m.sample(2, label=0.5), "label=0.5 must be a class"),
+        (lambda m: m.vary(2, 1), "these images are of one class: choose it, label=0 to 2"),
+        (lambda m: m.interpolate(2), "these images are of one class"),
+        (lambda m: generate.export(m, "x.pth"), "the reference has no class-conditional networks"),
+    ],
+)
+def test_wrong_use(model, call, message):
+    with pytest.raises(UserError, match=message):
+        call(model)
+
+
+def test_an_unconditional_model_takes_no_label(tmp_path):
+    with pytest.raises(UserError, match="label=1: this model knows no classes"):
+        ddgan_jax.load(str(workdir_of(tmp_path))).sample(2, label=1)
+
+
+def test_an_old_checkpoint_has_no_field_for_classes(tmp_path):
+    config = as_dict(__import__("configs.digits", fromlist=["x"]).get_config("smoke"))
+    del config["model"]["num_classes"]
+    checkpoints = checkpoint.Checkpoints(str(tmp_path))
+    checkpoints.save(1, jax.jit(build(config).init_state)(), config)
+    checkpoints.close()
+    assert ddgan_jax.load(str(tmp_path)).sample(2).shape == (2, 8, 8, 1)
+
+
+def test_the_exported_sampler_takes_labels(model, tmp_path):
+    generate.export(model, str(tmp_path / "sampler.bin"))
+    script = f"""
+import sys
+sys.modules["ddgan_jax"] = None
+import jax.export, numpy as np
+sampler = jax.export.deserialize(open({str(tmp_path / "sampler.bin")!r}, "rb").read())
+images = sampler.call(np.uint32(4), np.arange(4, dtype=np.int32), np.array([2, 0, 1, 1], np.int32))
+np.save({str(tmp_path / "x.npy")!r}, images)
+"""
+    child = python(script)
+    _, err = child.communicate(timeout=120)
+    assert child.returncode == 0, err
+    np.testing.assert_allclose(
+        np.load(tmp_path / "x.npy"), model.trajectory(4, 4, label=[2, 0, 1, 1]).x_t[0], atol=1e-5
+    )
+
+
+def test_as_commands(tmp_path):
+    """Trained, evaluated while and after, resumed, and sampled with --label; wrong labels are one sentence."""
+    options = (*CONDITIONAL, f"--workdir={tmp_path}")
+    result = run(*options, "--config.eval.every=4")
+    assert result.returncode == 0 and "class-conditional on 10 classes" in result.stdout, result.stderr
+    assert '"eval/label_agreement"' in (tmp_path / "metrics.jsonl").read_text()
+    result = run(*options, "--mode=evaluate")
+    assert result.returncode == 0 and "label_agreement" in result.stdout, result.stderr
+    result = run(*options, "--mode=sample", "--label=3", "--num_samples=5", f"--out={tmp_path}/x.npz")
+    assert result.returncode == 0, result.stderr
+    images = ddgan_jax.load(str(tmp_path)).sample(5, label=3)
+    assert np.abs(np.load(tmp_path / "x.npz")["images"].astype(int) - images).max() <= 1
+    result = run(*options, "--mode=edit", "--label=12", "--image=docs/stroke.png")
+    assert result.returncode == 2 and "label=12 must be a class of this model, 0 to 9" in result.stderr

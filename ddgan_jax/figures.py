@@ -154,7 +154,8 @@ def save_gif(path: pathlib.Path, frames: Sequence[np.ndarray], milliseconds: int
 def trajectory(x: np.ndarray, x0_hat: np.ndarray, names: Sequence[str], path: pathlib.Path) -> None:
     """Draw x_T, ..., x_0 [T+1, N, ...], and the x_0 predicted from each but the last [T, N, ...], a column a step."""
     plt = _pyplot()
-    figure, panels = plt.subplots(2, len(x), figsize=(2.2 * len(x), 9), constrained_layout=True)
+    height = 1.0 if x.ndim == 3 else -(-x.shape[1] // 2) * x.shape[2] / (2 * x.shape[3])  # of a panel, by its width
+    figure, panels = plt.subplots(2, len(x), figsize=(2.2 * len(x), 4.4 * height + 0.8), constrained_layout=True)
     for i, name in enumerate(names):
         for row, many, title in ((0, x, name), (1, x0_hat, f"$\\hat x_0$ from {name}")):
             axis = panels[row, i]

@@ -155,6 +155,11 @@ class Model:
         """T, the network calls of a sample."""
         return self.built.schedule.num_steps
 
+    @property
+    def num_classes(self) -> int:
+        """How many classes `label` chooses from; 0 if the model is unconditional."""
+        return self.built.num_classes
+
     def sampler(self, posterior: str = "gaussian") -> Sampler:
         """Draws in batches of config.sample.batch_size on every device."""
         return Sampler(self.built, self.config["sample"]["batch_size"], _known(posterior))

@@ -72,3 +72,18 @@ def test_the_main_job_draws_digits(tmp_path):
     assert distance <= 5 and shares.min() >= 0.04
     halves = judge.real[::2], judge.real[1::2]
     assert abs(frechet_distance(*map(judge.features, halves)) - 0.58) < 0.2  # the measure is the one that is meant
+
+
+@pytest.mark.slow
+def test_a_digit_that_is_asked_for_is_drawn(tmp_path):
+    """digits:conditional: scikit-learn's classifier agrees with the label for at least 85 % of the samples."""
+    result = run("--config=configs/digits.py:conditional", f"--workdir={tmp_path}")
+    assert result.returncode == 0, result.stderr
+    judge, agreement = Judge(), []
+    for label in range(10):
+        out = tmp_path / f"{label}.npz"
+        result = run("--mode=sample", f"--workdir={tmp_path}", f"--label={label}", "--num_samples=200", f"--out={out}")
+        assert result.returncode == 0, result.stderr
+        agreement.append(np.mean(judge.network.predict(judge.inputs(np.load(out)["images"])) == label))
+    print(f"agreement {np.mean(agreement):.3f}, by digit {np.round(agreement, 2)}")
+    assert np.mean(agreement) >= 0.85

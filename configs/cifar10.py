@@ -10,6 +10,7 @@ def get_config(variant: str = "paper") -> ConfigDict:
     """The paper's setting: FID 3.75, IS 9.63, recall 0.57 with four network calls an image."""
     config = ConfigDict()
     config.seed = 0  # of weights, noise, and the order of the images
+    config.objective = "adversarial"  # or 'gaussian': x_0 by squared error, without a discriminator (for comparison)
 
     config.data = ConfigDict()
     config.data.name = "cifar10"  # of tfds, or one of ours: the table in README.md
@@ -21,6 +22,7 @@ def get_config(variant: str = "paper") -> ConfigDict:
     config.data.channels = 3  # likewise
     config.data.in_memory_mib = 2048  # larger sets are decoded as they are read
     config.data.flip = True  # mirror half of the images (released code)
+    config.data.scale = 1.0  # of points: x_0 is so many times as large, against the same noise
 
     config.diffusion = ConfigDict()  # the fields of Schedule.create
     config.diffusion.num_steps = 4  # T (paper)
@@ -31,6 +33,7 @@ def get_config(variant: str = "paper") -> ConfigDict:
     config.model = ConfigDict()
     config.model.network = "unet"  # or 'mlp', for points
     config.model.dtype = "float32"  # or 'bfloat16': the compute type of convolutions and dense layers
+    config.model.data_std = 0.0  # of points: their standard deviation, to normalise what networks see; 0: do not
     config.model.num_classes = 0  # above 0: networks that know the labels of the data (not in the paper)
     config.model.remat = False  # True: less memory for more work
 
@@ -61,6 +64,11 @@ def get_config(variant: str = "paper") -> ConfigDict:
     config.train.r1_gamma = 0.02  # R1 coefficient (paper)
     config.train.r1_every = 15  # lazy regularization (paper)
     config.train.ema_decay = 0.9999  # (paper)
+
+    config.loss = ConfigDict()
+    config.loss.generator = "nonsaturating"  # (paper), or 'rpsw': sliced Wasserstein along random paths (Nguyen 2024)
+    config.loss.projections = 1_000  # of 'rpsw', for each distance
+    config.loss.kappa = 50.0  # of 'rpsw': their concentration about the paths
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 5_000  # steps

@@ -16,6 +16,7 @@ from ddgan_jax import parallel, state, train_step
 from ddgan_jax.data import sources
 from ddgan_jax.diffusion import Schedule
 from ddgan_jax.errors import UserError
+from ddgan_jax.losses import Paths
 from ddgan_jax.models.discriminator import STDDEV_GROUP, Discriminator, preset
 from ddgan_jax.models.generator import Generator
 from ddgan_jax.models.mlp import PointDiscriminator, PointGenerator
@@ -65,7 +66,8 @@ def _plain(value: Any) -> Any:
 def open_data(config: Any) -> sources.Data:
     """The images or points that `config.data` names. UserError if they are not there or do not fit."""
     fields = dict(as_dict(config)["data"])
-    del fields["flip"]  # on the device
+    for name in ("flip", "scale"):  # on the device
+        fields.pop(name, None)
     return sources.open_data(**fields)
 
 
@@ -106,12 +108,11 @@ def _mlp(c: Mapping[str, Any], dtype: Any) -> tuple[PointGenerator, PointDiscrim
         raise UserError("data.flip=True mirrors images, and points are none: set it to False")
     if _num_classes(c):
         raise UserError(f"model.num_classes={_num_classes(c)}: networks for points are unconditional, set it to 0")
-    dim = c["data"]["channels"]
-    return (
-        PointGenerator(dim=dim, dtype=dtype, **c["generator"]),
-        PointDiscriminator(dtype=dtype, **c["discriminator"]),
-        (dim,),
-    )
+    dim, std = c["data"]["channels"], c["model"].get("data_std", 0.0) * c["data"].get("scale", 1.0)
+    schedule = Schedule.create(**c["diffusion"])
+    levels = np.sqrt(schedule.a_s_cum**2 * std**2 + schedule.sigmas_cum**2).tolist() if std else ()
+    both = {"dtype": dtype, "levels": tuple(levels)}
+    return PointGenerator(dim=dim, **both, **c["generator"]), PointDiscriminator(**both, **c["discriminator"]), (dim,)
 
 
 def _num_classes(c: Mapping[str, Any]) -> int:
@@ -124,9 +125,18 @@ NETWORKS: dict[str, Callable[..., tuple[Any, Any, tuple[int, ...]]]] = {"unet": 
 def build(config: Any) -> Built:
     """Build what `config` describes. Raises UserError for settings that do not go together."""
     c: Mapping[str, Any] = as_dict(config)
-    for name, known in (("network", NETWORKS), ("dtype", DTYPES)):
-        if c["model"][name] not in known:
-            raise UserError(f"model.{name}={c['model'][name]!r} is not supported: it is {' or '.join(known)}")
+    objective, scale = c.get("objective", "adversarial"), c["data"].get("scale", 1.0)
+    loss = c.get("loss", {"generator": "nonsaturating"})
+    for name, value, known in (
+        ("model.network", c["model"]["network"], NETWORKS),
+        ("model.dtype", c["model"]["dtype"], DTYPES),
+        ("objective", objective, train_step.OBJECTIVES),
+        ("loss.generator", loss["generator"], ("nonsaturating", "rpsw")),
+    ):
+        if value not in known:
+            raise UserError(f"{name}={value!r} is not supported: it is {' or '.join(known)}")
+    if not scale > 0 or (scale != 1 and c["model"]["network"] != "mlp"):
+        raise UserError(f"data.scale={scale} is for points, and above 0: images are in [-1, 1], leave it at 1.0")
     if _num_classes(c) < 0:
         raise UserError(f"model.num_classes={_num_classes(c)} must be 0, for unconditional networks, or more")
     train = c["train"]
@@ -153,6 +163,9 @@ def build(config: Any) -> Built:
         ema_decay=train["ema_decay"],
         flip=c["data"]["flip"],
         dropout=getattr(generator, "dropout", 0) > 0,
+        objective=objective,
+        paths=Paths(loss["projections"], loss["kappa"]) if loss["generator"] == "rpsw" else None,
+        scale=scale,
     )
     x, t, z = jnp.zeros((1, *shape)), jnp.zeros(1, jnp.int32), jnp.zeros((1, generator.nz))
     labels = {"y": t} if _num_classes(c) else {}

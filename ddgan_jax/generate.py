@@ -13,7 +13,7 @@ import numpy as np
 from ddgan_jax import figures, torch_files, torch_weights
 from ddgan_jax.data import decoding
 from ddgan_jax.errors import UserError
-from ddgan_jax.model import Model, to_images
+from ddgan_jax.model import Model
 
 KINDS = {
     ".png": "a grid",
@@ -60,8 +60,8 @@ def sample(model: Model, out: str, num: int, trajectory: str = "", **how: Any) -
         return
     steps = model.trajectory(min(num, 8 if _has_images(model) else 4096), **how)
     # x_T, ..., x_1 are what the generator saw, and x_0 is the sample.
-    rows = [*(to_images(x) for x in steps.x_tp1[::-1]), to_images(steps.x_t[0])]
-    guesses = [to_images(x) for x in steps.x0_hat[::-1]]
+    rows = [*(model.to_images(x) for x in steps.x_tp1[::-1]), model.to_images(steps.x_t[0])]
+    guesses = [model.to_images(x) for x in steps.x0_hat[::-1]]
     if trajectory.endswith(".gif"):
         frames = [rows[0], *(frame for pair in zip(guesses, rows[1:], strict=True) for frame in pair)]
         figures.save_gif(pathlib.Path(trajectory), [figures.picture(np.asarray(frame)) for frame in frames])
@@ -75,7 +75,7 @@ def vary(model: Model, out: str, num: int, t: int | None, image: str, **how: Any
     check_out(out, ".png", ".npz")
     t = model.num_steps - 1 if t is None else t
     x_tp1, images = model.vary(num, t, read_image(model, image) if image else None, **how)
-    save(images if out.endswith(".npz") else np.concatenate([to_images(x_tp1[None]), images]), out)
+    save(images if out.endswith(".npz") else np.concatenate([model.to_images(x_tp1[None]), images]), out)
 
 
 def edit(model: Model, out: str, image: str, start_step: int | None, num: int, **how: Any) -> None:

@@ -30,15 +30,15 @@ POSTERIORS = {"gaussian": sample_posterior, "deterministic": deterministic_poste
 # --- Between images and x_0 ---------------------------------------------------------------------------------------
 
 
-def to_x0(images: Any) -> jax.Array:
-    """uint8 images [N, H, W, C] -> float32 in [-1, 1]; points [N, d] as they are."""
+def to_x0(images: Any, scale: float = 1.0) -> jax.Array:
+    """uint8 images [N, H, W, C] -> float32 in [-1, 1]; points [N, d] times the method's scale."""
     images = jnp.asarray(images)
-    return images.astype(jnp.float32) / 127.5 - 1 if images.dtype == jnp.uint8 else images
+    return images.astype(jnp.float32) / 127.5 - 1 if images.dtype == jnp.uint8 else images * scale
 
 
-def to_images(x0: Any) -> jax.Array:
-    """float32 [..., H, W, C] in [-1, 1] -> uint8; points [N, d] as they are."""
-    return jnp.round((jnp.clip(x0, -1, 1) + 1) * 127.5).astype(jnp.uint8) if x0.ndim > 2 else x0
+def to_images(x0: Any, scale: float = 1.0) -> jax.Array:
+    """float32 [..., H, W, C] in [-1, 1] -> uint8; points [N, d] over the method's scale."""
+    return jnp.round((jnp.clip(x0, -1, 1) + 1) * 127.5).astype(jnp.uint8) if x0.ndim > 2 else x0 / scale
 
 
 class Sampler:
@@ -106,7 +106,9 @@ def _sample(built: Built, posterior: str, params: Any, seed: jax.Array, indices:
 
 @functools.lru_cache(maxsize=16)
 def _mapped_sample(built: Built, posterior: str) -> Any:
-    return parallel.map_local(lambda *inputs: to_images(_sample(built, posterior, *inputs)), (None, None, 0, 0))
+    return parallel.map_local(
+        lambda *inputs: to_images(_sample(built, posterior, *inputs), built.method.scale), (None, None, 0, 0)
+    )
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -117,7 +119,8 @@ def _trajectory(built: Built, posterior: str, params: Any, y: Any, noise: sampli
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _edit(built: Built, posterior: str, start_step: int, params: Any, y: Any, x0: jax.Array, noise: Any) -> jax.Array:
     gen = bind(built.method.gen, params, y)
-    return to_images(sampling.edit(gen, built.schedule, x0, start_step, noise, POSTERIORS[posterior]))
+    images = sampling.edit(gen, built.schedule, x0, start_step, noise, POSTERIORS[posterior])
+    return to_images(images, built.method.scale)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -126,12 +129,12 @@ def _inpaint(
 ) -> jax.Array:
     gen, key, way = bind(built.method.gen, params, y), jax.random.key(seed), POSTERIORS[posterior]
     x = sampling.inpaint(gen, built.schedule, x0, known, key, indices, built.method.nz, rounds, way)
-    return to_images(x)
+    return to_images(x, built.method.scale)
 
 
 @partial(jax.jit, static_argnums=0)
 def _vary(built: Built, params: Any, y: Any, x_tp1: jax.Array, t: Any, z: jax.Array) -> jax.Array:
-    return to_images(sampling.vary(bind(built.method.gen, params, y), x_tp1, t, z))
+    return to_images(sampling.vary(bind(built.method.gen, params, y), x_tp1, t, z), built.method.scale)
 
 
 # --- The model ----------------------------------------------------------------------------------------------------
@@ -194,7 +197,7 @@ class Model:
         if image is None:
             x_tp1 = self.trajectory(1, seed, label=label).x_tp1[t, 0]
         else:
-            x0 = to_x0(self._check_images(np.asarray(image)[None]))
+            x0 = self._to_x0(self._check_images(np.asarray(image)[None]))
             x_tp1 = sampling.q_sample(self.built.schedule, x0, jnp.full(1, t + 1), noise.x_T[:1])[0]
         return np.asarray(x_tp1), np.asarray(_vary(self.built, self.params, y, x_tp1, jnp.int32(t), noise.z[t]))
 
@@ -218,7 +221,7 @@ class Model:
         if not start_step:
             return images
         noise = _noise(self.built, jnp.uint32(seed), jnp.arange(num_variants))
-        return np.asarray(_edit(self.built, _known(posterior), start_step, self.params, y, to_x0(images), noise))
+        return np.asarray(_edit(self.built, _known(posterior), start_step, self.params, y, self._to_x0(images), noise))
 
     def inpaint(
         self,
@@ -241,7 +244,10 @@ class Model:
         if known.shape != images.shape[1:3]:
             raise UserError(f"the mask is {list(known.shape)}, but the image is {list(images.shape[1:3])}")
         mask = jnp.broadcast_to(known[None, ..., None], images.shape).astype(jnp.float32)
-        y, inputs = self._labels(label, num_variants), (to_x0(images), mask, jnp.uint32(seed), jnp.arange(num_variants))
+        y, inputs = (
+            self._labels(label, num_variants),
+            (self._to_x0(images), mask, jnp.uint32(seed), jnp.arange(num_variants)),
+        )
         x = _inpaint(self.built, _known(posterior), rounds, self.params, y, *inputs)
         return np.where(known[None, ..., None], images, np.asarray(x))
 
@@ -260,7 +266,14 @@ class Model:
         y = self._labels(label, num, one=True)
         a, b = (_noise(self.built, jnp.uint32(seed), jnp.array([i])) for i in (first, last))
         noise = sampling.interpolate(a, b, jnp.linspace(0, 1, num))
-        return np.asarray(to_images(_trajectory(self.built, _known(posterior), self.params, y, noise).x_t[0]))
+        return np.asarray(self.to_images(_trajectory(self.built, _known(posterior), self.params, y, noise).x_t[0]))
+
+    def to_images(self, x: Any) -> jax.Array:
+        """A step of a trajectory [N, ...] as uint8 images, or as points."""
+        return to_images(x, self.built.method.scale)
+
+    def _to_x0(self, images: np.ndarray) -> jax.Array:
+        return to_x0(images, self.built.method.scale)
 
     def export(self, posterior: str = "gaussian") -> bytes:
         """The whole sampler, weights included, for jax alone on a CPU, GPU or TPU.
@@ -272,7 +285,8 @@ class Model:
         way = _known(posterior)
 
         def sample(seed: jax.Array, indices: jax.Array, y: Any = None) -> jax.Array:
-            return _sample(self.built, way, self.params, seed, indices, y)
+            x0 = _sample(self.built, way, self.params, seed, indices, y)
+            return x0 if x0.ndim > 2 else self.to_images(x0)
 
         (b,) = jax.export.symbolic_shape("b")
         each = jax.ShapeDtypeStruct((b,), jnp.int32)

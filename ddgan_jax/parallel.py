@@ -80,6 +80,11 @@ def mean(tree: Any, axis_name: str | None) -> Any:
     return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
 
 
+def gather(x: jax.Array, axis_name: str | None) -> jax.Array:
+    """Inside a replica: the rows [b, ...] of all replicas, [B, ...], in the order of the global batch."""
+    return x if axis_name is None else jax.lax.all_gather(x, axis_name, tiled=True)
+
+
 def example_keys(key: jax.Array, indices: jax.Array) -> jax.Array:
     """One key [B] for each example, from its index alone."""
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(indices)

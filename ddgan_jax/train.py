@@ -28,6 +28,8 @@ from ddgan_jax.model import Sampler
 
 Metrics = dict[str, Any]
 
+MOST_CURVES = 16  # with more steps T than this, losses are not told apart by t
+
 
 def say(text: str) -> None:
     """One line for people, from process 0, above the progress bar."""
@@ -45,7 +47,11 @@ def summarise(window: list[Metrics]) -> dict[str, float]:
     means = {name: np.mean([np.asarray(m[name], np.float64) for m in window if name in m], axis=0) for name in names}
     summary = {name: float(value) for name, value in means.items() if not name.endswith("_by_t")}
     for network in ("d", "g"):
+        if f"{network}_loss_by_t" not in means:  # the Gaussian objective has no D
+            continue
         sums, counts = means[f"{network}_loss_by_t"], means[f"{network}_count_by_t"]
+        if len(sums) > MOST_CURVES:
+            continue
         summary |= {f"{network}_loss_t{t}": float(sums[t] / counts[t]) for t in range(len(sums)) if counts[t] > 0}
     return dict(sorted(summary.items()))
 
@@ -321,7 +327,8 @@ def _train(config: Any, workdir: str, opened: Data | None, interrupt: Interrupt)
             if log:
                 log.scalars(step, values)
                 eta = (num_steps - step) * seconds / max(mark_step, 1)
-                line = f"D {values['d_loss']:.3f} G {values['g_loss']:.3f} {values['images_per_second']:.0f} images/s"
+                parts = [f"{name[0].upper()} {values[name]:.3f}" for name in ("d_loss", "g_loss") if name in values]
+                line = " ".join([*parts, f"{values['images_per_second']:.0f} images/s"])
                 bar.set_postfix_str(line)
                 if bar.disable:
                     say(f"step {step}/{num_steps}: {line}, {clock(eta)} to go")

@@ -7,7 +7,8 @@ for one replica. The step, on a batch of real x_0:
     2.  new t, x_{t+1}, z, posterior draw on the same x_0; step of G on (3)
     3.  ema = decay ema + (1 - decay) G
 
-where (1) to (3) are the losses of losses.py.
+where (1) to (3) are the losses of losses.py. With the objective 'gaussian' step 1 is left out,
+and step 2 is on (4).
 """
 
 import dataclasses
@@ -27,6 +28,8 @@ from ddgan_jax.state import Params, TrainState, apply_gradients, norm, update_em
 
 Metrics = dict[str, Array]
 
+OBJECTIVES = ("adversarial", "gaussian")
+
 
 class PhaseDraws(struct.PyTreeNode):
     """The random numbers of one phase (D's or G's) for B examples of shape d."""
@@ -45,6 +48,7 @@ class Draws(struct.PyTreeNode):
     flip: Array  # [B] bool, mirror the image?
     d: PhaseDraws
     g: PhaseDraws
+    path_key: Array | None = None  # [] for the projections of (5), which belong to the batch
 
 
 def draw(key: Array, indices: Array, num_steps: int, image_shape: tuple[int, ...], nz: int, dropout: bool) -> Draws:
@@ -83,6 +87,9 @@ class Method:
     ema_decay: float
     flip: bool = False  # mirror half of the images
     dropout: bool = False  # does gen take dropout keys?
+    objective: str = "adversarial"  # or 'gaussian'
+    paths: losses.Paths | None = None  # train G by (5) instead of (3)
+    scale: float = 1.0  # x_0 = scale * data, for points
 
 
 def bind(network: Callable[..., Any], params: Params, y: Array | None = None) -> Callable[..., Any]:
@@ -94,10 +101,17 @@ def fake_pair(
     method: Method, gen_params: Params, x0: Array, draws: PhaseDraws, y: Array | None = None
 ) -> tuple[Array, Array, Array]:
     """(real x_t, fake x_t, x_{t+1}) from real x_0 [B, *d]."""
+    x_t, x_tp1, x0_hat = predict(method, gen_params, x0, draws, y)
+    return x_t, sample_posterior(method.schedule, x0_hat, x_tp1, draws.t, draws.noise_posterior), x_tp1
+
+
+def predict(
+    method: Method, gen_params: Params, x0: Array, draws: PhaseDraws, y: Array | None = None
+) -> tuple[Array, Array, Array]:
+    """(x_t, x_{t+1}, G's x0_hat) from real x_0 [B, *d]."""
     x_t, x_tp1 = q_sample_pair(method.schedule, x0, draws.t, draws.noise_t, draws.noise_tp1)
     keys = () if draws.dropout_keys is None else (draws.dropout_keys,)
-    x0_hat = bind(method.gen, gen_params, y)(x_tp1, draws.t, draws.z, *keys)
-    return x_t, sample_posterior(method.schedule, x0_hat, x_tp1, draws.t, draws.noise_posterior), x_tp1
+    return x_t, x_tp1, bind(method.gen, gen_params, y)(x_tp1, draws.t, draws.z, *keys)
 
 
 def d_gradients(
@@ -114,15 +128,55 @@ def d_gradients(
 
 
 def g_gradients(
-    method: Method, state: TrainState, x0: Array, draws: PhaseDraws, y: Array | None = None
+    method: Method,
+    state: TrainState,
+    x0: Array,
+    draws: PhaseDraws,
+    y: Array | None = None,
+    path_key: Array | None = None,
+    axis_name: str | None = None,
 ) -> tuple[Params, losses.Parts]:
     """Phase 2: gradients of G's parameters through D, whose own get none, and the parts of its loss."""
 
     def loss(params: Params) -> tuple[Array, losses.Parts]:
-        _, fake_x_t, x_tp1 = fake_pair(method, params, x0, draws, y)
-        return losses.g_loss(bind(method.disc, state.disc_params, y), fake_x_t, draws.t, x_tp1)
+        if method.objective == "gaussian":
+            return losses.squared_error(x0, predict(method, params, x0, draws, y)[2])
+        x_t, fake_x_t, x_tp1 = fake_pair(method, params, x0, draws, y)
+        disc = bind(method.disc, state.disc_params, y)
+        if method.paths is None:
+            return losses.g_loss(disc, fake_x_t, draws.t, x_tp1)
+        assert path_key is not None
+        gather = partial(parallel.gather, axis_name=axis_name)
+        return losses.rpsw_loss(disc, x_t, draws.t, x_tp1, fake_x_t, path_key, method.paths, gather)
 
     return jax.grad(loss, has_aux=True)(state.gen_params)
+
+
+def update_d(
+    method: Method,
+    state: TrainState,
+    x0: Array,
+    draws: PhaseDraws,
+    with_r1: bool,
+    axis_name: str | None = None,
+    y: Array | None = None,
+) -> tuple[TrainState, Metrics]:
+    """Phase 1 of `update`: the state with the new D."""
+    grads, parts = d_gradients(method, state, x0, draws, with_r1, y)
+    metrics = {
+        "d_loss": jnp.mean(parts["real_loss"] + parts["fake_loss"]),
+        "d_real": jnp.mean(parts["real"]),
+        "d_fake": jnp.mean(parts["fake"]),
+        "d_loss_by_t": _sum_by_t(parts["real_loss"] + parts["fake_loss"], draws.t, method),
+        "d_count_by_t": _sum_by_t(jnp.ones_like(parts["real"]), draws.t, method),
+    }
+    if with_r1:
+        metrics["r1"] = method.r1_gamma / 2 * jnp.mean(parts["grad_norm_sq"])
+    grads, metrics = parallel.mean((grads, metrics), axis_name)
+    lr_d = method.lr_d(state.step)
+    disc_params, disc_opt = apply_gradients(method.optimizer, grads, state.disc_opt, state.disc_params, lr_d)
+    metrics |= {"d_grad_norm": norm(grads), "d_param_norm": norm(disc_params), "lr_d": lr_d}
+    return state.replace(disc_params=disc_params, disc_opt=disc_opt), metrics
 
 
 def update(
@@ -135,30 +189,17 @@ def update(
     y: Array | None = None,
 ) -> tuple[TrainState, Metrics]:
     """The step as a pure function of real x_0 [B, *d] in [-1, 1] (already mirrored), their labels and the draws."""
-    lr_d, lr_g = method.lr_d(state.step), method.lr_g(state.step)
-
-    grads, parts = d_gradients(method, state, x0, draws.d, with_r1, y)
-    metrics = {
-        "d_loss": jnp.mean(parts["real_loss"] + parts["fake_loss"]),
-        "d_real": jnp.mean(parts["real"]),
-        "d_fake": jnp.mean(parts["fake"]),
-        "d_loss_by_t": _sum_by_t(parts["real_loss"] + parts["fake_loss"], draws.d.t, method),
-        "d_count_by_t": _sum_by_t(jnp.ones_like(parts["real"]), draws.d.t, method),
-    }
-    if with_r1:
-        metrics["r1"] = method.r1_gamma / 2 * jnp.mean(parts["grad_norm_sq"])
-    grads, metrics = parallel.mean((grads, metrics), axis_name)
-    disc_params, disc_opt = apply_gradients(method.optimizer, grads, state.disc_opt, state.disc_params, lr_d)
-    state = state.replace(disc_params=disc_params, disc_opt=disc_opt)
-    metrics |= {"d_grad_norm": norm(grads), "d_param_norm": norm(disc_params), "lr_d": lr_d}
-
-    grads, parts = g_gradients(method, state, x0, draws.g, y)
+    state, metrics = (
+        (state, {}) if method.objective == "gaussian" else update_d(method, state, x0, draws.d, with_r1, axis_name, y)
+    )
+    grads, parts = g_gradients(method, state, x0, draws.g, y, draws.path_key, axis_name)
     g_metrics = {
         "g_loss": jnp.mean(parts["fake_loss"]),
         "g_loss_by_t": _sum_by_t(parts["fake_loss"], draws.g.t, method),
-        "g_count_by_t": _sum_by_t(jnp.ones_like(parts["fake"]), draws.g.t, method),
+        "g_count_by_t": _sum_by_t(jnp.ones_like(parts["fake_loss"]), draws.g.t, method),
     }
     grads, g_metrics = parallel.mean((grads, g_metrics), axis_name)
+    lr_g = method.lr_g(state.step)
     gen_params, gen_opt = apply_gradients(method.optimizer, grads, state.gen_opt, state.gen_params, lr_g)
     metrics |= g_metrics
     metrics |= {"g_grad_norm": norm(grads), "g_param_norm": norm(gen_params), "lr_g": lr_g}
@@ -182,17 +223,19 @@ def make_train_step(
 ) -> Callable[[TrainState, Array | tuple[Array, Array]], tuple[TrainState, Metrics]]:
     """step(state, batch) -> (state, metrics), for one replica; a batch is images [B, *d], or (images, labels [B]).
 
-    uint8 images are scaled to [-1, 1]; other types are taken as they are. With `axis_name` the gradients and metrics
+    uint8 images are scaled to [-1, 1], points by `method.scale`. With `axis_name` the gradients and metrics
     are averaged over the replicas that share it. Metrics are float32 scalars, but for those that end in `_by_t`: [T]
     sums over a batch divided by its size (divide a loss by its count).
     """
 
     def step(state: TrainState, batch: Array | tuple[Array, Array]) -> tuple[TrainState, Metrics]:
         images, y = batch if isinstance(batch, tuple) else (batch, None)
-        x0 = images.astype(jnp.float32) / 127.5 - 1 if images.dtype == jnp.uint8 else images
+        x0 = images.astype(jnp.float32) / 127.5 - 1 if images.dtype == jnp.uint8 else images * method.scale
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         indices = parallel.global_indices(x0.shape[0], axis_name)
         draws = draw(key, indices, method.schedule.num_steps, x0.shape[1:], method.nz, method.dropout)
+        if method.paths is not None:
+            draws = draws.replace(path_key=jax.random.fold_in(key, 2**31 - 1))  # no example has this index
         if method.flip:
             x0 = jnp.where(draws.flip[:, None, None, None], x0[:, :, ::-1], x0)
         return update(method, state, x0, draws, with_r1, axis_name, y)

@@ -13,6 +13,13 @@ def quadratic(weights):
     return lambda x_t, t, x_tp1: jnp.sum(weights * x_t**2, axis=(1, 2, 3)) + 3 * jnp.sum(x_tp1, axis=(1, 2, 3)) + t
 
 
+def test_squared_error_is_a_mean_over_all_numbers():
+    x0, x0_hat = jnp.array([[1.0, 2.0], [0.0, 0.0]]), jnp.array([[1.0, 4.0], [3.0, 1.0]])
+    loss, parts = losses.squared_error(x0, x0_hat)
+    np.testing.assert_allclose(parts["fake_loss"], [2, 5])
+    assert loss == 3.5
+
+
 @pytest.fixture
 def batch():
     keys = jax.random.split(jax.random.key(0), 3)
@@ -73,3 +80,41 @@ def test_losses_stay_finite_for_confident_discriminators(batch):
     sure = lambda x_t, t, x_tp1: 1e4 * jnp.sign(jnp.mean(x_t, axis=(1, 2, 3)))  # noqa: E731
     assert jnp.isfinite(losses.d_loss(sure, real, t, x_tp1, fake)[0])
     assert jnp.isfinite(losses.g_loss(sure, fake, t, x_tp1)[0])
+
+
+def test_sliced_wasserstein_of_gaussians():
+    """N(m, s^2 I) and N(m', s'^2 I) in d dimensions, sliced uniformly: |m - m'|^2 / d + (s - s')^2."""
+    d, n = 8, 20_000
+    x = 1.5 * jax.random.normal(jax.random.key(0), (n, d))
+    y = jnp.linspace(0, 1, d) + 0.5 * jax.random.normal(jax.random.key(1), (n, d))
+    theta = losses.path_directions(jax.random.key(2), x, y, losses.Paths(2000, kappa=0.0))
+    expected = jnp.sum(jnp.linspace(0, 1, d) ** 2) / d + 1.0
+    np.testing.assert_allclose(losses.sliced_wasserstein(x, y, theta), expected, rtol=0.05)
+
+
+def test_directions_concentrate_about_the_paths():
+    """mu . theta has the mean kappa / (kappa + d - 1) of the power spherical distribution; kappa = 0 is uniform."""
+    x, y, d = jnp.ones((5, 4)), jnp.zeros((5, 4)), 4
+    mu = jnp.ones(d) / 2
+    for kappa in (0.0, 3.0, 50.0):
+        theta = losses.path_directions(jax.random.key(0), x, y, losses.Paths(20_000, kappa))
+        np.testing.assert_allclose(jnp.linalg.norm(theta, axis=1), 1, rtol=1e-4)
+        np.testing.assert_allclose(jnp.mean(theta @ mu), kappa / (kappa + d - 1), atol=0.01)
+        rest = theta - (theta @ mu)[:, None] * mu
+        np.testing.assert_allclose(jnp.mean(rest, axis=0), 0, atol=0.02)
+
+
+def test_rpsw_is_zero_on_average_where_the_sets_agree_and_falls_along_its_gradient():
+    disc = lambda x_t, t, x_tp1: jnp.sum(x_t, axis=1)  # noqa: E731
+    t, x_tp1 = jnp.zeros(64, jnp.int32), jnp.zeros((64, 3))
+
+    def loss(shift, key):
+        real_key, fake_key, path_key = jax.random.split(key, 3)
+        real, fake = jax.random.normal(real_key, (64, 3)), jax.random.normal(fake_key, (64, 3)) + shift
+        return losses.rpsw_loss(disc, real, t, x_tp1, fake, path_key, losses.Paths(200))[0]
+
+    mean = jax.jit(
+        lambda shift: jnp.mean(jax.vmap(lambda key: loss(shift, key))(jax.random.split(jax.random.key(0), 200)))
+    )
+    assert abs(float(mean(0.0))) < 0.05 < 0.5 < float(mean(0.5)) < float(mean(1.0))
+    assert float(jax.grad(mean)(0.5)) > 0.5 and float(jax.grad(mean)(-0.5)) < -0.5

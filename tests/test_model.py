@@ -1,6 +1,7 @@
 """What a trained model makes: variants, edits, fillings, ways between samples; from Python and as commands."""
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -234,6 +235,22 @@ def test_points(tmp_path):
         generate.generate(
             "edit", model, str(tmp_path / "e.png"), num=1, image="x.png", start_step=1, seed=0, posterior=""
         )
+
+
+def test_points_of_another_scale(tmp_path):
+    """What comes in and out is in the units of the data; the trajectory is in those of the diffusion."""
+    model = ddgan_jax.load(str(workdir_of(tmp_path, name="gaussians")))
+    scale = model.built.method.scale
+    assert scale > 1
+    steps, samples = model.trajectory(5), model.sample(5)
+    np.testing.assert_allclose(steps.x_t[0] / scale, samples, rtol=1e-4, atol=1e-4)
+    point = np.array([2.0, -4.0], np.float32)
+    np.testing.assert_array_equal(model.edit(point, 0, 2), [point, point])
+    noisy, _ = model.vary(1, 0, point)
+    a, s = model.built.schedule.a_s_cum[1], model.built.schedule.sigmas_cum[1]
+    assert np.abs(noisy - scale * a * point).max() < 5 * s
+    exported = jax.export.deserialize(bytearray(model.export()))
+    np.testing.assert_allclose(exported.call(np.uint32(0), np.arange(5, dtype=np.int32)), samples, rtol=1e-4, atol=1e-4)
 
 
 def test_an_exported_sampler_needs_jax_alone(model, workdir, tmp_path):

@@ -303,3 +303,66 @@ def test_gradients_that_nobody_uses_are_not_computed():
     forward = convolutions(method.gen, shapes.gen_params, x, t, z)
     assert convolutions(lambda s, x, d: ts.d_gradients(method, s, x, d, True), shapes, x, draws.d) == forward
     assert convolutions(lambda s, x, d: ts.g_gradients(method, s, x, d), shapes, x, draws.g) > 2 * forward
+
+
+def linear(**options):
+    """G(x) = w x and D(x_t) = v . x_t, on points, T = 1."""
+    defaults = dict(
+        gen=lambda params, x, t, z: params * x,
+        disc=lambda params, x_t, t, x_tp1: jnp.sum(params * x_t, axis=-1),
+        schedule=Schedule.create(1),
+        optimizer=optax.identity(),
+        lr_g=state_lib.constant_schedule(0.1),
+        lr_d=state_lib.constant_schedule(1.0),
+        nz=1,
+        r1_gamma=0.0,
+        ema_decay=0.0,
+    )
+    method = ts.Method(**(defaults | options))
+    return method, state_lib.create(jnp.float32(0.0), jnp.zeros(2), method.optimizer)
+
+
+def test_the_gaussian_objective_learns_the_mean():
+    """Of x_0 ~ N(0, 4 I) the mean given x_1 is w x_1, w = 4 a / (4 a^2 + s^2); D is left as it was."""
+    schedule = Schedule.create(1, "geometric", 0.01, 0.5)
+    method, state = linear(objective="gaussian", schedule=schedule)
+    data = 2 * jax.random.normal(jax.random.key(0), (4096, 2))
+    step = jax.jit(ts.make_train_step(method, 0, True))
+    for _ in range(30):
+        state, metrics = step(state, data)
+    a, s = schedule.a_s_cum[1], schedule.sigmas_cum[1]
+    np.testing.assert_allclose(state.gen_params, 4 * a / (4 * a**2 + s**2), rtol=0.03)
+    np.testing.assert_allclose(metrics["g_loss"], 4 * s**2 / (4 * a**2 + s**2), rtol=0.05)
+    np.testing.assert_array_equal(state.disc_params, jnp.zeros(2))
+    assert not any(name.startswith("d_") for name in metrics) and "r1" not in metrics
+
+
+def test_points_are_scaled():
+    """D's gradient in v at 0 is -mean(x_0) / 2, as G returns 0; and x_0 is `scale` times the data."""
+    data = jax.random.normal(jax.random.key(0), (64, 2)) + 1
+    for scale in (1.0, 4.0):
+        method, state = linear(scale=scale)
+        state, _ = jax.jit(ts.make_train_step(method, 0, False))(state, data)
+        np.testing.assert_allclose(state.disc_params, scale * data.mean(0) / 2, rtol=1e-5)
+
+
+def test_levels_normalise_what_point_networks_see():
+    levels, t = (2.0, 3.0, 5.0), jnp.array([0, 1, 1, 0])
+    x, x_tp1 = jax.random.normal(jax.random.key(0), (2, 4, 2))
+    plain, normal = (PointGenerator(width=8, depth=2, levels=given) for given in ((), levels))
+    params = plain.init(jax.random.key(1), x, t, x)
+    above, here = (jnp.array(levels)[k][:, None] for k in (t + 1, t))
+    np.testing.assert_allclose(normal.apply(params, above * x, t, x), 2 * plain.apply(params, x, t, x), rtol=1e-5)
+    plain, normal = (PointDiscriminator(width=8, depth=2, levels=given) for given in ((), levels))
+    params = plain.init(jax.random.key(1), x, t, x_tp1)
+    found, expected = normal.apply(params, here * x, t, above * x_tp1), plain.apply(params, x, t, x_tp1)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_a_generator_without_z():
+    """nz = 0: the same image for the same x_{t+1}, and gradients that are finite."""
+    options = dict(nf=8, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(), nz=0, z_emb_dim=8, n_mlp=1)
+    generator, x, t = Generator(**options), jnp.ones((2, 8, 8, 3)), jnp.zeros(2, jnp.int32)
+    params = jax.jit(lambda k: generator.init(k, x, t, jnp.zeros((2, 0))))(jax.random.key(0))
+    grads = jax.jit(jax.grad(lambda p: jnp.sum(generator.apply(p, x, t, jnp.zeros((2, 0))) ** 2)))(params)
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(grads))

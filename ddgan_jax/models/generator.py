@@ -39,7 +39,7 @@ class Generator(nn.Module):
     ch_mult: Sequence[int] = (1, 2, 2, 2)  # width of every level, in units of nf
     num_res_blocks: int = 2
     attn_resolutions: Sequence[int] = (16,)  # heights of the levels that get attention
-    nz: int = 100
+    nz: int = 100  # 0: no latent variable, for comparison
     z_emb_dim: int = 256
     n_mlp: int = 4  # hidden layers of the z mapping
     resblock_type: str = "biggan"
@@ -91,6 +91,7 @@ class Generator(nn.Module):
             h = jax.nn.silu(layers.group_norm(x.shape[-1], f"{level}_norm")(x)).astype(dtype)
             return layers.conv(self.image_channels, 3, dtype, f"{level}_conv", layers.init_avg(0.0))(h)
 
+        z = z if self.nz else jnp.zeros((len(x), 1))  # without z the embedding is a learned constant
         z_emb = layers.pixel_norm(z.astype(jnp.float32))
         for i in range(self.n_mlp + 1):
             z_emb = nn.Dense(self.z_emb_dim, kernel_init=layers.init_out(), dtype=dtype, name=f"z_{i}")(z_emb)

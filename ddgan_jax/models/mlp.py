@@ -1,7 +1,11 @@
 """Generator and discriminator for points in R^d, with the call signatures of the image networks.
 
-So the whole method runs on 2-D data unchanged: these take [B, d] where the others take [B, H, W, C].
+So the whole method runs on 2-D data unchanged: these take [B, d] where the others take [B, H, W, C]. `levels` are the
+standard deviations of x_0, ..., x_T: inputs are divided by them, outputs multiplied, so that the networks see numbers
+of the size of 1 (Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models", Section 5).
 """
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +13,11 @@ from flax import linen as nn
 
 from ddgan_jax.models import layers
 from ddgan_jax.models.layers import Dtype
+
+
+def _level(levels: Sequence[float], k: jax.Array) -> jax.Array:
+    """levels[k] as [B, 1]; 1 without levels."""
+    return jnp.asarray(levels)[k][:, None] if levels else jnp.ones((len(k), 1))
 
 
 def _mlp(inputs: list[jax.Array], width: int, depth: int, outputs: int, dtype: Dtype) -> jax.Array:
@@ -26,13 +35,13 @@ class PointGenerator(nn.Module):
     width: int = 128
     depth: int = 4
     t_emb_dim: int = 32
+    levels: Sequence[float] = ()
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, t: jax.Array, z: jax.Array, keys: jax.Array | None = None) -> jax.Array:
-        return _mlp(
-            [x, layers.sinusoidal_embedding(t, self.t_emb_dim), z], self.width, self.depth, self.dim, self.dtype
-        )
+        inputs = [x / _level(self.levels, t + 1), layers.sinusoidal_embedding(t, self.t_emb_dim), z]
+        return _level(self.levels, 0 * t) * _mlp(inputs, self.width, self.depth, self.dim, self.dtype)
 
 
 class PointDiscriminator(nn.Module):
@@ -41,9 +50,11 @@ class PointDiscriminator(nn.Module):
     width: int = 128
     depth: int = 4
     t_emb_dim: int = 32
+    levels: Sequence[float] = ()
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x_t: jax.Array, t: jax.Array, x_tp1: jax.Array) -> jax.Array:
         t_emb = layers.sinusoidal_embedding(t, self.t_emb_dim)
+        x_t, x_tp1 = x_t / _level(self.levels, t), x_tp1 / _level(self.levels, t + 1)
         return _mlp([x_t, t_emb, x_tp1], self.width, self.depth, 1, self.dtype)[:, 0]

@@ -1,0 +1,59 @@
+"""The experiments: exact ones in closed form, and tables that follow from the committed results."""
+
+import json
+
+import numpy as np
+import pytest
+
+from ddgan_jax.diffusion import Schedule
+from experiments import common
+from experiments import why_gaussian_fails as why
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_the_denoising_distribution_is_bayes(k):
+    """q(x_{k-1} | x_k) ~ q(x_{k-1}) q(x_k | x_{k-1}), normalised by numerical integration."""
+    schedule, x_k = Schedule.create(4), 0.3
+    x = np.linspace(-6, 6, 48_001)
+    a, s = schedule.a_s_cum[k - 1], schedule.sigmas_cum[k - 1]
+    prior = sum(
+        w * np.exp(-((x - a * c) ** 2) / (2 * (a**2 * why.LINE.std**2 + s**2)))
+        for w, (c,) in zip(why.LINE.weights, why.LINE.centres, strict=True)
+    )
+    product = prior * np.exp(-((x_k - schedule.a_s[k] * x) ** 2) / (2 * schedule.betas[k]))
+    product /= product.sum() * (x[1] - x[0])
+    means, log_weights, variance = why.denoising(why.LINE, schedule, k, np.array([[x_k]]))
+    found = np.exp(why.log_density(x[:, None], means.repeat(len(x), 0), log_weights.repeat(len(x), 0), variance))
+    np.testing.assert_allclose(found, product, atol=1e-4 * product.max())
+
+
+@pytest.mark.parametrize("distance, modes", [(1.9, 1), (2.1, 2)])
+def test_two_equal_gaussians_are_bimodal_beyond_two_standard_deviations(distance, modes):
+    means = np.array([[[0.0], [distance]]])
+    assert why.count_modes(means, np.log([[0.5, 0.5]]), 1.0) == modes
+
+
+def test_the_gap_of_a_gaussian_is_zero_and_of_far_modes_known():
+    """Two modes at +-c of variance u << c^2: KL = log(sqrt(c^2 + u) / sqrt(u)) - log 2."""
+    random = np.random.default_rng(0)
+    assert abs(why.gap(np.zeros((2, 1, 1)), np.zeros((2, 1)), 0.5, random, 2000)) < 1e-12
+    means, u = np.array([[[-1.0], [1.0]]]), 1e-4
+    expected = 0.5 * np.log((1 + u) / u) - np.log(2)
+    assert abs(why.gap(means, np.log([[0.5, 0.5]]), u, random, 20_000) - expected) < 0.02
+
+
+def test_draws_follow_the_forward_process():
+    schedule = Schedule.create(4)
+    x = why.draw(why.GRID, np.random.default_rng(0), 100_000, schedule, 2)
+    variance = schedule.a_s_cum[2] ** 2 * (8 + why.GRID.std**2) + schedule.sigmas_cum[2] ** 2
+    np.testing.assert_allclose(x.var(0), variance, rtol=0.02)
+
+
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in common.RESULTS.glob("*/results.json")))
+def test_tables_are_those_of_the_results(name):
+    module = __import__(f"experiments.{name}", fromlist=["table"])
+    folder = common.RESULTS / name
+    assert (folder / "table.md").read_text() == module.table(json.loads((folder / "results.json").read_text())) + "\n"
+    assert (folder / "figure.png").exists() and (folder / "table.md").read_text().strip() in (
+        common.RESULTS / "README.md"
+    ).read_text()

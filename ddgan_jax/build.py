@@ -52,14 +52,30 @@ class Built:
         return train_step.make_train_step(self.method, self.seed, with_r1, parallel.AXIS)
 
 
+# What checkpoints may be older than: the fields, and how it was before them.
+NEW_FIELDS: dict[str, Any] = {
+    "objective": "adversarial",
+    "data": {"scale": 1.0},
+    "model": {"num_classes": 0, "data_std": 0.0},
+    "loss": {"generator": "nonsaturating"},
+    "log": {"tensorboard": True},
+}
+
+
 def as_dict(config: Any) -> dict[str, Any]:
-    """A configuration as nested plain dicts, with tuples as lists, as JSON would have it."""
-    return {key: _plain(value) for key, value in config.items()}
+    """A configuration as nested plain dicts, with tuples as lists, as JSON would have it, and with all NEW_FIELDS."""
+    plain = _plain(config)
+    for name, value in NEW_FIELDS.items():
+        if isinstance(value, dict):
+            plain[name] = (given := plain.get(name, {})) | {k: v for k, v in value.items() if k not in given}
+        else:
+            plain.setdefault(name, value)
+    return plain
 
 
 def _plain(value: Any) -> Any:
     if hasattr(value, "items"):
-        return as_dict(value)
+        return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
@@ -67,7 +83,7 @@ def open_data(config: Any) -> sources.Data:
     """The images or points that `config.data` names. UserError if they are not there or do not fit."""
     fields = dict(as_dict(config)["data"])
     for name in ("flip", "scale"):  # on the device
-        fields.pop(name, None)
+        del fields[name]
     return sources.open_data(**fields)
 
 
@@ -87,7 +103,7 @@ def labels_of(data: sources.Data, num_classes: int, name: str) -> np.ndarray | N
     return labels
 
 
-def _unet(c: Mapping[str, Any], dtype: Any) -> tuple[Generator, Discriminator, tuple[int, ...]]:
+def _unet(c: Mapping[str, Any], dtype: Any, schedule: Schedule) -> tuple[Generator, Discriminator, tuple[int, ...]]:
     """The networks of the paper, for images."""
     size, channels = c["data"]["image_size"], c["data"]["channels"]
     halvings = len(c["generator"]["ch_mult"]) - 1
@@ -96,27 +112,24 @@ def _unet(c: Mapping[str, Any], dtype: Any) -> tuple[Generator, Discriminator, t
             f"data.image_size={size} does not halve {halvings} times, as the {halvings + 1} levels of "
             f"generator.ch_mult need: choose a multiple of {2**halvings}, or fewer levels"
         )
-    both = {"dtype": dtype, "num_classes": _num_classes(c)}
+    both = {"dtype": dtype, "num_classes": c["model"]["num_classes"]}
     generator = Generator(image_channels=channels, remat=c["model"]["remat"], **both, **_tuples(c["generator"]))
     discriminator = Discriminator(**both, **(preset(size) | _tuples(c["discriminator"])))
     return generator, discriminator, (size, size, channels)
 
 
-def _mlp(c: Mapping[str, Any], dtype: Any) -> tuple[PointGenerator, PointDiscriminator, tuple[int, ...]]:
+def _mlp(
+    c: Mapping[str, Any], dtype: Any, schedule: Schedule
+) -> tuple[PointGenerator, PointDiscriminator, tuple[int, ...]]:
     """Fully connected networks, for points."""
     if c["data"]["flip"]:
         raise UserError("data.flip=True mirrors images, and points are none: set it to False")
-    if _num_classes(c):
-        raise UserError(f"model.num_classes={_num_classes(c)}: networks for points are unconditional, set it to 0")
-    dim, std = c["data"]["channels"], c["model"].get("data_std", 0.0) * c["data"].get("scale", 1.0)
-    schedule = Schedule.create(**c["diffusion"])
+    if classes := c["model"]["num_classes"]:
+        raise UserError(f"model.num_classes={classes}: networks for points are unconditional, set it to 0")
+    dim, std = c["data"]["channels"], c["model"]["data_std"] * c["data"]["scale"]
     levels = np.sqrt(schedule.a_s_cum**2 * std**2 + schedule.sigmas_cum**2).tolist() if std else ()
     both = {"dtype": dtype, "levels": tuple(levels)}
     return PointGenerator(dim=dim, **both, **c["generator"]), PointDiscriminator(**both, **c["discriminator"]), (dim,)
-
-
-def _num_classes(c: Mapping[str, Any]) -> int:
-    return c["model"].get("num_classes", 0)  # checkpoints may be older than the field
 
 
 NETWORKS: dict[str, Callable[..., tuple[Any, Any, tuple[int, ...]]]] = {"unet": _unet, "mlp": _mlp}
@@ -125,25 +138,25 @@ NETWORKS: dict[str, Callable[..., tuple[Any, Any, tuple[int, ...]]]] = {"unet": 
 def build(config: Any) -> Built:
     """Build what `config` describes. Raises UserError for settings that do not go together."""
     c: Mapping[str, Any] = as_dict(config)
-    objective, scale = c.get("objective", "adversarial"), c["data"].get("scale", 1.0)
-    loss = c.get("loss", {"generator": "nonsaturating"})
+    scale, loss, num_classes = c["data"]["scale"], c["loss"], c["model"]["num_classes"]
     for name, value, known in (
         ("model.network", c["model"]["network"], NETWORKS),
         ("model.dtype", c["model"]["dtype"], DTYPES),
-        ("objective", objective, train_step.OBJECTIVES),
+        ("objective", c["objective"], train_step.OBJECTIVES),
         ("loss.generator", loss["generator"], ("nonsaturating", "rpsw")),
     ):
         if value not in known:
             raise UserError(f"{name}={value!r} is not supported: it is {' or '.join(known)}")
     if not scale > 0 or (scale != 1 and c["model"]["network"] != "mlp"):
         raise UserError(f"data.scale={scale} is for points, and above 0: images are in [-1, 1], leave it at 1.0")
-    if _num_classes(c) < 0:
-        raise UserError(f"model.num_classes={_num_classes(c)} must be 0, for unconditional networks, or more")
+    if num_classes < 0:
+        raise UserError(f"model.num_classes={num_classes} must be 0, for unconditional networks, or more")
     train = c["train"]
     for name in ("num_steps", "batch_size", "r1_every", "steps_per_epoch"):
         if train[name] < 1:
             raise UserError(f"train.{name}={train[name]} must be at least 1")
-    generator, discriminator, shape = NETWORKS[c["model"]["network"]](c, DTYPES[c["model"]["dtype"]])
+    schedule = Schedule.create(**c["diffusion"])
+    generator, discriminator, shape = NETWORKS[c["model"]["network"]](c, DTYPES[c["model"]["dtype"]], schedule)
 
     def rate(base: float) -> Callable[[jax.Array], jax.Array]:
         if not train["lr_decay"]:
@@ -154,7 +167,7 @@ def build(config: Any) -> Built:
     method = Method(
         gen=lambda params, *args, **labels: generator.apply({"params": params}, *args, **labels),
         disc=lambda params, *args, **labels: discriminator.apply({"params": params}, *args, **labels),
-        schedule=Schedule.create(**c["diffusion"]),
+        schedule=schedule,
         optimizer=state.adam(train["adam_b1"], train["adam_b2"]),
         lr_g=rate(train["lr_g"]),
         lr_d=rate(train["lr_d"]),
@@ -163,12 +176,12 @@ def build(config: Any) -> Built:
         ema_decay=train["ema_decay"],
         flip=c["data"]["flip"],
         dropout=getattr(generator, "dropout", 0) > 0,
-        objective=objective,
+        objective=c["objective"],
         paths=Paths(loss["projections"], loss["kappa"]) if loss["generator"] == "rpsw" else None,
         scale=scale,
     )
     x, t, z = jnp.zeros((1, *shape)), jnp.zeros(1, jnp.int32), jnp.zeros((1, generator.nz))
-    labels = {"y": t} if _num_classes(c) else {}
+    labels = {"y": t} if num_classes else {}
     return Built(
         method=method,
         image_shape=shape,
@@ -176,7 +189,7 @@ def build(config: Any) -> Built:
         init_disc=lambda key: discriminator.init(key, x, t, x, **labels)["params"],
         batch_size=train["batch_size"],
         seed=c["seed"],
-        num_classes=_num_classes(c),
+        num_classes=num_classes,
     )
 
 

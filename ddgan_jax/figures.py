@@ -26,7 +26,7 @@ def grid(images: np.ndarray, columns: int | None = None, min_side: int = 64, gap
 
 def scatter(points: np.ndarray) -> np.ndarray:
     """float32 points [N, 2] -> a picture of them, uint8 [H, W, 3]."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(6, 6), constrained_layout=True)
     axis.plot(points[:, 0], points[:, 1], ".", markersize=2, alpha=0.5)
     axis.set(aspect="equal", title=f"{len(points):,} points")
@@ -39,7 +39,7 @@ def scatter(points: np.ndarray) -> np.ndarray:
 
 def histogram(counts: np.ndarray, path: pathlib.Path, grid: bool = False) -> None:
     """Samples of each mode, int [K]: bars (sorted, where there are many), or a square of numbers for a `grid`."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(6, 5) if grid else (9, 4), constrained_layout=True)
     present = f"{int((counts > 0).sum())} of {len(counts)} modes"
     if grid:
@@ -60,7 +60,7 @@ def histogram(counts: np.ndarray, path: pathlib.Path, grid: bool = False) -> Non
         axis.axhline(counts.mean(), color="black", linewidth=1, linestyle="--", label="equal shares")
         axis.set(title=present, xlabel="modes, the most frequent first" if many else "class", ylabel="samples")
         axis.legend()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def manifolds(
@@ -71,7 +71,7 @@ def manifolds(
     `recalled` bool [N]: is a real one in the manifold of the fakes (recall)? `inside` bool [M]: is a fake one in that
     of the real ones (precision)? At most `most` points of each are drawn.
     """
-    plt = _pyplot()
+    plt = pyplot()
     centred = real.astype(np.float64) - real.mean(axis=0, dtype=np.float64)
     axes = np.linalg.eigh(centred.T @ centred)[1][:, :-3:-1]
     figure, panels = plt.subplots(1, 2, figsize=(12, 5.5), constrained_layout=True, sharex=True, sharey=True)
@@ -88,7 +88,7 @@ def manifolds(
             axis.plot(*points[held[:most] == flag].T, ".", color=colour, markersize=3, label=word)
         axis.set(title=f"{what} {held.mean():.3f}", xlabel="first principal axis", ylabel="second")
         axis.legend(markerscale=3, fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def neighbours(samples: np.ndarray, nearest: np.ndarray, distance: np.ndarray, path: pathlib.Path) -> None:
@@ -96,7 +96,7 @@ def neighbours(samples: np.ndarray, nearest: np.ndarray, distance: np.ndarray, p
 
     The first half are the samples closest to a training image, the second any.
     """
-    plt = _pyplot()
+    plt = pyplot()
     half = -(-len(samples) // 2)
     figure, panels = plt.subplots(4, half, figsize=(1.5 * half, 7), constrained_layout=True)
     for axis in panels.flat:
@@ -110,7 +110,7 @@ def neighbours(samples: np.ndarray, nearest: np.ndarray, distance: np.ndarray, p
         panels[2 * row + 1, column].set_title(f"{distance[i]:.3g}", fontsize=8)
     words = "samples above their nearest training images, with the distance in feature space"
     figure.suptitle(f"{words}; first the closest of all, then any", fontsize=10)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def picture(samples: np.ndarray) -> np.ndarray:
@@ -118,7 +118,7 @@ def picture(samples: np.ndarray) -> np.ndarray:
     return scatter(samples) if samples.ndim == 2 else grid(samples)
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
     """Matplotlib without a screen."""
     import matplotlib
 
@@ -128,10 +128,11 @@ def _pyplot() -> Any:
     return matplotlib.pyplot
 
 
-def _save(figure: Any, path: pathlib.Path) -> None:
+def save_figure(figure: Any, path: pathlib.Path) -> None:
+    """Write a Matplotlib figure and close it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
-    _pyplot().close(figure)
+    pyplot().close(figure)
 
 
 def save_image(path: pathlib.Path, image: np.ndarray) -> None:
@@ -153,7 +154,7 @@ def save_gif(path: pathlib.Path, frames: Sequence[np.ndarray], milliseconds: int
 
 def trajectory(x: np.ndarray, x0_hat: np.ndarray, names: Sequence[str], path: pathlib.Path) -> None:
     """Draw x_T, ..., x_0 [T+1, N, ...], and the x_0 predicted from each but the last [T, N, ...], a column a step."""
-    plt = _pyplot()
+    plt = pyplot()
     height = 1.0 if x.ndim == 3 else -(-x.shape[1] // 2) * x.shape[2] / (2 * x.shape[3])  # of a panel, by its width
     figure, panels = plt.subplots(2, len(x), figsize=(2.2 * len(x), 4.4 * height + 0.8), constrained_layout=True)
     for i, name in enumerate(names):
@@ -163,7 +164,7 @@ def trajectory(x: np.ndarray, x0_hat: np.ndarray, names: Sequence[str], path: pa
             if i < len(many):
                 axis.imshow(picture(many[i]) if many.ndim == 3 else grid(many[i], columns=2))
                 axis.set_title(title)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def read_metrics(path: pathlib.Path) -> list[dict]:
@@ -179,7 +180,7 @@ def read_metrics(path: pathlib.Path) -> list[dict]:
 
 def curves(metrics: pathlib.Path, path: pathlib.Path) -> None:
     """Draw the curves of a metrics.jsonl: losses, logits, losses by t, R1, norms of gradients and parameters."""
-    plt = _pyplot()
+    plt = pyplot()
     records = read_metrics(metrics)
     panels: list[tuple[str, Sequence[str]]] = [
         ("losses", ("d_loss", "g_loss")),
@@ -207,4 +208,4 @@ def curves(metrics: pathlib.Path, path: pathlib.Path) -> None:
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend(fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path)

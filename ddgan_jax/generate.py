@@ -56,18 +56,22 @@ def sample(model: Model, out: str, num: int, trajectory: str = "", **how: Any) -
     if trajectory:
         check_out(trajectory, ".png", ".gif")
     save(model.sample(num, progress=True, **how), out)
-    if not trajectory:
-        return
-    steps = model.trajectory(min(num, 8 if _has_images(model) else 4096), **how)
+    if trajectory:
+        draw_trajectory(model, trajectory, min(num, 8 if _has_images(model) else 4096), **how)
+
+
+def draw_trajectory(model: Model, out: str, num: int, **how: Any) -> None:
+    """How the samples 0..num-1 come about, into a .png or .gif."""
+    steps = model.trajectory(num, **how)
     # x_T, ..., x_1 are what the generator saw, and x_0 is the sample.
     rows = [*(model.to_images(x) for x in steps.x_tp1[::-1]), model.to_images(steps.x_t[0])]
     guesses = [model.to_images(x) for x in steps.x0_hat[::-1]]
-    if trajectory.endswith(".gif"):
+    if out.endswith(".gif"):
         frames = [rows[0], *(frame for pair in zip(guesses, rows[1:], strict=True) for frame in pair)]
-        figures.save_gif(pathlib.Path(trajectory), [figures.picture(np.asarray(frame)) for frame in frames])
+        figures.save_gif(pathlib.Path(out), [figures.picture(np.asarray(frame)) for frame in frames])
     else:
         names = [f"$x_{t}$" for t in range(len(guesses), -1, -1)]
-        figures.trajectory(np.array(rows), np.array(guesses), names, pathlib.Path(trajectory))
+        figures.trajectory(np.array(rows), np.array(guesses), names, pathlib.Path(out))
 
 
 def vary(model: Model, out: str, num: int, t: int | None, image: str, **how: Any) -> None:
@@ -115,7 +119,7 @@ def export(model: Model, out: str, posterior: str = "gaussian") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".bin":
         path.write_bytes(model.export(posterior))
-    elif model.built.num_classes:
+    elif model.num_classes:
         raise UserError(f"--out={out}: the reference has no class-conditional networks; write a .bin")
     elif _has_images(model):
         torch_files.save(out, torch_weights.generator_state_dict(model.params))

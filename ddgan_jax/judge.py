@@ -149,12 +149,8 @@ def _own_network(c: dict[str, Any], data: sources.Data) -> tuple[Network, Result
     stacked = name.startswith("stacked_")
     base = name.removeprefix("stacked_")
     if stacked:
-        fields = {k: v for k, v in c["data"].items() if k not in ("flip", "scale")} | {
-            "name": base,
-            "image_size": 0,
-            "channels": 1,
-        }
-        train, test = (sources.open_data(**(fields | {"split": split})) for split in ("train", "test"))
+        digits = c["data"] | {"name": base, "image_size": 0, "channels": 1}
+        train, test = (open_data({"data": digits | {"split": split}}) for split in ("train", "test"))
         assert train.labels and test.labels
         x, test_x = (sources.pad(part.images, size) for part in (train, test))
         y, test_y = train.labels(), test.labels()

@@ -11,12 +11,12 @@ or, in the place of (3), sliced Wasserstein distances along random paths (Nguyen
 with Random-Path Projecting Directions", ICML 2024). With X the rows (x_t, l_real), Y the rows (fake x_t, l_fake), and
 X1, X2, Y1, Y2 the halves of the batch, an energy distance:
 
-    5.  L_G = SW(X1, Y1) + SW(X2, Y2) - SW(X1, X2) - SW(Y1, Y2)
+    4.  L_G = SW(X1, Y1) + SW(X2, Y2) - SW(X1, X2) - SW(Y1, Y2)
         SW(X, Y) = E_theta[ W_2^2(theta X, theta Y) ],    theta ~ PowerSpherical(x - y, kappa),  x from X, y from Y
 
 or, in the place of all three, what Gaussian denoising is trained by (the paper's baseline, its equation 2):
 
-    4.  L = E[ ||x_0 - G(x_{t+1}, t, z)||^2 / d ]         whose optimum is the mean of x_0 given x_{t+1}
+    5.  L = E[ ||x_0 - G(x_{t+1}, t, z)||^2 / d ]         whose optimum is the mean of x_0 given x_{t+1}
 
 `disc` is a callable (x_t, t, x_{t+1}) -> logits [B] with its parameters bound. Every function returns a scalar
 and a dict of its parts, one number an example.
@@ -82,7 +82,7 @@ def g_loss(
 
 
 class Paths(NamedTuple):
-    """The projections of (5)."""
+    """The projections of (4)."""
 
     num: int = 1000  # directions for each distance
     kappa: float = 50.0  # their concentration about the path; 0 is the uniform distribution of plain slicing
@@ -120,7 +120,7 @@ def rpsw_loss(
     paths: Paths,
     gather: Callable[[Array], Array] = lambda rows: rows,
 ) -> tuple[Float[Array, ""], Parts]:
-    """(5) for an even batch, with parts `fake` (logits) and `fake_loss` (the loss itself, for every example), both [B].
+    """(4) for an even batch, with parts `fake` (logits) and `fake_loss` (the loss itself, for every example), both [B].
 
     All four distances are of half a batch, so that they are equally biased, and the loss is 0 on average where the two
     distributions agree. `gather` joins the rows of all devices, so that they are those of the whole batch.
@@ -141,6 +141,6 @@ def rpsw_loss(
 
 
 def squared_error(x0: Float[Array, "b *d"], x0_hat: Float[Array, "b *d"]) -> tuple[Float[Array, ""], Parts]:
-    """(4), with part `fake_loss` [B]."""
+    """(5), with part `fake_loss` [B]."""
     loss = jnp.mean(jnp.square(x0 - x0_hat), axis=tuple(range(1, x0.ndim)))
     return jnp.mean(loss), {"fake_loss": loss}

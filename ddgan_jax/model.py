@@ -22,7 +22,7 @@ from ddgan_jax import checkpoint, parallel, sampling, torch_files
 from ddgan_jax.build import Built, build
 from ddgan_jax.diffusion import deterministic_posterior, sample_posterior
 from ddgan_jax.errors import UserError
-from ddgan_jax.train_step import bind
+from ddgan_jax.train_step import bind, to_x0
 
 POSTERIORS = {"gaussian": sample_posterior, "deterministic": deterministic_posterior}
 
@@ -30,15 +30,14 @@ POSTERIORS = {"gaussian": sample_posterior, "deterministic": deterministic_poste
 # --- Between images and x_0 ---------------------------------------------------------------------------------------
 
 
-def to_x0(images: Any, scale: float = 1.0) -> jax.Array:
-    """uint8 images [N, H, W, C] -> float32 in [-1, 1]; points [N, d] times the method's scale."""
-    images = jnp.asarray(images)
-    return images.astype(jnp.float32) / 127.5 - 1 if images.dtype == jnp.uint8 else images * scale
-
-
 def to_images(x0: Any, scale: float = 1.0) -> jax.Array:
     """float32 [..., H, W, C] in [-1, 1] -> uint8; points [N, d] over the method's scale."""
     return jnp.round((jnp.clip(x0, -1, 1) + 1) * 127.5).astype(jnp.uint8) if x0.ndim > 2 else x0 / scale
+
+
+def default_labels(num_classes: int, indices: np.ndarray) -> np.ndarray | None:
+    """The classes of samples that nobody chose: all in turn; None for an unconditional model."""
+    return (indices % num_classes).astype(np.int32) if num_classes else None
 
 
 class Sampler:
@@ -86,11 +85,6 @@ class Sampler:
 
 
 # --- Compiled once for a model, its shapes, and the static arguments in front --------------------------------------
-
-
-def default_labels(num_classes: int, indices: np.ndarray) -> np.ndarray | None:
-    """The classes of samples that nobody chose: all in turn; None for an unconditional model."""
-    return (indices % num_classes).astype(np.int32) if num_classes else None
 
 
 def _noise(built: Built, seed: jax.Array, indices: jax.Array) -> sampling.Noise:
@@ -244,11 +238,9 @@ class Model:
         if known.shape != images.shape[1:3]:
             raise UserError(f"the mask is {list(known.shape)}, but the image is {list(images.shape[1:3])}")
         mask = jnp.broadcast_to(known[None, ..., None], images.shape).astype(jnp.float32)
-        y, inputs = (
-            self._labels(label, num_variants),
-            (self._to_x0(images), mask, jnp.uint32(seed), jnp.arange(num_variants)),
-        )
-        x = _inpaint(self.built, _known(posterior), rounds, self.params, y, *inputs)
+        y, indices = self._labels(label, num_variants), jnp.arange(num_variants)
+        x0, way = self._to_x0(images), _known(posterior)
+        x = _inpaint(self.built, way, rounds, self.params, y, x0, mask, jnp.uint32(seed), indices)
         return np.where(known[None, ..., None], images, np.asarray(x))
 
     def interpolate(
@@ -273,7 +265,7 @@ class Model:
         return to_images(x, self.built.method.scale)
 
     def _to_x0(self, images: np.ndarray) -> jax.Array:
-        return to_x0(images, self.built.method.scale)
+        return to_x0(jnp.asarray(images), self.built.method.scale)
 
     def export(self, posterior: str = "gaussian") -> bytes:
         """The whole sampler, weights included, for jax alone on a CPU, GPU or TPU.
@@ -290,13 +282,13 @@ class Model:
 
         (b,) = jax.export.symbolic_shape("b")
         each = jax.ShapeDtypeStruct((b,), jnp.int32)
-        arguments = jax.ShapeDtypeStruct((), jnp.uint32), each, *([each] if self.built.num_classes else [])
+        arguments = jax.ShapeDtypeStruct((), jnp.uint32), each, *([each] if self.num_classes else [])
         exported = jax.export.export(jax.jit(sample), platforms=("cpu", "cuda", "tpu"))(*arguments)
         return bytes(exported.serialize())
 
     def _labels(self, label: Any, num: int, one: bool = False) -> np.ndarray | None:
         """Labels [num], as asked, or all classes in turn unless the images are to be of `one`; None: unconditional."""
-        classes = self.built.num_classes
+        classes = self.num_classes
         if not classes:
             if label is not None:
                 raise UserError(f"label={label}: this model knows no classes, it was trained with model.num_classes=0")

@@ -80,7 +80,7 @@ class Log:
         _replace(self._path, "".join(json.dumps(record) + "\n" for record in records))
         self._file = self._path.open("a")
         self._writer = None
-        if not config["log"].get("tensorboard", True):
+        if not config["log"]["tensorboard"]:
             return
         try:
             with quiet():  # it imports TensorFlow

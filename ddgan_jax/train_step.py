@@ -8,7 +8,7 @@ for one replica. The step, on a batch of real x_0:
     3.  ema = decay ema + (1 - decay) G
 
 where (1) to (3) are the losses of losses.py. With the objective 'gaussian' step 1 is left out,
-and step 2 is on (4).
+and step 2 is on (5).
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ class Draws(struct.PyTreeNode):
     flip: Array  # [B] bool, mirror the image?
     d: PhaseDraws
     g: PhaseDraws
-    path_key: Array | None = None  # [] for the projections of (5), which belong to the batch
+    path_key: Array | None = None  # [] for the projections of (4), which belong to the batch
 
 
 def draw(key: Array, indices: Array, num_steps: int, image_shape: tuple[int, ...], nz: int, dropout: bool) -> Draws:
@@ -88,8 +88,13 @@ class Method:
     flip: bool = False  # mirror half of the images
     dropout: bool = False  # does gen take dropout keys?
     objective: str = "adversarial"  # or 'gaussian'
-    paths: losses.Paths | None = None  # train G by (5) instead of (3)
+    paths: losses.Paths | None = None  # train G by (4) instead of (3)
     scale: float = 1.0  # x_0 = scale * data, for points
+
+
+def to_x0(images: Array, scale: float = 1.0) -> Array:
+    """uint8 images [B, H, W, C] -> float32 in [-1, 1]; points [B, d] times `scale`."""
+    return images.astype(jnp.float32) / 127.5 - 1 if images.dtype == jnp.uint8 else images * scale
 
 
 def bind(network: Callable[..., Any], params: Params, y: Array | None = None) -> Callable[..., Any]:
@@ -230,7 +235,7 @@ def make_train_step(
 
     def step(state: TrainState, batch: Array | tuple[Array, Array]) -> tuple[TrainState, Metrics]:
         images, y = batch if isinstance(batch, tuple) else (batch, None)
-        x0 = images.astype(jnp.float32) / 127.5 - 1 if images.dtype == jnp.uint8 else images * method.scale
+        x0 = to_x0(images, method.scale)
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         indices = parallel.global_indices(x0.shape[0], axis_name)
         draws = draw(key, indices, method.schedule.num_steps, x0.shape[1:], method.nz, method.dropout)

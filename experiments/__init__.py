@@ -1,1 +1,1 @@
-"""The paper's claims as commands; README.md in this folder says which."""
+"""The paper's claims as commands; results/README.md has what came out."""

@@ -7,21 +7,10 @@ import pathlib
 import platform
 import subprocess
 import sys
-import time
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
-
-
-def pyplot() -> Any:
-    """Matplotlib without a screen."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
 
 
 def machine() -> str:
@@ -33,13 +22,11 @@ def machine() -> str:
     return f"{os.cpu_count()} cores of {names[0] if names else platform.processor()}, jax {jax.__version__}"
 
 
-def main(*flags: str) -> float:
-    """Run main.py with these flags, its output shown; returns the seconds. SystemExit if it fails."""
-    start = time.time()
+def main(*flags: str) -> None:
+    """Run main.py with these flags, its output shown. SystemExit if it fails."""
     code = subprocess.run([sys.executable, "main.py", *flags], cwd=ROOT).returncode
     if code:
         raise SystemExit(f"main.py {' '.join(flags)} ended with exit code {code}")
-    return time.time() - start
 
 
 def train_and_judge(workdir: pathlib.Path, *flags: str) -> dict[str, Any]:
@@ -56,26 +43,22 @@ def train_and_judge(workdir: pathlib.Path, *flags: str) -> dict[str, Any]:
     return found
 
 
-def about(name: str) -> tuple[str, str]:
-    """(the first sentence of an experiment's docstring, where it was run)."""
-    module = importlib.import_module(f"experiments.{name}")
-    results = json.loads((RESULTS / name / "results.json").read_text())
-    return (module.__doc__ or name).split(".")[0].split("\n")[0], results["machine"]
-
-
 def finish(file: str, results: dict[str, Any]) -> None:
     """Write the results of the experiment in `file`, and draw its figure and table."""
     name = pathlib.Path(file).stem
     folder = RESULTS / name
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps({"machine": machine()} | results, indent=2) + "\n")
-    show(name)
+    print(show(name))
 
 
-def show(name: str) -> None:
-    """Draw figure.png and table.md of an experiment from its results.json."""
+def show(name: str) -> str:
+    """Draw figure.png and table.md of an experiment from its results.json; returns them as a section of Markdown."""
     module, folder = importlib.import_module(f"experiments.{name}"), RESULTS / name
     results = json.loads((folder / "results.json").read_text())
-    (folder / "table.md").write_text(module.table(results) + "\n")
+    table = module.table(results)
+    (folder / "table.md").write_text(table + "\n")
     module.draw_figure(results, folder / "figure.png")
-    print((folder / "table.md").read_text() + f"written to {folder}")
+    about = (module.__doc__ or name).split(".")[0]
+    command = f"`python -m experiments.{name}`, {results['machine']}"
+    return "\n\n".join([f"## {about}", command, table, f"![{about}]({name}/figure.png)"])

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 import ddgan_jax
+from ddgan_jax import figures
 from ddgan_jax.metrics.modes import grid_centres
 from experiments import common
 
@@ -67,7 +68,7 @@ def table(results: dict[str, Any]) -> str:
 
 def draw_figure(results: dict[str, Any], path: pathlib.Path) -> None:
     """A scatter plot of each method's first seed, with the circles of three standard deviations."""
-    plt = common.pyplot()
+    plt = figures.pyplot()
     with np.load(path.parent / "points.npz") as arrays:
         points = {name: arrays[name].astype(np.float32) for name in METHODS if name in arrays}
     figure, panels = plt.subplots(1, len(points), figsize=(3.2 * len(points), 3.5), constrained_layout=True)
@@ -76,8 +77,7 @@ def draw_figure(results: dict[str, Any], path: pathlib.Path) -> None:
         for centre in grid_centres():
             axis.add_patch(plt.Circle(centre, 0.15, fill=False, linewidth=0.6))
         axis.set(title=method, aspect="equal", xlim=(-5.5, 5.5), ylim=(-5.5, 5.5), xticks=[], yticks=[])
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
+    figures.save_figure(figure, path)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,9 @@ from experiments import common
 
 
 def report() -> None:
-    """Draw what has results, and join the tables into results/README.md."""
+    """Draw what has results, and join it into results/README.md."""
     parts = ["# Results", "Made by `python -m experiments.report` from the `results.json` beside each figure."]
-    for name in sorted(path.parent.name for path in common.RESULTS.glob("*/results.json")):
-        common.show(name)
-        about, machine = common.about(name)
-        parts += [f"## {about}", f"`python -m experiments.{name}`, {machine}"]
-        parts += [(common.RESULTS / name / "table.md").read_text().strip(), f"![{about}]({name}/figure.png)"]
+    parts += [common.show(name) for name in sorted(path.parent.name for path in common.RESULTS.glob("*/results.json"))]
     (common.RESULTS / "README.md").write_text("\n\n".join(parts) + "\n")
 
 

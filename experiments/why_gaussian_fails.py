@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ddgan_jax import figures
 from ddgan_jax.data.sources import GRID_SIDE, GRID_SPACING, GRID_STD
 from ddgan_jax.diffusion import Schedule
 from ddgan_jax.metrics.modes import grid_centres
@@ -115,38 +116,39 @@ def gap(means: np.ndarray, log_weights: np.ndarray, variance: float, random: np.
     return total / n
 
 
-def measure(data: Mixture, num_steps: int, random: np.random.Generator) -> dict[str, Any]:
-    """Share of multimodal denoising distributions, modes at most, and the gap: over all steps, and by k."""
-    schedule = Schedule.create(num_steps)
-    # Of many steps a sample, evenly spread
-    ks = np.unique(np.linspace(1, num_steps, min(num_steps, 50)).round().astype(int)).tolist()
-    modes, gaps = [], []
-    for k in ks:
+def measure(data: Mixture, num_steps: int, random: np.random.Generator) -> dict[int, tuple[np.ndarray, float]]:
+    """(the modes of each of 100 draws, the gap) of the steps k; of many steps a sample, evenly spread."""
+    schedule, found = Schedule.create(num_steps), {}
+    for k in np.unique(np.linspace(1, num_steps, min(num_steps, 50)).round().astype(int)).tolist():
         mixture = denoising(data, schedule, k, draw(data, random, 100, schedule, k))
-        modes.append(count_modes(*mixture))
-        gaps.append(gap(*mixture, random, 400))
-    counts = np.array(modes)  # [steps, draws]
-    return {
-        "multimodal": float((counts > 1).mean()),
-        "most_modes": int(counts.max()),
-        "gap": float(np.mean(gaps) * num_steps),
-        "by_step": {
-            k: {"multimodal": float((c > 1).mean()), "gap": g} for k, c, g in zip(ks, counts, gaps, strict=True)
-        },
-    }
+        found[k] = count_modes(*mixture), gap(*mixture, random, 400)
+    return found
+
+
+def over_all_steps(data: Mixture, num_steps: int, random: np.random.Generator) -> dict[str, float]:
+    """The share that is multimodal, the modes at most, and the summed gap."""
+    counts, gaps = zip(*measure(data, num_steps, random).values(), strict=True)
+    multimodal = float((np.array(counts) > 1).mean())
+    return {"multimodal": multimodal, "most_modes": int(np.max(counts)), "gap": float(np.mean(gaps) * num_steps)}
+
+
+def by_step(data: Mixture, num_steps: int, random: np.random.Generator) -> dict[str, dict[str, float]]:
+    """The share that is multimodal, and the gap, of every step k."""
+    steps = measure(data, num_steps, random).items()
+    return {str(k): {"multimodal": float((counts > 1).mean()), "gap": gap_} for k, (counts, gap_) in steps}
 
 
 def run() -> dict[str, Any]:
     """Every number of the experiment."""
     start, random = time.time(), np.random.default_rng(0)
     tables = {
-        name: {str(num_steps): measure(data, num_steps, random) for num_steps in STEPS}
+        name: {str(num_steps): over_all_steps(data, num_steps, random) for num_steps in STEPS}
         for name, data in (("line", LINE), ("grid", GRID))
     }
     spacings = {}
     for scale in (1, 2, 4, 8):
         larger = Mixture(scale * GRID.centres, GRID.weights, scale * GRID.std)
-        spacings[str(int(scale * GRID_SPACING))] = measure(larger, 4, random)["by_step"]
+        spacings[str(int(scale * GRID_SPACING))] = by_step(larger, 4, random)
     return {"seed": 0, "tables": tables, "spacings": spacings, "seconds": round(time.time() - start, 1)}
 
 
@@ -174,7 +176,7 @@ def table(results: dict[str, Any]) -> str:
 
 def draw_figure(results: dict[str, Any], path: pathlib.Path) -> None:
     """The denoising distributions of one x_k half-way, for every T: exact, so nothing is read from `results`."""
-    plt = common.pyplot()
+    plt = figures.pyplot()
     shown = (1000, 100, 16, 4, 2, 1)
     figure, panels = plt.subplots(2, len(shown), figsize=(2.6 * len(shown), 5.6), constrained_layout=True)
     for column, num_steps in enumerate(shown):
@@ -204,8 +206,7 @@ def draw_figure(results: dict[str, Any], path: pathlib.Path) -> None:
     panels[0, 0].set_ylabel("mixture on a line")
     panels[1, 0].set_ylabel("25 Gaussians")
     figure.suptitle("q(x$_{k-1}$ | x$_k$) of the step half-way (k = T/2), and the Gaussian of its moments (dashed)")
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
+    figures.save_figure(figure, path)
 
 
 if __name__ == "__main__":

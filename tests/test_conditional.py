@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import python, run
-from test_model import workdir_of
+from test_model import grow, workdir_of
 from test_parallel import run_with_devices
 
 import ddgan_jax
@@ -46,10 +46,7 @@ def test_the_generator_adds_the_class_to_z_emb():
     )
     x, t, z = jnp.ones((6, 8, 8, 3)), jnp.zeros(6, jnp.int32), jnp.ones((6, 4))
     y = jnp.array([0, 1, 2, 0, 1, 2])
-    params = jax.jit(lambda k: net.init(k, x, t, z, None, y)["params"])(jax.random.key(0))
-    leaves, tree = jax.tree.flatten(params)  # the last layer starts near zero: grow all
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    params = jax.tree.unflatten(tree, [0.3 * jax.random.normal(k, v.shape) for k, v in zip(keys, leaves, strict=True)])
+    params = grow(jax.jit(lambda k: net.init(k, x, t, z, None, y)["params"])(jax.random.key(0)))
     run_ = jax.jit(lambda p, y: net.apply({"params": p}, x, t, z, None, y))
     images = run_(params, y)
     np.testing.assert_allclose(images[:3], images[3:], atol=1e-5)

@@ -17,19 +17,23 @@ from ddgan_jax.errors import UserError
 from ddgan_jax.model import to_images, to_x0
 
 
+def grow(params):
+    """Random weights: at the start of training the last layer is near zero."""
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    return jax.tree.unflatten(tree, [0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
+
+
 def workdir_of(folder, num_steps=4, name="digits", num_classes=0):
-    """A workdir of a tiny generator whose last layer is not near zero, as it is at the start of training."""
+    """A workdir of a tiny generator with weights that matter."""
     import importlib
 
     c = as_dict(importlib.import_module(f"configs.{name}").get_config("smoke"))
     c["diffusion"]["num_steps"] = num_steps
     c["model"]["num_classes"] = num_classes
     state = jax.jit(build(c).init_state)()
-    leaves, tree = jax.tree.flatten(state.ema_params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    grown = [0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
     checkpoints = checkpoint.Checkpoints(str(folder))
-    checkpoints.save(7, state.replace(ema_params=jax.tree.unflatten(tree, grown)), c)
+    checkpoints.save(7, state.replace(ema_params=grow(state.ema_params)), c)
     checkpoints.close()
     return folder
 

@@ -243,25 +243,30 @@ def test_draws_belong_to_examples():
     np.testing.assert_allclose(jnp.mean(many.flip), 0.5, atol=0.03)
 
 
+def linear(shape=(2,), **options):
+    """(method, a fresh state): G(x) = w x and D(x_t) = v . x_t from w = v = 0, T = 1, so that the last x_t is x_0."""
+    defaults = dict(
+        gen=lambda params, x, t, z: params * x,
+        disc=lambda params, x_t, t, x_tp1: jnp.sum(params * x_t, axis=tuple(range(1, x_t.ndim))),
+        schedule=Schedule.create(1),
+        optimizer=optax.identity(),
+        lr_g=state_lib.constant_schedule(0.1),
+        lr_d=state_lib.constant_schedule(1.0),
+        nz=1,
+        r1_gamma=0.0,
+        ema_decay=0.0,
+    )
+    method = ts.Method(**(defaults | options))
+    return method, state_lib.create(jnp.float32(0.0), jnp.zeros(shape), method.optimizer)
+
+
 def test_images_are_scaled_and_mirrored():
     """uint8 0 and 255 become -1 and 1, and with flip about half of the images are mirrored.
 
     Seen through a generator that returns nothing and a D that is linear in x_t at t = 0, where x_t is x_0 itself:
     D's gradient in its weights is then a sum over the images as they were seen.
     """
-    weights = jnp.zeros((2, 4, 1))
-    method = ts.Method(
-        gen=lambda params, x, t, z: params * x,
-        disc=lambda params, x_t, t, x_tp1: jnp.sum(params * x_t, axis=(1, 2, 3)),
-        schedule=Schedule.create(1),
-        optimizer=optax.identity(),
-        lr_g=state_lib.constant_schedule(0.0),
-        lr_d=state_lib.constant_schedule(1.0),
-        nz=1,
-        r1_gamma=0.0,
-        ema_decay=0.0,
-    )
-    state = state_lib.create(jnp.float32(0.0), weights, method.optimizer)
+    method, state = linear((2, 4, 1), lr_g=state_lib.constant_schedule(0.0))
     images = np.zeros((64, 2, 4, 1), np.uint8)
     images[:, :, 0] = 255
     plain = np.float32(images[0]) / 127.5 - 1
@@ -303,23 +308,6 @@ def test_gradients_that_nobody_uses_are_not_computed():
     forward = convolutions(method.gen, shapes.gen_params, x, t, z)
     assert convolutions(lambda s, x, d: ts.d_gradients(method, s, x, d, True), shapes, x, draws.d) == forward
     assert convolutions(lambda s, x, d: ts.g_gradients(method, s, x, d), shapes, x, draws.g) > 2 * forward
-
-
-def linear(**options):
-    """G(x) = w x and D(x_t) = v . x_t, on points, T = 1."""
-    defaults = dict(
-        gen=lambda params, x, t, z: params * x,
-        disc=lambda params, x_t, t, x_tp1: jnp.sum(params * x_t, axis=-1),
-        schedule=Schedule.create(1),
-        optimizer=optax.identity(),
-        lr_g=state_lib.constant_schedule(0.1),
-        lr_d=state_lib.constant_schedule(1.0),
-        nz=1,
-        r1_gamma=0.0,
-        ema_decay=0.0,
-    )
-    method = ts.Method(**(defaults | options))
-    return method, state_lib.create(jnp.float32(0.0), jnp.zeros(2), method.optimizer)
 
 
 def test_the_gaussian_objective_learns_the_mean():

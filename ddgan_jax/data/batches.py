@@ -51,9 +51,9 @@ def batches(
     """Endless batches start_step, start_step + 1, ...: this process's part [global_batch / process_count, ...] of each.
 
     `images` is an array [N, ...] or what `sources.open_data` gives for one; the dtype stays. With `labels` [N] a batch
-    is a pair (images, labels). Process p gets the p-th
-    contiguous part, so that the global batch is the same for any number of processes. A few batches are gathered ahead,
-    in threads. UserError if there are no images or the batch does not divide.
+    is a pair (images, labels). Process p gets the p-th contiguous part, so that the global batch is the same for any
+    number of processes. A few batches are gathered ahead, in threads. UserError if there are no images or the batch
+    does not divide.
     """
     import grain
 

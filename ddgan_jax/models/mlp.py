@@ -41,7 +41,8 @@ class PointGenerator(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, t: jax.Array, z: jax.Array, keys: jax.Array | None = None) -> jax.Array:
         inputs = [x / _level(self.levels, t + 1), layers.sinusoidal_embedding(t, self.t_emb_dim), z]
-        return _level(self.levels, 0 * t) * _mlp(inputs, self.width, self.depth, self.dim, self.dtype)
+        scale = self.levels[0] if self.levels else 1.0
+        return scale * _mlp(inputs, self.width, self.depth, self.dim, self.dtype)
 
 
 class PointDiscriminator(nn.Module):

@@ -1,13 +1,21 @@
 """What the experiments share: runs of main.py, and results on disk."""
 
+import argparse
 import importlib
 import json
 import os
 import pathlib
 import platform
+import queue
 import subprocess
 import sys
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+
+from tqdm import tqdm
+
+from ddgan_jax.errors import Fault
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
@@ -22,25 +30,66 @@ def machine() -> str:
     return f"{os.cpu_count()} cores of {names[0] if names else platform.processor()}, jax {jax.__version__}"
 
 
-def main(*flags: str) -> None:
-    """Run main.py with these flags, its output shown. SystemExit if it fails."""
-    code = subprocess.run([sys.executable, "main.py", *flags], cwd=ROOT).returncode
+def main(*flags: str, output: pathlib.Path | None = None) -> None:
+    """Run main.py with these flags, its output shown, or added to a file. Fault if it fails."""
+    to = output.open("a") if output else None
+    code = subprocess.run([sys.executable, "main.py", *flags], cwd=ROOT, stdout=to, stderr=to).returncode
     if code:
-        raise SystemExit(f"main.py {' '.join(flags)} ended with exit code {code}")
+        where = f", see {output}" if output else ""
+        raise Fault(f"main.py {' '.join(flags)} ended with exit code {code}{where}")
 
 
-def train_and_judge(workdir: pathlib.Path, *flags: str) -> dict[str, Any]:
+def train_and_judge(workdir: pathlib.Path, *flags: str, quiet: bool = False) -> dict[str, Any]:
     """Train in `workdir` (or go on there) and evaluate: the results of both. What is finished is not done again."""
     done = workdir / "measured.json"
     if done.exists():
         return json.loads(done.read_text())
-    main(*flags, f"--workdir={workdir}")
-    main(*flags, f"--workdir={workdir}", "--mode=evaluate", f"--out={workdir}/evaluation")
+    workdir.mkdir(parents=True, exist_ok=True)
+    output = workdir / "output.txt" if quiet else None
+    main(*flags, f"--workdir={workdir}", output=output)
+    main(*flags, f"--workdir={workdir}", "--mode=evaluate", f"--out={workdir}/evaluation", output=output)
     trained, judged = (json.loads((workdir / name).read_text()) for name in ("results.json", "evaluation/results.json"))
     found = {"flags": list(flags), "steps": trained["step"], "train_seconds": trained["seconds"], "machine": machine()}
     found["judged"] = {k: v for k, v in judged.items() if k not in ("checkpoint", "samples", "data", "networks")}
     done.write_text(json.dumps(found, indent=2) + "\n")
     return found
+
+
+def run_all(jobs: Mapping[pathlib.Path, Sequence[str]], at_once: int) -> list[dict[str, Any]]:
+    """`train_and_judge` for every workdir and its flags, in order, `at_once` at a time, each on its share of the cores.
+
+    Small networks leave most of a second core idle, so two runs of one core each take less time than one after the
+    other. The seconds of a run are those on its share. With several at a time their output is in WORKDIR/output.txt.
+    """
+    cores: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
+    ours = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    for i in range(at_once):
+        cores.put(ours[i::at_once])
+
+    def one(job: tuple[pathlib.Path, Sequence[str]]) -> dict[str, Any]:
+        share = cores.get()
+        try:
+            if share and at_once > 1:
+                os.sched_setaffinity(0, share)  # of this thread, which its children inherit
+            return train_and_judge(job[0], *job[1], quiet=at_once > 1)
+        finally:
+            cores.put(share)
+
+    with ThreadPoolExecutor(at_once) as pool:
+        return list(tqdm(pool.map(one, jobs.items()), total=len(jobs), unit="run", desc="experiment"))
+
+
+def run(file: str, experiment: Callable[[int], dict[str, Any]]) -> None:
+    """The command line of the experiment in `file`: `experiment` of the number of runs at a time, then `finish`."""
+    parser = argparse.ArgumentParser(prog=f"python -m experiments.{pathlib.Path(file).stem}")
+    parser.add_argument("--at_once", type=int, default=1, help="runs at a time, each on its share of the cores")
+    at_once = parser.parse_args().at_once
+    if at_once < 1:
+        parser.error(f"--at_once={at_once} must be 1 or more")
+    try:
+        finish(file, experiment(at_once))
+    except Fault as fault:
+        raise SystemExit(str(fault)) from fault
 
 
 def finish(file: str, results: dict[str, Any]) -> None:

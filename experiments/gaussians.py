@@ -1,6 +1,6 @@
 """25 Gaussians: who covers the modes, and how cleanly? Each method has the same networks, steps and data.
 
-    python -m experiments.gaussians                             # three seeds of each: about an hour
+    python -m experiments.gaussians --at_once=2                 # three seeds of each
 
 Trains and evaluates configs/gaussians.py in runs/experiments/gaussians; what is finished there is not done again.
 """
@@ -17,31 +17,33 @@ from experiments import common
 
 CONFIG = "--config=configs/gaussians.py"
 SEEDS = (0, 1, 2)
+PLAIN = ["--config.generator.octaves=0", "--config.discriminator.octaves=0"]
 METHODS = {
     "DDGAN, T = 4": [],
     "one-shot GAN (T = 1)": ["--config.diffusion.num_steps=1"],
     "DDGAN without z, T = 4": ["--config.generator.nz=0"],
+    "DDGAN, T = 4, random-path sliced Wasserstein": ["--config.loss.generator=rpsw", "--config.loss.projections=100"],
+    "DDGAN, T = 4, networks without waves": PLAIN,
+    "one-shot GAN (T = 1), networks without waves": ["--config.diffusion.num_steps=1", *PLAIN],
     "Gaussian denoiser, T = 4": ["--config.objective=gaussian"],
     "Gaussian denoiser, T = 1,000": ["--config.objective=gaussian", "--config.diffusion.num_steps=1000"],
 }
 SHOWN = 2000  # points of each method's first seed in the figure
 
 
-def run() -> dict[str, Any]:
+def experiment(at_once: int) -> dict[str, Any]:
     """Train, evaluate and sample all."""
     folder = common.ROOT / "runs" / "experiments" / "gaussians"
-    runs, points = [], {}
-    for i, (method, flags) in enumerate(METHODS.items()):
-        for seed in SEEDS:
-            workdir = folder / f"{i}_seed{seed}"
-            found = common.train_and_judge(workdir, CONFIG, f"--config.seed={seed}", *flags)
-            runs.append({"method": method, "seed": seed} | found)
-            if seed == SEEDS[0]:
-                points[method] = ddgan_jax.load(str(workdir)).sample(SHOWN).astype(np.float16)
+    jobs = {(i, seed): folder / f"{i}_seed{seed}" for i in range(len(METHODS)) for seed in SEEDS}
+    flags = list(METHODS.values())
+    found = common.run_all({path: [CONFIG, f"--config.seed={s}", *flags[i]] for (i, s), path in jobs.items()}, at_once)
+    names = list(METHODS)
+    runs = [{"method": names[i], "seed": seed} | run for (i, seed), run in zip(jobs, found, strict=True)]
+    points = {names[i]: ddgan_jax.load(str(path)).sample(SHOWN) for (i, s), path in jobs.items() if s == SEEDS[0]}
     target = common.RESULTS / "gaussians"
     target.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(target / "points.npz", **points)
-    return {"command": "python -m experiments.gaussians", "runs": runs}
+    np.savez_compressed(target / "points.npz", **{name: x.astype(np.float16) for name, x in points.items()})
+    return {"command": f"python -m experiments.gaussians --at_once={at_once}", "runs": runs}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -81,4 +83,4 @@ def draw_figure(results: dict[str, Any], path: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    common.finish(__file__, run())
+    common.run(__file__, experiment)

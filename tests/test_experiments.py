@@ -1,11 +1,13 @@
 """The experiments: exact ones in closed form, and tables that follow from the committed results."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 
 from ddgan_jax.diffusion import Schedule
+from ddgan_jax.errors import Fault
 from experiments import common
 from experiments import why_gaussian_fails as why
 
@@ -57,3 +59,25 @@ def test_tables_are_those_of_the_results(name):
     assert (folder / "figure.png").exists() and (folder / "table.md").read_text().strip() in (
         common.RESULTS / "README.md"
     ).read_text()
+
+
+def test_runs_share_the_cores_and_come_back_in_order(tmp_path, monkeypatch):
+    cores = os.sched_getaffinity(0)
+
+    def measured(workdir, *flags, quiet):
+        return {"workdir": workdir.name, "flags": flags, "cores": os.sched_getaffinity(0), "quiet": quiet}
+
+    monkeypatch.setattr(common, "train_and_judge", measured)
+    jobs = {tmp_path / str(i): [f"--config.seed={i}"] for i in range(5)}
+    alone = common.run_all(jobs, 1)
+    shared = common.run_all(jobs, 2)
+    assert [run["workdir"] for run in alone] == [run["workdir"] for run in shared] == list("01234")
+    assert all(run["cores"] == cores and not run["quiet"] for run in alone)
+    assert all(run["cores"] < cores or len(cores) == 1 for run in shared) and all(run["quiet"] for run in shared)
+    assert os.sched_getaffinity(0) == cores
+
+
+def test_a_failed_run_says_where_to_look(tmp_path):
+    with pytest.raises(Fault, match=r"exit code 2, see .*output.txt"):
+        common.train_and_judge(tmp_path, "--config=configs/none.py", quiet=True)
+    assert "configs/none.py" in (tmp_path / "output.txt").read_text()

@@ -347,6 +347,19 @@ def test_levels_normalise_what_point_networks_see():
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+def test_octaves_are_waves_of_every_coordinate():
+    """At depth 0 the networks are linear in what they see; waves: sin and cos of 2^i pi x, divided by 2^i."""
+    x, t, z = jnp.array([[0.25, -0.7]]), jnp.zeros(1, jnp.int32), jnp.zeros((1, 0))
+    generator = PointGenerator(nz=0, depth=0, t_emb_dim=4, octaves=2)
+    params = generator.init(jax.random.key(0), x, t, z)
+    assert params["params"]["out"]["kernel"].shape == (2 * (1 + 2 * 2) + 4, 2)
+    kernel = jnp.zeros((14, 2)).at[:10, 0].set(jnp.arange(1.0, 11))  # a weight for each input that is seen
+    seen = [x, jnp.sin(jnp.pi * x), jnp.cos(jnp.pi * x), jnp.sin(2 * jnp.pi * x) / 2, jnp.cos(2 * jnp.pi * x) / 2]
+    expected = jnp.arange(1.0, 11) @ jnp.concatenate(seen, 1)[0]
+    found = generator.apply({"params": {"out": {"kernel": kernel, "bias": jnp.zeros(2)}}}, x, t, z)
+    np.testing.assert_allclose(found[0], [expected, 0], rtol=1e-6)
+
+
 def test_a_generator_without_z():
     """nz = 0: the same image for the same x_{t+1}, and gradients that are finite."""
     options = dict(nf=8, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(), nz=0, z_emb_dim=8, n_mlp=1)

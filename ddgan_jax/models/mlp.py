@@ -3,6 +3,8 @@
 So the whole method runs on 2-D data unchanged: these take [B, d] where the others take [B, H, W, C]. `levels` are the
 standard deviations of x_0, ..., x_T: inputs are divided by them, outputs multiplied, so that the networks see numbers
 of the size of 1 (Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models", Section 5).
+With `octaves` they also see waves of each coordinate, without which networks of few inputs learn fine structure slowly
+(Tancik et al. 2020, "Fourier Features Let Networks Learn High Frequency Functions in Low Dimensional Domains").
 """
 
 from collections.abc import Sequence
@@ -15,9 +17,14 @@ from ddgan_jax.models import layers
 from ddgan_jax.models.layers import Dtype
 
 
-def _level(levels: Sequence[float], k: jax.Array) -> jax.Array:
-    """levels[k] as [B, 1]; 1 without levels."""
-    return jnp.asarray(levels)[k][:, None] if levels else jnp.ones((len(k), 1))
+def _see(x: jax.Array, levels: Sequence[float], k: jax.Array, octaves: int) -> jax.Array:
+    """x [B, d] / levels[k], and of it sin and cos (2^i pi x) / 2^i, i < octaves: [B, d (1 + 2 octaves)].
+
+    Higher waves are fainter, as in smooth functions, or D's slope, and with it R1, would be all theirs.
+    """
+    x = x / jnp.asarray(levels)[k][:, None] if levels else x
+    waves = [wave(2.0**i * jnp.pi * x) / 2**i for i in range(octaves) for wave in (jnp.sin, jnp.cos)]
+    return jnp.concatenate([x, *waves], axis=-1)
 
 
 def _mlp(inputs: list[jax.Array], width: int, depth: int, outputs: int, dtype: Dtype) -> jax.Array:
@@ -35,12 +42,13 @@ class PointGenerator(nn.Module):
     width: int = 128
     depth: int = 4
     t_emb_dim: int = 32
+    octaves: int = 0
     levels: Sequence[float] = ()
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, t: jax.Array, z: jax.Array, keys: jax.Array | None = None) -> jax.Array:
-        inputs = [x / _level(self.levels, t + 1), layers.sinusoidal_embedding(t, self.t_emb_dim), z]
+        inputs = [_see(x, self.levels, t + 1, self.octaves), layers.sinusoidal_embedding(t, self.t_emb_dim), z]
         scale = self.levels[0] if self.levels else 1.0
         return scale * _mlp(inputs, self.width, self.depth, self.dim, self.dtype)
 
@@ -51,11 +59,12 @@ class PointDiscriminator(nn.Module):
     width: int = 128
     depth: int = 4
     t_emb_dim: int = 32
+    octaves: int = 0
     levels: Sequence[float] = ()
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x_t: jax.Array, t: jax.Array, x_tp1: jax.Array) -> jax.Array:
         t_emb = layers.sinusoidal_embedding(t, self.t_emb_dim)
-        x_t, x_tp1 = x_t / _level(self.levels, t), x_tp1 / _level(self.levels, t + 1)
+        x_t, x_tp1 = (_see(x, self.levels, k, self.octaves) for x, k in ((x_t, t), (x_tp1, t + 1)))
         return _mlp([x_t, t_emb, x_tp1], self.width, self.depth, 1, self.dtype)[:, 0]

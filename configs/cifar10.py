@@ -10,7 +10,8 @@ def get_config(variant: str = "paper") -> ConfigDict:
     """The paper's setting: FID 3.75, IS 9.63, recall 0.57 with four network calls an image."""
     config = ConfigDict()
     config.seed = 0  # of weights, noise, and the order of the images
-    config.objective = "adversarial"  # or 'gaussian': x_0 by squared error, without a discriminator (for comparison)
+    config.objective = "adversarial"  # or for comparison 'gaussian': x_0 by squared error; 'one_shot': a GAN whose
+    # discriminator sees diffused images
 
     config.data = ConfigDict()
     config.data.name = "cifar10"  # of tfds, or one of ours: the table in README.md

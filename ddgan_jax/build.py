@@ -39,8 +39,8 @@ class Built:
 
     @property
     def schedule(self) -> Schedule:
-        """The diffusion's coefficients."""
-        return self.method.schedule
+        """The coefficients of sampling: the diffusion's, or one step for a generator that was trained for one."""
+        return Schedule.create(1) if self.method.objective == "one_shot" else self.method.schedule
 
     def init_state(self) -> state.TrainState:
         """The state before the first step, a function of the seed alone. Jit it."""

@@ -7,8 +7,9 @@ for one replica. The step, on a batch of real x_0:
     2.  new t, x_{t+1}, z, posterior draw on the same x_0; step of G on (3)
     3.  ema = decay ema + (1 - decay) G
 
-where (1) to (3) are the losses of losses.py. With the objective 'gaussian' step 1 is left out,
-and step 2 is on (5).
+where (1) to (3) are the losses of losses.py. Two other objectives, for comparison (Section 5.2): with 'gaussian' step 1
+is left out, and step 2 is on (5); with 'one_shot' G makes x_0 of pure noise at once, and diffusion is left with D, as
+its augmentation: it tells real x_0 from G(x_T, 0, z) after both were diffused to x_t, and is shown no x_{t+1}.
 """
 
 import dataclasses
@@ -23,12 +24,12 @@ from flax import struct
 from jax import Array
 
 from ddgan_jax import losses, parallel
-from ddgan_jax.diffusion import Schedule, q_sample_pair, sample_posterior
+from ddgan_jax.diffusion import Schedule, q_sample, q_sample_pair, sample_posterior
 from ddgan_jax.state import Params, TrainState, apply_gradients, norm, update_ema
 
 Metrics = dict[str, Array]
 
-OBJECTIVES = ("adversarial", "gaussian")
+OBJECTIVES = ("adversarial", "gaussian", "one_shot")
 
 
 class PhaseDraws(struct.PyTreeNode):
@@ -87,7 +88,7 @@ class Method:
     ema_decay: float
     flip: bool = False  # mirror half of the images
     dropout: bool = False  # does gen take dropout keys?
-    objective: str = "adversarial"  # or 'gaussian'
+    objective: str = "adversarial"  # one of OBJECTIVES
     paths: losses.Paths | None = None  # train G by (4) instead of (3)
     scale: float = 1.0  # x_0 = scale * data, for points
 
@@ -105,7 +106,14 @@ def bind(network: Callable[..., Any], params: Params, y: Array | None = None) ->
 def fake_pair(
     method: Method, gen_params: Params, x0: Array, draws: PhaseDraws, y: Array | None = None
 ) -> tuple[Array, Array, Array]:
-    """(real x_t, fake x_t, x_{t+1}) from real x_0 [B, *d]."""
+    """(real x_t, fake x_t, x_{t+1}) from real x_0 [B, *d]: what D is shown."""
+    if method.objective == "one_shot":
+        x0_hat = _generate(method, gen_params, draws.noise_tp1, jnp.zeros_like(draws.t), draws, y)
+        x_t, fake_x_t = (
+            q_sample(method.schedule, x, draws.t, noise)
+            for x, noise in ((x0, draws.noise_t), (x0_hat, draws.noise_posterior))
+        )
+        return x_t, fake_x_t, jnp.zeros_like(x_t)
     x_t, x_tp1, x0_hat = predict(method, gen_params, x0, draws, y)
     return x_t, sample_posterior(method.schedule, x0_hat, x_tp1, draws.t, draws.noise_posterior), x_tp1
 
@@ -115,8 +123,12 @@ def predict(
 ) -> tuple[Array, Array, Array]:
     """(x_t, x_{t+1}, G's x0_hat) from real x_0 [B, *d]."""
     x_t, x_tp1 = q_sample_pair(method.schedule, x0, draws.t, draws.noise_t, draws.noise_tp1)
+    return x_t, x_tp1, _generate(method, gen_params, x_tp1, draws.t, draws, y)
+
+
+def _generate(method: Method, gen_params: Params, x_tp1: Array, t: Array, draws: PhaseDraws, y: Array | None) -> Array:
     keys = () if draws.dropout_keys is None else (draws.dropout_keys,)
-    return x_t, x_tp1, bind(method.gen, gen_params, y)(x_tp1, draws.t, draws.z, *keys)
+    return bind(method.gen, gen_params, y)(x_tp1, t, draws.z, *keys)
 
 
 def d_gradients(

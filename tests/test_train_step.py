@@ -325,6 +325,19 @@ def test_the_gaussian_objective_learns_the_mean():
     assert not any(name.startswith("d_") for name in metrics) and "r1" not in metrics
 
 
+def test_the_one_shot_objective_compares_diffused_images():
+    """G sees pure noise at t = 0; D both images at the same x_t, and nothing of x_{t+1}."""
+    schedule = Schedule.create(4)
+    method = linear(objective="one_shot", schedule=schedule, gen=lambda w, x, t, z: w * x + t[:, None])[0]
+    x0 = jax.random.normal(jax.random.key(0), (64, 2))
+    draws = ts.draw(jax.random.key(1), jnp.arange(64), 4, (2,), 1, dropout=False).d
+    x_t, fake_x_t, x_tp1 = ts.fake_pair(method, jnp.float32(3.0), x0, draws)
+    a, s = (jnp.asarray(c)[draws.t][:, None] for c in (schedule.a_s_cum, schedule.sigmas_cum))
+    np.testing.assert_allclose(x_t, a * x0 + s * draws.noise_t, atol=1e-5)
+    np.testing.assert_allclose(fake_x_t, a * 3 * draws.noise_tp1 + s * draws.noise_posterior, atol=1e-5)
+    np.testing.assert_array_equal(x_tp1, 0)
+
+
 def test_points_are_scaled():
     """D's gradient in v at 0 is -mean(x_0) / 2, as G returns 0; and x_0 is `scale` times the data."""
     data = jax.random.normal(jax.random.key(0), (64, 2)) + 1

@@ -171,21 +171,24 @@ def _replace(path: pathlib.Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def compile_steps(built: Built, state: Any, batch: Any) -> dict[bool, Any]:
-    """Both step functions, compiled; says how long it took, the work of a step and the memory it needs."""
-    steps, start = {}, time.time()
-    for with_r1 in (True, False):
-        # On a CPU the highest optimization level takes longer to compile (33 s against 19 s), for no faster a step.
-        options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else {}
-        steps[with_r1] = parallel.compile_step(built.step(with_r1), state, batch, options)
-    costs = [steps[with_r1].cost_analysis() or {} for with_r1 in (False, True)]
+def compile_steps(built: Built, state: Any, batch: Any, r1_every: int) -> dict[bool, Any]:
+    """The step functions with R1 and without, compiled; says how long it took, the work of a step and its memory."""
+    start = time.time()
+    # On a CPU the highest optimization level takes longer to compile (33 s against 19 s), for no faster a step.
+    options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else {}
+    one = r1_every == 1 or built.method.objective == "gaussian"  # R1 in every step, or in none
+    steps = {
+        with_r1: parallel.compile_step(built.step(with_r1), state, batch, options)
+        for with_r1 in ([True] if one else [True, False])
+    }
+    work = [f"{(step.cost_analysis() or {}).get('flops', 0) / 1e9:.3g} GFLOP" for step in steps.values()]
     memory = steps[True].memory_analysis()
     size = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20 if memory else float("nan")
     say(
-        f"compiled in {time.time() - start:.1f} s: {costs[0].get('flops', 0) / 1e9:.3g} GFLOP a step on each device "
-        f"({costs[1].get('flops', 0) / 1e9:.3g} with R1), {size:.0f} MiB of device memory"
+        f"compiled in {time.time() - start:.1f} s: {work[-1]} a step on each device"
+        f"{'' if one else f' ({work[0]} with R1)'}, {size:.0f} MiB of device memory"
     )
-    return steps
+    return {False: steps[True]} | steps
 
 
 def overview(built: Built, shapes: Any, per_device: int, data: Data) -> None:
@@ -297,7 +300,7 @@ def _train(config: Any, workdir: str, opened: Data | None, interrupt: Interrupt)
     while step < num_steps:
         batch = next(stream)
         if not steps:
-            steps = compile_steps(built, state, batch)
+            steps = compile_steps(built, state, batch, train_["r1_every"])
             parallel.barrier()
             mark = time.time()
             bar.unpause()  # the time to go is that of steps

@@ -7,9 +7,10 @@ import os
 import pathlib
 import platform
 import queue
+import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,6 +20,7 @@ from ddgan_jax.errors import Fault
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
+SEEDS = (0, 1, 2)
 
 
 def machine() -> str:
@@ -79,25 +81,64 @@ def run_all(jobs: Mapping[pathlib.Path, Sequence[str]], at_once: int) -> list[di
         return list(tqdm(pool.map(one, jobs.items()), total=len(jobs), unit="run", desc="experiment"))
 
 
-def run(file: str, experiment: Callable[[int], dict[str, Any]]) -> None:
-    """The command line of the experiment in `file`: `experiment` of the number of runs at a time, then `finish`."""
-    parser = argparse.ArgumentParser(prog=f"python -m experiments.{pathlib.Path(file).stem}")
-    parser.add_argument("--at_once", type=int, default=1, help="runs at a time, each on its share of the cores")
-    at_once = parser.parse_args().at_once
-    if at_once < 1:
-        parser.error(f"--at_once={at_once} must be 1 or more")
+def sweep(
+    name: str,
+    common_flags: Sequence[str],
+    methods: Mapping[str, Sequence[str]],
+    at_once: int,
+    seeds: Sequence[int] = SEEDS,
+) -> list[dict[str, Any]]:
+    """`run_all` of every method (a name and its flags) with every seed: what it found, with `method` and `seed`."""
+    cases = [(method, seed) for seed in seeds for method in methods]  # first one seed of all
+    jobs = {
+        workdir(name, methods, *case): [*common_flags, f"--config.seed={case[1]}", *methods[case[0]]] for case in cases
+    }
+    found = run_all(jobs, at_once)
+    return [{"method": method, "seed": seed} | run for (method, seed), run in zip(cases, found, strict=True)]
+
+
+def workdir(name: str, methods: Mapping[str, Sequence[str]], method: str, seed: int) -> pathlib.Path:
+    """Where `sweep` trains one of the methods of the experiment `name`."""
+    return ROOT / "runs" / "experiments" / name / f"{list(methods).index(method)}_seed{seed}"
+
+
+def of_method(results: dict[str, Any], method: str) -> list[dict[str, Any]]:
+    """The runs of one method, by seed."""
+    return sorted((run for run in results["runs"] if run["method"] == method), key=lambda run: run["seed"])
+
+
+def listed(numbers: Iterable[float], form: str = ".2g") -> str:
+    """Numbers of several seeds in a cell of a table."""
+    return ", ".join(format(number, form) for number in numbers)
+
+
+def run(
+    file: str, experiment: Callable[[argparse.Namespace], dict[str, Any]], trains: bool = False, **options: str
+) -> None:
+    """The command line of the experiment in `file`: write what it finds to results.json, with its figure and table.
+
+    With `trains` it is told how many runs to have at a time; `options` are arguments that it needs besides, and what
+    they mean.
+    """
+    name = pathlib.Path(file).stem
+    parser = argparse.ArgumentParser(prog=f"python -m experiments.{name}")
+    if trains:
+        parser.add_argument("--at_once", type=int, default=1, help="runs at a time, each on its share of the cores")
+    for option, meaning in options.items():
+        parser.add_argument(f"--{option}", required=True, help=meaning)
+    args = parser.parse_args()
+    if trains and args.at_once < 1:
+        parser.error(f"--at_once={args.at_once} must be 1 or more")
     try:
-        finish(file, experiment(at_once))
+        results = experiment(args)
     except Fault as fault:
         raise SystemExit(str(fault)) from fault
-
-
-def finish(file: str, results: dict[str, Any]) -> None:
-    """Write the results of the experiment in `file`, and draw its figure and table."""
-    name = pathlib.Path(file).stem
+    command = shlex.join(["python", "-m", f"experiments.{name}", *sys.argv[1:]])
     folder = RESULTS / name
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps({"machine": machine()} | results, indent=2) + "\n")
+    (folder / "results.json").write_text(
+        json.dumps({"command": command, "machine": machine()} | results, indent=2) + "\n"
+    )
     print(show(name))
 
 
@@ -109,5 +150,5 @@ def show(name: str) -> str:
     (folder / "table.md").write_text(table + "\n")
     module.draw_figure(results, folder / "figure.png")
     about = (module.__doc__ or name).split(".")[0]
-    command = f"`python -m experiments.{name}`, {results['machine']}"
+    command = f"`{results['command']}`, {results['machine']}"
     return "\n\n".join([f"## {about}", command, table, f"![{about}]({name}/figure.png)"])

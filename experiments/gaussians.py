@@ -5,6 +5,7 @@
 Trains and evaluates configs/gaussians.py in runs/experiments/gaussians; what is finished there is not done again.
 """
 
+import argparse
 import pathlib
 from typing import Any
 
@@ -15,8 +16,7 @@ from ddgan_jax import figures
 from ddgan_jax.metrics.modes import grid_centres
 from experiments import common
 
-CONFIG = "--config=configs/gaussians.py"
-SEEDS = (0, 1, 2)
+NAME, FLAGS = "gaussians", ["--config=configs/gaussians.py"]
 PLAIN = ["--config.generator.octaves=0", "--config.discriminator.octaves=0"]
 METHODS = {
     "DDGAN, T = 4": [],
@@ -31,40 +31,37 @@ METHODS = {
 SHOWN = 2000  # points of each method's first seed in the figure
 
 
-def experiment(at_once: int) -> dict[str, Any]:
+def experiment(args: argparse.Namespace) -> dict[str, Any]:
     """Train, evaluate and sample all."""
-    folder = common.ROOT / "runs" / "experiments" / "gaussians"
-    jobs = {(i, seed): folder / f"{i}_seed{seed}" for i in range(len(METHODS)) for seed in SEEDS}
-    flags = list(METHODS.values())
-    found = common.run_all({path: [CONFIG, f"--config.seed={s}", *flags[i]] for (i, s), path in jobs.items()}, at_once)
-    names = list(METHODS)
-    runs = [{"method": names[i], "seed": seed} | run for (i, seed), run in zip(jobs, found, strict=True)]
-    points = {names[i]: ddgan_jax.load(str(path)).sample(SHOWN) for (i, s), path in jobs.items() if s == SEEDS[0]}
-    target = common.RESULTS / "gaussians"
+    runs = common.sweep(NAME, FLAGS, METHODS, args.at_once)
+    models = {method: ddgan_jax.load(str(common.workdir(NAME, METHODS, method, common.SEEDS[0]))) for method in METHODS}
+    target = common.RESULTS / NAME
     target.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(target / "points.npz", **{name: x.astype(np.float16) for name, x in points.items()})
-    return {"command": f"python -m experiments.gaussians --at_once={at_once}", "runs": runs}
+    np.savez_compressed(
+        target / "points.npz", **{m: model.sample(SHOWN).astype(np.float16) for m, model in models.items()}
+    )
+    return {"runs": runs}
 
 
 def table(results: dict[str, Any]) -> str:
     """Markdown: a row a method, all seeds in it."""
     lines = [
-        "| method | network calls | modes of 25 | high quality | KL | training | sampling 100 |",
+        "| method | network calls | modes of 25 | high quality, % | KL | training, s | sampling 100, ms |",
         "|---|---|---|---|---|---|---|",
     ]
     for method in METHODS:
-        runs = [run for run in results["runs"] if run["method"] == method]
+        runs = common.of_method(results, method)
         judged = [run["judged"] for run in runs]
-        modes = ", ".join(str(j["modes"]) for j in judged)
-        quality = ", ".join(f"{100 * j['high_quality']:.1f}" for j in judged)
-        kl = ", ".join(f"{j['kl']:.2g}" for j in judged)
-        seconds = [run["train_seconds"] for run in runs]
-        sampling = max(j["sampling"]["seconds_per_100"] for j in judged)
-        calls = judged[0]["sampling"]["network_calls"]
-        lines.append(
-            f"| {method} | {calls:,} | {modes} | {quality} % | {kl} | {min(seconds):.0f} to {max(seconds):.0f} s "
-            f"| {1000 * sampling:.2g} ms |"
-        )
+        cells = [
+            method,
+            f"{judged[0]['sampling']['network_calls']:,}",
+            common.listed((j["modes"] for j in judged), "d"),
+            common.listed((100 * j["high_quality"] for j in judged), ".1f"),
+            common.listed(j["kl"] for j in judged),
+            common.listed((run["train_seconds"] for run in runs), ".0f"),
+            common.listed(1000 * j["sampling"]["seconds_per_100"] for j in judged),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -83,4 +80,4 @@ def draw_figure(results: dict[str, Any], path: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    common.run(__file__, experiment)
+    common.run(__file__, experiment, trains=True)

@@ -17,6 +17,7 @@ paper's schedule, over the steps k = 1..T and over x_k drawn from q(x_k):
     gap          E[ KL( q(x_{k-1} | x_k) || that Gaussian ) ] in nats, summed over the steps
 """
 
+import argparse
 import pathlib
 import time
 from typing import Any, NamedTuple
@@ -138,7 +139,7 @@ def by_step(data: Mixture, num_steps: int, random: np.random.Generator) -> dict[
     return {str(k): {"multimodal": float((counts > 1).mean()), "gap": gap_} for k, (counts, gap_) in steps}
 
 
-def run() -> dict[str, Any]:
+def experiment(args: argparse.Namespace) -> dict[str, Any]:
     """Every number of the experiment."""
     start, random = time.time(), np.random.default_rng(0)
     tables = {
@@ -210,4 +211,4 @@ def draw_figure(results: dict[str, Any], path: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    common.finish(__file__, run())
+    common.run(__file__, experiment)

@@ -1,0 +1,142 @@
+"""Multimodal denoising made visible (Figure 8 of the paper): one noisy x_{t+1}, many z.
+
+    python -m experiments.multimodal                            # seconds, after those of gaussians and digits
+
+Draws of p(x_t | x_{t+1}) by networks trained on 25 Gaussians, beside the exact distribution; and on digits, what the
+generator makes of one x_{t+1}. Reported are, over POINTS noisy points, the energy distance between DRAWS draws of the
+model and as many exact ones, in standard deviations of x_t; and for digits the standard deviation over z, in grey
+levels of 255, root mean square over pixels and noisy images.
+"""
+
+import argparse
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import ddgan_jax
+from ddgan_jax import figures
+from ddgan_jax.diffusion import sample_posterior
+from ddgan_jax.model import Model
+from experiments import common, digits, gaussians
+from experiments.why_gaussian_fails import GRID, Mixture, denoising
+
+POINTS, DRAWS, IMAGES, SHOWN = 64, 1000, 12, 300
+KINDS = {
+    "DDGAN": "DDGAN, T = 4",
+    "without z": "DDGAN without z, T = 4",
+    "Gaussian denoiser": "Gaussian denoiser, T = 4",
+}
+SHOWN_SEED = 3  # of the noisy points and the digit in the figure
+
+
+def exact(model: Model, x_tp1: np.ndarray, t: int, random: np.random.Generator) -> np.ndarray:
+    """DRAWS draws [N, 2] from q(x_t | x_{t+1}), for data at the scale of the model."""
+    scale = model.built.method.scale
+    data = Mixture(scale * GRID.centres, GRID.weights, scale * GRID.std)
+    means, log_weights, variance = denoising(data, model.built.schedule, t + 1, x_tp1[None].astype(np.float64))
+    chosen = random.choice(len(data.centres), DRAWS, p=np.exp(log_weights[0]))
+    return means[0, chosen] + np.sqrt(variance) * random.standard_normal((DRAWS, 2))
+
+
+def draws(model: Model, x_tp1: np.ndarray, t: int, seed: int) -> np.ndarray:
+    """DRAWS draws [N, 2] from p_theta(x_t | x_{t+1}): fresh z, and the posterior's noise."""
+    z_key, noise_key = jax.random.split(jax.random.key(seed))
+    many, steps = jnp.tile(x_tp1, (DRAWS, 1)), jnp.full(DRAWS, t)
+    method = model.built.method
+    x0_hat = method.gen(model.params, many, steps, jax.random.normal(z_key, (DRAWS, method.nz)))
+    return np.asarray(sample_posterior(method.schedule, x0_hat, many, steps, jax.random.normal(noise_key, many.shape)))
+
+
+def energy_distance(x: np.ndarray, y: np.ndarray) -> float:
+    """sqrt(2 E|X - Y| - E|X - X'| - E|Y - Y'|), unbiased, of [N, 2] and [N, 2]; 0 below the noise."""
+    apart = lambda a, b: np.linalg.norm(a[:, None] - b, axis=-1)  # noqa: E731
+    n = len(x)
+    within = (apart(x, x).sum() + apart(y, y).sum()) / (n * (n - 1))
+    return float(np.sqrt(max(2 * apart(x, y).mean() - within, 0.0)))
+
+
+def experiment(args: argparse.Namespace) -> dict[str, Any]:
+    """Draw from what the experiments of gaussians and digits trained."""
+    seed = common.SEEDS[0]
+    arrays: dict[str, np.ndarray] = {}
+    models = {}
+    for kind, method in KINDS.items():
+        path = common.workdir(gaussians.NAME, gaussians.METHODS, method, seed)
+        common.train_and_judge(path, *gaussians.FLAGS, f"--config.seed={seed}", *gaussians.METHODS[method])
+        models[kind] = ddgan_jax.load(str(path))
+    first, random = models["DDGAN"], np.random.default_rng(0)
+    steps, deviation = range(first.num_steps), []
+    distances: dict[str, list[float]] = {kind: [] for kind in ["exact, another draw", *KINDS]}
+    for t in steps:
+        x_tp1 = np.asarray(first.trajectory(POINTS, SHOWN_SEED).x_tp1[t])
+        wide = float(np.hypot(first.built.schedule.a_s_cum[t] * 4 * 2.83, first.built.schedule.sigmas_cum[t]))
+        deviation.append(wide)
+        truth = [exact(first, x, t, random) for x in x_tp1]
+        found = {"exact, another draw": [exact(first, x, t, random) for x in x_tp1]}
+        found |= {kind: [draws(model, x, t, i) for i, x in enumerate(x_tp1)] for kind, model in models.items()}
+        for kind, sets in found.items():
+            each = [energy_distance(a, b) for a, b in zip(truth, sets, strict=True)]
+            distances[kind].append(float(np.mean(each)) / np.sqrt(wide))
+        arrays |= {f"points {kind} {t}": sets[0][:SHOWN] for kind, sets in found.items()}
+        arrays |= {f"points exact {t}": truth[0][:SHOWN], f"points noisy {t}": x_tp1[0]}
+
+    path = common.workdir(digits.NAME, digits.METHODS, "T = 4 (DDGAN)", seed)
+    common.train_and_judge(path, *digits.FLAGS, f"--config.seed={seed}")
+    model, spread = ddgan_jax.load(str(path)), []
+    for t in steps:
+        x_tp1, images = model.vary(IMAGES, t, seed=SHOWN_SEED)
+        arrays |= {f"digits noisy {t}": x_tp1[..., 0], f"digits {t}": images[..., 0]}
+        every = [model.vary(IMAGES, t, seed=i)[1].astype(np.float64).var(0, ddof=1) for i in range(POINTS)]
+        spread.append(float(np.sqrt(np.mean(every))))
+    target = common.RESULTS / "multimodal"
+    target.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(
+        target / "draws.npz", **{k: v if v.dtype == np.uint8 else v.astype(np.float16) for k, v in arrays.items()}
+    )
+    return {"energy_distance": distances, "deviation_of_x_t": deviation, "spread_of_digits": spread}
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown: a row a step."""
+    kinds = list(results["energy_distance"])
+    lines = [f"| t | {' | '.join(kinds)} | digits: deviation over z |", "|---|" + "---|" * (len(kinds) + 1)]
+    for t, spread in enumerate(results["spread_of_digits"]):
+        cells = [f"{results['energy_distance'][kind][t]:.3f}" for kind in kinds]
+        lines.append(f"| {t} | {' | '.join(cells)} | {spread:.1f} |")
+    return "\n".join(lines)
+
+
+def draw_figure(results: dict[str, Any], path: pathlib.Path) -> None:
+    """A column for every t: the exact distribution, the models', and digits from one noisy digit."""
+    plt = figures.pyplot()
+    kinds = ["exact", *KINDS]
+    steps = list(reversed(range(len(results["spread_of_digits"]))))
+    with np.load(path.parent / "draws.npz") as file:
+        arrays = {name: file[name].astype(np.float32) for name in file.files}
+    figure, panels = plt.subplots(len(kinds) + 1, len(steps), figsize=(13, 16), layout="constrained")
+    for column, t in enumerate(steps):
+        noisy = arrays[f"points noisy {t}"]
+        reach = 1.3 * max(np.abs(arrays[f"points exact {t}"]).max(), np.abs(noisy).max())
+        for axis, kind in zip(panels[:, column], kinds, strict=False):
+            axis.plot(*arrays[f"points {kind} {t}"].T, ".", markersize=4, alpha=0.5)
+            axis.plot(*noisy, "x", color="C3", markersize=10)
+            axis.set(xlim=(-reach, reach), ylim=(-reach, reach), xticks=[], yticks=[], aspect="equal")
+            if column == 0:
+                axis.set_ylabel(kind)
+        panels[0, column].set_title(f"x_{t} given x_{t + 1} (cross)")
+        images, axis = arrays[f"digits {t}"].reshape(3, 4, 8, 8), panels[-1, column]
+        tiles = np.full((3 * 9 + 11, 4 * 9), 255.0)
+        for i, j in np.ndindex(3, 4):
+            tiles[11 + 9 * i : 19 + 9 * i, 9 * j : 9 * j + 8] = images[i, j]
+        tiles[:8, 9:17] = np.clip((arrays[f"digits noisy {t}"] + 1) * 127.5, 0, 255)
+        axis.imshow(tiles, cmap="gray", vmin=0, vmax=255)
+        axis.axis("off")
+        axis.set_title(f"a digit at x_{t + 1}; x0_hat for {IMAGES} z", fontsize=9)
+    figures.save_figure(figure, path)
+
+
+if __name__ == "__main__":
+    common.run(__file__, experiment)

@@ -1,0 +1,75 @@
+"""The trilemma: quality, coverage and speed on one picture, from the other experiments' committed results.
+
+    python -m experiments.trilemma                              # a second
+
+A row is the median over the seeds. 25 Gaussians: quality is the share of samples within three standard deviations of a
+mode, coverage the share of modes. Digits: precision and recall. StackedMNIST: coverage is the share of the 1,000 modes.
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+from typing import Any
+
+from ddgan_jax import figures
+from experiments import common
+
+QUALITY_AND_COVERAGE = {
+    "gaussians": ("25 Gaussians", lambda judged: judged["high_quality"], lambda judged: judged["modes"] / 25),
+    "digits": ("digits", lambda judged: judged["precision"], lambda judged: judged["recall"]),
+}
+
+
+def rows() -> list[dict[str, Any]]:
+    """Data, method, quality, coverage (0 to 1) and seconds for 100 samples, of all that has results."""
+    found = []
+    for name, (data, quality, coverage) in QUALITY_AND_COVERAGE.items():
+        path = common.RESULTS / name / "results.json"
+        runs = json.loads(path.read_text())["runs"] if path.exists() else []
+        for method in dict.fromkeys(run["method"] for run in runs):
+            judged = [run["judged"] for run in runs if run["method"] == method]
+            middle = lambda measure, judged=judged: statistics.median(measure(j) for j in judged)  # noqa: E731
+            seconds = middle(lambda j: j["sampling"]["seconds_per_100"])
+            found.append({"data": data, "method": method, "quality": middle(quality), "coverage": middle(coverage)})
+            found[-1]["seconds_per_100"] = seconds
+    return found
+
+
+def experiment(args: argparse.Namespace) -> dict[str, Any]:
+    """Collect what the others measured."""
+    return {"rows": rows()}
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown: a row a method."""
+    lines = ["| data | method | quality | coverage | sampling 100, s |", "|---|---|---|---|---|"]
+    for row in results["rows"]:
+        numbers = f"{row['quality']:.2f} | {row['coverage']:.2f} | {row['seconds_per_100']:.2g}"
+        lines.append(f"| {row['data']} | {row['method']} | {numbers} |")
+    return "\n".join(lines)
+
+
+def draw_figure(results: dict[str, Any], path: pathlib.Path) -> None:
+    """Quality against coverage, a panel for each data; the area of a circle grows with the time of sampling."""
+    plt = figures.pyplot()
+    names = list(dict.fromkeys(row["data"] for row in results["rows"]))
+    figure, panels = plt.subplots(1, len(names), figsize=(7 * len(names), 6.5), layout="constrained", squeeze=False)
+    for axis, name in zip(panels[0], names, strict=True):
+        of_data = [row for row in results["rows"] if row["data"] == name]
+        fastest = min(row["seconds_per_100"] for row in of_data)
+        for i, row in enumerate(of_data):
+            size, label = (
+                60 * (row["seconds_per_100"] / fastest) ** 0.5,
+                f"{row['method']}: {row['seconds_per_100']:.2g} s",
+            )
+            axis.scatter(row["coverage"], row["quality"], s=size, color=f"C{i}", alpha=0.6, label=label)
+        axis.set(title=name, xlabel="coverage", ylabel="quality", xlim=(-0.05, 1.1), ylim=(-0.05, 1.1))
+        legend = axis.legend(title="seconds for 100 samples", fontsize=8, loc="center left")
+        for handle in legend.legend_handles:
+            handle.set_sizes([40])
+    figures.save_figure(figure, path)
+
+
+if __name__ == "__main__":
+    common.run(__file__, experiment)

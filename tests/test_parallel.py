@@ -15,9 +15,10 @@ import json
 import jax, jax.numpy as jnp, numpy as np
 from test_generator import random_params
 from test_train_step import method_of
-from ddgan_jax import parallel, state as state_lib, torch_weights as tw, train_step as ts
+from ddgan_jax import losses, parallel, state as state_lib, torch_weights as tw, train_step as ts
 from ddgan_jax.models.discriminator import Discriminator, preset
 from ddgan_jax.models.generator import Generator
+from ddgan_jax.models.mlp import PointDiscriminator, PointGenerator
 
 assert jax.device_count() == 4
 generator = Generator(nf=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,), nz=6, z_emb_dim=8, n_mlp=1,
@@ -53,6 +54,22 @@ first = random_params(generator, 8)["z_0"]["kernel"]
 worst["moved"] = float(np.abs(one.gen_params["z_0"]["kernel"] - first).max())
 worst["metrics"] = max(float(np.abs(a - b).max()) for a, b in zip(
     jax.tree.leaves(one_metrics), jax.tree.leaves(four_metrics), strict=True))
+
+# The sliced Wasserstein distances are of the global batch, wherever its examples are.
+generator, disc = PointGenerator(width=16, depth=1), PointDiscriminator(width=16, depth=1)
+method = method_of(generator, disc, paths=losses.Paths(64, 5.0))
+x, z = jnp.zeros((4, 2)), jnp.zeros((4, generator.nz))
+params = generator.init(jax.random.key(2), x, t, z)["params"], disc.init(jax.random.key(3), x, t, x)["params"]
+images = np.random.default_rng(1).normal(size=(3, 16, 2)).astype(np.float32)
+make = jax.jit(lambda: state_lib.create(*params, method.optimizer))
+one, _ = train(lambda r1: jax.jit(ts.make_train_step(method, 0, r1)), make(), lambda x: x)
+four, _ = train(
+    lambda r1: parallel.map_step(ts.make_train_step(method, 0, r1, parallel.AXIS)),
+    parallel.replicate(make()), parallel.split,
+)
+largest = lambda a, b: max(float(np.abs(x - y).max()) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
+worst["paths"] = largest(one.gen_params, jax.tree.map(np.asarray, four.gen_params))
+worst["paths_moved"] = largest(one.gen_params, params[0])
 print(json.dumps(worst))
 """
 
@@ -75,6 +92,7 @@ def test_one_replica_equals_four():
     assert worst["moved"] > 1e-4
     assert worst["gen_params"] < 1e-5 and worst["ema_params"] < 1e-5 and worst["disc_params"] < 1e-5
     assert worst["metrics"] < 1e-3
+    assert worst["paths_moved"] > 1e-4 and worst["paths"] < 1e-5
 
 
 def test_prefetch_changes_neither_order_nor_content():

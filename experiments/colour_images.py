@@ -1,0 +1,96 @@
+"""Real colour images: the whole path on a folder of CIFAR-10's pictures, with a small network, on two cores.
+
+    python -m experiments.colour_images --path=cifar10          # hours; started again, it goes on
+
+`--path` is a folder or zip with one folder a class, as the 50,000 training images of CIFAR-10 saved as files. It shows
+that training, sampling and evaluation work on natural images; it is not the paper's result, which takes a network 50
+times as large, and its Frechet distance is in the features of a classifier of these classes: not an FID.
+"""
+
+import argparse
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ddgan_jax import build, figures
+from experiments import common
+
+NAME = "colour_images"
+SHOWN = (0.1, 0.3, 1.0)  # of the training, where samples are shown
+REAL = 5_000  # real images that are compared with all of them, for a scale
+
+
+def experiment(args: argparse.Namespace) -> dict[str, Any]:
+    """Train, evaluate, and evaluate real images beside it."""
+    from configs.image_folder import get_config
+
+    path = str(pathlib.Path(args.path).resolve())
+    flags = ["--config=configs/image_folder.py:small", f"--config.data.path={path}"]
+    workdir = common.ROOT / "runs" / "experiments" / NAME
+    found = common.train_and_judge(workdir, *flags)
+    config = get_config("small")
+    config.data.path = path
+    images = build.open_data(config).images
+    chosen = np.sort(np.random.default_rng(0).choice(len(images), REAL, replace=False))
+    np.savez(workdir / "real.npz", np.stack([images[i] for i in chosen]))
+    common.main(*flags, "--mode=evaluate", f"--samples={workdir}/real.npz", f"--out={workdir}/real")
+    real = json.loads((workdir / "real/results.json").read_text())
+
+    records = figures.read_metrics(workdir / "metrics.jsonl")
+    keep = ("step", "d_loss", "g_loss", "images_per_second", "eval/classifier_frechet", "eval/recall")
+    way = [{name: record[name] for name in keep if name in record} for record in records]
+    evaluated = [record["step"] for record in way if "eval/classifier_frechet" in record]
+    steps = [min(evaluated, key=lambda step, share=share: abs(step - share * found["steps"])) for share in SHOWN]
+    names = [f"step_{step:07d}.png" if step < found["steps"] else "final.png" for step in steps]
+    target = common.RESULTS / NAME
+    target.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(
+        target / "samples.npz",
+        **{f"{s:,}": np.asarray(Image.open(workdir / "samples" / n)) for s, n in zip(steps, names, strict=True)},
+    )
+    shared = {"run": found | {"flags": flags[:1]}, "on_the_way": way, "samples": config.eval.num_samples}
+    return shared | {"real": {k: real[k] for k in ("classifier_frechet", "precision", "recall")}}
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown: the samples, and real images judged in the same way."""
+    run, real = results["run"], results["real"]
+    judged = run["judged"]
+    lines = [
+        "| images | steps | training | Frechet distance | precision | recall | sampling 100, s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    hours, time = f"{run['train_seconds'] / 3600:.2f} h", f"{judged['sampling']['seconds_per_100']:.2g}"
+    numbers = lambda of: f"{of['classifier_frechet']:.2f} | {of['precision']:.2f} | {of['recall']:.2f}"  # noqa: E731
+    lines.append(f"| {results['samples']:,} samples, T = 4 | {run['steps']:,} | {hours} | {numbers(judged)} | {time} |")
+    lines.append(f"| {REAL:,} of the real images | | | {numbers(real)} | |")
+    return "\n".join(lines)
+
+
+def draw_figure(results: dict[str, Any], path: pathlib.Path) -> None:
+    """Losses and distance on the way, and samples of three moments."""
+    plt = figures.pyplot()
+    way = results["on_the_way"]
+    figure, panels = plt.subplots(1, 2 + len(SHOWN), figsize=(4.2 * (2 + len(SHOWN)), 4.2), layout="constrained")
+    for name in ("d_loss", "g_loss"):
+        panels[0].plot([r["step"] for r in way], [r[name] for r in way], label=name[0].upper())
+    panels[0].set(title="losses", xlabel="step")
+    panels[0].legend()
+    judged = [r for r in way if "eval/classifier_frechet" in r]
+    panels[1].plot([r["step"] for r in judged], [r["eval/classifier_frechet"] for r in judged], ".-")
+    panels[1].axhline(results["real"]["classifier_frechet"], linestyle="--", color="k", label="real images")
+    panels[1].set(title="Frechet distance, of fewer samples", xlabel="step", yscale="log")
+    panels[1].legend()
+    with np.load(path.parent / "samples.npz") as arrays:
+        for axis, step in zip(panels[2:], arrays.files, strict=True):
+            axis.imshow(arrays[step])
+            axis.set_title(f"step {step}")
+            axis.axis("off")
+    figures.save_figure(figure, path)
+
+
+if __name__ == "__main__":
+    common.run(__file__, experiment, path="the images: a folder or zip with one folder a class")

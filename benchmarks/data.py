@@ -1,4 +1,4 @@
-"""How fast the data arrives: `python benchmarks/data.py`, a minute or two on 2 cores; one JSON line at the end.
+"""How fast the data arrives: `python -m benchmarks.data`, a minute or two on 2 cores; one JSON line at the end.
 
 Three rates in images a second, medians of several runs after a first one that does not count; 2 and 3 take turns, since
 a machine's speed changes with what else it does, and their ratio is the median of the ratios of neighbours:
@@ -12,20 +12,16 @@ import concurrent.futures
 import io
 import json
 import os
-import pathlib
-import platform
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 import jax
 import numpy as np
 import PIL
 
+from benchmarks import measure
 from ddgan_jax import parallel
 from ddgan_jax.data.batches import batches
 from ddgan_jax.data.sources import open_data, quiet
@@ -107,13 +103,6 @@ def pillow(files: list[bytes]) -> int:
     return len(files)
 
 
-def cpu() -> str:
-    """The processor's name."""
-    info = pathlib.Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def main() -> None:
     """Measure and print."""
     cifar = np.random.default_rng(0).integers(0, 256, CIFAR, np.uint8)
@@ -143,7 +132,7 @@ def main() -> None:
         f"256x256 JPEGs of {size:.0f} KiB from array_record: {rates['array_record']:,.0f} images/s, {share:.0%} of "
         f"what Pillow decodes alone ({rates['pillow']:,.0f})"
     )
-    about = {"cpu": cpu(), "cores": os.cpu_count(), "jax": jax.__version__, "pillow_version": PIL.__version__}
+    about = measure.about() | {"pillow_version": PIL.__version__}
     print(
         json.dumps({name: round(rate) for name, rate in rates.items()} | {"share_of_pillow": round(share, 3)} | about)
     )

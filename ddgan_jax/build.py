@@ -48,8 +48,12 @@ class Built:
         return state.create(self.init_gen(gen_key), self.init_disc(disc_key), self.method.optimizer)
 
     def step(self, with_r1: bool) -> Callable:
-        """The training step of one replica."""
+        """The training step of one replica among several, for `parallel.map_step`."""
         return train_step.make_train_step(self.method, self.seed, with_r1, parallel.AXIS)
+
+    def replica_step(self, with_r1: bool) -> Callable:
+        """The training step of a single device."""
+        return train_step.make_train_step(self.method, self.seed, with_r1)
 
 
 # What checkpoints may be older than: the fields, and how it was before them.

@@ -174,11 +174,9 @@ def _replace(path: pathlib.Path, text: str) -> None:
 def compile_steps(built: Built, state: Any, batch: Any, r1_every: int) -> dict[bool, Any]:
     """The step functions with R1 and without, compiled; says how long it took, the work of a step and its memory."""
     start = time.time()
-    # On a CPU the highest optimization level takes longer to compile (33 s against 19 s), for no faster a step.
-    options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else {}
     one = r1_every == 1 or built.method.objective == "gaussian"  # R1 in every step, or in none
     steps = {
-        with_r1: parallel.compile_step(built.step(with_r1), state, batch, options)
+        with_r1: parallel.compile_step(built.step(with_r1), state, batch)
         for with_r1 in ([True] if one else [True, False])
     }
     work = [f"{(step.cost_analysis() or {}).get('flops', 0) / 1e9:.3g} GFLOP" for step in steps.values()]

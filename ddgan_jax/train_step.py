@@ -196,6 +196,35 @@ def update_d(
     return state.replace(disc_params=disc_params, disc_opt=disc_opt), metrics
 
 
+def update_g(
+    method: Method,
+    state: TrainState,
+    x0: Array,
+    draws: PhaseDraws,
+    axis_name: str | None = None,
+    y: Array | None = None,
+    path_key: Array | None = None,
+) -> tuple[TrainState, Metrics]:
+    """Phases 2 and 3 of `update`: the state with the new G and its moving average, one step on."""
+    grads, parts = g_gradients(method, state, x0, draws, y, path_key, axis_name)
+    metrics = {
+        "g_loss": jnp.mean(parts["fake_loss"]),
+        "g_loss_by_t": _sum_by_t(parts["fake_loss"], draws.t, method),
+        "g_count_by_t": _sum_by_t(jnp.ones_like(parts["fake_loss"]), draws.t, method),
+    }
+    grads, metrics = parallel.mean((grads, metrics), axis_name)
+    lr_g = method.lr_g(state.step)
+    gen_params, gen_opt = apply_gradients(method.optimizer, grads, state.gen_opt, state.gen_params, lr_g)
+    metrics |= {"g_grad_norm": norm(grads), "g_param_norm": norm(gen_params), "lr_g": lr_g}
+    state = state.replace(
+        step=state.step + 1,
+        gen_params=gen_params,
+        gen_opt=gen_opt,
+        ema_params=update_ema(state.ema_params, gen_params, state.step, method.ema_decay),
+    )
+    return state, metrics
+
+
 def update(
     method: Method,
     state: TrainState,
@@ -206,28 +235,11 @@ def update(
     y: Array | None = None,
 ) -> tuple[TrainState, Metrics]:
     """The step as a pure function of real x_0 [B, *d] in [-1, 1] (already mirrored), their labels and the draws."""
-    state, metrics = (
-        (state, {}) if method.objective == "gaussian" else update_d(method, state, x0, draws.d, with_r1, axis_name, y)
-    )
-    grads, parts = g_gradients(method, state, x0, draws.g, y, draws.path_key, axis_name)
-    g_metrics = {
-        "g_loss": jnp.mean(parts["fake_loss"]),
-        "g_loss_by_t": _sum_by_t(parts["fake_loss"], draws.g.t, method),
-        "g_count_by_t": _sum_by_t(jnp.ones_like(parts["fake_loss"]), draws.g.t, method),
-    }
-    grads, g_metrics = parallel.mean((grads, g_metrics), axis_name)
-    lr_g = method.lr_g(state.step)
-    gen_params, gen_opt = apply_gradients(method.optimizer, grads, state.gen_opt, state.gen_params, lr_g)
-    metrics |= g_metrics
-    metrics |= {"g_grad_norm": norm(grads), "g_param_norm": norm(gen_params), "lr_g": lr_g}
-
-    state = state.replace(
-        step=state.step + 1,
-        gen_params=gen_params,
-        gen_opt=gen_opt,
-        ema_params=update_ema(state.ema_params, gen_params, state.step, method.ema_decay),
-    )
-    return state, metrics
+    metrics: Metrics = {}
+    if method.objective != "gaussian":
+        state, metrics = update_d(method, state, x0, draws.d, with_r1, axis_name, y)
+    state, g_metrics = update_g(method, state, x0, draws.g, axis_name, y, draws.path_key)
+    return state, metrics | g_metrics
 
 
 def _sum_by_t(values: Array, t: Array, method: Method) -> Array:

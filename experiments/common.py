@@ -1,6 +1,7 @@
 """What the experiments share: runs of main.py, and results on disk."""
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
@@ -34,8 +35,8 @@ def machine() -> str:
 
 def main(*flags: str, output: pathlib.Path | None = None) -> None:
     """Run main.py with these flags, its output shown, or added to a file. Fault if it fails."""
-    to = output.open("a") if output else None
-    code = subprocess.run([sys.executable, "main.py", *flags], cwd=ROOT, stdout=to, stderr=to).returncode
+    with output.open("a") if output else contextlib.nullcontext() as to:
+        code = subprocess.run([sys.executable, "main.py", *flags], cwd=ROOT, stdout=to, stderr=to).returncode
     if code:
         where = f", see {output}" if output else ""
         raise Fault(f"main.py {' '.join(flags)} ended with exit code {code}{where}")

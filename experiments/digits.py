@@ -23,7 +23,7 @@ METHODS = {
     "T = 8": ["--config.diffusion.num_steps=8"],
     "T = 4 without z": ["--config.generator.nz=0"],
     "one-shot GAN on diffused images": ["--config.objective=one_shot"],
-    "T = 4, random-path sliced Wasserstein": ["--config.loss.generator=rpsw"],
+    "T = 4, rpsw": ["--config.loss.generator=rpsw"],
     "Gaussian denoiser, T = 4": ["--config.objective=gaussian"],
     "Gaussian denoiser, T = 100": ["--config.objective=gaussian", "--config.diffusion.num_steps=100"],
 }

@@ -22,7 +22,7 @@ METHODS = {
     "DDGAN, T = 4": [],
     "one-shot GAN (T = 1)": ["--config.diffusion.num_steps=1"],
     "DDGAN without z, T = 4": ["--config.generator.nz=0"],
-    "DDGAN, T = 4, random-path sliced Wasserstein": ["--config.loss.generator=rpsw", "--config.loss.projections=100"],
+    "DDGAN, T = 4, rpsw": ["--config.loss.generator=rpsw", "--config.loss.projections=100"],
     "DDGAN, T = 4, networks without waves": PLAIN,
     "one-shot GAN (T = 1), networks without waves": ["--config.diffusion.num_steps=1", *PLAIN],
     "Gaussian denoiser, T = 4": ["--config.objective=gaussian"],
@@ -70,12 +70,13 @@ def draw_figure(results: dict[str, Any], path: pathlib.Path) -> None:
     plt = figures.pyplot()
     with np.load(path.parent / "points.npz") as arrays:
         points = {name: arrays[name].astype(np.float32) for name in METHODS if name in arrays}
-    figure, panels = plt.subplots(1, len(points), figsize=(3.2 * len(points), 3.5), constrained_layout=True)
-    for axis, (method, x) in zip(np.atleast_1d(panels), points.items(), strict=True):
+    figure, panels = plt.subplots(2, -(-len(points) // 2), figsize=(14, 7.6), layout="constrained")
+    for axis, (method, x) in zip(panels.flat, points.items(), strict=False):
         axis.plot(*x.T, ".", markersize=2, alpha=0.5)
         for centre in grid_centres():
             axis.add_patch(plt.Circle(centre, 0.15, fill=False, linewidth=0.6))
-        axis.set(title=method, aspect="equal", xlim=(-5.5, 5.5), ylim=(-5.5, 5.5), xticks=[], yticks=[])
+        axis.set_title(method, fontsize=10)
+        axis.set(aspect="equal", xlim=(-5.5, 5.5), ylim=(-5.5, 5.5), xticks=[], yticks=[])
     figures.save_figure(figure, path)
 
 

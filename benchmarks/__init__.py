@@ -1,0 +1,1 @@
+"""How fast it is: each a command, `python -m benchmarks.NAME`."""

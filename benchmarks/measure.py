@@ -1,0 +1,158 @@
+"""What the benchmarks share: a configuration's programs, compiled; their times; and the machine's own rates."""
+
+import dataclasses
+import os
+import pathlib
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+
+from ddgan_jax import parallel, sampling, train_step
+from ddgan_jax.build import Built, build
+
+CONV = (8, 32, 32, 128)  # a 3x3 convolution of this to as many channels, zero-padded
+MATRIX = 2048
+
+
+def cpu() -> str:
+    """The processor's name."""
+    info = pathlib.Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def about() -> dict[str, Any]:
+    """Device, versions and threads, as a benchmark states them."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    kind = jax.devices()[0].device_kind
+    device = f"{cpu()}, {cores} cores" if jax.default_backend() == "cpu" else f"{jax.device_count()} x {kind}"
+    return {"device": device, "jax": jax.__version__, "python": platform.python_version()}
+
+
+def configuration(default: str, **options: int) -> tuple[Any, Any]:
+    """(config, flags) of the command line: --config as main.py takes it, and integer `options` with their defaults."""
+    for name, value in options.items():
+        flags.DEFINE_integer(name, value, "")
+    config_flags.DEFINE_config_file("config", default, "Configuration, FILE.py or FILE.py:VARIANT.")
+    flags.FLAGS(sys.argv)
+    return flags.FLAGS.config, flags.FLAGS
+
+
+@dataclasses.dataclass
+class Program:
+    """A compiled function, what it was compiled for, and what the compiler says of it."""
+
+    call: Any
+    args: tuple[Any, ...]
+    compile_seconds: float
+    keeps: bool  # its first argument is donated and comes back as its first result
+
+    @property
+    def gflop(self) -> float:
+        """Floating-point operations in all, 1e9."""
+        return (self.call.cost_analysis() or {}).get("flops", float("nan")) / 1e9
+
+    @property
+    def gigabytes(self) -> float:
+        """Bytes read and written, 1e9."""
+        return (self.call.cost_analysis() or {}).get("bytes accessed", float("nan")) / 1e9
+
+    @property
+    def memory_gb(self) -> float:
+        """Arguments, which hold the state, and temporaries, 1e9 bytes."""
+        memory = self.call.memory_analysis()
+        return (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 1e9 if memory else float("nan")
+
+    def seconds(self) -> float:
+        """One call, until its result is there."""
+        start = time.perf_counter()
+        result = jax.block_until_ready(self.call(*self.args))
+        seconds = time.perf_counter() - start
+        if self.keeps:
+            self.args = (result[0], *self.args[1:])
+        return seconds
+
+
+def compiled(function: Callable, *args: Any, keeps: bool = False) -> Program:
+    """`function` for one device, compiled with the options of training."""
+    start = time.perf_counter()
+    jitted = jax.jit(function, donate_argnums=(0,) if keeps else ())
+    call = jitted.lower(*args).compile(compiler_options=parallel.compiler_options())
+    return Program(call, args, time.perf_counter() - start, keeps)
+
+
+def phases(built: Built) -> tuple[Callable, Callable]:
+    """The two parts of a step, D's (with R1 or without) and G's, as functions of the state and images."""
+    method = built.method
+
+    def draws(state: Any, images: jax.Array) -> train_step.Draws:
+        key, shape = jax.random.fold_in(jax.random.key(built.seed), state.step), images.shape[1:]
+        indices = jnp.arange(len(images))
+        return train_step.draw(key, indices, method.schedule.num_steps, shape, method.nz, method.dropout)
+
+    def d_part(with_r1: bool, state: Any, images: jax.Array) -> Any:
+        x0 = train_step.to_x0(images, method.scale)
+        return train_step.update_d(method, state, x0, draws(state, images).d, with_r1)
+
+    def g_part(state: Any, images: jax.Array) -> Any:
+        return train_step.update_g(method, state, train_step.to_x0(images, method.scale), draws(state, images).g)
+
+    return d_part, g_part
+
+
+def sampler(built: Built) -> Callable:
+    """(params, indices [B]) -> samples x_0."""
+    method = built.method
+    return lambda params, indices: sampling.sample(
+        lambda *args: method.gen(params, *args),
+        built.schedule,
+        jax.random.key(0),
+        indices,
+        built.image_shape,
+        method.nz,
+    )
+
+
+def convolution() -> Program:
+    """The machine's plain convolution. Its own count of operations, padding included, is not the compiler's."""
+    x, kernel = np.ones(CONV, np.float32), np.full((3, 3, CONV[-1], CONV[-1]), 1e-3, np.float32)
+    dimensions = ("NHWC", "HWIO", "NHWC")
+    return compiled(
+        lambda x, kernel: jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=dimensions),
+        jax.device_put(x),
+        jax.device_put(kernel),
+    )
+
+
+CONV_GFLOP = 2 * 9 * np.prod(CONV) * CONV[-1] / 1e9
+
+
+def matrix_product(dtype: Any = jnp.float32) -> Program:
+    """Of two square matrices."""
+    return compiled(lambda a, b: a @ b, *(jnp.ones((MATRIX, MATRIX), dtype) for _ in range(2)))
+
+
+def rate(program: Program, gflop: float, repeats: int = 5) -> float:
+    """GFLOP/s of a program that takes milliseconds: the best of a few calls, the machine undisturbed."""
+    return gflop / min(program.seconds() for _ in range(repeats))
+
+
+def build_for(config: Any, batch: int) -> Built:
+    """What `config` describes, at another batch size if it is above 0."""
+    if batch:
+        config.train.batch_size = batch
+    return build(config)
+
+
+def median(numbers: list[float]) -> float:
+    """The median, to four digits."""
+    return float(f"{statistics.median(numbers):.4g}")

@@ -1,0 +1,84 @@
+"""The time of a training step and its parts, against the machine's own convolution; a JSON line at the end.
+
+    python -m benchmarks.step --config=configs/cifar10.py --batch=8
+
+Every time is a median of --runs after one that does not count. The plain 3x3 convolution of [8, 32, 32, 128] to 128
+channels runs before and after each, so that `of_conv` (operations a second, as the compiler counts them, over the rate
+of that convolution at the time) and `work` (seconds x its TFLOP/s) mean the same on a busy machine as on a quiet one.
+"""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import measure
+
+
+def main() -> None:
+    """Measure and print."""
+    config, flags = measure.configuration("configs/cifar10.py", batch=0, runs=5)
+    built = measure.build_for(config, flags.batch)
+    batch = built.batch_size
+    quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
+    make = jax.jit(built.init_state, compiler_options=quick)
+    kind = np.uint8 if len(built.image_shape) == 3 else np.float32
+    images = jax.device_put(np.random.default_rng(0).integers(0, 2, (batch, *built.image_shape)).astype(kind))
+    d_part, g_part = measure.phases(built)
+    gen = built.method.gen
+    x, t, z = jnp.zeros((batch, *built.image_shape)), jnp.zeros(batch, jnp.int32), jnp.zeros((batch, built.method.nz))
+    functions = {
+        "step": (built.replica_step(False), True),
+        "step with R1": (built.replica_step(True), True),
+        "D": (lambda state, images: d_part(False, state, images), True),
+        "D with R1": (lambda state, images: d_part(True, state, images), True),
+        "G": (g_part, True),
+        "forward": (lambda state, images: gen(state.ema_params, x, t, z), False),
+        "sampling": (lambda state, images: measure.sampler(built)(state.ema_params, jnp.arange(batch)), False),
+    }
+    conv, matrix = measure.convolution(), measure.matrix_product()
+    conv.seconds(), matrix.seconds()
+    found = {}
+    print(f"{measure.about()['device']}; batch {batch}")
+    print(f"{'':<14}{'seconds':>9}{'GFLOP':>9}{'of conv':>9}{'work':>8}{'compile':>9}{'GB memory':>11}{'GB moved':>10}")
+    for name, (function, keeps) in functions.items():
+        program = measure.compiled(function, make(), images, keeps=keeps)
+        program.seconds()
+        gflop, seconds, shares, work = program.gflop, [], [], []
+        if name == "sampling":  # the compiler counts the body of a loop once
+            gflop = found["forward"]["gflop"] * built.schedule.num_steps
+        before = measure.rate(conv, measure.CONV_GFLOP)
+        for _ in range(flags.runs):
+            seconds.append(program.seconds())
+            after = measure.rate(conv, measure.CONV_GFLOP)
+            plain = (before + after) / 2
+            shares.append(gflop / seconds[-1] / plain)
+            work.append(seconds[-1] * plain / 1000)
+            before = after
+        found[name] = row = {
+            "seconds": measure.median(seconds),
+            "gflop": round(gflop, 2),
+            "of_conv": measure.median(shares),
+            "work": measure.median(work),
+            "compile_seconds": round(program.compile_seconds, 1),
+            "memory_gb": round(program.memory_gb, 3),
+            "gigabytes": round(program.gigabytes, 2),
+        }
+        print(
+            f"{name:<14}{row['seconds']:>9.3f}{row['gflop']:>9.1f}{row['of_conv']:>9.0%}{row['work']:>8.3f}"
+            f"{row['compile_seconds']:>9.1f}{row['memory_gb']:>11.2f}{row['gigabytes']:>10.1f}",
+            flush=True,
+        )
+        del program
+    rates = {
+        "conv_gflops": measure.rate(conv, measure.CONV_GFLOP),
+        "matrix_gflops": measure.rate(matrix, 2 * measure.MATRIX**3 / 1e9),
+    }
+    rates = {name: round(value, 1) for name, value in rates.items()}
+    print(f"plain convolution {rates['conv_gflops']} GFLOP/s, matrix product {rates['matrix_gflops']} GFLOP/s")
+    print(json.dumps({"batch": batch, "programs": found} | rates | measure.about()))
+
+
+if __name__ == "__main__":
+    main()

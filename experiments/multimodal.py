@@ -5,7 +5,8 @@
 Draws of p(x_t | x_{t+1}) by networks trained on 25 Gaussians, beside the exact distribution; and on digits, what the
 generator makes of one x_{t+1}. Reported are, over POINTS noisy points, the energy distance between DRAWS draws of the
 model and as many exact ones, in standard deviations of x_t; and for digits the standard deviation over z, in grey
-levels of 255, root mean square over pixels and noisy images.
+levels of 255, root mean square over pixels and noisy images. The figure shows, for each t, the noisy point whose exact
+distribution has the modes of the most even weights.
 """
 
 import argparse
@@ -32,13 +33,20 @@ KINDS = {
 SHOWN_SEED = 3  # of the noisy points and the digit in the figure
 
 
-def exact(model: Model, x_tp1: np.ndarray, t: int, random: np.random.Generator) -> np.ndarray:
-    """DRAWS draws [N, 2] from q(x_t | x_{t+1}), for data at the scale of the model."""
+def exact(model: Model, x_tp1: np.ndarray, t: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """q(x_t | x_{t+1}) of x_{t+1} [N, 2], for data at the scale of the model: means, log weights, variance."""
     scale = model.built.method.scale
     data = Mixture(scale * GRID.centres, GRID.weights, scale * GRID.std)
-    means, log_weights, variance = denoising(data, model.built.schedule, t + 1, x_tp1[None].astype(np.float64))
-    chosen = random.choice(len(data.centres), DRAWS, p=np.exp(log_weights[0]))
-    return means[0, chosen] + np.sqrt(variance) * random.standard_normal((DRAWS, 2))
+    return denoising(data, model.built.schedule, t + 1, x_tp1.astype(np.float64))
+
+
+def exact_draws(
+    means: np.ndarray, log_weights: np.ndarray, variance: float, random: np.random.Generator
+) -> list[np.ndarray]:
+    """DRAWS draws [., 2] from each of the mixtures."""
+    chosen = [random.choice(len(w), DRAWS, p=np.exp(w)) for w in log_weights]
+    noise = random.standard_normal((len(means), DRAWS, 2))
+    return [m[c] + np.sqrt(variance) * e for m, c, e in zip(means, chosen, noise, strict=True)]
 
 
 def draws(model: Model, x_tp1: np.ndarray, t: int, seed: int) -> np.ndarray:
@@ -74,14 +82,16 @@ def experiment(args: argparse.Namespace) -> dict[str, Any]:
         x_tp1 = np.asarray(first.trajectory(POINTS, SHOWN_SEED).x_tp1[t])
         wide = float(np.hypot(first.built.schedule.a_s_cum[t] * 4 * 2.83, first.built.schedule.sigmas_cum[t]))
         deviation.append(wide)
-        truth = [exact(first, x, t, random) for x in x_tp1]
-        found = {"exact, another draw": [exact(first, x, t, random) for x in x_tp1]}
+        mixtures = exact(first, x_tp1, t)
+        truth = exact_draws(*mixtures, random)
+        found = {"exact, another draw": exact_draws(*mixtures, random)}
         found |= {kind: [draws(model, x, t, i) for i, x in enumerate(x_tp1)] for kind, model in models.items()}
         for kind, sets in found.items():
             each = [energy_distance(a, b) for a, b in zip(truth, sets, strict=True)]
             distances[kind].append(float(np.mean(each)) / np.sqrt(wide))
-        arrays |= {f"points {kind} {t}": sets[0][:SHOWN] for kind, sets in found.items()}
-        arrays |= {f"points exact {t}": truth[0][:SHOWN], f"points noisy {t}": x_tp1[0]}
+        shown = np.argmin(np.sum(np.exp(mixtures[1]) * mixtures[1], -1))  # of the largest entropy
+        arrays |= {f"points {kind} {t}": sets[shown][:SHOWN] for kind, sets in found.items()}
+        arrays |= {f"points exact {t}": truth[shown][:SHOWN], f"points noisy {t}": x_tp1[shown]}
 
     path = common.workdir(digits.NAME, digits.METHODS, "T = 4 (DDGAN)", seed)
     common.train_and_judge(path, *digits.FLAGS, f"--config.seed={seed}")
@@ -119,11 +129,18 @@ def draw_figure(results: dict[str, Any], path: pathlib.Path) -> None:
     figure, panels = plt.subplots(len(kinds) + 1, len(steps), figsize=(13, 16), layout="constrained")
     for column, t in enumerate(steps):
         noisy = arrays[f"points noisy {t}"]
-        reach = 1.3 * max(np.abs(arrays[f"points exact {t}"]).max(), np.abs(noisy).max())
+        middle = arrays[f"points exact {t}"].mean(0)
+        reach = 1.4 * np.abs(np.concatenate([arrays[f"points exact {t}"], noisy[None]]) - middle).max()
         for axis, kind in zip(panels[:, column], kinds, strict=False):
             axis.plot(*arrays[f"points {kind} {t}"].T, ".", markersize=4, alpha=0.5)
             axis.plot(*noisy, "x", color="C3", markersize=10)
-            axis.set(xlim=(-reach, reach), ylim=(-reach, reach), xticks=[], yticks=[], aspect="equal")
+            axis.set(
+                xlim=(middle[0] - reach, middle[0] + reach),
+                ylim=(middle[1] - reach, middle[1] + reach),
+                xticks=[],
+                yticks=[],
+                aspect="equal",
+            )
             if column == 0:
                 axis.set_ylabel(kind)
         panels[0, column].set_title(f"x_{t} given x_{t + 1} (cross)")

@@ -108,9 +108,19 @@ def of_method(results: dict[str, Any], method: str) -> list[dict[str, Any]]:
     return sorted((run for run in results["runs"] if run["method"] == method), key=lambda run: run["seed"])
 
 
-def listed(numbers: Iterable[float], form: str = ".2g") -> str:
-    """Numbers of several seeds in a cell of a table."""
-    return ", ".join(format(number, form) for number in numbers)
+def method_table(
+    results: dict[str, Any], methods: Iterable[str], measures: Mapping[str, Callable[[dict[str, Any]], str]]
+) -> str:
+    """Markdown: a row a method, in its cells every seed; `measures` are functions of what was judged, by heading."""
+    columns = {heading: lambda run, measure=measure: measure(run["judged"]) for heading, measure in measures.items()}
+    columns["training, s"] = lambda run: f"{run['train_seconds']:.0f}"
+    columns["sampling 100, s"] = lambda run: f"{run['judged']['sampling']['seconds_per_100']:.2g}"
+    lines = [f"| method | network calls | {' | '.join(columns)} |", "|---|---|" + "---|" * len(columns)]
+    for method in methods:
+        runs = of_method(results, method)
+        cells = [", ".join(column(run) for run in runs) for column in columns.values()]
+        lines.append(f"| {method} | {runs[0]['judged']['sampling']['network_calls']:,} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def run(

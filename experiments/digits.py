@@ -47,24 +47,12 @@ def experiment(args: argparse.Namespace) -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     """Markdown: a row a method, all seeds in it."""
-    lines = [
-        "| method | network calls | Frechet distance | precision | recall | training, s | sampling 100, s |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for method in METHODS:
-        runs = common.of_method(results, method)
-        judged = [run["judged"] for run in runs]
-        cells = [
-            method,
-            str(judged[0]["sampling"]["network_calls"]),
-            common.listed((j["classifier_frechet"] for j in judged), ".1f"),
-            common.listed((j["precision"] for j in judged), ".2f"),
-            common.listed((j["recall"] for j in judged), ".2f"),
-            common.listed((run["train_seconds"] for run in runs), ".0f"),
-            common.listed(j["sampling"]["seconds_per_100"] for j in judged),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    measures = {
+        "Frechet distance": lambda judged: f"{judged['classifier_frechet']:.1f}",
+        "precision": lambda judged: f"{judged['precision']:.2f}",
+        "recall": lambda judged: f"{judged['recall']:.2f}",
+    }
+    return common.method_table(results, METHODS, measures)
 
 
 def draw_figure(results: dict[str, Any], path: pathlib.Path) -> None:

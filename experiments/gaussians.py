@@ -45,24 +45,12 @@ def experiment(args: argparse.Namespace) -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     """Markdown: a row a method, all seeds in it."""
-    lines = [
-        "| method | network calls | modes of 25 | high quality, % | KL | training, s | sampling 100, ms |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for method in METHODS:
-        runs = common.of_method(results, method)
-        judged = [run["judged"] for run in runs]
-        cells = [
-            method,
-            f"{judged[0]['sampling']['network_calls']:,}",
-            common.listed((j["modes"] for j in judged), "d"),
-            common.listed((100 * j["high_quality"] for j in judged), ".1f"),
-            common.listed(j["kl"] for j in judged),
-            common.listed((run["train_seconds"] for run in runs), ".0f"),
-            common.listed(1000 * j["sampling"]["seconds_per_100"] for j in judged),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    measures = {
+        "modes of 25": lambda judged: str(judged["modes"]),
+        "high quality, %": lambda judged: f"{100 * judged['high_quality']:.1f}",
+        "KL": lambda judged: f"{judged['kl']:.2g}",
+    }
+    return common.method_table(results, METHODS, measures)
 
 
 def draw_figure(results: dict[str, Any], path: pathlib.Path) -> None:

@@ -8,7 +8,8 @@ import pytest
 
 from ddgan_jax.diffusion import Schedule
 from ddgan_jax.errors import Fault
-from experiments import common
+from ddgan_jax.metrics.modes import grid_centres
+from experiments import common, gaussians
 from experiments import why_gaussian_fails as why
 
 
@@ -59,6 +60,14 @@ def test_tables_are_those_of_the_results(name):
     assert (folder / "figure.png").exists() and (folder / "table.md").read_text().strip() in (
         common.RESULTS / "README.md"
     ).read_text()
+
+
+def test_width_of_exact_samples():
+    """Within three of its standard deviations a 2-D Gaussian's mean square is 2 s^2 (1 - 5.5 e^-4.5) / (1 - e^-4.5)."""
+    random = np.random.default_rng(0)
+    points = grid_centres()[random.integers(0, 25, 100_000)] + 0.05 * random.standard_normal((100_000, 2))
+    expected = 0.05 * np.sqrt((1 - 5.5 * np.exp(-4.5)) / (1 - np.exp(-4.5)))
+    np.testing.assert_allclose(gaussians.width(points), expected, rtol=0.01)
 
 
 def test_runs_share_the_cores_and_come_back_in_order(tmp_path, monkeypatch):

@@ -72,8 +72,7 @@ def draw_figure(results: dict[str, Any], path: pathlib.Path) -> None:
     with np.load(path.parent / "samples.npz") as arrays:
         grids = below.subplots(3, 3)
         for axis, method in zip(grids.flat, METHODS, strict=True):
-            images = arrays[method][..., 0].reshape(2, SHOWN // 2, 8, 8).transpose(0, 2, 1, 3)
-            axis.imshow(images.reshape(16, -1), cmap="gray", vmin=0, vmax=255)
+            axis.imshow(figures.grid(arrays[method], columns=SHOWN // 2))
             axis.set_title(method, fontsize=9)
             axis.axis("off")
     figures.save_figure(figure, path)

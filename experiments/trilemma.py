@@ -54,7 +54,7 @@ def draw_figure(results: dict[str, Any], path: pathlib.Path) -> None:
     """Quality against coverage, a panel for each data; the area of a circle grows with the time of sampling."""
     plt = figures.pyplot()
     names = list(dict.fromkeys(row["data"] for row in results["rows"]))
-    figure, panels = plt.subplots(1, len(names), figsize=(7 * len(names), 6.5), layout="constrained", squeeze=False)
+    figure, panels = plt.subplots(1, len(names), figsize=(7 * len(names), 7.5), layout="constrained", squeeze=False)
     for axis, name in zip(panels[0], names, strict=True):
         of_data = [row for row in results["rows"] if row["data"] == name]
         fastest = min(row["seconds_per_100"] for row in of_data)
@@ -65,7 +65,9 @@ def draw_figure(results: dict[str, Any], path: pathlib.Path) -> None:
             )
             axis.scatter(row["coverage"], row["quality"], s=size, color=f"C{i}", alpha=0.6, label=label)
         axis.set(title=name, xlabel="coverage", ylabel="quality", xlim=(-0.05, 1.1), ylim=(-0.05, 1.1))
-        legend = axis.legend(title="seconds for 100 samples", fontsize=8, loc="center left")
+        legend = axis.legend(
+            title="seconds for 100 samples", fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2
+        )
         for handle in legend.legend_handles:
             handle.set_sizes([40])
     figures.save_figure(figure, path)

@@ -33,7 +33,8 @@ def workdir_of(folder, num_steps=4, name="digits", num_classes=0):
     c["model"]["num_classes"] = num_classes
     state = jax.jit(build(c).init_state)()
     checkpoints = checkpoint.Checkpoints(str(folder))
-    checkpoints.save(7, state.replace(ema_params=grow(state.ema_params)), c)
+    params = state.ema_params if c["model"]["network"] == "mlp" else grow(state.ema_params)  # an MLP's matter at once
+    checkpoints.save(7, state.replace(ema_params=params), c)
     checkpoints.close()
     return folder
 

@@ -1,6 +1,7 @@
 """What the benchmarks share: a configuration's programs, compiled; their times; and the machine's own rates."""
 
 import dataclasses
+import math
 import os
 import pathlib
 import platform
@@ -20,6 +21,7 @@ from ddgan_jax import parallel, sampling, train_step
 from ddgan_jax.build import Built, build
 
 CONV = (8, 32, 32, 128)  # a 3x3 convolution of this to as many channels, zero-padded
+CONV_GFLOP = 2 * 9 * math.prod(CONV) * CONV[-1] / 1e9  # the padding counted too
 MATRIX = 2048
 
 
@@ -94,17 +96,15 @@ def phases(built: Built) -> tuple[Callable, Callable]:
     """The two parts of a step, D's (with R1 or without) and G's, as functions of the state and images."""
     method = built.method
 
-    def draws(state: Any, images: jax.Array) -> train_step.Draws:
-        key, shape = jax.random.fold_in(jax.random.key(built.seed), state.step), images.shape[1:]
-        indices = jnp.arange(len(images))
-        return train_step.draw(key, indices, method.schedule.num_steps, shape, method.nz, method.dropout)
-
     def d_part(with_r1: bool, state: Any, images: jax.Array) -> Any:
         x0 = train_step.to_x0(images, method.scale)
-        return train_step.update_d(method, state, x0, draws(state, images).d, with_r1)
+        draws = train_step.step_draws(method, built.seed, state.step, x0)
+        return train_step.update_d(method, state, x0, draws.d, with_r1)
 
     def g_part(state: Any, images: jax.Array) -> Any:
-        return train_step.update_g(method, state, train_step.to_x0(images, method.scale), draws(state, images).g)
+        x0 = train_step.to_x0(images, method.scale)
+        draws = train_step.step_draws(method, built.seed, state.step, x0)
+        return train_step.update_g(method, state, x0, draws.g, path_key=draws.path_key)
 
     return d_part, g_part
 
@@ -123,7 +123,7 @@ def sampler(built: Built) -> Callable:
 
 
 def convolution() -> Program:
-    """The machine's plain convolution. Its own count of operations, padding included, is not the compiler's."""
+    """The machine's plain convolution, of CONV_GFLOP operations."""
     x, kernel = np.ones(CONV, np.float32), np.full((3, 3, CONV[-1], CONV[-1]), 1e-3, np.float32)
     dimensions = ("NHWC", "HWIO", "NHWC")
     return compiled(
@@ -133,17 +133,20 @@ def convolution() -> Program:
     )
 
 
-CONV_GFLOP = 2 * 9 * np.prod(CONV) * CONV[-1] / 1e9
-
-
-def matrix_product(dtype: Any = jnp.float32) -> Program:
-    """Of two square matrices."""
-    return compiled(lambda a, b: a @ b, *(jnp.ones((MATRIX, MATRIX), dtype) for _ in range(2)))
+def matrix_product() -> Program:
+    """Of two square matrices, float32."""
+    return compiled(lambda a, b: a @ b, *(jnp.ones((MATRIX, MATRIX)) for _ in range(2)))
 
 
 def rate(program: Program, gflop: float, repeats: int = 5) -> float:
     """GFLOP/s of a program that takes milliseconds: the best of a few calls, the machine undisturbed."""
     return gflop / min(program.seconds() for _ in range(repeats))
+
+
+def examples(built: Built, num: int) -> np.ndarray:
+    """Made data [num, ...] as training sees it: uint8 images, or float32 points."""
+    kind = np.uint8 if len(built.image_shape) == 3 else np.float32
+    return np.random.default_rng(0).integers(0, 2, (num, *built.image_shape)).astype(kind)
 
 
 def build_for(config: Any, batch: int) -> Built:

@@ -14,7 +14,11 @@ import socket
 import subprocess
 import sys
 
+import jax
+import numpy as np
+
 from benchmarks import measure
+from ddgan_jax import parallel
 
 LAYOUTS = ((1, 1), (1, 2), (1, 4), (1, 8), (2, 1), (2, 4))  # processes, devices of each
 KINDS = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
@@ -37,20 +41,12 @@ def collectives(program: str) -> list[tuple[str, int]]:
 
 def layout() -> None:
     """In a process of its own: compile the step for the devices there are, and print what it is made of."""
-    import jax
-    import numpy as np
-
-    from ddgan_jax import parallel
-
     parallel.initialize()
     config, flags = measure.configuration("configs/digits.py", batch=0)
     built = measure.build_for(config, flags.batch)
     state = parallel.replicate(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(built.init_state)))
-    kind = np.uint8 if len(built.image_shape) == 3 else np.float32
-    local = built.batch_size // jax.process_count()
-    program = parallel.compile_step(
-        built.step(False), state, parallel.split(np.zeros((local, *built.image_shape), kind))
-    )
+    local = measure.examples(built, built.batch_size // jax.process_count())
+    program = parallel.compile_step(built.step(False), state, parallel.split(local))
     found = collectives(program.as_text())
     sizes = {name: sum(x.size for x in jax.tree.leaves(getattr(state, f"{name}_params"))) for name in ("gen", "disc")}
     if parallel.is_primary():

@@ -11,7 +11,6 @@ import json
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from benchmarks import measure
 
@@ -23,14 +22,13 @@ def main() -> None:
     batch = built.batch_size
     quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
     make = jax.jit(built.init_state, compiler_options=quick)
-    kind = np.uint8 if len(built.image_shape) == 3 else np.float32
-    images = jax.device_put(np.random.default_rng(0).integers(0, 2, (batch, *built.image_shape)).astype(kind))
+    images = jax.device_put(measure.examples(built, batch))
     d_part, g_part = measure.phases(built)
     gen = built.method.gen
     x, t, z = jnp.zeros((batch, *built.image_shape)), jnp.zeros(batch, jnp.int32), jnp.zeros((batch, built.method.nz))
     functions = {
-        "step": (built.replica_step(False), True),
-        "step with R1": (built.replica_step(True), True),
+        "step": (built.step(False, None), True),
+        "step with R1": (built.step(True, None), True),
         "D": (lambda state, images: d_part(False, state, images), True),
         "D with R1": (lambda state, images: d_part(True, state, images), True),
         "G": (g_part, True),

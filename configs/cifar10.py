@@ -110,6 +110,16 @@ def apply_variant(config: ConfigDict, variant: str) -> ConfigDict:
     return config
 
 
+def small(config: ConfigDict, lr: float) -> None:
+    """Networks for 32 px that two CPU cores train in hours, and a schedule for them."""
+    config.generator.update(nf=32, ch_mult=(1, 2, 2), num_res_blocks=1, nz=64, z_emb_dim=128, n_mlp=3)
+    config.discriminator.update(ngf=16, t_emb_dim=128)
+    config.train.update(num_steps=10_000, batch_size=32, lr_g=lr, lr_d=lr, steps_per_epoch=1, ema_decay=0.999)
+    config.train.update(r1_gamma=0.05, r1_every=10)
+    config.checkpoint.update(every=500, keep_period=0)
+    config.log.update(every=50, samples_every=500)
+
+
 def smoke(config: ConfigDict) -> None:
     """Shrink any config so that it runs in under a minute on a CPU, on made data, through the same code."""
     config.data.update(name="synthetic", image_size=8, channels=config.data.channels or 3)

@@ -47,13 +47,9 @@ class Built:
         gen_key, disc_key = jax.random.split(jax.random.key(self.seed))
         return state.create(self.init_gen(gen_key), self.init_disc(disc_key), self.method.optimizer)
 
-    def step(self, with_r1: bool) -> Callable:
-        """The training step of one replica among several, for `parallel.map_step`."""
-        return train_step.make_train_step(self.method, self.seed, with_r1, parallel.AXIS)
-
-    def replica_step(self, with_r1: bool) -> Callable:
-        """The training step of a single device."""
-        return train_step.make_train_step(self.method, self.seed, with_r1)
+    def step(self, with_r1: bool, axis_name: str | None = parallel.AXIS) -> Callable:
+        """The training step of one replica, for `parallel.map_step`; with axis_name=None of a device by itself."""
+        return train_step.make_train_step(self.method, self.seed, with_r1, axis_name)
 
 
 # What checkpoints may be older than: the fields, and how it was before them.

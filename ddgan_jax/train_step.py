@@ -247,6 +247,16 @@ def _sum_by_t(values: Array, t: Array, method: Method) -> Array:
     return jnp.zeros(method.schedule.num_steps).at[t].add(values) / values.shape[0]
 
 
+def step_draws(method: Method, seed: int, step: Array, x0: Array, axis_name: str | None = None) -> Draws:
+    """The random numbers of training step `step` for this replica's x_0 [B, *d], from the seed and the step."""
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    indices = parallel.global_indices(x0.shape[0], axis_name)
+    draws = draw(key, indices, method.schedule.num_steps, x0.shape[1:], method.nz, method.dropout)
+    if method.paths is not None:
+        draws = draws.replace(path_key=jax.random.fold_in(key, 2**31 - 1))  # no example has this index
+    return draws
+
+
 def make_train_step(
     method: Method, seed: int, with_r1: bool, axis_name: str | None = None
 ) -> Callable[[TrainState, Array | tuple[Array, Array]], tuple[TrainState, Metrics]]:
@@ -260,11 +270,7 @@ def make_train_step(
     def step(state: TrainState, batch: Array | tuple[Array, Array]) -> tuple[TrainState, Metrics]:
         images, y = batch if isinstance(batch, tuple) else (batch, None)
         x0 = to_x0(images, method.scale)
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-        indices = parallel.global_indices(x0.shape[0], axis_name)
-        draws = draw(key, indices, method.schedule.num_steps, x0.shape[1:], method.nz, method.dropout)
-        if method.paths is not None:
-            draws = draws.replace(path_key=jax.random.fold_in(key, 2**31 - 1))  # no example has this index
+        draws = step_draws(method, seed, state.step, x0, axis_name)
         if method.flip:
             x0 = jnp.where(draws.flip[:, None, None, None], x0[:, :, ::-1], x0)
         return update(method, state, x0, draws, with_r1, axis_name, y)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from configs.image_folder import get_config
 from ddgan_jax import build, figures
 from experiments import common
 
@@ -25,8 +26,6 @@ REAL = 5_000  # real images that are compared with all of them, for a scale
 
 def experiment(args: argparse.Namespace) -> dict[str, Any]:
     """Train, evaluate, and evaluate real images beside it."""
-    from configs.image_folder import get_config
-
     path = str(pathlib.Path(args.path).resolve())
     flags = ["--config=configs/image_folder.py:small", f"--config.data.path={path}"]
     workdir = common.ROOT / "runs" / "experiments" / NAME
@@ -45,12 +44,8 @@ def experiment(args: argparse.Namespace) -> dict[str, Any]:
     evaluated = [record["step"] for record in way if "eval/classifier_frechet" in record]
     steps = [min(evaluated, key=lambda step, share=share: abs(step - share * found["steps"])) for share in SHOWN]
     names = [f"step_{step:07d}.png" if step < found["steps"] else "final.png" for step in steps]
-    target = common.RESULTS / NAME
-    target.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(
-        target / "samples.npz",
-        **{f"{s:,}": np.asarray(Image.open(workdir / "samples" / n)) for s, n in zip(steps, names, strict=True)},
-    )
+    grids = {f"{s:,}": np.asarray(Image.open(workdir / "samples" / n)) for s, n in zip(steps, names, strict=True)}
+    common.keep(NAME, "samples", grids)
     shared = {"run": found | {"flags": flags[:1]}, "on_the_way": way, "samples": config.eval.num_samples}
     return shared | {"real": {k: real[k] for k in ("classifier_frechet", "precision", "recall")}}
 

@@ -6,7 +6,6 @@ import importlib
 import json
 import os
 import pathlib
-import platform
 import queue
 import shlex
 import subprocess
@@ -15,8 +14,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
+import ddgan_jax
 from ddgan_jax.errors import Fault
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -28,9 +29,9 @@ def machine() -> str:
     """The processor, and the versions that decide about rounding."""
     import jax
 
-    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{os.cpu_count()} cores of {names[0] if names else platform.processor()}, jax {jax.__version__}"
+    from benchmarks.measure import cpu
+
+    return f"{os.cpu_count()} cores of {cpu()}, jax {jax.__version__}"
 
 
 def main(*flags: str, output: pathlib.Path | None = None) -> None:
@@ -91,16 +92,32 @@ def sweep(
 ) -> list[dict[str, Any]]:
     """`run_all` of every method (a name and its flags) with every seed: what it found, with `method` and `seed`."""
     cases = [(method, seed) for seed in seeds for method in methods]  # first one seed of all
-    jobs = {
-        workdir(name, methods, *case): [*common_flags, f"--config.seed={case[1]}", *methods[case[0]]] for case in cases
-    }
-    found = run_all(jobs, at_once)
+    found = run_all(dict(job(name, common_flags, methods, *case) for case in cases), at_once)
     return [{"method": method, "seed": seed} | run for (method, seed), run in zip(cases, found, strict=True)]
+
+
+def job(
+    name: str, common_flags: Sequence[str], methods: Mapping[str, Sequence[str]], method: str, seed: int
+) -> tuple[pathlib.Path, list[str]]:
+    """The workdir and the flags of one of the trainings of `sweep`."""
+    return workdir(name, methods, method, seed), [*common_flags, f"--config.seed={seed}", *methods[method]]
 
 
 def workdir(name: str, methods: Mapping[str, Sequence[str]], method: str, seed: int) -> pathlib.Path:
     """Where `sweep` trains one of the methods of the experiment `name`."""
     return ROOT / "runs" / "experiments" / name / f"{list(methods).index(method)}_seed{seed}"
+
+
+def samples(name: str, methods: Mapping[str, Sequence[str]], num: int) -> dict[str, np.ndarray]:
+    """`num` samples of every method's first seed."""
+    return {method: ddgan_jax.load(str(workdir(name, methods, method, SEEDS[0]))).sample(num) for method in methods}
+
+
+def keep(name: str, file: str, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays that the figure of the experiment `name` is made of beside its results, as `file`.npz."""
+    folder = RESULTS / name
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(folder / f"{file}.npz", **arrays)
 
 
 def of_method(results: dict[str, Any], method: str) -> list[dict[str, Any]]:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-import ddgan_jax
 from ddgan_jax import figures
 from experiments import common
 
@@ -38,10 +37,7 @@ SHOWN = 32  # samples of each method's first seed in the figure
 def experiment(args: argparse.Namespace) -> dict[str, Any]:
     """Train, evaluate and sample all."""
     runs = common.sweep(NAME, FLAGS, METHODS, args.at_once)
-    models = {method: ddgan_jax.load(str(common.workdir(NAME, METHODS, method, common.SEEDS[0]))) for method in METHODS}
-    target = common.RESULTS / NAME
-    target.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(target / "samples.npz", **{method: model.sample(SHOWN) for method, model in models.items()})
+    common.keep(NAME, "samples", common.samples(NAME, METHODS, SHOWN))
     return {"runs": runs}
 
 

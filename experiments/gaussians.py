@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-import ddgan_jax
 from ddgan_jax import figures
 from ddgan_jax.data.sources import GRID_STD
 from ddgan_jax.metrics.modes import grid_centres
@@ -37,11 +36,8 @@ SHOWN = 2000  # points of each method's first seed in the figure
 def experiment(args: argparse.Namespace) -> dict[str, Any]:
     """Train, evaluate and sample all."""
     runs = common.sweep(NAME, FLAGS, METHODS, args.at_once)
-    models = {method: ddgan_jax.load(str(common.workdir(NAME, METHODS, method, common.SEEDS[0]))) for method in METHODS}
-    points = {method: model.sample(SHOWN).astype(np.float16) for method, model in models.items()}
-    target = common.RESULTS / NAME
-    target.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(target / "points.npz", **points)
+    points = {method: x.astype(np.float16) for method, x in common.samples(NAME, METHODS, SHOWN).items()}
+    common.keep(NAME, "points", points)
     return {"widths": {method: width(x) for method, x in points.items()}, "runs": runs}
 
 
@@ -70,7 +66,7 @@ def draw_figure(results: dict[str, Any], path: pathlib.Path) -> None:
     for axis, (method, x) in zip(panels.flat, points.items(), strict=False):
         axis.plot(*x.T, ".", markersize=2, alpha=0.5)
         for centre in grid_centres():
-            axis.add_patch(plt.Circle(centre, 0.15, fill=False, linewidth=0.6))
+            axis.add_patch(plt.Circle(centre, 3 * GRID_STD, fill=False, linewidth=0.6))
         axis.set_title(f"{method}\nwidth {results['widths'][method]:.3f}", fontsize=10)
         axis.set(aspect="equal", xlim=(-5.5, 5.5), ylim=(-5.5, 5.5), xticks=[], yticks=[])
     figures.save_figure(figure, path)

@@ -66,21 +66,25 @@ def energy_distance(x: np.ndarray, y: np.ndarray) -> float:
     return float(np.sqrt(max(2 * apart(x, y).mean() - within, 0.0)))
 
 
+def trained(of: Any, method: str, seed: int) -> Model:
+    """What the experiment `of` trains, trained now if it was not."""
+    path, flags = common.job(of.NAME, of.FLAGS, of.METHODS, method, seed)
+    common.train_and_judge(path, *flags)
+    return ddgan_jax.load(str(path))
+
+
 def experiment(args: argparse.Namespace) -> dict[str, Any]:
     """Draw from what the experiments of gaussians and digits trained."""
     seed = common.SEEDS[0]
     arrays: dict[str, np.ndarray] = {}
-    models = {}
-    for kind, method in KINDS.items():
-        path = common.workdir(gaussians.NAME, gaussians.METHODS, method, seed)
-        common.train_and_judge(path, *gaussians.FLAGS, f"--config.seed={seed}", *gaussians.METHODS[method])
-        models[kind] = ddgan_jax.load(str(path))
+    models = {kind: trained(gaussians, method, seed) for kind, method in KINDS.items()}
     first, random = models["DDGAN"], np.random.default_rng(0)
     steps, deviation = range(first.num_steps), []
     distances: dict[str, list[float]] = {kind: [] for kind in ["exact, another draw", *KINDS]}
-    for t in steps:
-        x_tp1 = np.asarray(first.trajectory(POINTS, SHOWN_SEED).x_tp1[t])
-        wide = float(np.hypot(first.built.schedule.a_s_cum[t] * 4 * 2.83, first.built.schedule.sigmas_cum[t]))
+    noisy = first.trajectory(POINTS, SHOWN_SEED).x_tp1
+    std = first.config["data"]["scale"] * first.config["model"]["data_std"]  # of x_0
+    for t, x_tp1 in enumerate(noisy):
+        wide = float(np.hypot(first.built.schedule.a_s_cum[t] * std, first.built.schedule.sigmas_cum[t]))
         deviation.append(wide)
         mixtures = exact(first, x_tp1, t)
         truth = exact_draws(*mixtures, random)
@@ -93,19 +97,14 @@ def experiment(args: argparse.Namespace) -> dict[str, Any]:
         arrays |= {f"points {kind} {t}": sets[shown][:SHOWN] for kind, sets in found.items()}
         arrays |= {f"points exact {t}": truth[shown][:SHOWN], f"points noisy {t}": x_tp1[shown]}
 
-    path = common.workdir(digits.NAME, digits.METHODS, "T = 4 (DDGAN)", seed)
-    common.train_and_judge(path, *digits.FLAGS, f"--config.seed={seed}")
-    model, spread = ddgan_jax.load(str(path)), []
+    model, spread = trained(digits, "T = 4 (DDGAN)", seed), []
     for t in steps:
         x_tp1, images = model.vary(IMAGES, t, seed=SHOWN_SEED)
         arrays |= {f"digits noisy {t}": x_tp1[..., 0], f"digits {t}": images[..., 0]}
         every = [model.vary(IMAGES, t, seed=i)[1].astype(np.float64).var(0, ddof=1) for i in range(POINTS)]
         spread.append(float(np.sqrt(np.mean(every))))
-    target = common.RESULTS / "multimodal"
-    target.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(
-        target / "draws.npz", **{k: v if v.dtype == np.uint8 else v.astype(np.float16) for k, v in arrays.items()}
-    )
+    smaller = {k: v if v.dtype == np.uint8 else v.astype(np.float16) for k, v in arrays.items()}
+    common.keep("multimodal", "draws", smaller)
     return {"energy_distance": distances, "deviation_of_x_t": deviation, "spread_of_digits": spread}
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-import ddgan_jax
 from ddgan_jax import figures
 from experiments import common
 
@@ -24,17 +23,13 @@ SHOWN = 64
 def experiment(args: argparse.Namespace) -> dict[str, Any]:
     """Train, evaluate and sample both."""
     runs = common.sweep(NAME, FLAGS, METHODS, args.at_once, SEEDS)
-    arrays = {}
     for run in runs:
         folder = common.workdir(NAME, METHODS, run["method"], run["seed"])
-        arrays[run["method"]] = ddgan_jax.load(str(folder)).sample(SHOWN)
         records = figures.read_metrics(folder / "metrics.jsonl")
         run["on_the_way"] = [
             {"step": r["step"], "modes": r["eval/modes"], "kl": r["eval/kl"]} for r in records if "eval/modes" in r
         ]
-    target = common.RESULTS / NAME
-    target.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(target / "samples.npz", **arrays)
+    common.keep(NAME, "samples", common.samples(NAME, METHODS, SHOWN))
     return {"runs": runs}
 
 

@@ -3,7 +3,7 @@
     python -m experiments.trilemma                              # a second
 
 A row is the median over the seeds. 25 Gaussians: quality is the share of samples within three standard deviations of a
-mode, coverage the share of modes. Digits: precision and recall. StackedMNIST: coverage is the share of the 1,000 modes.
+mode, coverage the share of modes. Digits: precision and recall.
 """
 
 import argparse
@@ -21,6 +21,11 @@ QUALITY_AND_COVERAGE = {
 }
 
 
+def seconds_per_100(judged: dict[str, Any]) -> float:
+    """Of sampling."""
+    return judged["sampling"]["seconds_per_100"]
+
+
 def rows() -> list[dict[str, Any]]:
     """Data, method, quality, coverage (0 to 1) and seconds for 100 samples, of all that has results."""
     found = []
@@ -28,11 +33,10 @@ def rows() -> list[dict[str, Any]]:
         path = common.RESULTS / name / "results.json"
         runs = json.loads(path.read_text())["runs"] if path.exists() else []
         for method in dict.fromkeys(run["method"] for run in runs):
+            measures = {"quality": quality, "coverage": coverage, "seconds_per_100": seconds_per_100}
             judged = [run["judged"] for run in runs if run["method"] == method]
-            middle = lambda measure, judged=judged: statistics.median(measure(j) for j in judged)  # noqa: E731
-            seconds = middle(lambda j: j["sampling"]["seconds_per_100"])
-            found.append({"data": data, "method": method, "quality": middle(quality), "coverage": middle(coverage)})
-            found[-1]["seconds_per_100"] = seconds
+            middle = {name: statistics.median(map(measure, judged)) for name, measure in measures.items()}
+            found.append({"data": data, "method": method} | middle)
     return found
 
 

@@ -9,7 +9,7 @@ import pytest
 from ddgan_jax.diffusion import Schedule
 from ddgan_jax.errors import Fault
 from ddgan_jax.metrics.modes import grid_centres
-from experiments import common, gaussians
+from experiments import common, gaussians, trilemma
 from experiments import why_gaussian_fails as why
 
 
@@ -60,6 +60,11 @@ def test_tables_are_those_of_the_results(name):
     assert (folder / "figure.png").exists() and (folder / "table.md").read_text().strip() in (
         common.RESULTS / "README.md"
     ).read_text()
+
+
+def test_the_trilemma_is_of_the_committed_results():
+    results = json.loads((common.RESULTS / "trilemma" / "results.json").read_text())
+    assert results["rows"] == trilemma.rows()
 
 
 def test_width_of_exact_samples():

@@ -3,7 +3,7 @@
     python -m benchmarks.step --config=configs/cifar10.py --batch=8
 
 Every time is a median of --runs after one that does not count. The plain 3x3 convolution of [8, 32, 32, 128] to 128
-channels runs before and after each, so that `of_conv` (operations a second, as the compiler counts them, over the rate
+channels runs before and after each, so that `of plain` (operations a second, as the compiler counts them, over the rate
 of that convolution at the time) and `work` (seconds x its TFLOP/s) mean the same on a busy machine as on a quiet one.
 """
 
@@ -13,20 +13,16 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import measure
+from benchmarks.measure import Program
+from ddgan_jax.build import Built
 
 
-def main() -> None:
-    """Measure and print."""
-    config, flags = measure.configuration("configs/cifar10.py", batch=0, runs=5)
-    built = measure.build_for(config, flags.batch)
-    batch = built.batch_size
-    quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
-    make = jax.jit(built.init_state, compiler_options=quick)
-    images = jax.device_put(measure.examples(built, batch))
-    d_part, g_part = measure.phases(built)
-    gen = built.method.gen
+def functions(built: Built) -> dict:
+    """What is measured, by name: (function of the state and images, is the state donated and handed back?)."""
+    batch, gen = built.batch_size, built.method.gen
     x, t, z = jnp.zeros((batch, *built.image_shape)), jnp.zeros(batch, jnp.int32), jnp.zeros((batch, built.method.nz))
-    functions = {
+    d_part, g_part = measure.phases(built)
+    return {
         "step": (built.step(False, None), True),
         "step with R1": (built.step(True, None), True),
         "D": (lambda state, images: d_part(False, state, images), True),
@@ -35,47 +31,63 @@ def main() -> None:
         "forward": (lambda state, images: gen(state.ema_params, x, t, z), False),
         "sampling": (lambda state, images: measure.sampler(built)(state.ema_params, jnp.arange(batch)), False),
     }
-    conv, matrix = measure.convolution(), measure.matrix_product()
-    conv.seconds(), matrix.seconds()
-    found = {}
-    print(f"{measure.about()['device']}; batch {batch}")
-    print(f"{'':<14}{'seconds':>9}{'GFLOP':>9}{'of conv':>9}{'work':>8}{'compile':>9}{'GB memory':>11}{'GB moved':>10}")
-    for name, (function, keeps) in functions.items():
+
+
+def rows(built: Built, runs: int, plain: Program, plain_gflop: float) -> dict[str, dict]:
+    """Compile, time and print each of `functions`, against the rate of the program `plain` before and after."""
+    quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
+    make = jax.jit(built.init_state, compiler_options=quick)
+    images = jax.device_put(measure.examples(built, built.batch_size))
+    plain.seconds()
+    found: dict[str, dict] = {}
+    print(
+        f"{'':<14}{'seconds':>9}{'GFLOP':>9}{'of plain':>9}{'work':>8}{'compile':>9}{'GB memory':>11}{'GB moved':>10}"
+    )
+    for name, (function, keeps) in functions(built).items():
         program = measure.compiled(function, make(), images, keeps=keeps)
         program.seconds()
         gflop, seconds, shares, work = program.gflop, [], [], []
         if name == "sampling":  # the compiler counts the body of a loop once
             gflop = found["forward"]["gflop"] * built.schedule.num_steps
-        before = measure.rate(conv, measure.CONV_GFLOP)
-        for _ in range(flags.runs):
+        before = measure.rate(plain, plain_gflop)
+        for _ in range(runs):
             seconds.append(program.seconds())
-            after = measure.rate(conv, measure.CONV_GFLOP)
-            plain = (before + after) / 2
-            shares.append(gflop / seconds[-1] / plain)
-            work.append(seconds[-1] * plain / 1000)
+            after = measure.rate(plain, plain_gflop)
+            shares.append(gflop / seconds[-1] / ((before + after) / 2))
+            work.append(seconds[-1] * (before + after) / 2000)
             before = after
         found[name] = row = {
             "seconds": measure.median(seconds),
             "gflop": round(gflop, 2),
-            "of_conv": measure.median(shares),
+            "of_plain": measure.median(shares),
             "work": measure.median(work),
             "compile_seconds": round(program.compile_seconds, 1),
             "memory_gb": round(program.memory_gb, 3),
             "gigabytes": round(program.gigabytes, 2),
         }
         print(
-            f"{name:<14}{row['seconds']:>9.3f}{row['gflop']:>9.1f}{row['of_conv']:>9.0%}{row['work']:>8.3f}"
+            f"{name:<14}{row['seconds']:>9.3f}{row['gflop']:>9.1f}{row['of_plain']:>9.0%}{row['work']:>8.3f}"
             f"{row['compile_seconds']:>9.1f}{row['memory_gb']:>11.2f}{row['gigabytes']:>10.1f}",
             flush=True,
         )
         del program
+    return found
+
+
+def main() -> None:
+    """Measure and print."""
+    config, flags = measure.configuration("configs/cifar10.py", batch=0, runs=5)
+    built = measure.build_for(config, flags.batch)
+    conv, matrix = measure.convolution(), measure.matrix_product()
+    print(f"{measure.about()['device']}; batch {built.batch_size}")
+    found = rows(built, flags.runs, conv, measure.CONV_GFLOP)
+    matrix.seconds()
     rates = {
-        "conv_gflops": measure.rate(conv, measure.CONV_GFLOP),
-        "matrix_gflops": measure.rate(matrix, 2 * measure.MATRIX**3 / 1e9),
+        "conv_gflops": round(measure.rate(conv, measure.CONV_GFLOP), 1),
+        "matrix_gflops": round(measure.rate(matrix, matrix.gflop), 1),
     }
-    rates = {name: round(value, 1) for name, value in rates.items()}
     print(f"plain convolution {rates['conv_gflops']} GFLOP/s, matrix product {rates['matrix_gflops']} GFLOP/s")
-    print(json.dumps({"batch": batch, "programs": found} | rates | measure.about()))
+    print(json.dumps({"batch": built.batch_size, "programs": found} | rates | measure.about()))
 
 
 if __name__ == "__main__":

@@ -112,8 +112,8 @@ def apply_variant(config: ConfigDict, variant: str) -> ConfigDict:
 
 def small(config: ConfigDict, lr: float) -> None:
     """Networks for 32 px that two CPU cores train in hours, and a schedule for them."""
-    config.generator.update(nf=32, ch_mult=(1, 2, 2), num_res_blocks=1, nz=64, z_emb_dim=128, n_mlp=3)
-    config.discriminator.update(ngf=16, t_emb_dim=128)
+    config.generator.update(nf=16, ch_mult=(1, 2, 4), num_res_blocks=1, nz=64, z_emb_dim=128, n_mlp=3)
+    config.discriminator.update(ngf=8, t_emb_dim=128)
     config.train.update(num_steps=10_000, batch_size=32, lr_g=lr, lr_d=lr, steps_per_epoch=1, ema_decay=0.999)
     config.train.update(r1_gamma=0.05, r1_every=10)
     config.checkpoint.update(every=500, keep_period=0)

@@ -20,4 +20,6 @@ def get_config(variant: str = "paper") -> ConfigDict:
         return apply_variant(config, variant)
     config.data.name = "stacked_mnist_5k"
     small(config, lr=1e-3)
+    config.train.num_steps = 5_000
+    config.eval.update(every=1_000, online_samples=2_000)
     return config

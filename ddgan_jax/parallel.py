@@ -23,9 +23,9 @@ from ddgan_jax.errors import UserError
 AXIS = "batch"
 
 
-def map_step(step: Callable) -> Any:
-    """step(state, batch) of one replica -> the same on all devices, the state donated and kept replicated."""
-    return jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0)
+def map_step(step: Callable, devices: Any = None) -> Any:
+    """step(state, batch) of one replica -> the same on all `devices` (all there are), the state kept replicated and donated."""
+    return jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0, devices=devices)
 
 
 def compiler_options() -> dict[str, Any]:

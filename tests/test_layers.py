@@ -99,4 +99,4 @@ def test_dropout_belongs_to_the_example():
 @pytest.mark.parametrize("channels", [3, 30, 130])
 def test_group_norm_refuses_uneven_widths(channels):
     with pytest.raises(UserError, match=f"{channels} channels"):
-        layers.group_norm(channels, "norm")
+        layers.normalize(jnp.zeros((1, 2, 2, channels)), jnp.ones((1, channels)), jnp.zeros((1, channels)))

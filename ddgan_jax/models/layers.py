@@ -48,7 +48,74 @@ def embed(classes: int, features: int, dtype: Dtype, name: str, std: float) -> n
 
 def conv(features: int, size: int, dtype: Dtype, name: str, init: Initializer | None = None, **options) -> nn.Conv:
     """A size x size convolution, zero-padded to keep height and width unless `options` says otherwise."""
+    if size in (1, 3) and not {"strides", "padding"} & set(options):
+        function = pointwise if size == 1 else convolve
+        options["conv_general_dilated"] = lambda x, kernel, *_, **__: function(x, kernel)
     return nn.Conv(features, (size, size), kernel_init=init or init_avg(), dtype=dtype, name=name, **options)
+
+
+# --- Convolutions -----------------------------------------------------------------------------------------------
+# The gradient of a kernel is a convolution whose window is the whole image, and takes a CPU two to five times as long
+# as the convolution itself. As a sum over strips of a few rows it does not. c(x, k), with its gradients i(g, k) of x
+# and w(x, g) of k, are the three derivatives of one trilinear form, so each one's gradients are the other two.
+
+
+def pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """[B, H, W, C] convolved with [1, 1, C, F]: a matrix product."""
+    return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def _conv3x3(x: jax.Array, kernel: jax.Array, rows: tuple[int, int] = (1, 1)) -> jax.Array:
+    """Padded by one column on both sides, and by `rows` above and below."""
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), (rows, (1, 1)), dimension_numbers=numbers)
+
+
+@jax.custom_vjp
+def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """c: [B, H, W, C] convolved with [3, 3, C, F], padded by one zero all around."""
+    return _conv3x3(x, kernel)
+
+
+@jax.custom_vjp
+def _input_gradient(g: jax.Array, kernel: jax.Array) -> jax.Array:
+    """i: the gradient of x [B, H, W, C] from that of the result [B, H, W, F]."""
+    x = jax.ShapeDtypeStruct((*g.shape[:3], kernel.shape[2]), g.dtype)
+    return jax.linear_transpose(lambda x: _conv3x3(x, kernel), x)(g)[0]
+
+
+@jax.custom_vjp
+def _kernel_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
+    """w: the gradient of the kernel [3, 3, C, F] from that of the result [B, H, W, F]."""
+    kernel = jax.ShapeDtypeStruct((3, 3, x.shape[-1], g.shape[-1]), x.dtype)
+    height = x.shape[1]
+
+    def strip(x: jax.Array, g: jax.Array, start: int, stop: int) -> jax.Array:
+        rows = (int(start == 0), int(stop == height))
+        part = x[:, start - 1 + rows[0] : stop + 1 - rows[1]]
+        return jax.linear_transpose(lambda k: _conv3x3(part, k, rows), kernel)(g[:, start:stop])[0]
+
+    def in_strips(x: jax.Array, g: jax.Array) -> jax.Array:
+        step = max(8, height // 16)
+        strips = (strip(x, g, i, min(i + step, height)).astype(jnp.float32) for i in range(0, height, step))
+        return functools.reduce(operator.add, strips).astype(x.dtype)
+
+    whole = functools.partial(strip, start=0, stop=height)
+    return jax.lax.platform_dependent(x, g, cpu=in_strips if height > 16 else whole, default=whole)
+
+
+convolve.defvjp(
+    lambda x, k: (convolve(x, k), (x, k)),
+    lambda saved, g: (_input_gradient(g, saved[1]), _kernel_gradient(saved[0], g)),
+)
+_input_gradient.defvjp(
+    lambda g, k: (_input_gradient(g, k), (g, k)),
+    lambda saved, x: (convolve(x, saved[1]), _kernel_gradient(x, saved[0])),
+)
+_kernel_gradient.defvjp(
+    lambda x, g: (_kernel_gradient(x, g), (x, g)),
+    lambda saved, k: (_input_gradient(saved[1], k), convolve(saved[0], k)),
+)
 
 
 # --- FIR resampling ---------------------------------------------------------------------------------------------
@@ -164,23 +231,41 @@ def leaky_relu(x: jax.Array) -> jax.Array:
 # --- Norms, attention, blocks -----------------------------------------------------------------------------------
 
 
-def group_norm(channels: int, name: str, affine: bool = True) -> nn.GroupNorm:
-    """Group norm with min(C // 4, 32) groups. Raises UserError where the groups do not divide the channels."""
+def normalize(x: jax.Array, gain: jax.Array, bias: jax.Array) -> jax.Array:
+    """Group norm of [B, H, W, C] with min(C // 4, 32) groups, float32; gain and bias are [B, C], or [1, C] for all.
+
+    A group's mean is the mean of its channels' means, spread to its channels again by a matrix product: on a CPU both
+    reductions over part of the channels, the fastest axis, and repeats along it take several times as long.
+    Raises UserError where the groups do not divide the channels.
+    """
+    channels = x.shape[-1]
     groups = min(channels // 4, 32)
     if groups == 0 or channels % groups:
         raise UserError(
             f"group norm splits channels into min(C // 4, 32) equal groups, which {channels} channels do not allow: "
             "choose nf and ch_mult so that every width is a multiple of 4 up to 128 and of 32 above"
         )
-    return nn.GroupNorm(
-        groups,
-        epsilon=1e-6,
-        use_bias=affine,
-        use_scale=affine,
-        use_fast_variance=False,
-        dtype=jnp.float32,
-        name=name,
-    )
+
+    same_group = np.kron(np.eye(groups), np.full((channels // groups, channels // groups), groups / channels))
+
+    def group_mean(x: jax.Array) -> jax.Array:
+        """The mean of a channel's group, at each channel: [B, 1, 1, C]."""
+        means = jnp.mean(x, axis=(1, 2), keepdims=True)
+        return jnp.matmul(means, jnp.asarray(same_group, jnp.float32), precision=jax.lax.Precision.HIGHEST)
+
+    x = x.astype(jnp.float32)
+    x = x - group_mean(x)
+    return x * (gain[:, None, None] * jax.lax.rsqrt(group_mean(jnp.square(x)) + 1e-6)) + bias[:, None, None]
+
+
+class GroupNorm(nn.Module):
+    """`normalize` with a learned gain and bias."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (x.shape[-1],)
+        gain, bias = self.param("scale", nn.initializers.ones, shape), self.param("bias", nn.initializers.zeros, shape)
+        return normalize(x, gain[None], bias[None])
 
 
 class AdaptiveGroupNorm(nn.Module):
@@ -198,8 +283,7 @@ class AdaptiveGroupNorm(nn.Module):
         style = nn.Dense(
             2 * channels, kernel_init=init_out(), bias_init=gains_one_biases_zero, dtype=self.dtype, name="style"
         )(z_emb)
-        gain, bias = jnp.split(style.astype(jnp.float32)[:, None, None, :], 2, axis=-1)
-        return gain * group_norm(channels, "norm", affine=False)(x) + bias
+        return normalize(x, *jnp.split(style.astype(jnp.float32), 2, axis=-1))
 
 
 def merge(x: jax.Array, h: jax.Array, rescale: bool) -> jax.Array:
@@ -208,7 +292,7 @@ def merge(x: jax.Array, h: jax.Array, rescale: bool) -> jax.Array:
 
 
 class Keys(nn.Module):
-    """The keys of attention, [B, N, C] -> [B, N, C]: a dense layer whose bias gets no gradient.
+    """The keys of attention, [N, C] -> [N, C]: a dense layer whose bias gets no gradient.
 
     The bias adds the same to all logits of a query, which softmax ignores. Its true gradient is therefore zero, and
     Adam would walk along the rounding noise of a computed one, another way on any other number of devices.
@@ -232,11 +316,12 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         b, height, width, c = x.shape
-        h = group_norm(c, "norm")(x).reshape(b, height * width, c)
+        h = GroupNorm(name="norm")(x).reshape(-1, c)  # flat, as dense layers have their gradients without a transpose
         q, v = (nn.Dense(c, kernel_init=init_avg(0.1), dtype=self.dtype, name=name)(h) for name in ("q", "v"))
         k = Keys(self.dtype, name="k")(h)
+        q, k, v = (a.reshape(b, height * width, c) for a in (q, k, v))
         logits = jnp.einsum("bqc,bkc->bqk", q, k).astype(jnp.float32) * c**-0.5
-        h = jnp.einsum("bqk,bkc->bqc", jax.nn.softmax(logits, axis=-1).astype(v.dtype), v)
+        h = jnp.einsum("bqk,bkc->bqc", jax.nn.softmax(logits, axis=-1).astype(v.dtype), v).reshape(-1, c)
         h = nn.Dense(c, kernel_init=init_avg(0.0), dtype=self.dtype, name="out")(h)
         return merge(x, h.reshape(x.shape), self.skip_rescale)
 
@@ -280,7 +365,7 @@ class ResBlock(nn.Module):
         if t_emb is not None:
             h = h + t_shift[:, None, None, :]
         if self.kind == "biggan_oneadagn":
-            h = group_norm(self.features, "norm_1")(h)
+            h = GroupNorm(name="norm_1")(h)
         else:
             h = AdaptiveGroupNorm(self.dtype, name="norm_1")(h, z_emb)
         h = dropout(jax.nn.silu(h).astype(self.dtype), self.dropout, keys)

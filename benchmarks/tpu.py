@@ -1,0 +1,110 @@
+"""The training step and the sampler compiled for a TPU pod slice, with no TPU; a JSON line at the end.
+
+    pip install libtpu
+    python -m benchmarks.tpu --topology=v5e:4x4 --config=configs/cifar10.py --config.model.dtype=bfloat16 --batch=64
+
+--batch is that of a chip. Memory, operations, bytes and the time are what the TPU's compiler estimates; nothing runs.
+--largest=1 doubles the batch until the step no longer fits a chip.
+"""
+
+import json
+import os
+import re
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+
+from benchmarks import measure
+from ddgan_jax import parallel
+from ddgan_jax.build import Built
+
+PEAK = {"v4": 275, "v5e": 197, "v5p": 459, "v6e": 918}  # TFLOP/s of a chip in bfloat16, as its maker states them
+
+
+def describe(name: str, start: float, lowered: Any, loops: int = 1) -> dict[str, Any]:
+    """Compile for the topology: what its compiler says of a chip. `loops`: how often the body of its loop runs."""
+    compiled = lowered.compile()
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
+    return {
+        "program": name,
+        "compile_seconds": round(time.perf_counter() - start, 1),
+        "memory_gb": round((used - memory.alias_size_in_bytes) / 1e9, 2),
+        "gflop": round(loops * cost["flops"] / 1e9, 1),
+        "gigabytes": round(loops * cost["bytes accessed"] / 1e9, 2),
+        "seconds": round(loops * cost["optimal_seconds"], 5),
+    }
+
+
+def train_step(built: Built, devices: Any, batch: int, with_r1: bool) -> Any:
+    """The pmapped training step of `batch` images a chip, lowered."""
+    state = jax.eval_shape(built.init_state)
+    images = jax.ShapeDtypeStruct((len(devices), batch, *built.image_shape), np.uint8)
+    return parallel.map_step(built.step(with_r1), devices).lower(state, images)
+
+
+def sampler(built: Built, devices: Any, batch: int) -> Any:
+    """The sampler of `batch` images a chip, lowered."""
+    params = jax.eval_shape(built.init_state).ema_params
+    indices = jax.ShapeDtypeStruct((len(devices), batch), jnp.int32)
+    return jax.pmap(measure.sampler(built), in_axes=(None, 0), devices=devices).lower(params, indices)
+
+
+def fits(built: Built, devices: Any, batch: int) -> bool:
+    """Does the step with R1, which needs more, compile within the memory of a chip?"""
+    try:
+        train_step(built, devices, batch, True).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(
+            f"{batch} a chip do not fit: {' '.join(re.findall(r'[Uu]sed [^.]*[.][^.]*', str(error))[:1])}", flush=True
+        )
+        return False
+    print(f"{batch} a chip fit", flush=True)
+    return True
+
+
+def main() -> None:
+    """Compile and print."""
+    config, flags = measure.configuration("configs/cifar10.py", topology="v5e:4x4", batch=64, largest=0)
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to ask
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=flags.topology).devices
+    except Exception as error:
+        raise SystemExit(f"no compiler for {flags.topology} (pip install libtpu): {error}") from error
+    built = measure.build_for(config, flags.batch * len(devices))
+    peak = PEAK.get(flags.topology.partition(":")[0], float("nan"))
+    print(
+        f"{flags.topology}, {len(devices)} chips, {config.model.dtype}, {flags.batch} images a chip; peak {peak} TFLOP/s"
+    )
+    print(f"{'':<14}{'GB memory':>11}{'GFLOP':>10}{'GB moved':>10}{'ms':>9}{'of peak':>9}{'compile':>9}")
+    rows = []
+    for name in ("step", "step with R1", "sampling"):
+        start = time.perf_counter()
+        if name == "sampling":
+            row = describe(name, start, sampler(built, devices, flags.batch), built.schedule.num_steps)
+        else:
+            row = describe(name, start, train_step(built, devices, flags.batch, name != "step"))
+        row["of_peak"] = round(row["gflop"] / row["seconds"] / peak / 1000, 3)
+        rows.append(row)
+        print(
+            f"{name:<14}{row['memory_gb']:>11.2f}{row['gflop']:>10.1f}{row['gigabytes']:>10.2f}"
+            f"{1000 * row['seconds']:>9.2f}{row['of_peak']:>9.1%}{row['compile_seconds']:>9.1f}",
+            flush=True,
+        )
+    found = {"topology": flags.topology, "batch_a_chip": flags.batch, "dtype": config.model.dtype, "programs": rows}
+    if flags.largest:
+        batch = flags.batch
+        while fits(built, devices, 2 * batch):
+            batch *= 2
+        found["largest_batch_a_chip"] = batch
+    print(json.dumps(found | measure.about()))
+
+
+if __name__ == "__main__":
+    main()

@@ -80,7 +80,7 @@ def main() -> None:
     built = measure.build_for(config, flags.batch * len(devices))
     peak = PEAK.get(flags.topology.partition(":")[0], float("nan"))
     print(
-        f"{flags.topology}, {len(devices)} chips, {config.model.dtype}, {flags.batch} images a chip; peak {peak} TFLOP/s"
+        f"{flags.topology}, {len(devices)} chips of {peak} TFLOP/s, {config.model.dtype}, {flags.batch} images a chip"
     )
     print(f"{'':<14}{'GB memory':>11}{'GFLOP':>10}{'GB moved':>10}{'ms':>9}{'of peak':>9}{'compile':>9}")
     rows = []

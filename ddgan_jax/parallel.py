@@ -24,7 +24,7 @@ AXIS = "batch"
 
 
 def map_step(step: Callable, devices: Any = None) -> Any:
-    """step(state, batch) of one replica -> on all `devices` (None: all there are), the state donated, kept replicated."""
+    """step(state, batch) of one replica -> on all `devices` (None: all there are), the state donated and replicated."""
     return jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0, devices=devices)
 
 

@@ -1,7 +1,6 @@
 """The state of a training run, all arrays, and the optimizers that move it.
 
-`step` is the only clock: randomness, data order and learning rates are functions of it. Optimizer and moving average
-work on all parameters as one vector: a few large operations instead of hundreds of small ones in the compiled step.
+`step` is the only clock: randomness, data order and learning rates are functions of it.
 """
 
 from collections.abc import Callable
@@ -11,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jax.flatten_util import ravel_pytree
 
 Params = Any
 
@@ -57,8 +55,8 @@ def create(gen_params: Params, disc_params: Params, optimizer: optax.GradientTra
         gen_params=gen_params,
         disc_params=disc_params,
         ema_params=jax.tree.map(jnp.copy, gen_params),
-        gen_opt=optimizer.init(ravel_pytree(gen_params)[0]),
-        disc_opt=optimizer.init(ravel_pytree(disc_params)[0]),
+        gen_opt=optimizer.init(gen_params),
+        disc_opt=optimizer.init(disc_params),
     )
 
 
@@ -66,18 +64,11 @@ def apply_gradients(
     optimizer: optax.GradientTransformation, grads: Params, opt_state: optax.OptState, params: Params, lr: jax.Array
 ) -> tuple[Params, optax.OptState]:
     """One step of `optimizer` at learning rate `lr`: (parameters, optimizer state)."""
-    vector, unravel = ravel_pytree(params)
-    direction, opt_state = optimizer.update(ravel_pytree(grads)[0], opt_state, vector)
-    return unravel(vector - lr * direction), opt_state
+    direction, opt_state = optimizer.update(grads, opt_state, params)
+    return jax.tree.map(lambda p, d: p - lr * d, params, direction), opt_state
 
 
 def update_ema(ema: Params, params: Params, step: jax.Array, decay: float) -> Params:
     """decay * ema + (1 - decay) * params; at step 0 a copy of params, which are then the first stepped ones."""
     keep = jnp.where(step == 0, 0.0, decay)
-    vector, unravel = ravel_pytree(ema)
-    return unravel(keep * vector + (1 - keep) * ravel_pytree(params)[0])
-
-
-def norm(tree: Params) -> jax.Array:
-    """The Euclidean norm of all arrays together."""
-    return jnp.sqrt(jnp.sum(jnp.square(ravel_pytree(tree)[0])))
+    return jax.tree.map(lambda e, p: keep * e + (1 - keep) * p, ema, params)

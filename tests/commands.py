@@ -21,6 +21,12 @@ def run(*arguments, env=None):
     return subprocess.run(argv, **options, capture_output=True, env=os.environ | (env or {}), timeout=1800)
 
 
+def run_module(name, *arguments):
+    """Run `python -m name` in the root of the project to its end; never raises for an exit code."""
+    command = [sys.executable, "-m", name, *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
+
+
 def python(script: str, *arguments) -> subprocess.Popen:
     """Start lines of Python in the root of the project."""
     command = [sys.executable, "-c", script, *map(str, arguments)]

@@ -100,3 +100,39 @@ def test_dropout_belongs_to_the_example():
 def test_group_norm_refuses_uneven_widths(channels):
     with pytest.raises(UserError, match=f"{channels} channels"):
         layers.normalize(jnp.zeros((1, 2, 2, channels)), jnp.ones((1, channels)), jnp.zeros((1, channels)))
+
+
+@pytest.mark.parametrize("shape", [(2, 33, 20, 3), (1, 64, 8, 2), (2, 5, 5, 4)])
+def test_convolutions_and_their_derivatives_are_the_plain_ones(shape):
+    """Up to the second order, as R1 needs; gradients of kernels in strips that divide the height or not, and whole."""
+    x, tangent = jax.random.normal(jax.random.key(0), (2, *shape))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, shape[-1], 6)) / 5
+    plain = lambda x, k: jax.lax.conv_general_dilated(  # noqa: E731
+        x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+    def numbers(conv):
+        loss = lambda x, k: jnp.sum(jnp.tanh(conv(x, k)))  # noqa: E731
+        along = lambda x, k: jnp.vdot(jax.grad(loss)(x, k), tangent)  # noqa: E731
+        about_kernel = lambda x, k: jnp.sum(jnp.square(jax.grad(loss, 1)(x, k)))  # noqa: E731
+        return [conv(x, kernel)] + [
+            gradient for f in (loss, along, about_kernel) for gradient in jax.grad(f, (0, 1))(x, kernel)
+        ]
+
+    for ours, theirs in zip(numbers(layers.convolve), numbers(plain), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5 * float(jnp.abs(theirs).max()))
+
+
+def test_pointwise_is_a_1x1_convolution():
+    x, kernel = jax.random.normal(jax.random.key(0), (2, 5, 3, 4)), jax.random.normal(jax.random.key(1), (1, 1, 4, 7))
+    np.testing.assert_allclose(layers.pointwise(x, kernel), jnp.einsum("bhwc,cf->bhwf", x, kernel[0, 0]), rtol=1e-5)
+
+
+def test_group_norm_is_that_of_its_definition():
+    x = 3 + 2 * jax.random.normal(jax.random.key(0), (2, 5, 3, 12))
+    gain, bias = jax.random.normal(jax.random.key(1), (2, 2, 12))
+    groups = np.asarray(x, np.float64).reshape(2, 15, 3, 4)  # min(12 // 4, 32) groups
+    centred = groups - groups.mean((1, 3), keepdims=True)
+    normed = (centred / np.sqrt(np.square(centred).mean((1, 3), keepdims=True) + 1e-6)).reshape(x.shape)
+    expected = normed * np.asarray(gain)[:, None, None] + np.asarray(bias)[:, None, None]
+    np.testing.assert_allclose(layers.normalize(x, gain, bias), expected, atol=1e-5)

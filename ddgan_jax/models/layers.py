@@ -88,7 +88,8 @@ def _input_gradient(g: jax.Array, kernel: jax.Array) -> jax.Array:
 def _kernel_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
     """w: the gradient of the kernel [3, 3, C, F] from that of the result [B, H, W, F]."""
     kernel = jax.ShapeDtypeStruct((3, 3, x.shape[-1], g.shape[-1]), x.dtype)
-    height = x.shape[1]
+    batch, height, width = x.shape[:3]
+    step = max(4, min(2048 // (batch * width), 16), height // 16)
 
     def strip(x: jax.Array, g: jax.Array, start: int, stop: int) -> jax.Array:
         rows = (int(start == 0), int(stop == height))
@@ -96,12 +97,11 @@ def _kernel_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
         return jax.linear_transpose(lambda k: _conv3x3(part, k, rows), kernel)(g[:, start:stop])[0]
 
     def in_strips(x: jax.Array, g: jax.Array) -> jax.Array:
-        step = max(8, height // 16)
         strips = (strip(x, g, i, min(i + step, height)).astype(jnp.float32) for i in range(0, height, step))
         return functools.reduce(operator.add, strips).astype(x.dtype)
 
     whole = functools.partial(strip, start=0, stop=height)
-    return jax.lax.platform_dependent(x, g, cpu=in_strips if height > 16 else whole, default=whole)
+    return jax.lax.platform_dependent(x, g, cpu=in_strips if height > step else whole, default=whole)
 
 
 convolve.defvjp(

@@ -72,7 +72,8 @@ def fits(built: Built, devices: Any, batch: int) -> bool:
 def main() -> None:
     """Compile and print."""
     config, flags = measure.configuration("configs/cifar10.py", topology="v5e:4x4", batch=64, largest=0)
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to ask
+    jax.config.update("jax_platforms", "cpu")  # there is no TPU to run on, or to ask
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=flags.topology).devices
     except Exception as error:

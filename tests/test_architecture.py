@@ -10,7 +10,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 # Within the models, layers.py is the lower one.
 RANKS = {
-    0: "errors diffusion state parallel checkpoint torch_weights figures data metrics models.layers",
+    0: "errors diffusion state parallel checkpoint torch_weights figures data metrics models.convolution models.layers",
     1: "losses sampling torch_files models.generator models.discriminator models.mlp",
     2: "train_step",
     3: "build",

@@ -7,7 +7,7 @@ import pytest
 from conftest import Golden, close_to_largest
 
 from ddgan_jax.errors import UserError
-from ddgan_jax.models import layers
+from ddgan_jax.models import convolution, layers
 from ddgan_jax.torch_weights import _SUBLAYERS, _layer_params
 
 KERNELS = {"1331": (1, 3, 3, 1), "121": (1, 2, 1), "1234_asym": (1, 2, 3, 4)}
@@ -106,7 +106,7 @@ def test_group_norm_refuses_uneven_widths(channels):
 def test_convolutions_and_their_derivatives_are_the_plain_ones(shape):
     """Up to the second order, as R1 needs; gradients of kernels in strips that divide the height or not, and whole."""
     x, tangent = jax.random.normal(jax.random.key(0), (2, *shape))
-    kernel = jax.random.normal(jax.random.key(1), (3, 3, shape[-1], 6)) / 5
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, shape[-1], 6)) / (9 * shape[-1]) ** 0.5
     plain = lambda x, k: jax.lax.conv_general_dilated(  # noqa: E731
         x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
@@ -119,13 +119,15 @@ def test_convolutions_and_their_derivatives_are_the_plain_ones(shape):
             gradient for f in (loss, along, about_kernel) for gradient in jax.grad(f, (0, 1))(x, kernel)
         ]
 
-    for ours, theirs in zip(numbers(layers.convolve), numbers(plain), strict=True):
+    for ours, theirs in zip(numbers(convolution.convolve), numbers(plain), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5 * float(jnp.abs(theirs).max()))
 
 
 def test_pointwise_is_a_1x1_convolution():
     x, kernel = jax.random.normal(jax.random.key(0), (2, 5, 3, 4)), jax.random.normal(jax.random.key(1), (1, 1, 4, 7))
-    np.testing.assert_allclose(layers.pointwise(x, kernel), jnp.einsum("bhwc,cf->bhwf", x, kernel[0, 0]), rtol=1e-5)
+    np.testing.assert_allclose(
+        convolution.pointwise(x, kernel), jnp.einsum("bhwc,cf->bhwf", x, kernel[0, 0]), rtol=1e-5
+    )
 
 
 def test_group_norm_is_that_of_its_definition():

@@ -22,6 +22,7 @@ from flax import linen as nn
 from jax.nn.initializers import Initializer, variance_scaling
 
 from ddgan_jax.errors import UserError
+from ddgan_jax.models.convolution import convolve, pointwise
 
 FIR_KERNEL = (1, 3, 3, 1)
 Dtype = Any
@@ -52,70 +53,6 @@ def conv(features: int, size: int, dtype: Dtype, name: str, init: Initializer | 
         function = pointwise if size == 1 else convolve
         options["conv_general_dilated"] = lambda x, kernel, *_, **__: function(x, kernel)
     return nn.Conv(features, (size, size), kernel_init=init or init_avg(), dtype=dtype, name=name, **options)
-
-
-# --- Convolutions -----------------------------------------------------------------------------------------------
-# The gradient of a kernel is a convolution whose window is the whole image, and takes a CPU two to five times as long
-# as the convolution itself. As a sum over strips of a few rows it does not. c(x, k), with its gradients i(g, k) of x
-# and w(x, g) of k, are the three derivatives of one trilinear form, so each one's gradients are the other two.
-
-
-def pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """[B, H, W, C] convolved with [1, 1, C, F]: a matrix product."""
-    return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], kernel.shape[-1])
-
-
-def _conv3x3(x: jax.Array, kernel: jax.Array, rows: tuple[int, int] = (1, 1)) -> jax.Array:
-    """Padded by one column on both sides, and by `rows` above and below."""
-    numbers = ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(x, kernel, (1, 1), (rows, (1, 1)), dimension_numbers=numbers)
-
-
-@jax.custom_vjp
-def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """c: [B, H, W, C] convolved with [3, 3, C, F], padded by one zero all around."""
-    return _conv3x3(x, kernel)
-
-
-@jax.custom_vjp
-def _input_gradient(g: jax.Array, kernel: jax.Array) -> jax.Array:
-    """i: the gradient of x [B, H, W, C] from that of the result [B, H, W, F]."""
-    x = jax.ShapeDtypeStruct((*g.shape[:3], kernel.shape[2]), g.dtype)
-    return jax.linear_transpose(lambda x: _conv3x3(x, kernel), x)(g)[0]
-
-
-@jax.custom_vjp
-def _kernel_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
-    """w: the gradient of the kernel [3, 3, C, F] from that of the result [B, H, W, F]."""
-    kernel = jax.ShapeDtypeStruct((3, 3, x.shape[-1], g.shape[-1]), x.dtype)
-    batch, height, width = x.shape[:3]
-    step = max(4, min(2048 // (batch * width), 16), height // 16)
-
-    def strip(x: jax.Array, g: jax.Array, start: int, stop: int) -> jax.Array:
-        rows = (int(start == 0), int(stop == height))
-        part = x[:, start - 1 + rows[0] : stop + 1 - rows[1]]
-        return jax.linear_transpose(lambda k: _conv3x3(part, k, rows), kernel)(g[:, start:stop])[0]
-
-    def in_strips(x: jax.Array, g: jax.Array) -> jax.Array:
-        strips = (strip(x, g, i, min(i + step, height)).astype(jnp.float32) for i in range(0, height, step))
-        return functools.reduce(operator.add, strips).astype(x.dtype)
-
-    whole = functools.partial(strip, start=0, stop=height)
-    return jax.lax.platform_dependent(x, g, cpu=in_strips if height > step else whole, default=whole)
-
-
-convolve.defvjp(
-    lambda x, k: (convolve(x, k), (x, k)),
-    lambda saved, g: (_input_gradient(g, saved[1]), _kernel_gradient(saved[0], g)),
-)
-_input_gradient.defvjp(
-    lambda g, k: (_input_gradient(g, k), (g, k)),
-    lambda saved, x: (convolve(x, saved[1]), _kernel_gradient(x, saved[0])),
-)
-_kernel_gradient.defvjp(
-    lambda x, g: (_kernel_gradient(x, g), (x, g)),
-    lambda saved, k: (_input_gradient(saved[1], k), convolve(saved[0], k)),
-)
 
 
 # --- FIR resampling ---------------------------------------------------------------------------------------------
@@ -246,12 +183,12 @@ def normalize(x: jax.Array, gain: jax.Array, bias: jax.Array) -> jax.Array:
             "choose nf and ch_mult so that every width is a multiple of 4 up to 128 and of 32 above"
         )
 
-    same_group = np.kron(np.eye(groups), np.full((channels // groups, channels // groups), groups / channels))
+    spread = np.repeat(np.eye(groups, dtype=np.float32), channels // groups, axis=1)
 
     def group_mean(x: jax.Array) -> jax.Array:
         """The mean of a channel's group, at each channel: [B, 1, 1, C]."""
-        means = jnp.mean(x, axis=(1, 2), keepdims=True)
-        return jnp.matmul(means, jnp.asarray(same_group, jnp.float32), precision=jax.lax.Precision.HIGHEST)
+        means = jnp.mean(jnp.mean(x, axis=(1, 2)).reshape(len(x), groups, -1), axis=-1)
+        return jnp.matmul(means, spread, precision=jax.lax.Precision.HIGHEST)[:, None, None]
 
     x = x.astype(jnp.float32)
     x = x - group_mean(x)

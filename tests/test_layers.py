@@ -99,7 +99,7 @@ def test_dropout_belongs_to_the_example():
 @pytest.mark.parametrize("channels", [3, 30, 130])
 def test_group_norm_refuses_uneven_widths(channels):
     with pytest.raises(UserError, match=f"{channels} channels"):
-        layers.normalize(jnp.zeros((1, 2, 2, channels)), jnp.ones((1, channels)), jnp.zeros((1, channels)))
+        layers.normalize(jnp.zeros((1, 2, 2, channels)), jnp.ones((1, channels)), jnp.zeros((1, channels)), False)
 
 
 @pytest.mark.parametrize("shape", [(2, 33, 20, 3), (1, 64, 8, 2), (2, 5, 5, 4)])
@@ -137,4 +137,11 @@ def test_group_norm_is_that_of_its_definition():
     centred = groups - groups.mean((1, 3), keepdims=True)
     normed = (centred / np.sqrt(np.square(centred).mean((1, 3), keepdims=True) + 1e-6)).reshape(x.shape)
     expected = normed * np.asarray(gain)[:, None, None] + np.asarray(bias)[:, None, None]
-    np.testing.assert_allclose(layers.normalize(x, gain, bias), expected, atol=1e-5)
+    np.testing.assert_allclose(layers.normalize(x, gain, bias, False), expected, atol=1e-5)
+    np.testing.assert_allclose(layers.normalize(x, gain, bias, True), expected / (1 + np.exp(-expected)), atol=1e-5)
+
+
+def test_group_norm_keeps_little_for_its_gradient():
+    x, gain, bias = jnp.ones((2, 16, 16, 8)), jnp.ones((2, 8)), jnp.zeros((2, 8))
+    _, pullback = jax.vjp(lambda *args: layers.normalize(*args, True), x, gain, bias)
+    assert sum(kept.size for kept in jax.tree.leaves(pullback)) < 1.1 * x.size

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import Initializer, variance_scaling
 
 from ddgan_jax.errors import UserError
@@ -168,11 +169,13 @@ def leaky_relu(x: jax.Array) -> jax.Array:
 # --- Norms, attention, blocks -----------------------------------------------------------------------------------
 
 
-def normalize(x: jax.Array, gain: jax.Array, bias: jax.Array) -> jax.Array:
+@functools.partial(jax.checkpoint, static_argnums=3, policy=jax.checkpoint_policies.save_only_these_names("group_mean"))
+def normalize(x: jax.Array, gain: jax.Array, bias: jax.Array, silu: bool) -> jax.Array:
     """Group norm of [B, H, W, C] with min(C // 4, 32) groups, float32; gain and bias are [B, C], or [1, C] for all.
 
     A group's mean is the mean of its channels' means, spread to its channels again by a matrix product: on a CPU both
     reductions over part of the channels, the fastest axis, and repeats along it take several times as long.
+    With `silu` that follows. The backward pass keeps x and the means alone, and makes the rest again.
     Raises UserError where the groups do not divide the channels.
     """
     channels = x.shape[-1]
@@ -188,26 +191,31 @@ def normalize(x: jax.Array, gain: jax.Array, bias: jax.Array) -> jax.Array:
     def group_mean(x: jax.Array) -> jax.Array:
         """The mean of a channel's group, at each channel: [B, 1, 1, C]."""
         means = jnp.mean(jnp.mean(x, axis=(1, 2)).reshape(len(x), groups, -1), axis=-1)
-        return jnp.matmul(means, spread, precision=jax.lax.Precision.HIGHEST)[:, None, None]
+        spread_means = jnp.matmul(means, spread, precision=jax.lax.Precision.HIGHEST)[:, None, None]
+        return checkpoint_name(spread_means, "group_mean")
 
     x = x.astype(jnp.float32)
     x = x - group_mean(x)
-    return x * (gain[:, None, None] * jax.lax.rsqrt(group_mean(jnp.square(x)) + 1e-6)) + bias[:, None, None]
+    y = x * (gain[:, None, None] * jax.lax.rsqrt(group_mean(jnp.square(x)) + 1e-6)) + bias[:, None, None]
+    return jax.nn.silu(y) if silu else y
 
 
 class GroupNorm(nn.Module):
     """`normalize` with a learned gain and bias."""
 
+    silu: bool = False
+
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (x.shape[-1],)
         gain, bias = self.param("scale", nn.initializers.ones, shape), self.param("bias", nn.initializers.zeros, shape)
-        return normalize(x, gain[None], bias[None])
+        return normalize(x, gain[None], bias[None], self.silu)
 
 
 class AdaptiveGroupNorm(nn.Module):
     """Group norm whose gain and bias are a linear function of the mapped latent: (x [B,H,W,C], z_emb [B,E]) -> x."""
 
+    silu: bool = False
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -220,7 +228,8 @@ class AdaptiveGroupNorm(nn.Module):
         style = nn.Dense(
             2 * channels, kernel_init=init_out(), bias_init=gains_one_biases_zero, dtype=self.dtype, name="style"
         )(z_emb)
-        return normalize(x, *jnp.split(style.astype(jnp.float32), 2, axis=-1))
+        gain, bias = jnp.split(style.astype(jnp.float32), 2, axis=-1)
+        return normalize(x, gain, bias, self.silu)
 
 
 def merge(x: jax.Array, h: jax.Array, rescale: bool) -> jax.Array:
@@ -291,7 +300,7 @@ class ResBlock(nn.Module):
         self, x: jax.Array, t_emb: jax.Array | None, z_emb: jax.Array, t_emb_dim: int, keys: jax.Array | None = None
     ) -> jax.Array:
         in_features = x.shape[-1]
-        h = jax.nn.silu(AdaptiveGroupNorm(self.dtype, name="norm_0")(x, z_emb)).astype(self.dtype)
+        h = AdaptiveGroupNorm(True, self.dtype, name="norm_0")(x, z_emb).astype(self.dtype)
         if self.direction:
             h = resample(h, self.direction, self.fir_kernel)
             x = resample(x, self.direction, self.fir_kernel)
@@ -302,10 +311,10 @@ class ResBlock(nn.Module):
         if t_emb is not None:
             h = h + t_shift[:, None, None, :]
         if self.kind == "biggan_oneadagn":
-            h = GroupNorm(name="norm_1")(h)
+            h = GroupNorm(True, name="norm_1")(h)
         else:
-            h = AdaptiveGroupNorm(self.dtype, name="norm_1")(h, z_emb)
-        h = dropout(jax.nn.silu(h).astype(self.dtype), self.dropout, keys)
+            h = AdaptiveGroupNorm(True, self.dtype, name="norm_1")(h, z_emb)
+        h = dropout(h.astype(self.dtype), self.dropout, keys)
         h = conv(self.features, 3, self.dtype, "conv_1", init_avg(0.0))(h)
         if self.kind == "ddpm":
             if in_features != self.features:

@@ -9,7 +9,8 @@ import collections
 import itertools
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -33,13 +34,16 @@ def compiler_options() -> dict[str, Any]:
     return {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else {}
 
 
-def compile_step(step: Callable, state: Any, batch: Any) -> Any:
-    """`map_step(step)` compiled for a `replicate`d state and a `split` batch: it takes arrays that span all processes.
+def compile_steps(steps: Iterable[Callable], state: Any, batch: Any) -> list[Any]:
+    """`map_step` of each, compiled for a `replicate`d state and a `split` batch: they take arrays of all processes.
 
     pmap itself is traced with this process's part of a batch, in host memory (a mere shape fails in several processes).
+    They compile at the same time: XLA does much of its work in one thread a program.
     """
     local = jax.tree.map(lambda x: np.zeros((jax.local_device_count(), *x.shape[1:]), x.dtype), batch)
-    return map_step(step).lower(state, local).compile(compiler_options=compiler_options())
+    lowered = [map_step(step).lower(state, local) for step in steps]
+    with ThreadPoolExecutor() as threads:
+        return list(threads.map(lambda program: program.compile(compiler_options=compiler_options()), lowered))
 
 
 def _sharding(*axes: str) -> NamedSharding:

@@ -175,10 +175,8 @@ def compile_steps(built: Built, state: Any, batch: Any, r1_every: int) -> dict[b
     """The step functions with R1 and without, compiled; says how long it took, the work of a step and its memory."""
     start = time.time()
     one = r1_every == 1 or built.method.objective == "gaussian"  # R1 in every step, or in none
-    steps = {
-        with_r1: parallel.compile_step(built.step(with_r1), state, batch)
-        for with_r1 in ([True] if one else [True, False])
-    }
+    kinds = [True] if one else [True, False]
+    steps = dict(zip(kinds, parallel.compile_steps(map(built.step, kinds), state, batch), strict=True))
     work = [f"{(step.cost_analysis() or {}).get('flops', 0) / 1e9:.3g} GFLOP" for step in steps.values()]
     memory = steps[True].memory_analysis()
     size = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20 if memory else float("nan")

@@ -190,7 +190,7 @@ def normalize(x: jax.Array, gain: jax.Array, bias: jax.Array, silu: bool) -> jax
 
     def group_mean(x: jax.Array) -> jax.Array:
         """The mean of a channel's group, at each channel: [B, 1, 1, C]."""
-        means = jnp.mean(jnp.mean(x, axis=(1, 2)).reshape(len(x), groups, -1), axis=-1)
+        means = jnp.mean(jnp.mean(x, axis=(1, 2)).reshape(-1, groups, channels // groups), axis=-1)
         spread_means = jnp.matmul(means, spread, precision=jax.lax.Precision.HIGHEST)[:, None, None]
         return checkpoint_name(spread_means, "group_mean")
 

@@ -1,4 +1,4 @@
-"""main.py, or a few lines of Python, in a process of its own."""
+"""main.py, a module, or a few lines of Python, in a process of its own."""
 
 import os
 import pathlib
@@ -23,7 +23,7 @@ def run(*arguments, env=None):
 
 def run_module(name, *arguments):
     """Run `python -m name` in the root of the project to its end; never raises for an exit code."""
-    command = [sys.executable, "-m", name, *arguments]
+    command = [sys.executable, "-m", name, *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
 
 

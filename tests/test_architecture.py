@@ -8,7 +8,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-# Within the models, layers.py is the lower one.
+# Within the models, convolution.py and then layers.py are the lower ones.
 RANKS = {
     0: "errors diffusion state parallel checkpoint torch_weights figures data metrics models.convolution models.layers",
     1: "losses sampling torch_files models.generator models.discriminator models.mlp",

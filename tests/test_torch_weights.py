@@ -1,8 +1,8 @@
 """Checkpoints of the reference: real files, round trips, and files that must not be trusted."""
 
+import functools
 import lzma
 import pickle
-import subprocess
 import sys
 import zipfile
 from argparse import Namespace
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import run_module
 from conftest import GOLDEN, Golden
 
 from ddgan_jax import torch_files as tf
@@ -201,10 +202,7 @@ def test_bad_files_are_refused_in_one_sentence(checkpoint, tmp_path, capfd):
 def test_command(checkpoint):
     """As a user runs it: what is in the file, and the licence; no arguments, or too few, is code 2."""
 
-    def run(*arguments):
-        command = [sys.executable, "-m", "ddgan_jax.torch_files", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, cwd=GOLDEN.parent.parent)
-
+    run = functools.partial(run_module, "ddgan_jax.torch_files")
     result = run(checkpoint / "netG_1.pth", *(f"{k}={v}" for k, v in HINTS.items()))
     assert result.returncode == 0 and "nf=8" in result.stdout and "licence" in result.stdout
     result = run(checkpoint / "content.pth")

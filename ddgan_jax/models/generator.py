@@ -88,7 +88,7 @@ class Generator(nn.Module):
             return layers.Resample(direction, features, fir_kernel, dtype, name=name)(x)
 
         def to_image(x: jax.Array, level: str) -> jax.Array:
-            h = layers.GroupNorm(True, name=f"{level}_norm")(x).astype(dtype)
+            h = layers.GroupNorm(silu=True, name=f"{level}_norm")(x).astype(dtype)
             return layers.conv(self.image_channels, 3, dtype, f"{level}_conv", layers.init_avg(0.0))(h)
 
         z = z if self.nz else jnp.zeros((len(x), 1))  # without z the embedding is a learned constant

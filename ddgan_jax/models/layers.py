@@ -300,7 +300,7 @@ class ResBlock(nn.Module):
         self, x: jax.Array, t_emb: jax.Array | None, z_emb: jax.Array, t_emb_dim: int, keys: jax.Array | None = None
     ) -> jax.Array:
         in_features = x.shape[-1]
-        h = AdaptiveGroupNorm(True, self.dtype, name="norm_0")(x, z_emb).astype(self.dtype)
+        h = AdaptiveGroupNorm(silu=True, dtype=self.dtype, name="norm_0")(x, z_emb).astype(self.dtype)
         if self.direction:
             h = resample(h, self.direction, self.fir_kernel)
             x = resample(x, self.direction, self.fir_kernel)
@@ -311,9 +311,9 @@ class ResBlock(nn.Module):
         if t_emb is not None:
             h = h + t_shift[:, None, None, :]
         if self.kind == "biggan_oneadagn":
-            h = GroupNorm(True, name="norm_1")(h)
+            h = GroupNorm(silu=True, name="norm_1")(h)
         else:
-            h = AdaptiveGroupNorm(True, self.dtype, name="norm_1")(h, z_emb)
+            h = AdaptiveGroupNorm(silu=True, dtype=self.dtype, name="norm_1")(h, z_emb)
         h = dropout(h.astype(self.dtype), self.dropout, keys)
         h = conv(self.features, 3, self.dtype, "conv_1", init_avg(0.0))(h)
         if self.kind == "ddpm":

@@ -29,9 +29,12 @@ def map_step(step: Callable, devices: Any = None) -> Any:
     return jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0, devices=devices)
 
 
-def compiler_options() -> dict[str, Any]:
-    """For a training step. On a CPU the highest level compiles longer (33 s against 19 s), for no faster a step."""
-    return {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else {}
+def compiler_options(runs_once: bool = False) -> dict[str, Any]:
+    """For a training step. On a CPU the highest level compiles longer (33 s against 19 s), for no faster a step.
+
+    Or for what `runs_once`, as making a state does: the random bits of every layer take long to optimise.
+    """
+    return {"xla_backend_optimization_level": 0 if runs_once else 1} if jax.default_backend() == "cpu" else {}
 
 
 def compile_steps(steps: Iterable[Callable], state: Any, batch: Any) -> list[Any]:

@@ -171,8 +171,8 @@ def _replace(path: pathlib.Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def compile_steps(built: Built, state: Any, batch: Any, r1_every: int) -> dict[bool, Any]:
-    """The step functions with R1 and without, compiled; says how long it took, the work of a step and its memory."""
+def steps_by_r1(built: Built, state: Any, batch: Any, r1_every: int) -> dict[bool, Any]:
+    """The compiled step with R1 (True) and without; says how long it took, the work of a step and its memory."""
     start = time.time()
     one = r1_every == 1 or built.method.objective == "gaussian"  # R1 in every step, or in none
     kinds = [True] if one else [True, False]
@@ -251,8 +251,7 @@ def _train(config: Any, workdir: str, opened: Data | None, interrupt: Interrupt)
         blank = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
         host_state = parallel.from_primary(restored if primary else blank)
     else:
-        # Quick code for a program that runs once: the random bits of every layer take long to optimise.
-        options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
+        options = parallel.compiler_options(runs_once=True)
         host_state = jax.device_get(jax.jit(built.init_state, compiler_options=options)())
     state = parallel.replicate(host_state)
     step = first = int(host_state.step)
@@ -296,7 +295,7 @@ def _train(config: Any, workdir: str, opened: Data | None, interrupt: Interrupt)
     while step < num_steps:
         batch = next(stream)
         if not steps:
-            steps = compile_steps(built, state, batch, train_["r1_every"])
+            steps = steps_by_r1(built, state, batch, train_["r1_every"])
             parallel.barrier()
             mark = time.time()
             bar.unpause()  # the time to go is that of steps

@@ -36,7 +36,8 @@ def describe(name: str, start: float, lowered: Any, loops: int = 1) -> dict[str,
         "memory_gb": round((used - memory.alias_size_in_bytes) / 1e9, 2),
         "gflop": round(loops * cost["flops"] / 1e9, 1),
         "gigabytes": round(loops * cost["bytes accessed"] / 1e9, 2),
-        "seconds": round(loops * cost["optimal_seconds"], 5),
+        # libtpu 0.0.52 gives a negative time for some programs under jax 0.10.2: then it is not known
+        "seconds": round(loops * cost["optimal_seconds"], 5) if cost["optimal_seconds"] > 0 else float("nan"),
     }
 
 

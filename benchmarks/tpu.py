@@ -29,6 +29,7 @@ def describe(name: str, start: float, lowered: Any, loops: int = 1) -> dict[str,
     """Compile for the topology: what its compiler says of a chip. `loops`: how often the body of its loop runs."""
     compiled = lowered.compile()
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    estimate = cost["optimal_seconds"]  # below zero for CIFAR-10's step by libtpu 0.0.52 (jax 0.10.2): not known then
     used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
     return {
         "program": name,
@@ -36,8 +37,7 @@ def describe(name: str, start: float, lowered: Any, loops: int = 1) -> dict[str,
         "memory_gb": round((used - memory.alias_size_in_bytes) / 1e9, 2),
         "gflop": round(loops * cost["flops"] / 1e9, 1),
         "gigabytes": round(loops * cost["bytes accessed"] / 1e9, 2),
-        # libtpu 0.0.52 gives a negative time for some programs under jax 0.10.2: then it is not known
-        "seconds": round(loops * cost["optimal_seconds"], 5) if cost["optimal_seconds"] > 0 else float("nan"),
+        "seconds": round(loops * estimate, 5) if estimate > 0 else float("nan"),
     }
 
 

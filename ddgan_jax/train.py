@@ -78,6 +78,7 @@ class Log:
         self._path = workdir / "metrics.jsonl"
         records = [r for r in figures.read_metrics(self._path) if r["step"] <= start_step]
         _replace(self._path, "".join(json.dumps(record) + "\n" for record in records))
+        self.seconds = records[-1].get("seconds", 0.0) if records else 0.0  # that the steps so far took, with all else
         self._file = self._path.open("a")
         self._writer = None
         if not config["log"]["tensorboard"]:
@@ -262,6 +263,7 @@ def _train(config: Any, workdir: str, opened: Data | None, interrupt: Interrupt)
         say(f"going on from step {step}")
 
     log = Log(path, settings, step) if primary else None
+    spent = log.seconds if log else 0.0  # before this run of the command
     draw = Sampler(built, settings["sample"]["batch_size"])
     judge_ = open_judge(settings, opened) if primary and eval_["every"] else None
     own = batches(
@@ -323,7 +325,7 @@ def _train(config: Any, workdir: str, opened: Data | None, interrupt: Interrupt)
                 values |= evaluation()
                 mark = time.time()
             if log:
-                log.scalars(step, values)
+                log.scalars(step, values | {"seconds": spent + time.time() - started})
                 eta = (num_steps - step) * seconds / max(mark_step, 1)
                 parts = [f"{name[0].upper()} {values[name]:.3f}" for name in ("d_loss", "g_loss") if name in values]
                 line = " ".join([*parts, f"{values['images_per_second']:.0f} images/s"])
@@ -348,7 +350,8 @@ def _train(config: Any, workdir: str, opened: Data | None, interrupt: Interrupt)
     if primary and not interrupt.signal:
         samples("final.png")
         figures.curves(path / "metrics.jsonl", path / "curves.png")
-        write_results(path, step, first, time.time() - started)
+        if first < num_steps or not (path / "results.json").exists():  # one that had finished stays as it was
+            write_results(path, step, first, spent + time.time() - started)
     if log:
         log.close()
     if interrupt.signal:
@@ -359,7 +362,7 @@ def _train(config: Any, workdir: str, opened: Data | None, interrupt: Interrupt)
 
 
 def write_results(workdir: pathlib.Path, step: int, resumed_from: int, seconds: float) -> None:
-    """Leave results.json: how the run ended, and its last metrics."""
+    """Leave results.json: how the run ended, the `seconds` of all its parts together, and its last metrics."""
     records = figures.read_metrics(workdir / "metrics.jsonl")
     results = {
         "step": step,

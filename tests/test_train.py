@@ -78,6 +78,22 @@ def test_points(tmp_path):
     assert result.returncode == 2 and "must end in .png (a grid), in .npz (an array)" in result.stderr
 
 
+def test_the_seconds_of_a_run_are_those_of_all_its_parts(tmp_path):
+    """A run that goes on counts on; one that had finished keeps its results."""
+    ends = []
+    for steps in (4, 8, 8):
+        started = time.time()
+        result = run(POINTS, f"--workdir={tmp_path}", f"--config.train.num_steps={steps}")
+        assert result.returncode == 0, result.stderr
+        ends.append((json.loads((tmp_path / "results.json").read_text()), time.time() - started))
+    (first, _), (second, part), third = ends
+    assert (first["step"], second["step"], second["resumed_from"]) == (4, 8, 4)
+    assert first["seconds"] < second["seconds"] < first["seconds"] + part
+    assert third[0] == second
+    seconds = [json.loads(line)["seconds"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert seconds == sorted(seconds) and seconds[-1] < second["seconds"]
+
+
 def test_a_loss_that_is_not_finite_is_named():
     window = [
         {"d_loss": np.float32(1), "g_loss": np.float32(2)},

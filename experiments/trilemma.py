@@ -3,7 +3,7 @@
     python -m experiments.trilemma                              # a second
 
 A row is the median over the seeds. 25 Gaussians: quality is the share of samples within three standard deviations of a
-mode, coverage the share of modes. Digits: precision and recall.
+mode, coverage the share of modes. Digits: precision and recall. StackedMNIST: precision, and the share of modes.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from experiments import common
 QUALITY_AND_COVERAGE = {
     "gaussians": ("25 Gaussians", lambda judged: judged["high_quality"], lambda judged: judged["modes"] / 25),
     "digits": ("digits", lambda judged: judged["precision"], lambda judged: judged["recall"]),
+    "stacked_mnist": ("StackedMNIST", lambda judged: judged["precision"], lambda judged: judged["modes"] / 1000),
 }
 
 

@@ -19,7 +19,7 @@ def get_config(variant: str = "paper") -> ConfigDict:
     if variant != "mnist_5k":
         return apply_variant(config, variant)
     config.data.name = "stacked_mnist_5k"
-    small(config, lr=1e-3)
+    small(config)
     config.train.num_steps = 5_000
-    config.eval.update(every=1_000, online_samples=2_000)
+    config.eval.update(every=500, online_samples=2_000)
     return config

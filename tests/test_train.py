@@ -78,6 +78,7 @@ def test_points(tmp_path):
     assert result.returncode == 2 and "must end in .png (a grid), in .npz (an array)" in result.stderr
 
 
+@pytest.mark.slow
 def test_the_seconds_of_a_run_are_those_of_all_its_parts(tmp_path):
     """A run that goes on counts on; one that had finished keeps its results."""
     ends = []

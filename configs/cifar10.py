@@ -117,7 +117,7 @@ def small(config: ConfigDict) -> None:
     config.discriminator.update(ngf=16, start=1, stages=((2, True), (4, True), (8, True)), t_emb_dim=128)
     # D must stay ahead of G: with lr_g as large as lr_d, or R1 0.05, its gradients on the images soon vanish
     config.train.update(lr_g=2e-4, lr_d=5e-4, lr_decay=False, r1_gamma=0.5, r1_every=10)
-    config.train.update(num_steps=10_000, batch_size=32, steps_per_epoch=1, ema_decay=0.999)
+    config.train.update(num_steps=10_000, batch_size=32, ema_decay=0.999)
     config.checkpoint.update(every=500, keep_period=0)
     config.log.update(every=50, samples_every=500)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from configs.stacked_mnist import get_config
 from ddgan_jax import figures
 from experiments import common
 
@@ -18,6 +19,7 @@ NAME, FLAGS = "stacked_mnist", ["--config=configs/stacked_mnist.py:mnist_5k"]
 METHODS = {"DDGAN, T = 4": [], "one-shot GAN (T = 1)": ["--config.diffusion.num_steps=1"]}
 SEEDS = (0,)
 SHOWN = 64
+FEWER = get_config("mnist_5k").eval.online_samples  # are judged while training
 
 
 def experiment(args: argparse.Namespace) -> dict[str, Any]:
@@ -63,7 +65,7 @@ def draw_figure(results: dict[str, Any], path: pathlib.Path) -> None:
         for run in results["runs"]:
             way = run["on_the_way"]
             axis.plot([w["step"] for w in way], [w[measure] for w in way], ".-", label=run["method"])
-        axis.set(xlabel="step", title={"modes": "modes of 1,000", "kl": "KL, nats"}[measure])
+        axis.set(xlabel="step", title={"modes": f"modes of 1,000, in {FEWER:,} samples", "kl": "KL, nats"}[measure])
         axis.legend()
     with np.load(path.parent / "samples.npz") as arrays:
         for axis, method in zip(panels[2:], METHODS, strict=True):

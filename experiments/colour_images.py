@@ -3,7 +3,7 @@
     python -m experiments.colour_images --path=cifar10          # hours; started again, it goes on
 
 `--path` is a folder or zip with one folder a class, as the 50,000 training images of CIFAR-10 saved as files. It shows
-that training, sampling and evaluation work on natural images; it is not the paper's result, which takes a network 50
+that training, sampling and evaluation work on natural images; it is not the paper's result, which takes a network 40
 times as large, and its Frechet distance is in the features of a classifier of these classes: not an FID.
 """
 

@@ -1,6 +1,6 @@
 """StackedMNIST: how many of 1,000 modes? DDGAN and the one-shot GAN, of the same networks and time.
 
-    python -m experiments.stacked_mnist --at_once=2             # hours; started again, it goes on
+    python -m experiments.stacked_mnist --at_once=2             # an hour; started again, it goes on
 
 Trains and evaluates configs/stacked_mnist.py:mnist_5k in runs/experiments/stacked_mnist, one seed.
 """
@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from configs.stacked_mnist import get_config
 from ddgan_jax import figures
 from experiments import common
 
@@ -19,7 +18,6 @@ NAME, FLAGS = "stacked_mnist", ["--config=configs/stacked_mnist.py:mnist_5k"]
 METHODS = {"DDGAN, T = 4": [], "one-shot GAN (T = 1)": ["--config.diffusion.num_steps=1"]}
 SEEDS = (0,)
 SHOWN = 64
-FEWER = get_config("mnist_5k").eval.online_samples  # are judged while training
 
 
 def experiment(args: argparse.Namespace) -> dict[str, Any]:
@@ -28,8 +26,9 @@ def experiment(args: argparse.Namespace) -> dict[str, Any]:
     for run in runs:
         folder = common.workdir(NAME, METHODS, run["method"], run["seed"])
         records = figures.read_metrics(folder / "metrics.jsonl")
+        measures = ("modes", "kl", "num_samples")
         run["on_the_way"] = [
-            {"step": r["step"], "modes": r["eval/modes"], "kl": r["eval/kl"]} for r in records if "eval/modes" in r
+            {"step": r["step"]} | {name: r[f"eval/{name}"] for name in measures} for r in records if "eval/modes" in r
         ]
     common.keep(NAME, "samples", common.samples(NAME, METHODS, SHOWN))
     return {"runs": runs}
@@ -65,7 +64,8 @@ def draw_figure(results: dict[str, Any], path: pathlib.Path) -> None:
         for run in results["runs"]:
             way = run["on_the_way"]
             axis.plot([w["step"] for w in way], [w[measure] for w in way], ".-", label=run["method"])
-        axis.set(xlabel="step", title={"modes": f"modes of 1,000, in {FEWER:,} samples", "kl": "KL, nats"}[measure])
+        title = {"modes": "modes of 1,000", "kl": "KL, nats"}[measure]
+        axis.set(xlabel="step", title=f"{title}, of {way[-1]['num_samples']:,.0f} samples")
         axis.legend()
     with np.load(path.parent / "samples.npz") as arrays:
         for axis, method in zip(panels[2:], METHODS, strict=True):

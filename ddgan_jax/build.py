@@ -58,6 +58,7 @@ NEW_FIELDS: dict[str, Any] = {
     "data": {"scale": 1.0},
     "model": {"num_classes": 0, "data_std": 0.0},
     "loss": {"generator": "nonsaturating"},
+    "train": {"lr_decay_steps": 0, "lr_min_d": 0.0},
     "log": {"tensorboard": True},
 }
 
@@ -155,22 +156,24 @@ def build(config: Any) -> Built:
     for name in ("num_steps", "batch_size", "r1_every", "steps_per_epoch"):
         if train[name] < 1:
             raise UserError(f"train.{name}={train[name]} must be at least 1")
+    if train["lr_decay_steps"] < 0:
+        raise UserError(f"train.lr_decay_steps={train['lr_decay_steps']} must be 0, for train.num_steps, or more")
     schedule = Schedule.create(**c["diffusion"])
     generator, discriminator, shape = NETWORKS[c["model"]["network"]](c, DTYPES[c["model"]["dtype"]], schedule)
 
-    def rate(base: float) -> Callable[[jax.Array], jax.Array]:
+    def rate(base: float, floor: float) -> Callable[[jax.Array], jax.Array]:
         if not train["lr_decay"]:
             return state.constant_schedule(base)
-        epochs = -(-train["num_steps"] // train["steps_per_epoch"])
-        return state.cosine_schedule(base, train["steps_per_epoch"], epochs, min(train["lr_min"], base))
+        epochs = -(-(train["lr_decay_steps"] or train["num_steps"]) // train["steps_per_epoch"])
+        return state.cosine_schedule(base, train["steps_per_epoch"], epochs, min(floor, base))
 
     method = Method(
         gen=lambda params, *args, **labels: generator.apply({"params": params}, *args, **labels),
         disc=lambda params, *args, **labels: discriminator.apply({"params": params}, *args, **labels),
         schedule=schedule,
         optimizer=state.adam(train["adam_b1"], train["adam_b2"]),
-        lr_g=rate(train["lr_g"]),
-        lr_d=rate(train["lr_d"]),
+        lr_g=rate(train["lr_g"], train["lr_min"]),
+        lr_d=rate(train["lr_d"], train["lr_min_d"] or train["lr_min"]),
         nz=generator.nz,
         r1_gamma=train["r1_gamma"],
         ema_decay=train["ema_decay"],

@@ -4,10 +4,12 @@ import importlib
 import math
 
 import jax
+import numpy as np
 import pytest
 from commands import ROOT, run
 
 from ddgan_jax.build import as_dict, build
+from ddgan_jax.errors import UserError
 
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 
@@ -44,6 +46,31 @@ def test_every_config_differs_from_the_documented_one_in_values_only(name):
     assert as_dict(get_config(name, "smoke"))["data"]["name"] in ("synthetic", "gaussians")
     with pytest.raises(ValueError, match="unknown variant 'tiny'"):
         get_config(name, "tiny")
+
+
+def test_each_network_has_its_own_floor_of_the_learning_rate_and_stays_there():
+    """Cosines, so that half way is the mean of both ends; a run of more steps than the decay is constant afterwards."""
+    config = get_config("cifar10", "smoke")
+    config.train.update(lr_g=6e-5, lr_d=3e-4, lr_min=2e-5, lr_min_d=1e-4, lr_decay_steps=100, steps_per_epoch=1)
+    method = build(config).method
+    rates = [[float(rate(np.int32(step))) for step in (0, 50, 100, 1_000)] for rate in (method.lr_g, method.lr_d)]
+    np.testing.assert_allclose(rates, [[6e-5, 4e-5, 2e-5, 2e-5], [3e-4, 2e-4, 1e-4, 1e-4]], rtol=1e-6)
+
+
+def test_the_decay_of_a_checkpoint_that_knows_one_floor_is_as_it_was():
+    """Both networks fall to lr_min in num_steps."""
+    old = as_dict(get_config("cifar10", "smoke"))
+    del old["train"]["lr_decay_steps"], old["train"]["lr_min_d"]
+    method = build(old).method
+    rates = [[float(rate(np.int32(step))) for step in (0, 4, 8)] for rate in (method.lr_g, method.lr_d)]
+    np.testing.assert_allclose(rates, [[1.6e-4, 8.5e-5, 1e-5], [1.25e-4, 6.75e-5, 1e-5]], rtol=1e-6)
+
+
+def test_a_decay_of_less_than_no_steps_is_refused():
+    config = get_config("cifar10", "smoke")
+    config.train.lr_decay_steps = -1
+    with pytest.raises(UserError, match=r"train.lr_decay_steps=-1 must be 0, for train.num_steps, or more"):
+        build(config)
 
 
 @pytest.mark.slow

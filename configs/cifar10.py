@@ -61,6 +61,7 @@ def get_config(variant: str = "paper") -> ConfigDict:
     config.train.lr_decay_steps = 0  # and constant afterwards; 0: in num_steps (paper)
     config.train.lr_min = 1e-5  # released code
     config.train.lr_min_d = 0.0  # of the discriminator; 0: lr_min (released code)
+    config.train.d_lead = 0.0  # above 0: G waits for D, its rate is whole where D's loss is so far below 2 ln 2
     config.train.steps_per_epoch = 195  # 50,000 // 256: the learning rate moves once an epoch (released code)
     config.train.adam_b1 = 0.5  # (paper)
     config.train.adam_b2 = 0.9  # (paper)

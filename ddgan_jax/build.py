@@ -58,7 +58,7 @@ NEW_FIELDS: dict[str, Any] = {
     "data": {"scale": 1.0},
     "model": {"num_classes": 0, "data_std": 0.0},
     "loss": {"generator": "nonsaturating"},
-    "train": {"lr_decay_steps": 0, "lr_min_d": 0.0},
+    "train": {"lr_decay_steps": 0, "lr_min_d": 0.0, "d_lead": 0.0},
     "log": {"tensorboard": True},
 }
 
@@ -156,6 +156,8 @@ def build(config: Any) -> Built:
     for name in ("num_steps", "batch_size", "r1_every", "steps_per_epoch"):
         if train[name] < 1:
             raise UserError(f"train.{name}={train[name]} must be at least 1")
+    if train["d_lead"] < 0:
+        raise UserError(f"train.d_lead={train['d_lead']} must be 0, to leave the learning rate alone, or more")
     if train["lr_decay_steps"] < 0:
         raise UserError(f"train.lr_decay_steps={train['lr_decay_steps']} must be 0, for train.num_steps, or more")
     schedule = Schedule.create(**c["diffusion"])
@@ -182,6 +184,7 @@ def build(config: Any) -> Built:
         objective=c["objective"],
         paths=Paths(loss["projections"], loss["kappa"]) if loss["generator"] == "rpsw" else None,
         scale=scale,
+        d_lead=train["d_lead"],
     )
     x, t, z = jnp.zeros((1, *shape)), jnp.zeros(1, jnp.int32), jnp.zeros((1, generator.nz))
     labels = {"y": t} if num_classes else {}

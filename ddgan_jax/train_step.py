@@ -91,6 +91,7 @@ class Method:
     objective: str = "adversarial"  # one of OBJECTIVES
     paths: losses.Paths | None = None  # train G by (4) instead of (3)
     scale: float = 1.0  # x_0 = scale * data, for points
+    d_lead: float = 0.0  # nats that D's loss must be below 2 ln 2 for G's whole learning rate; 0: always whole
 
 
 def to_x0(images: Array, scale: float = 1.0) -> Array:
@@ -204,8 +205,10 @@ def update_g(
     axis_name: str | None = None,
     y: Array | None = None,
     path_key: Array | None = None,
+    pace: Array | float = 1.0,
 ) -> tuple[TrainState, Metrics]:
-    """Phases 2 and 3 of `update`: the state with the new G and its moving average, one step on."""
+    """Phases 2 and 3 of `update`: the state with the new G, `pace` times the learning rate, and its moving average,
+    one step on."""
     grads, parts = g_gradients(method, state, x0, draws, y, path_key, axis_name)
     metrics = {
         "g_loss": jnp.mean(parts["fake_loss"]),
@@ -213,7 +216,7 @@ def update_g(
         "g_count_by_t": _sum_by_t(jnp.ones_like(parts["fake_loss"]), draws.t, method),
     }
     grads, metrics = parallel.mean((grads, metrics), axis_name)
-    lr_g = method.lr_g(state.step)
+    lr_g = method.lr_g(state.step) * pace
     gen_params, gen_opt = apply_gradients(method.optimizer, grads, state.gen_opt, state.gen_params, lr_g)
     metrics |= {"g_grad_norm": optax.tree.norm(grads), "g_param_norm": optax.tree.norm(gen_params), "lr_g": lr_g}
     state = state.replace(
@@ -236,10 +239,22 @@ def update(
 ) -> tuple[TrainState, Metrics]:
     """The step as a pure function of real x_0 [B, *d] in [-1, 1] (already mirrored), their labels and the draws."""
     metrics: Metrics = {}
+    pace: Array | float = 1.0
     if method.objective != "gaussian":
         state, metrics = update_d(method, state, x0, draws.d, with_r1, axis_name, y)
-    state, g_metrics = update_g(method, state, x0, draws.g, axis_name, y, draws.path_key)
+        if method.d_lead:
+            pace = pace_of_g(metrics["d_loss"], method.d_lead)
+    state, g_metrics = update_g(method, state, x0, draws.g, axis_name, y, draws.path_key, pace)
     return state, metrics | g_metrics
+
+
+def pace_of_g(d_loss: Array, d_lead: float) -> Array:
+    """The share of its learning rate that G moves at: 1 where D's loss is `d_lead` below that of guessing, 0 above it.
+
+    Not in the paper. A discriminator that guesses, with loss 2 ln 2, tells G nothing, and once it is there it stays for
+    a thousand steps; while it waits for D, G does not drift.
+    """
+    return jnp.clip((2 * jnp.log(2.0) - d_loss) / d_lead, 0, 1)
 
 
 def _sum_by_t(values: Array, t: Array, method: Method) -> Array:

@@ -279,6 +279,21 @@ def test_images_are_scaled_and_mirrored():
     np.testing.assert_allclose(seen[True], (1 - mirrored) * plain + mirrored * plain[:, ::-1], atol=1e-5)
 
 
+def test_g_waits_for_a_discriminator_that_guesses():
+    """Its learning rate falls with D's loss: whole at `d_lead` below 2 ln 2, nothing where D says 0 to everything."""
+    losses = [0.0, 2 * np.log(2) - 0.5, 2 * np.log(2) - 0.2, 2 * np.log(2), 3.0]
+    np.testing.assert_allclose([float(ts.pace_of_g(jnp.float32(x), 0.5)) for x in losses], [1, 1, 0.4, 0, 0], atol=1e-6)
+    method, state = linear(d_lead=0.5, lr_d=state_lib.constant_schedule(0.1))
+    data = 1 + jax.random.normal(jax.random.key(0), (256, 2))
+    step = jax.jit(ts.make_train_step(method, 0, False))
+    waiting, metrics = step(state, data)  # of v = 0
+    np.testing.assert_allclose([metrics["lr_g"], waiting.gen_params], 0, atol=1e-7)
+    assert 0.1 * metrics["g_grad_norm"] > 1e-5  # how far G would have gone
+    _, metrics = step(state.replace(disc_params=jnp.full(2, 0.2)), data)
+    np.testing.assert_allclose(metrics["lr_g"], 0.1 * (2 * np.log(2) - metrics["d_loss"]) / 0.5, rtol=1e-5)
+    assert 0.01 < metrics["lr_g"] < 0.09
+
+
 def test_ema_is_a_geometric_mean_of_the_stepped_weights():
     ema, params = jnp.float32(100.0), [jnp.float32(x) for x in (1.0, 2.0, 4.0)]
     for step, p in enumerate(params):

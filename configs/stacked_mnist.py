@@ -20,6 +20,6 @@ def get_config(variant: str = "paper") -> ConfigDict:
         return apply_variant(config, variant)
     config.data.name = "stacked_mnist_5k"
     small(config)
-    config.train.num_steps = 5_000
+    config.train.num_steps = 5_500
     config.eval.update(every=500, online_samples=2_000)
     return config

@@ -163,19 +163,19 @@ def build(config: Any) -> Built:
     schedule = Schedule.create(**c["diffusion"])
     generator, discriminator, shape = NETWORKS[c["model"]["network"]](c, DTYPES[c["model"]["dtype"]], schedule)
 
-    def rate(base: float, floor: float) -> Callable[[jax.Array], jax.Array]:
+    def rate(base: float, own_floor: float) -> Callable[[jax.Array], jax.Array]:
         if not train["lr_decay"]:
             return state.constant_schedule(base)
         epochs = -(-(train["lr_decay_steps"] or train["num_steps"]) // train["steps_per_epoch"])
-        return state.cosine_schedule(base, train["steps_per_epoch"], epochs, min(floor, base))
+        return state.cosine_schedule(base, train["steps_per_epoch"], epochs, min(own_floor or train["lr_min"], base))
 
     method = Method(
         gen=lambda params, *args, **labels: generator.apply({"params": params}, *args, **labels),
         disc=lambda params, *args, **labels: discriminator.apply({"params": params}, *args, **labels),
         schedule=schedule,
         optimizer=state.adam(train["adam_b1"], train["adam_b2"]),
-        lr_g=rate(train["lr_g"], train["lr_min"]),
-        lr_d=rate(train["lr_d"], train["lr_min_d"] or train["lr_min"]),
+        lr_g=rate(train["lr_g"], 0.0),
+        lr_d=rate(train["lr_d"], train["lr_min_d"]),
         nz=generator.nz,
         r1_gamma=train["r1_gamma"],
         ema_decay=train["ema_decay"],

@@ -118,8 +118,8 @@ def small(config: ConfigDict) -> None:
     config.generator.update(nf=16, ch_mult=(1, 2, 4), num_res_blocks=1, nz=64, z_emb_dim=128, n_mlp=3)
     # halving at once: twice the weights of the preset with ngf = 8, for the same work
     config.discriminator.update(ngf=16, start=1, stages=((2, True), (4, True), (8, True)), t_emb_dim=128)
-    # D must stay ahead of G: with lr_g as large as lr_d, or R1 0.05, its gradients on the images soon vanish, and with
-    # any constant rates that were tried G overtakes it sooner or later; so G waits for it
+    # D must stay ahead of G: with lr_g as large as lr_d, or R1 0.05, its gradients on the images soon vanish; with
+    # the constant rates that were tried G overtook it in the end, or learned too slowly; so G waits for it
     config.train.update(lr_g=1e-4, lr_d=3e-4, d_lead=0.7, r1_gamma=0.5, r1_every=10)
     config.train.update(lr_min=3e-5, lr_min_d=1e-4, steps_per_epoch=1)
     config.train.update(num_steps=7_000, batch_size=32, ema_decay=0.999)

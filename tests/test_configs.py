@@ -66,10 +66,17 @@ def test_the_decay_of_a_checkpoint_that_knows_one_floor_is_as_it_was():
     np.testing.assert_allclose(rates, [[1.6e-4, 8.5e-5, 1e-5], [1.25e-4, 6.75e-5, 1e-5]], rtol=1e-6)
 
 
-def test_a_decay_of_less_than_no_steps_is_refused():
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("lr_decay_steps", -1, r"train.lr_decay_steps=-1 must be 0, for train.num_steps, or more"),
+        ("d_lead", -0.5, r"train.d_lead=-0.5 must be 0, to leave the learning rate alone, or more"),
+    ],
+)
+def test_less_than_nothing_is_refused(name, value, message):
     config = get_config("cifar10", "smoke")
-    config.train.lr_decay_steps = -1
-    with pytest.raises(UserError, match=r"train.lr_decay_steps=-1 must be 0, for train.num_steps, or more"):
+    config.train[name] = value
+    with pytest.raises(UserError, match=message):
         build(config)
 
 

@@ -104,12 +104,12 @@ def get_config(variant: str = "paper") -> ConfigDict:
     return apply_variant(config, variant)
 
 
-def apply_variant(config: ConfigDict, variant: str) -> ConfigDict:
-    """The config as it is ('paper') or shrunk ('smoke')."""
+def apply_variant(config: ConfigDict, variant: str, *own: str) -> ConfigDict:
+    """The config as it is ('paper') or shrunk ('smoke'); `own` are the variants that its file makes itself."""
     if variant == "smoke":
         smoke(config)
     elif variant != "paper":
-        raise ValueError(f"unknown variant {variant!r}: it is 'paper' or 'smoke'")
+        raise ValueError(f"unknown variant {variant!r}: it is one of {', '.join(('paper', *own, 'smoke'))}")
     return config
 
 

@@ -1,7 +1,7 @@
 """Your own images: `--config=configs/image_folder.py --config.data.path=DIR`, a folder or a zip.
 
 Variants: 'paper' (the networks of CIFAR-10, for 32 to 64 px), 'large' (of CelebA-HQ, for 128 and 256 px), 'small'
-(for 32 px and hours on 2 CPU cores; judged in a classifier's features, so of one folder a class), 'smoke'.
+(for 32 px and an hour or two on a CPU core; judged in a classifier's features, so of one folder a class), 'smoke'.
 """
 
 from ml_collections import ConfigDict
@@ -23,4 +23,4 @@ def get_config(variant: str = "paper") -> ConfigDict:
         config.eval.update(features="classifier", num_samples=10_000, reference_samples=10_000, manifold_samples=5_000)
         config.eval.update(every=1_000, online_samples=2_000)
         return config
-    return apply_variant(config, variant)
+    return apply_variant(config, variant, "large", "small")

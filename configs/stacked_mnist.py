@@ -17,7 +17,7 @@ def get_config(variant: str = "paper") -> ConfigDict:
     # 25,600 samples are counted (as in the paper's comparison); distances are secondary here
     config.eval.update(features="classifier", num_samples=25_600, reference_samples=10_000, manifold_samples=5_000)
     if variant != "mnist_5k":
-        return apply_variant(config, variant)
+        return apply_variant(config, variant, "mnist_5k")
     config.data.name = "stacked_mnist_5k"
     small(config)
     config.train.num_steps = 5_500

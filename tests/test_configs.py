@@ -48,6 +48,11 @@ def test_every_config_differs_from_the_documented_one_in_values_only(name):
         get_config(name, "tiny")
 
 
+def test_the_error_names_the_variants_that_there_are():
+    with pytest.raises(ValueError, match="one of paper, mnist_5k, smoke"):
+        get_config("stacked_mnist", "tiny")
+
+
 def test_each_network_has_its_own_floor_of_the_learning_rate_and_stays_there():
     """Cosines, so that half way is the mean of both ends; a run of more steps than the decay is constant afterwards."""
     config = get_config("cifar10", "smoke")

@@ -4,10 +4,13 @@
     python -m benchmarks.tpu --topology=v5e:4x4 --config=configs/cifar10.py --config.model.dtype=bfloat16 --batch=64
 
 --batch is that of a chip. Memory, operations, bytes and the time are what the TPU's compiler estimates; nothing runs.
+`bound` is the least time a chip can take for so many operations and bytes, whichever of the two takes longer; `of peak`
+are the operations over the compiler's time, or over the bound where the compiler knows none, and the chip's peak.
 --largest=1 doubles the batch until the step no longer fits a chip.
 """
 
 import json
+import math
 import os
 import re
 import time
@@ -22,14 +25,15 @@ from benchmarks import measure
 from ddgan_jax import parallel
 from ddgan_jax.build import Built
 
-PEAK = {"v4": 275, "v5e": 197, "v5p": 459, "v6e": 918}  # TFLOP/s of a chip in bfloat16, as its maker states them
+# TFLOP/s in bfloat16 and GB/s of memory of a chip, as its maker states them
+CHIPS = {"v4": (275, 1228), "v5e": (197, 819), "v5p": (459, 2765), "v6e": (918, 1640)}
 
 
 def describe(name: str, start: float, lowered: Any, loops: int = 1) -> dict[str, Any]:
     """Compile for the topology: what its compiler says of a chip. `loops`: how often the body of its loop runs."""
     compiled = lowered.compile()
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
-    estimate = cost["optimal_seconds"]  # below zero for CIFAR-10's step by libtpu 0.0.52 (jax 0.10.2): not known then
+    estimate = cost["optimal_seconds"]  # below zero for CIFAR-10's step by libtpu 0.0.52: not known then
     used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
     return {
         "program": name,
@@ -80,11 +84,12 @@ def main() -> None:
     except Exception as error:
         raise SystemExit(f"no compiler for {flags.topology} (pip install libtpu): {error}") from error
     built = measure.build_for(config, flags.batch * len(devices))
-    peak = PEAK.get(flags.topology.partition(":")[0], float("nan"))
+    peak, bandwidth = CHIPS.get(flags.topology.partition(":")[0], (float("nan"), float("nan")))
     print(
-        f"{flags.topology}, {len(devices)} chips of {peak} TFLOP/s, {config.model.dtype}, {flags.batch} images a chip"
+        f"{flags.topology}, {len(devices)} chips of {peak} TFLOP/s and {bandwidth} GB/s, {config.model.dtype}, "
+        f"{flags.batch} images a chip"
     )
-    print(f"{'':<14}{'GB memory':>11}{'GFLOP':>10}{'GB moved':>10}{'ms':>9}{'of peak':>9}{'compile':>9}")
+    print(f"{'':<14}{'GB memory':>11}{'GFLOP':>10}{'GB moved':>10}{'ms':>9}{'bound':>9}{'of peak':>9}{'compile':>9}")
     rows = []
     for name in ("step", "step with R1", "sampling"):
         start = time.perf_counter()
@@ -92,11 +97,14 @@ def main() -> None:
             row = describe(name, start, sampler(built, devices, flags.batch), built.schedule.num_steps)
         else:
             row = describe(name, start, train_step(built, devices, flags.batch, name != "step"))
-        row["of_peak"] = round(row["gflop"] / row["seconds"] / peak / 1000, 3)
+        row["bound_seconds"] = round(max(row["gflop"] / peak / 1000, row["gigabytes"] / bandwidth), 5)
+        seconds = row["bound_seconds"] if math.isnan(row["seconds"]) else row["seconds"]
+        row["of_peak"] = round(row["gflop"] / seconds / peak / 1000, 3)
         rows.append(row)
         print(
             f"{name:<14}{row['memory_gb']:>11.2f}{row['gflop']:>10.1f}{row['gigabytes']:>10.2f}"
-            f"{1000 * row['seconds']:>9.2f}{row['of_peak']:>9.1%}{row['compile_seconds']:>9.1f}",
+            f"{1000 * row['seconds']:>9.2f}{1000 * row['bound_seconds']:>9.2f}{row['of_peak']:>9.1%}"
+            f"{row['compile_seconds']:>9.1f}",
             flush=True,
         )
     found = {"topology": flags.topology, "batch_a_chip": flags.batch, "dtype": config.model.dtype, "programs": rows}

@@ -44,10 +44,16 @@ def main(*flags: str, output: pathlib.Path | None = None) -> None:
 
 
 def train_and_judge(workdir: pathlib.Path, *flags: str, quiet: bool = False) -> dict[str, Any]:
-    """Train in `workdir` (or go on there) and evaluate: the results of both. What is finished is not done again."""
+    """Train in `workdir` (or go on there) and evaluate: the results of both. What is finished is not done again.
+
+    Fault where what was finished there had other flags: the methods of an experiment are numbered, and may have moved.
+    """
     done = workdir / "measured.json"
     if done.exists():
-        return json.loads(done.read_text())
+        found = json.loads(done.read_text())
+        if found["flags"] != list(flags):
+            raise Fault(f"{workdir} holds a run of {shlex.join(found['flags'])}: move it away, or delete it")
+        return found
     workdir.mkdir(parents=True, exist_ok=True)
     output = workdir / "output.txt" if quiet else None
     main(*flags, f"--workdir={workdir}", output=output)

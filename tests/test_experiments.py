@@ -95,3 +95,12 @@ def test_a_failed_run_says_where_to_look(tmp_path):
     with pytest.raises(Fault, match=r"exit code 2, see .*output.txt"):
         common.train_and_judge(tmp_path, "--config=configs/none.py", quiet=True)
     assert "configs/none.py" in (tmp_path / "output.txt").read_text()
+
+
+def test_results_of_other_flags_are_not_taken_for_these(tmp_path):
+    """A finished run is taken as it is, unless it was of another method, whose number has changed."""
+    found = {"flags": ["--config=configs/digits.py", "--config.seed=0"], "steps": 7}
+    (tmp_path / "measured.json").write_text(json.dumps(found))
+    assert common.train_and_judge(tmp_path, *found["flags"]) == found
+    with pytest.raises(Fault, match=r"holds a run of --config=configs/digits.py --config.seed=0: move it away"):
+        common.train_and_judge(tmp_path, "--config=configs/digits.py", "--config.seed=1")

@@ -7,14 +7,20 @@ x_0, with l = D(x_t, t, x_{t+1}) the logit and softplus(-l) = -log sigmoid(l):
     2.  R1  = gamma/2 E[ ||grad_{x_t} l_real||^2 ]        the gradient is of x_t only, not of x_{t+1}
     3.  L_G = E[softplus(-l_fake)]                        non-saturating
 
-or, in the place of (3), sliced Wasserstein distances along random paths (Nguyen, Zhang, Le and Ho, "Sliced Wasserstein
+With examples x_t' of the posterior given another image's x_0, which are likely by themselves but do not belong to
+x_{t+1}, D learns to compare its two images, as the matching-aware discriminator of Reed et al. ("Generative Adversarial
+Text to Image Synthesis", ICML 2016) does an image and its caption. With weights w [B]:
+
+    1'. L_D = (1) + E[w softplus(l_mismatched)]
+
+In the place of (3), sliced Wasserstein distances along random paths (Nguyen, Zhang, Le and Ho, "Sliced Wasserstein
 with Random-Path Projecting Directions", ICML 2024). With X the rows (x_t, l_real), Y the rows (fake x_t, l_fake), and
 X1, X2, Y1, Y2 the halves of the batch, an energy distance:
 
     4.  L_G = SW(X1, Y1) + SW(X2, Y2) - SW(X1, X2) - SW(Y1, Y2)
         SW(X, Y) = E_theta[ W_2^2(theta X, theta Y) ],    theta ~ PowerSpherical(x - y, kappa),  x from X, y from Y
 
-or, in the place of all three, what Gaussian denoising is trained by (the paper's baseline, its equation 2):
+In the place of all three, what Gaussian denoising is trained by (the paper's baseline, its equation 2):
 
     5.  L = E[ ||x_0 - G(x_{t+1}, t, z)||^2 / d ]         whose optimum is the mean of x_0 given x_{t+1}
 
@@ -54,10 +60,12 @@ def d_loss(
     x_tp1: Float[Array, "b *d"],
     fake_x_t: Float[Array, "b *d"],
     r1_gamma: float | None = None,
+    mismatched: tuple[Float[Array, "b *d"], Float[Array, "b"]] | None = None,
 ) -> tuple[Float[Array, ""], Parts]:
-    """(1), plus (2) unless `r1_gamma` is None. No gradient flows into the fake.
+    """(1), plus (2) unless `r1_gamma` is None; or (1') with `mismatched` (x_t', w). No gradient flows into the fake.
 
-    Parts, all [B]: the logits `real` and `fake`, the losses `real_loss` and `fake_loss`, and with R1 `grad_norm_sq`.
+    Parts, all [B]: the logits `real` and `fake`, the losses `real_loss` and `fake_loss`, with R1 `grad_norm_sq`, and
+    `mismatched_loss`, weighted, of mismatched pairs.
     """
     parts = {}
     penalty = jnp.float32(0)
@@ -69,7 +77,12 @@ def d_loss(
         parts["grad_norm_sq"] = r1_parts["grad_norm_sq"]
     fake = disc(jax.lax.stop_gradient(fake_x_t), t, x_tp1)
     parts |= {"real": real, "fake": fake, "real_loss": jax.nn.softplus(-real), "fake_loss": jax.nn.softplus(fake)}
-    return jnp.mean(parts["real_loss"]) + jnp.mean(parts["fake_loss"]) + penalty, parts
+    loss = jnp.mean(parts["real_loss"]) + jnp.mean(parts["fake_loss"]) + penalty
+    if mismatched is not None:
+        other_x_t, weight = mismatched
+        parts["mismatched_loss"] = weight * jax.nn.softplus(disc(other_x_t, t, x_tp1))
+        loss += jnp.mean(parts["mismatched_loss"])
+    return loss, parts
 
 
 def g_loss(

@@ -97,6 +97,15 @@ def gather(x: jax.Array, axis_name: str | None) -> jax.Array:
     return x if axis_name is None else jax.lax.all_gather(x, axis_name, tiled=True)
 
 
+def previous(x: jax.Array, axis_name: str | None) -> jax.Array:
+    """Inside a replica: for each of its rows [b, ...] the one before it in the global batch, for the first the last."""
+    before = x[-1:]
+    if axis_name is not None:
+        n = jax.lax.axis_size(axis_name)
+        before = jax.lax.ppermute(before, axis_name, [(i, (i + 1) % n) for i in range(n)])
+    return jnp.concatenate([before, x[:-1]])
+
+
 def example_keys(key: jax.Array, indices: jax.Array) -> jax.Array:
     """One key [B] for each example, from its index alone."""
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(indices)

@@ -92,6 +92,7 @@ class Method:
     objective: str = "adversarial"  # one of OBJECTIVES
     paths: losses.Paths | None = None  # train G by (4) instead of (3)
     scale: float = 1.0  # x_0 = scale * data, for points
+    mismatched: float = 0.0  # weight of the mismatched pairs in D's loss; 0: none
     d_lead: float = 0.0  # nats that D's loss must be below 2 ln 2 for G's whole learning rate; 0: always whole
 
 
@@ -133,15 +134,34 @@ def _generate(method: Method, gen_params: Params, x_tp1: Array, t: Array, draws:
     return bind(method.gen, gen_params, y)(x_tp1, t, draws.z, *keys)
 
 
+def mismatched_pair(
+    method: Method, x0: Array, x_tp1: Array, draws: PhaseDraws, axis_name: str | None
+) -> tuple[Array, Array]:
+    """(x_t', w) of (1'): x_t' ~ q(x_t | x_{t+1}, x_0') [B, *d] with the x_0' of the example before, and its weight [B].
+
+    The weight is 0 at t = T - 1, whose x_{t+1} is noise: it belongs to every image.
+    """
+    x_t = sample_posterior(method.schedule, parallel.previous(x0, axis_name), x_tp1, draws.t, draws.noise_posterior)
+    return x_t, method.mismatched * (draws.t < method.schedule.num_steps - 1)
+
+
 def d_gradients(
-    method: Method, state: TrainState, x0: Array, draws: PhaseDraws, with_r1: bool, y: Array | None = None
+    method: Method,
+    state: TrainState,
+    x0: Array,
+    draws: PhaseDraws,
+    with_r1: bool,
+    y: Array | None = None,
+    axis_name: str | None = None,
 ) -> tuple[Params, losses.Parts]:
     """Phase 1: gradients of D's parameters, and the parts of its loss."""
     x_t, fake_x_t, x_tp1 = fake_pair(method, state.gen_params, x0, draws, y)
     r1_gamma = method.r1_gamma if with_r1 else None
+    with_mismatched = method.mismatched and method.schedule.num_steps > 1
+    mismatched = mismatched_pair(method, x0, x_tp1, draws, axis_name) if with_mismatched else None
 
     def loss(params: Params) -> tuple[Array, losses.Parts]:
-        return losses.d_loss(bind(method.disc, params, y), x_t, draws.t, x_tp1, fake_x_t, r1_gamma)
+        return losses.d_loss(bind(method.disc, params, y), x_t, draws.t, x_tp1, fake_x_t, r1_gamma, mismatched)
 
     return jax.grad(loss, has_aux=True)(state.disc_params)
 
@@ -181,7 +201,7 @@ def update_d(
     y: Array | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Phase 1 of `update`: the state with the new D."""
-    grads, parts = d_gradients(method, state, x0, draws, with_r1, y)
+    grads, parts = d_gradients(method, state, x0, draws, with_r1, y, axis_name)
     metrics = {
         "d_loss": jnp.mean(parts["real_loss"] + parts["fake_loss"]),
         "d_real": jnp.mean(parts["real"]),
@@ -189,6 +209,8 @@ def update_d(
         "d_loss_by_t": _sum_by_t(parts["real_loss"] + parts["fake_loss"], draws.t, method),
         "d_count_by_t": _sum_by_t(jnp.ones_like(parts["real"]), draws.t, method),
     }
+    if "mismatched_loss" in parts:
+        metrics["d_mismatched"] = jnp.mean(parts["mismatched_loss"])
     if with_r1:
         metrics["r1"] = method.r1_gamma / 2 * jnp.mean(parts["grad_norm_sq"])
     grads, metrics = parallel.mean((grads, metrics), axis_name)

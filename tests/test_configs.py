@@ -72,15 +72,16 @@ def test_the_decay_of_a_checkpoint_that_knows_one_floor_is_as_it_was():
 
 
 @pytest.mark.parametrize(
-    "name, value, message",
+    "group, name, value, message",
     [
-        ("lr_decay_steps", -1, r"train.lr_decay_steps=-1 must be 0, for train.num_steps, or more"),
-        ("d_lead", -0.5, r"train.d_lead=-0.5 must be 0, to leave the learning rate alone, or more"),
+        ("train", "lr_decay_steps", -1, r"train.lr_decay_steps=-1 must be 0, for train.num_steps, or more"),
+        ("train", "d_lead", -0.5, r"train.d_lead=-0.5 must be 0, to leave the learning rate alone, or more"),
+        ("loss", "mismatched", -1.0, r"loss.mismatched=-1.0 must be 0, for no mismatched pairs, or more"),
     ],
 )
-def test_less_than_nothing_is_refused(name, value, message):
+def test_less_than_nothing_is_refused(group, name, value, message):
     config = get_config("cifar10", "smoke")
-    config.train[name] = value
+    config[group][name] = value
     with pytest.raises(UserError, match=message):
         build(config)
 

@@ -67,6 +67,22 @@ def test_losses_are_cross_entropies(batch):
     )
 
 
+def test_the_best_d_weighs_real_pairs_against_fake_and_mismatched_ones():
+    """Of examples at three places, with shares p, p_g and p_m, its logit is log(p / (p_g + w p_m)); w may vary."""
+    at = lambda *counts: jnp.repeat(jnp.arange(3), jnp.array(counts))  # noqa: E731
+    real, fake, other, t = at(5, 2, 3), at(3, 6, 1), at(1, 2, 7), jnp.zeros(10, jnp.int32)
+    weight = jnp.where(other == 1, 0.0, 0.5)
+    loss = lambda logits, mismatched: losses.d_loss(  # noqa: E731
+        lambda x_t, t, x_tp1: logits[x_t], real, t, real, fake, mismatched=mismatched
+    )
+    best = jnp.log(jnp.array([5 / (3 + 0.5 * 1), 2 / (6 + 0.0 * 2), 3 / (1 + 0.5 * 7)]))
+    grad, parts = jax.grad(loss, has_aux=True)(best, (other, weight))
+    np.testing.assert_allclose(grad, 0, atol=1e-7)
+    assert jnp.abs(jax.grad(loss, has_aux=True)(best, (other, 2 * weight))[0]).max() > 0.01
+    np.testing.assert_allclose(parts["mismatched_loss"], weight * jnp.log1p(jnp.exp(best[other])), rtol=1e-6)
+    assert loss(best, (other, 0 * weight))[0] == loss(best, None)[0]
+
+
 def test_where_gradients_flow(batch):
     """D's loss sends none into the fake; G's does."""
     real, fake, x_tp1, t = batch

@@ -55,9 +55,9 @@ worst["moved"] = float(np.abs(one.gen_params["z_0"]["kernel"] - first).max())
 worst["metrics"] = max(float(np.abs(a - b).max()) for a, b in zip(
     jax.tree.leaves(one_metrics), jax.tree.leaves(four_metrics), strict=True))
 
-# The sliced Wasserstein distances are of the global batch, wherever its examples are.
+# The sliced Wasserstein distances and the mismatched pairs are of the global batch, wherever its examples are.
 generator, disc = PointGenerator(width=16, depth=1), PointDiscriminator(width=16, depth=1)
-method = method_of(generator, disc, paths=losses.Paths(64, 5.0))
+method = method_of(generator, disc, paths=losses.Paths(64, 5.0), mismatched=0.5)
 x, z = jnp.zeros((4, 2)), jnp.zeros((4, generator.nz))
 params = generator.init(jax.random.key(2), x, t, z)["params"], disc.init(jax.random.key(3), x, t, x)["params"]
 images = np.random.default_rng(1).normal(size=(3, 16, 2)).astype(np.float32)
@@ -70,6 +70,8 @@ four, _ = train(
 largest = lambda a, b: max(float(np.abs(x - y).max()) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
 worst["paths"] = largest(one.gen_params, jax.tree.map(np.asarray, four.gen_params))
 worst["paths_moved"] = largest(one.gen_params, params[0])
+worst["mismatched"] = largest(one.disc_params, jax.tree.map(np.asarray, four.disc_params))
+worst["mismatched_moved"] = largest(one.disc_params, params[1])
 print(json.dumps(worst))
 """
 
@@ -92,7 +94,8 @@ def test_one_replica_equals_four():
     assert worst["moved"] > 1e-4
     assert worst["gen_params"] < 1e-5 and worst["ema_params"] < 1e-5 and worst["disc_params"] < 1e-5
     assert worst["metrics"] < 1e-3
-    assert worst["paths_moved"] > 1e-4 and worst["paths"] < 1e-5
+    for name in ("paths", "mismatched"):
+        assert worst[f"{name}_moved"] > 1e-4 and worst[name] < 1e-5
 
 
 def test_prefetch_changes_neither_order_nor_content():

@@ -294,6 +294,33 @@ def test_g_waits_for_a_discriminator_that_guesses():
     assert 0.01 < metrics["lr_g"] < 0.09
 
 
+def test_mismatched_pairs_are_of_the_image_before():
+    """x_t' ~ q(x_t | x_{t+1}, x_0'), with weight w, but 0 at t = T - 1; D's gradient is that of (1')."""
+    method, state = linear(schedule=Schedule.create(4), mismatched=0.5)
+    x0 = jnp.stack([jnp.full(2, float(i)) for i in range(8)])
+    draws = ts.draw(jax.random.key(0), jnp.arange(8), 4, (2,), 1, False).d
+    draws = draws.replace(t=jnp.arange(8) % 4, noise_posterior=jnp.zeros((8, 2)))
+    x_t, fake_x_t, x_tp1 = ts.fake_pair(method, state.gen_params, x0, draws)
+    other, weight = ts.mismatched_pair(method, x0, x_tp1, draws, None)
+    np.testing.assert_array_equal(weight, [0.5, 0.5, 0.5, 0, 0.5, 0.5, 0.5, 0])
+    schedule = method.schedule
+    coef1, coef2 = (c[draws.t][:, None] for c in (schedule.posterior_mean_coef1, schedule.posterior_mean_coef2))
+    np.testing.assert_allclose(other, coef1 * np.roll(x0, 1, axis=0) + coef2 * x_tp1, rtol=1e-5)
+    np.testing.assert_array_equal(other[jnp.array([0, 4])], x0[jnp.array([7, 3])])  # at t = 0 it is the image itself
+    # d/dv of (1') at v = 0: -mean(real) / 2 + mean(fake) / 2 + mean(w other) / 2
+    grad, _ = ts.d_gradients(method, state, x0, draws, False)
+    expected = (-x_t + fake_x_t + weight[:, None] * other).mean(axis=0) / 2
+    np.testing.assert_allclose(grad, expected, rtol=1e-5)
+
+
+def test_one_step_has_no_mismatched_pairs():
+    """x_1 of T = 1 is noise, and belongs to every image."""
+    data = 1 + jax.random.normal(jax.random.key(0), (256, 2))
+    states = [jax.jit(ts.make_train_step(linear(mismatched=w)[0], 0, False))(linear()[1], data)[0] for w in (0.0, 1.0)]
+    assert jnp.abs(states[0].disc_params).min() > 0.1
+    np.testing.assert_array_equal(*(state.disc_params for state in states))
+
+
 def test_ema_is_a_geometric_mean_of_the_stepped_weights():
     ema, params = jnp.float32(100.0), [jnp.float32(x) for x in (1.0, 2.0, 4.0)]
     for step, p in enumerate(params):

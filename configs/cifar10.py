@@ -53,6 +53,7 @@ def get_config(variant: str = "paper") -> ConfigDict:
     config.discriminator.t_emb_dim = 256  # released code
 
     config.train = ConfigDict()
+    config.train.init_from = ""  # a workdir or checkpoint whose networks a new run begins with, such as for other data
     config.train.num_steps = 351_000  # 1800 epochs (paper) of 195 steps
     config.train.batch_size = 256  # 4 GPUs x 64 (paper); global
     config.train.lr_g = 1.6e-4  # (paper)

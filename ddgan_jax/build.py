@@ -58,7 +58,7 @@ NEW_FIELDS: dict[str, Any] = {
     "data": {"scale": 1.0},
     "model": {"num_classes": 0, "data_std": 0.0},
     "loss": {"generator": "nonsaturating", "mismatched": 0.0},
-    "train": {"lr_decay_steps": 0, "lr_min_d": 0.0, "d_lead": 0.0},
+    "train": {"lr_decay_steps": 0, "lr_min_d": 0.0, "d_lead": 0.0, "init_from": ""},
     "log": {"tensorboard": True},
 }
 

@@ -233,9 +233,7 @@ def find(path: str) -> pathlib.Path:
             return folder / str(max(steps))
     if given.name.isdigit() and (given / "config").is_dir():
         return given
-    raise UserError(
-        f"there is no checkpoint in {path}: train first, or name a workdir or a checkpoint with --checkpoint"
-    )
+    raise UserError(f"there is no checkpoint in {path}: train there first, or name another workdir or checkpoint")
 
 
 def restore_ema(path: str) -> tuple[dict[str, Any], dict[str, Any], int]:

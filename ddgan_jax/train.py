@@ -172,6 +172,15 @@ def _replace(path: pathlib.Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def with_networks_of(path: str, state: Any) -> Any:
+    """The host state of a new run, with the networks of the workdir or checkpoint `path`: its D, and the moving average
+    of its G, which is what it samples with. UserError if there is none, or it is of another architecture."""
+    folder = checkpoint.find(path)
+    found = checkpoint.unflatten(checkpoint.read(folder)[0], state, f"the checkpoint {folder} of train.init_from")
+    say(f"the networks are those of {folder}")
+    return state.replace(gen_params=found.ema_params, ema_params=found.ema_params, disc_params=found.disc_params)
+
+
 def steps_by_r1(built: Built, state: Any, batch: Any, r1_every: int) -> dict[bool, Any]:
     """The compiled step with R1 (True) and without; says how long it took, the work of a step and its memory."""
     start = time.time()
@@ -254,6 +263,9 @@ def _train(config: Any, workdir: str, opened: Data | None, interrupt: Interrupt)
     else:
         options = parallel.compiler_options(runs_once=True)
         host_state = jax.device_get(jax.jit(built.init_state, compiler_options=options)())
+        if train_["init_from"]:
+            host_state = with_networks_of(train_["init_from"], host_state) if primary else host_state
+            host_state = parallel.from_primary(host_state)
     state = parallel.replicate(host_state)
     step = first = int(host_state.step)
     safe = step if restored is not None else None

@@ -211,6 +211,7 @@ def update_d(
     }
     if "mismatched_loss" in parts:
         metrics["d_mismatched"] = jnp.mean(parts["mismatched_loss"])
+        metrics["d_loss_of_pairs"] = 2 * jnp.mean(jax.nn.softplus(parts["fake"] - parts["real"]))
     if with_r1:
         metrics["r1"] = method.r1_gamma / 2 * jnp.mean(parts["grad_norm_sq"])
     grads, metrics = parallel.mean((grads, metrics), axis_name)
@@ -266,7 +267,7 @@ def update(
     if method.objective != "gaussian":
         state, metrics = update_d(method, state, x0, draws.d, with_r1, axis_name, y)
         if method.d_lead:
-            pace = pace_of_g(metrics["d_loss"], method.d_lead)
+            pace = pace_of_g(metrics.get("d_loss_of_pairs", metrics["d_loss"]), method.d_lead)
     state, g_metrics = update_g(method, state, x0, draws.g, axis_name, y, draws.path_key, pace)
     return state, metrics | g_metrics
 
@@ -275,7 +276,9 @@ def pace_of_g(d_loss: Array, d_lead: float) -> Array:
     """The share of its learning rate that G moves at: 1 where D's loss is `d_lead` below that of guessing, 0 above it.
 
     Not in the paper. A discriminator that guesses, with loss 2 ln 2, tells G nothing, and once it is there it stays for
-    a thousand steps; while it waits for D, G does not drift.
+    a thousand steps; while it waits for D, G does not drift. Mismatched pairs lower the logits of real and fake x_t
+    alike, by as much as log(1 + w), which is no lost lead: with them `d_loss` is 2 E[softplus(l_fake - l_real)], in
+    which only the difference counts. It is 2 ln 2 for guessing as well.
     """
     return jnp.clip((2 * jnp.log(2.0) - d_loss) / d_lead, 0, 1)
 

@@ -36,6 +36,7 @@ from ddgan_jax.errors import Fault
         ([SMOKE, "--config.data.name=gaussians"], "examples of [2], but model.network=unet is built for [8, 8, 1]"),
         ([POINTS, "--config.data.flip=True"], "data.flip=True mirrors images"),
         ([SMOKE, "--mode=sample"], "no checkpoint in"),
+        ([POINTS, "--config.train.init_from=runs/nothing"], "no checkpoint in runs/nothing"),
         ([SMOKE, "--workdir=/proc/nothing"], "cannot be used"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
@@ -76,6 +77,26 @@ def test_points(tmp_path):
     assert points.shape == (5000, 2) and points.dtype == np.float32 and np.isfinite(points).all()
     result = run(POINTS, "--mode=sample", f"--workdir={tmp_path}", f"--out={tmp_path}/folder")
     assert result.returncode == 2 and "must end in .png (a grid), in .npz (an array)" in result.stderr
+
+
+def test_a_run_begins_with_the_networks_of_another(tmp_path):
+    """The moving average of its G, and its D; with learning rates of 0 they are still there at the end."""
+    still = [f"--config.train.{name}=0.0" for name in ("lr_g", "lr_d", "lr_min")]
+    for name, flags in (("a", []), ("b", [f"--config.train.init_from={tmp_path}/a", *still])):
+        result = run(POINTS, f"--workdir={tmp_path}/{name}", *flags)
+        assert result.returncode == 0, result.stderr
+    assert f"the networks are those of {tmp_path}/a/checkpoints/8" in result.stdout
+    a, b = (checkpoint.read(checkpoint.find(str(tmp_path / name)))[0] for name in ("a", "b"))
+    for key in a:
+        network, _, path = key.partition("/")
+        if network.endswith("_params"):
+            theirs = f"ema_params/{path}" if network == "gen_params" else key
+            np.testing.assert_array_equal(b[key], a[theirs], key)
+    assert any(np.any(a[key] != a[key.replace("ema", "gen")]) for key in a if key.startswith("ema_params"))
+    deeper = run(
+        POINTS, f"--workdir={tmp_path}/c", f"--config.train.init_from={tmp_path}/a", "--config.generator.depth=9"
+    )
+    assert deeper.returncode == 2 and "of train.init_from is of another architecture" in deeper.stderr
 
 
 @pytest.mark.slow

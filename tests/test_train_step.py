@@ -313,6 +313,21 @@ def test_mismatched_pairs_are_of_the_image_before():
     np.testing.assert_allclose(grad, expected, rtol=1e-5)
 
 
+def test_a_shift_of_all_logits_is_no_lead():
+    """Mismatched pairs lower those of real and fake alike; then G waits by what is between the two alone."""
+    disc = lambda params, x_t, t, x_tp1: params[0] + params[1] * jnp.sum(x_t, axis=1)  # noqa: E731
+    data = 1 + jax.random.normal(jax.random.key(0), (256, 2))
+
+    def lr_g(shift, weight):
+        method, state = linear(schedule=Schedule.create(4), disc=disc, mismatched=weight, d_lead=0.5)
+        state = state.replace(disc_params=jnp.array([shift, 0.2]), disc_opt=method.optimizer.init(jnp.zeros(2)))
+        return jax.jit(ts.make_train_step(method, 0, False))(state, data)[1]["lr_g"]
+
+    assert lr_g(0.0, 0.0) > 0.01 and lr_g(-0.7, 0.0) == 0
+    assert 0.01 < lr_g(0.0, 1.0) < 0.09
+    np.testing.assert_allclose(lr_g(-0.7, 1.0), lr_g(0.0, 1.0), rtol=1e-4)
+
+
 def test_one_step_has_no_mismatched_pairs():
     """x_1 of T = 1 is noise, and belongs to every image."""
     data = 1 + jax.random.normal(jax.random.key(0), (256, 2))

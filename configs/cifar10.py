@@ -72,9 +72,7 @@ def get_config(variant: str = "paper") -> ConfigDict:
 
     config.loss = ConfigDict()
     config.loss.generator = "nonsaturating"  # (paper), or 'rpsw': sliced Wasserstein along random paths (Nguyen 2024)
-    config.loss.mismatched = (
-        0.0  # weight of pairs (x_t, x_{t+1}) of two images in D's loss, as not real; 0: none (paper)
-    )
+    config.loss.mismatched = 0.0  # weight in D's loss of pairs of two images, which are not real; 0: none (paper)
     config.loss.projections = 1_000  # of 'rpsw', for each distance
     config.loss.kappa = 50.0  # of 'rpsw': their concentration about the paths
 

@@ -62,7 +62,7 @@ def d_loss(
     r1_gamma: float | None = None,
     mismatched: tuple[Float[Array, "b *d"], Float[Array, "b"]] | None = None,
 ) -> tuple[Float[Array, ""], Parts]:
-    """(1), plus (2) unless `r1_gamma` is None; or (1') with `mismatched` (x_t', w). No gradient flows into the fake.
+    """(1), or (1') with `mismatched` (x_t', w), plus (2) unless `r1_gamma` is None. No gradient flows into the fake.
 
     Parts, all [B]: the logits `real` and `fake`, the losses `real_loss` and `fake_loss`, with R1 `grad_norm_sq`, and
     `mismatched_loss`, weighted, of mismatched pairs.

@@ -174,7 +174,8 @@ def _replace(path: pathlib.Path, text: str) -> None:
 
 def with_networks_of(path: str, state: Any) -> Any:
     """The host state of a new run, with the networks of the workdir or checkpoint `path`: its D, and the moving average
-    of its G, which is what it samples with. UserError if there is none, or it is of another architecture."""
+    of its G, which is what it samples with. UserError if there is none, or it is of another architecture; Fault if it
+    is damaged."""
     folder = checkpoint.find(path)
     found = checkpoint.unflatten(checkpoint.read(folder)[0], state, f"the checkpoint {folder} of train.init_from")
     say(f"the networks are those of {folder}")

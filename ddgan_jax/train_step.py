@@ -9,8 +9,9 @@ for one replica. The step, on a batch of real x_0:
 
 where (1) to (3) are the losses of losses.py. Two other objectives, for comparison (Section 5.2): with 'gaussian' step 1
 is left out, and step 2 is on (5); with 'one_shot' G makes x_0 of pure noise at once, and diffusion is left with D, as
-its augmentation: it tells real x_0 from G(x_T, 0, z) after both were diffused to x_t, and is shown no x_{t+1}. And with
-`d_lead`, which is not in the paper either, step 2 is the longer, the further D is ahead (`pace_of_g`).
+its augmentation: it tells real x_0 from G(x_T, 0, z) after both were diffused to x_t, and is shown no x_{t+1}. And two
+options, which are not in the paper either: with `mismatched` step 1 is on (1') instead of (1) (`mismatched_pair`); with
+`d_lead` step 2 is the longer, the further D is ahead (`pace_of_g`).
 """
 
 import dataclasses

@@ -73,6 +73,7 @@ def get_config(variant: str = "paper") -> ConfigDict:
     config.loss = ConfigDict()
     config.loss.generator = "nonsaturating"  # (paper), or 'rpsw': sliced Wasserstein along random paths (Nguyen 2024)
     config.loss.mismatched = 0.0  # weight in D's loss of pairs of two images, which are not real; 0: none (paper)
+    config.loss.moment = 0.0  # weight in G's loss of the error of its mean over z (Lee 2019); 0: none (paper)
     config.loss.projections = 1_000  # of 'rpsw', for each distance
     config.loss.kappa = 50.0  # of 'rpsw': their concentration about the paths
 

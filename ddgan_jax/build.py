@@ -57,7 +57,7 @@ NEW_FIELDS: dict[str, Any] = {
     "objective": "adversarial",
     "data": {"scale": 1.0},
     "model": {"num_classes": 0, "data_std": 0.0},
-    "loss": {"generator": "nonsaturating", "mismatched": 0.0},
+    "loss": {"generator": "nonsaturating", "mismatched": 0.0, "moment": 0.0},
     "train": {"lr_decay_steps": 0, "lr_min_d": 0.0, "d_lead": 0.0, "init_from": ""},
     "log": {"tensorboard": True},
 }
@@ -162,6 +162,10 @@ def build(config: Any) -> Built:
         raise UserError(f"loss.mismatched={loss['mismatched']} must be 0, for no mismatched pairs, or more")
     if loss["mismatched"] and c["objective"] == "one_shot":
         raise UserError("loss.mismatched is for pairs, and objective='one_shot' shows D no x_{t+1}: set it to 0")
+    if loss["moment"] < 0:
+        raise UserError(f"loss.moment={loss['moment']} must be 0, to leave G's mean alone, or more")
+    if loss["moment"] and c["objective"] != "adversarial":
+        raise UserError(f"loss.moment is for objective='adversarial', not {c['objective']!r}: set it to 0")
     if train["lr_decay_steps"] < 0:
         raise UserError(f"train.lr_decay_steps={train['lr_decay_steps']} must be 0, for train.num_steps, or more")
     schedule = Schedule.create(**c["diffusion"])
@@ -189,6 +193,7 @@ def build(config: Any) -> Built:
         paths=Paths(loss["projections"], loss["kappa"]) if loss["generator"] == "rpsw" else None,
         scale=scale,
         mismatched=loss["mismatched"],
+        moment=loss["moment"],
         d_lead=train["d_lead"],
     )
     x, t, z = jnp.zeros((1, *shape)), jnp.zeros(1, jnp.int32), jnp.zeros((1, generator.nz))

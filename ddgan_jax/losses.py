@@ -24,6 +24,12 @@ In the place of all three, what Gaussian denoising is trained by (the paper's ba
 
     5.  L = E[ ||x_0 - G(x_{t+1}, t, z)||^2 / d ]         whose optimum is the mean of x_0 given x_{t+1}
 
+Added to (3) or (4), the moment reconstruction of Lee, Ha and Kim ("Harmonizing Maximum Likelihood with GANs for
+Multimodal Conditional Generation", ICLR 2019), which holds the mean of G over z, not its spread, by independent z, z':
+
+    6.  L = E[ (x_0 - G(x_{t+1}, t, z)) . (x_0 - G(x_{t+1}, t, z')) / d ]
+          = E[ ||E[x_0 | x_{t+1}] - E_z[G(x_{t+1}, t, z)]||^2 / d ] + what G has no part in
+
 `disc` is a callable (x_t, t, x_{t+1}) -> logits [B] with its parameters bound. Every function returns a scalar
 and a dict of its parts, one number an example.
 """
@@ -157,3 +163,15 @@ def squared_error(x0: Float[Array, "b *d"], x0_hat: Float[Array, "b *d"]) -> tup
     """(5), with part `fake_loss` [B]."""
     loss = jnp.mean(jnp.square(x0 - x0_hat), axis=tuple(range(1, x0.ndim)))
     return jnp.mean(loss), {"fake_loss": loss}
+
+
+def moment_reconstruction(
+    x0: Float[Array, "b *d"], x0_hat: Float[Array, "b *d"], other_x0_hat: Float[Array, "b *d"]
+) -> tuple[Float[Array, ""], Parts]:
+    """(6) for G's x_0 of one z and of another, with part `moment_error` [B], its terms, which may be negative.
+
+    No gradient flows into the second x_0, which saves a backward pass; the loss is twice (6), as half the gradient is
+    missing.
+    """
+    error = jnp.mean((x0 - x0_hat) * (x0 - jax.lax.stop_gradient(other_x0_hat)), axis=tuple(range(1, x0.ndim)))
+    return 2 * jnp.mean(error), {"moment_error": error}

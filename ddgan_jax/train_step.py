@@ -9,9 +9,9 @@ for one replica. The step, on a batch of real x_0:
 
 where (1) to (3) are the losses of losses.py. Two other objectives, for comparison (Section 5.2): with 'gaussian' step 1
 is left out, and step 2 is on (5); with 'one_shot' G makes x_0 of pure noise at once, and diffusion is left with D, as
-its augmentation: it tells real x_0 from G(x_T, 0, z) after both were diffused to x_t, and is shown no x_{t+1}. And two
+its augmentation: it tells real x_0 from G(x_T, 0, z) after both were diffused to x_t, and is shown no x_{t+1}. And
 options, which are not in the paper either: with `mismatched` step 1 is on (1') instead of (1) (`mismatched_pair`); with
-`d_lead` step 2 is the longer, the further D is ahead (`pace_of_g`).
+`moment` step 2 is on (6) too; with `d_lead` step 2 is the longer, the further D is ahead (`pace_of_g`).
 """
 
 import dataclasses
@@ -94,6 +94,7 @@ class Method:
     paths: losses.Paths | None = None  # train G by (4) instead of (3)
     scale: float = 1.0  # x_0 = scale * data, for points
     mismatched: float = 0.0  # weight of the mismatched pairs in D's loss; 0: none
+    moment: float = 0.0  # weight of (6) in G's loss; 0: without
     d_lead: float = 0.0  # nats that D's loss must be below 2 ln 2 for G's whole learning rate; 0: always whole
 
 
@@ -109,17 +110,17 @@ def bind(network: Callable[..., Any], params: Params, y: Array | None = None) ->
 
 def fake_pair(
     method: Method, gen_params: Params, x0: Array, draws: PhaseDraws, y: Array | None = None
-) -> tuple[Array, Array, Array]:
-    """(real x_t, fake x_t, x_{t+1}) from real x_0 [B, *d]: what D is shown."""
+) -> tuple[Array, Array, Array, Array]:
+    """(real x_t, fake x_t, x_{t+1}) from real x_0 [B, *d], what D is shown, and G's x0_hat."""
     if method.objective == "one_shot":
         x0_hat = _generate(method, gen_params, draws.noise_tp1, jnp.zeros_like(draws.t), draws, y)
         x_t, fake_x_t = (
             q_sample(method.schedule, x, draws.t, noise)
             for x, noise in ((x0, draws.noise_t), (x0_hat, draws.noise_posterior))
         )
-        return x_t, fake_x_t, jnp.zeros_like(x_t)
+        return x_t, fake_x_t, jnp.zeros_like(x_t), x0_hat
     x_t, x_tp1, x0_hat = predict(method, gen_params, x0, draws, y)
-    return x_t, sample_posterior(method.schedule, x0_hat, x_tp1, draws.t, draws.noise_posterior), x_tp1
+    return x_t, sample_posterior(method.schedule, x0_hat, x_tp1, draws.t, draws.noise_posterior), x_tp1, x0_hat
 
 
 def predict(
@@ -156,7 +157,7 @@ def d_gradients(
     axis_name: str | None = None,
 ) -> tuple[Params, losses.Parts]:
     """Phase 1: gradients of D's parameters, and the parts of its loss."""
-    x_t, fake_x_t, x_tp1 = fake_pair(method, state.gen_params, x0, draws, y)
+    x_t, fake_x_t, x_tp1, _ = fake_pair(method, state.gen_params, x0, draws, y)
     r1_gamma = method.r1_gamma if with_r1 else None
     with_mismatched = method.mismatched and method.schedule.num_steps > 1
     mismatched = mismatched_pair(method, x0, x_tp1, draws, axis_name) if with_mismatched else None
@@ -181,13 +182,20 @@ def g_gradients(
     def loss(params: Params) -> tuple[Array, losses.Parts]:
         if method.objective == "gaussian":
             return losses.squared_error(x0, predict(method, params, x0, draws, y)[2])
-        x_t, fake_x_t, x_tp1 = fake_pair(method, params, x0, draws, y)
+        x_t, fake_x_t, x_tp1, x0_hat = fake_pair(method, params, x0, draws, y)
         disc = bind(method.disc, state.disc_params, y)
         if method.paths is None:
-            return losses.g_loss(disc, fake_x_t, draws.t, x_tp1)
-        assert path_key is not None
-        gather = partial(parallel.gather, axis_name=axis_name)
-        return losses.rpsw_loss(disc, x_t, draws.t, x_tp1, fake_x_t, path_key, method.paths, gather)
+            total, parts = losses.g_loss(disc, fake_x_t, draws.t, x_tp1)
+        else:
+            assert path_key is not None
+            gather = partial(parallel.gather, axis_name=axis_name)
+            total, parts = losses.rpsw_loss(disc, x_t, draws.t, x_tp1, fake_x_t, path_key, method.paths, gather)
+        if method.moment:
+            other_draws = draws.replace(z=parallel.previous(draws.z, axis_name))
+            other_x0_hat = predict(method, params, x0, other_draws, y)[2]
+            moment, moment_parts = losses.moment_reconstruction(x0, x0_hat, other_x0_hat)
+            total, parts = total + method.moment * moment, parts | moment_parts
+        return total, parts
 
     return jax.grad(loss, has_aux=True)(state.gen_params)
 
@@ -240,6 +248,8 @@ def update_g(
         "g_loss_by_t": _sum_by_t(parts["fake_loss"], draws.t, method),
         "g_count_by_t": _sum_by_t(jnp.ones_like(parts["fake_loss"]), draws.t, method),
     }
+    if "moment_error" in parts:
+        metrics["g_moment_error"] = jnp.mean(parts["moment_error"])
     grads, metrics = parallel.mean((grads, metrics), axis_name)
     lr_g = method.lr_g(state.step) * pace
     gen_params, gen_opt = apply_gradients(method.optimizer, grads, state.gen_opt, state.gen_params, lr_g)

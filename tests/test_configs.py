@@ -77,11 +77,28 @@ def test_the_decay_of_a_checkpoint_that_knows_one_floor_is_as_it_was():
         ("train", "lr_decay_steps", -1, r"train.lr_decay_steps=-1 must be 0, for train.num_steps, or more"),
         ("train", "d_lead", -0.5, r"train.d_lead=-0.5 must be 0, to leave the learning rate alone, or more"),
         ("loss", "mismatched", -1.0, r"loss.mismatched=-1.0 must be 0, for no mismatched pairs, or more"),
+        ("loss", "moment", -1.0, r"loss.moment=-1.0 must be 0, to leave G's mean alone, or more"),
     ],
 )
 def test_less_than_nothing_is_refused(group, name, value, message):
     config = get_config("cifar10", "smoke")
     config[group][name] = value
+    with pytest.raises(UserError, match=message):
+        build(config)
+
+
+@pytest.mark.parametrize(
+    "objective, name, message",
+    [
+        ("one_shot", "mismatched", "loss.mismatched is for pairs, and objective='one_shot' shows D no x_{t.1}: set it"),
+        ("one_shot", "moment", "loss.moment is for objective='adversarial', not 'one_shot': set it to 0"),
+        ("gaussian", "moment", "loss.moment is for objective='adversarial', not 'gaussian': set it to 0"),
+    ],
+)
+def test_options_without_their_objective_are_refused(objective, name, message):
+    config = get_config("cifar10", "smoke")
+    config.objective = objective
+    config.loss[name] = 1.0
     with pytest.raises(UserError, match=message):
         build(config)
 

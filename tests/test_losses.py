@@ -83,6 +83,23 @@ def test_the_best_d_weighs_real_pairs_against_fake_and_mismatched_ones():
     assert loss(best, (other, 0 * weight))[0] == loss(best, None)[0]
 
 
+def test_the_moment_reconstruction_of_a_spread_is_that_of_its_mean():
+    """x_0 of +1 or -3, and G(z) = m + s z with normal z: (6) is |m + 1|^2 + 4 for every spread s, and so its gradient
+    in s is 0, in m 2 (m + 1); squared error (5) has 2 s in s."""
+    n, key = 200_000, jax.random.key(0)
+    x0 = jnp.tile(jnp.array([[1.0], [-3.0]]), (n // 2, 3))
+    z, other_z = jax.random.normal(key, (2, n, 3))
+    g = lambda m, s, z: m + s * z  # noqa: E731
+    m, s = jnp.float32(0.5), jnp.float32(2.0)
+    loss = lambda m, s: losses.moment_reconstruction(x0, g(m, s, z), g(m, s, other_z))[0]  # noqa: E731
+    np.testing.assert_allclose(loss(m, s) / 2, 1.5**2 + 4, rtol=0.01)
+    np.testing.assert_allclose(jax.grad(loss, (0, 1))(m, s), (2 * 1.5, 0), atol=0.03)
+    error = lambda s: losses.squared_error(x0, g(m, s, z))[0]  # noqa: E731
+    np.testing.assert_allclose(jax.grad(error)(s), 2 * 2.0, rtol=0.02)
+    parts = losses.moment_reconstruction(x0, g(m, s, z), g(m, s, other_z))[1]
+    np.testing.assert_allclose(2 * parts["moment_error"].mean(), loss(m, s), rtol=1e-5)
+
+
 def test_where_gradients_flow(batch):
     """D's loss sends none into the fake; G's does."""
     real, fake, x_tp1, t = batch

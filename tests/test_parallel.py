@@ -55,9 +55,9 @@ worst["moved"] = float(np.abs(one.gen_params["z_0"]["kernel"] - first).max())
 worst["metrics"] = max(float(np.abs(a - b).max()) for a, b in zip(
     jax.tree.leaves(one_metrics), jax.tree.leaves(four_metrics), strict=True))
 
-# The sliced Wasserstein distances and the mismatched pairs are of the global batch, wherever its examples are.
+# What one example takes of others (sliced Wasserstein distances, the image and the z before) is of the global batch.
 generator, disc = PointGenerator(width=16, depth=1), PointDiscriminator(width=16, depth=1)
-method = method_of(generator, disc, paths=losses.Paths(64, 5.0), mismatched=0.5)
+method = method_of(generator, disc, paths=losses.Paths(64, 5.0), mismatched=0.5, moment=0.5)
 x, z = jnp.zeros((4, 2)), jnp.zeros((4, generator.nz))
 params = generator.init(jax.random.key(2), x, t, z)["params"], disc.init(jax.random.key(3), x, t, x)["params"]
 images = np.random.default_rng(1).normal(size=(3, 16, 2)).astype(np.float32)

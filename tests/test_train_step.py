@@ -119,7 +119,7 @@ def test_four_steps_equal_reference():
         np.testing.assert_allclose(parts["real"][back], golden[f"step{step}/D_real"], atol=2e-5)
         np.testing.assert_allclose(parts["fake"][back], golden[f"step{step}/D_fake"], atol=2e-5)
         if step == 0:
-            x_t, fake, x_tp1 = (x[back] for x in fake_pair(state, x0, draws.d))
+            x_t, fake, x_tp1, _ = (x[back] for x in fake_pair(state, x0, draws.d))
             np.testing.assert_allclose(x_t, golden.nhwc("step0/D/x_t"), atol=1e-5)
             np.testing.assert_allclose(x_tp1, golden.nhwc("step0/D/x_tp1"), atol=1e-5)
             np.testing.assert_allclose(fake, golden.nhwc("step0/D/x_pos_sample"), atol=2e-5)
@@ -144,7 +144,7 @@ def test_four_steps_equal_reference():
         grads, parts = g_gradients(stepped_d, x0, draws.g)
         compare_gradients("G", step, grads)
         np.testing.assert_allclose(parts["fake"][back], golden[f"step{step}/G/output"], atol=2e-5)
-        _, fake, _ = fake_pair(state, x0, draws.g)
+        _, fake, *_ = fake_pair(state, x0, draws.g)
         np.testing.assert_allclose(fake[back], golden.nhwc(f"step{step}/G/x_pos_sample"), atol=2e-5)
 
         state = new_state
@@ -300,7 +300,7 @@ def test_mismatched_pairs_are_of_the_image_before():
     x0 = jnp.stack([jnp.full(2, float(i)) for i in range(8)])
     draws = ts.draw(jax.random.key(0), jnp.arange(8), 4, (2,), 1, False).d
     draws = draws.replace(t=jnp.arange(8) % 4, noise_posterior=jnp.zeros((8, 2)))
-    x_t, fake_x_t, x_tp1 = ts.fake_pair(method, state.gen_params, x0, draws)
+    x_t, fake_x_t, x_tp1, _ = ts.fake_pair(method, state.gen_params, x0, draws)
     other, weight = ts.mismatched_pair(method, x0, x_tp1, draws, None)
     np.testing.assert_array_equal(weight, [0.5, 0.5, 0.5, 0, 0.5, 0.5, 0.5, 0])
     schedule = method.schedule
@@ -334,6 +334,21 @@ def test_one_step_has_no_mismatched_pairs():
     states = [jax.jit(ts.make_train_step(linear(mismatched=w)[0], 0, False))(linear()[1], data)[0] for w in (0.0, 1.0)]
     assert jnp.abs(states[0].disc_params).min() > 0.1
     np.testing.assert_array_equal(*(state.disc_params for state in states))
+
+
+def test_moment_reconstruction_is_of_the_z_before():
+    """Beside a D that says nothing, G's gradient is that of (6) alone; z' is that of the example before."""
+    gen = lambda w, x, t, z: w * x + z  # noqa: E731
+    method, state = linear(schedule=Schedule.create(4), gen=gen, nz=2, moment=0.5)
+    x0 = jax.random.normal(jax.random.key(0), (8, 2))
+    draws = ts.draw(jax.random.key(1), jnp.arange(8), 4, (2,), 2, False).g
+    grad, parts = ts.g_gradients(method, state, x0, draws)
+    x_tp1 = ts.predict(method, state.gen_params, x0, draws)[1]
+    error, other = x0 - draws.z, x0 - np.roll(draws.z, 1, axis=0)  # at w = 0
+    np.testing.assert_allclose(parts["moment_error"], (error * other).mean(axis=1), rtol=1e-5)
+    np.testing.assert_allclose(grad, 0.5 * 2 * -(x_tp1 * other).mean(), rtol=1e-5)
+    _, metrics = jax.jit(ts.make_train_step(method, 0, False))(state, x0)
+    assert "g_moment_error" in metrics
 
 
 def test_ema_is_a_geometric_mean_of_the_stepped_weights():
@@ -388,7 +403,7 @@ def test_the_one_shot_objective_compares_diffused_images():
     method = linear(objective="one_shot", schedule=schedule, gen=lambda w, x, t, z: w * x + t[:, None])[0]
     x0 = jax.random.normal(jax.random.key(0), (64, 2))
     draws = ts.draw(jax.random.key(1), jnp.arange(64), 4, (2,), 1, dropout=False).d
-    x_t, fake_x_t, x_tp1 = ts.fake_pair(method, jnp.float32(3.0), x0, draws)
+    x_t, fake_x_t, x_tp1, _ = ts.fake_pair(method, jnp.float32(3.0), x0, draws)
     a, s = (jnp.asarray(c)[draws.t][:, None] for c in (schedule.a_s_cum, schedule.sigmas_cum))
     np.testing.assert_allclose(x_t, a * x0 + s * draws.noise_t, atol=1e-5)
     np.testing.assert_allclose(fake_x_t, a * 3 * draws.noise_tp1 + s * draws.noise_posterior, atol=1e-5)

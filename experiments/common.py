@@ -11,7 +11,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from ddgan_jax.errors import Fault
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
 SEEDS = (0, 1, 2)
+INIT_FROM = "--config.train.init_from="
 
 
 def machine() -> str:
@@ -70,23 +71,35 @@ def run_all(jobs: Mapping[pathlib.Path, Sequence[str]], at_once: int) -> list[di
 
     Small networks leave most of a second core idle, so two runs of one core each take less time than one after the
     other. The seconds of a run are those on its share. With several at a time their output is in WORKDIR/output.txt.
+    A run that begins with the networks of an earlier one, INIT_FROM of a folder in ROOT, waits for it.
     """
     cores: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
     ours = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     for i in range(at_once):
         cores.put(ours[i::at_once])
 
-    def one(job: tuple[pathlib.Path, Sequence[str]]) -> dict[str, Any]:
+    runs: dict[str, Future[dict[str, Any]]] = {}
+
+    def one(workdir: pathlib.Path, flags: Sequence[str]) -> dict[str, Any]:
+        for flag in flags:
+            if flag.startswith(INIT_FROM):
+                runs[flag.removeprefix(INIT_FROM)].result()
         share = cores.get()
         try:
             if share and at_once > 1:
                 os.sched_setaffinity(0, share)  # of this thread, which its children inherit
-            return train_and_judge(job[0], *job[1], quiet=at_once > 1)
+            return train_and_judge(workdir, *flags, quiet=at_once > 1)
         finally:
             cores.put(share)
 
     with ThreadPoolExecutor(at_once) as pool:
-        return list(tqdm(pool.map(one, jobs.items()), total=len(jobs), unit="run", desc="experiment"))
+        for workdir, flags in jobs.items():
+            runs[os.path.relpath(workdir, ROOT)] = pool.submit(one, workdir, flags)
+        try:
+            return [run.result() for run in tqdm(runs.values(), unit="run", desc="experiment")]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def sweep(

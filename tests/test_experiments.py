@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 
 import numpy as np
 import pytest
@@ -89,6 +90,29 @@ def test_runs_share_the_cores_and_come_back_in_order(tmp_path, monkeypatch):
     assert all(run["cores"] == cores and not run["quiet"] for run in alone)
     assert all(run["cores"] < cores or len(cores) == 1 for run in shared) and all(run["quiet"] for run in shared)
     assert os.sched_getaffinity(0) == cores
+
+
+def test_a_run_from_anothers_networks_waits_for_it(tmp_path, monkeypatch):
+    """And does not begin if that fails."""
+    order = []
+
+    def measured(workdir, *flags, quiet):
+        if workdir.name == "first":
+            time.sleep(0.5)
+        order.append(workdir.name)
+        if "--fail" in flags:
+            raise Fault("no luck")
+        return {}
+
+    monkeypatch.setattr(common, "train_and_judge", measured)
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    jobs = {tmp_path / "first": [], tmp_path / "from_it": [f"{common.INIT_FROM}first"], tmp_path / "other": []}
+    common.run_all(jobs, 3)
+    assert order == ["other", "first", "from_it"]
+    order.clear()
+    with pytest.raises(Fault, match="no luck"):
+        common.run_all(jobs | {tmp_path / "first": ["--fail"]}, 1)
+    assert order[0] == "first" and "from_it" not in order
 
 
 def test_a_failed_run_says_where_to_look(tmp_path):

@@ -192,7 +192,7 @@ def g_gradients(
             total, parts = losses.rpsw_loss(disc, x_t, draws.t, x_tp1, fake_x_t, path_key, method.paths, gather)
         if method.moment:
             other_draws = draws.replace(z=parallel.previous(draws.z, axis_name))
-            other_x0_hat = predict(method, params, x0, other_draws, y)[2]
+            other_x0_hat = _generate(method, params, x_tp1, draws.t, other_draws, y)
             moment, moment_parts = losses.moment_reconstruction(x0, x0_hat, other_x0_hat)
             total, parts = total + method.moment * moment, parts | moment_parts
         return total, parts

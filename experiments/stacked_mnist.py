@@ -28,7 +28,7 @@ METHODS = {
     ],
     "one-shot GAN (T = 1)": ["--config.diffusion.num_steps=1", "--config.train.num_steps=8000"],
     FROM_START: [
-        f"{common.INIT_FROM}runs/experiments/{NAME}/0_seed0",
+        f"{common.INIT_FROM}runs/experiments/{NAME}/0_seed0",  # START, the first
         "--config.train.num_steps=3000",
         "--config.loss.mismatched=0.5",
         "--config.loss.moment=50",
@@ -82,7 +82,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def draw_figure(results: dict[str, Any], path: pathlib.Path) -> None:
-    """Modes and KL on the way, and samples of each method."""
+    """Modes and KL on the way, after the steps of the run that one began with, and samples of each method."""
     plt = figures.pyplot()
     figure, panels = plt.subplots(2, 3, figsize=(14, 9.2), layout="constrained")
     curves, pictures = panels[:, 0], panels[:, 1:].flat

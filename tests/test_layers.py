@@ -102,14 +102,18 @@ def test_group_norm_refuses_uneven_widths(channels):
         layers.normalize(jnp.zeros((1, 2, 2, channels)), jnp.ones((1, channels)), jnp.zeros((1, channels)), False)
 
 
-@pytest.mark.parametrize("shape", [(2, 33, 20, 3), (1, 64, 8, 2), (2, 5, 5, 4)])
-def test_convolutions_and_their_derivatives_are_the_plain_ones(shape):
-    """Up to the second order, as R1 needs; gradients of kernels in strips that divide the height or not, and whole."""
+def plain_convolution(x, kernel):
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "features"), [((2, 33, 20, 3), 6), ((1, 64, 8, 2), 6), ((2, 5, 5, 4), 6), ((2, 16, 18, 128), 160)]
+)
+def test_convolutions_and_their_derivatives_are_the_plain_ones(shape, features):
+    """Up to the second order, as R1 needs; gradients of kernels in strips that divide the height or not, and whole; and
+    all of them by Winograd's transforms, which a CPU takes for the last shape."""
     x, tangent = jax.random.normal(jax.random.key(0), (2, *shape))
-    kernel = jax.random.normal(jax.random.key(1), (3, 3, shape[-1], 6)) / (9 * shape[-1]) ** 0.5
-    plain = lambda x, k: jax.lax.conv_general_dilated(  # noqa: E731
-        x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, shape[-1], features)) / (9 * shape[-1]) ** 0.5
 
     def numbers(conv):
         loss = lambda x, k: jnp.sum(jnp.tanh(conv(x, k)))  # noqa: E731
@@ -119,8 +123,35 @@ def test_convolutions_and_their_derivatives_are_the_plain_ones(shape):
             gradient for f in (loss, along, about_kernel) for gradient in jax.grad(f, (0, 1))(x, kernel)
         ]
 
-    for ours, theirs in zip(numbers(convolution.convolve), numbers(plain), strict=True):
+    for ours, theirs in zip(numbers(convolution.convolve), numbers(plain_convolution), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5 * float(jnp.abs(theirs).max()))
+
+
+def test_wide_convolutions_are_exact_for_whole_numbers():
+    """Winograd's transforms halve kernels, and add: of small integers nothing is rounded."""
+    x, g, kernel = (
+        jax.random.randint(jax.random.key(i), shape, -4, 5).astype(jnp.float32)
+        for i, shape in enumerate([(1, 16, 20, 128), (1, 16, 20, 130), (3, 3, 128, 130)])
+    )
+    result, pullback = jax.vjp(plain_convolution, x, kernel)
+    x_gradient, kernel_gradient = pullback(g)
+    np.testing.assert_array_equal(convolution.convolve(x, kernel), result)
+    np.testing.assert_array_equal(convolution.input_gradient(g, kernel), x_gradient)
+    np.testing.assert_array_equal(convolution.kernel_gradient(x, g), kernel_gradient)
+
+
+@pytest.mark.parametrize(
+    ("px", "channels", "dtype"), [(16, 128, "float32"), (16, 64, "float32"), (16, 128, "bfloat16")]
+)
+def test_only_a_cpu_convolves_by_transforms_and_only_wide_layers_in_float32(px, channels, dtype):
+    x, kernel = jnp.zeros((1, px, px, channels), dtype), jnp.zeros((3, 3, channels, channels), dtype)
+    traced = jax.jit(jax.value_and_grad(lambda x, k: jnp.sum(convolution.convolve(x, k)), (0, 1))).trace(x, kernel)
+    convolutions = {
+        platform: traced.lower(lowering_platforms=(platform,)).as_text().count("stablehlo.convolution")
+        for platform in ("cpu", "cuda", "tpu")
+    }
+    wide = channels == 128 and dtype == "float32"
+    assert convolutions == {"cpu": 0 if wide else 3, "cuda": 3, "tpu": 3}
 
 
 def test_pointwise_is_a_1x1_convolution():

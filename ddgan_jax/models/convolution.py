@@ -1,11 +1,15 @@
 """Convolutions [B, H, W, C] * [3, 3, C, F], zero-padded by one, and [1, 1, C, F], with what makes them fast on a CPU.
 
 c(x, k) is the convolution, i(g, k) the gradient of its x and w(x, g) that of its k. They are the three derivatives of
-one trilinear form, so the gradients of each are the other two, to any order.
+one trilinear form, so the gradients of each are the other two, to any order. GPUs and TPUs get XLA's own; a CPU
 
-To XLA the gradient of a kernel is a convolution whose window is the whole image, and takes a CPU two to five times as
-long as the convolution itself. As a sum over strips of a few rows it does not (benchmarks/NOTES.md has the numbers).
-GPUs and TPUs get XLA's own.
+* by Winograd's F(2x2, 3x3) where that gains, in wide layers of 16 to 64 px (Lavin and Gray, "Fast Algorithms for
+  Convolutional Neural Networks", CVPR 2016, Section 4.1): y = A [(G k G^T) * (B d B^T)] A^T gives 2x2 results of a tile
+  d of 4x4 pixels in 16 multiplications instead of 36, of all tiles together in 16 matrix products;
+* elsewhere w as a sum over strips of a few rows. To XLA it is a convolution whose window is the whole image, and takes
+  a CPU two to five times as long as the convolution itself.
+
+benchmarks/NOTES.md has the numbers.
 """
 
 import functools
@@ -13,6 +17,12 @@ import operator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+_A = np.array([[1, 1, 1, 0], [0, 1, -1, -1]], np.float32)
+_G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], np.float32)
+# B: each row of the transformed tile is one row of it, plus or minus another.
+_B_FIRST, _B_SIGN, _B_SECOND = np.array([0, 1, 2, 1]), np.array([-1, 1, -1, -1], np.float32), np.array([2, 2, 1, 3])
 
 
 def pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -23,14 +33,20 @@ def pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
 @jax.custom_vjp
 def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """c: [B, H, W, C] convolved with [3, 3, C, F]."""
-    return _plain(x, kernel)
+    on_cpu = _winograd if _gains(x, kernel.shape) else _plain
+    return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=_plain)
 
 
 @jax.custom_vjp
 def input_gradient(g: jax.Array, kernel: jax.Array) -> jax.Array:
     """i: the gradient of x [B, H, W, C] from that of the result, [B, H, W, F]."""
-    x = jax.ShapeDtypeStruct((*g.shape[:3], kernel.shape[2]), g.dtype)
-    return jax.linear_transpose(lambda x: _plain(x, kernel), x)(g)[0]
+
+    def transposed(g: jax.Array, kernel: jax.Array) -> jax.Array:
+        x = jax.ShapeDtypeStruct((*g.shape[:3], kernel.shape[2]), g.dtype)
+        return jax.linear_transpose(lambda x: _plain(x, kernel), x)(g)[0]
+
+    on_cpu = functools.partial(_winograd, turned=True) if _gains(g, kernel.shape) else transposed
+    return jax.lax.platform_dependent(g, kernel, cpu=on_cpu, default=transposed)
 
 
 @jax.custom_vjp
@@ -44,7 +60,9 @@ def kernel_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
         return functools.reduce(operator.add, strips).astype(x.dtype)
 
     whole = functools.partial(_strip, start=0, stop=height)
-    return jax.lax.platform_dependent(x, g, cpu=in_strips if height > rows else whole, default=whole)
+    gains = _gains(x, (3, 3, x.shape[-1], g.shape[-1]))
+    on_cpu = _winograd_kernel_gradient if gains else in_strips if height > rows else whole
+    return jax.lax.platform_dependent(x, g, cpu=on_cpu, default=whole)
 
 
 convolve.defvjp(
@@ -70,3 +88,79 @@ def _strip(x: jax.Array, g: jax.Array, start: int, stop: int) -> jax.Array:
     rows = (int(start == 0), int(stop == x.shape[1]))
     part = x[:, start - 1 + rows[0] : stop + 1 - rows[1]]
     return jax.linear_transpose(lambda k: _plain(part, k, rows), kernel)(g[:, start:stop])[0]
+
+
+# --- Winograd's F(2x2, 3x3), one row of the transformed tiles after the other, so that a quarter is in memory at a time
+
+
+def _gains(x: jax.Array, kernel_shape: tuple[int, ...]) -> bool:
+    """Is F(2x2, 3x3) faster on a CPU? The transforms, of kernels too, must be little beside the products."""
+    sizes = x.shape[1:3]
+    in_tiles = all(size % 2 == 0 and 16 <= size <= 64 for size in sizes)
+    return in_tiles and min(kernel_shape[2:]) >= 128 and x.dtype == jnp.float32
+
+
+def _pairs_of_rows(x: jax.Array) -> jax.Array:
+    """[B, H, W, C] -> [B, H / 2 + 1, 2, W + 2, C], padded by one on every side: tile n is of the pairs n and n + 1."""
+    b, h, w, c = x.shape
+    return jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))).reshape(b, h // 2 + 1, 2, w + 2, c)
+
+
+def _tiles(pairs: jax.Array, row: jax.Array) -> list[jax.Array]:
+    """B d B^T of the `_pairs_of_rows`: one row of all tiles, its four columns, each [B H/2 W/2, C]."""
+    b, pairs_num, _, padded_width, c = pairs.shape
+
+    def pixels(i: jax.Array) -> jax.Array:
+        """Row i = 0..3 of every tile: [B, H / 2, W + 2, C]."""
+        sizes = (b, pairs_num - 1, 1, padded_width, c)
+        return jax.lax.dynamic_slice(pairs, (0, i // 2, i % 2, 0, 0), sizes)[:, :, 0]
+
+    d = pixels(jnp.asarray(_B_FIRST)[row]) + jnp.asarray(_B_SIGN)[row] * pixels(jnp.asarray(_B_SECOND)[row])
+    columns = [d[:, :, i : i + padded_width - 3 : 2] for i in range(4)]
+    return [
+        (columns[i] + sign * columns[j]).reshape(-1, c) for i, sign, j in zip(_B_FIRST, _B_SIGN, _B_SECOND, strict=True)
+    ]
+
+
+def _kernel_transform(g: np.ndarray = _G) -> jax.Array:
+    """k -> g k g^T as matrices, one for each of its rows: [4, 4, 9]."""
+    return jnp.asarray(np.einsum("ai,bj->abij", g, g).reshape(4, 4, 9))
+
+
+def _winograd(x: jax.Array, kernel: jax.Array, turned: bool = False) -> jax.Array:
+    """c; or i, which is c with the kernel `turned` by 180 degrees and its channels swapped."""
+    b, h, w, _ = x.shape
+    pairs, transform = _pairs_of_rows(x), _kernel_transform(_G[:, ::-1] if turned else _G)
+    contract = (((1,), (1 if turned else 0,)), ((), ()))
+
+    def add_row(y: list[list[jax.Array]], row: jax.Array) -> tuple[list[list[jax.Array]], None]:
+        kernels = jnp.matmul(transform[row], kernel.reshape(9, -1), precision="highest")
+        kernels = kernels.reshape(4, *kernel.shape[2:])
+        m = [jax.lax.dot_general(tile, k, contract) for tile, k in zip(_tiles(pairs, row), kernels, strict=True)]
+        columns = (m[0] + m[1] + m[2], m[1] - m[2] - m[3])
+        a = jnp.asarray(_A)[:, row]
+        return [[y[p][q] + a[p] * columns[q] for q in range(2)] for p in range(2)], None
+
+    features = kernel.shape[2 if turned else 3]
+    y = [[jnp.zeros((b * h * w // 4, features), x.dtype)] * 2] * 2  # by row and column within 2x2 results
+    y = jax.lax.scan(add_row, y, jnp.arange(4))[0]
+    rows = [jnp.stack([part.reshape(b, h // 2, w // 2, features) for part in row], axis=3) for row in y]
+    return jnp.stack(rows, axis=2).reshape(b, h, w, features)
+
+
+def _winograd_kernel_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
+    """w: of the same products the gradient of the other factor, G^T [(B d B^T) * (A^T g A)] G."""
+    b, h, w, features = g.shape
+    pairs, transform = _pairs_of_rows(x), _kernel_transform()
+    g_pairs = g.reshape(b, h // 2, 2, w, features)
+
+    def add_row(total: jax.Array, row: jax.Array) -> tuple[jax.Array, None]:
+        a = jnp.asarray(_A)[:, row]
+        g_row = a[0] * g_pairs[:, :, 0] + a[1] * g_pairs[:, :, 1]
+        even, odd = (g_row[:, :, i::2].reshape(-1, features) for i in range(2))
+        parts = (even, even + odd, even - odd, -odd)
+        products = [tile.T @ part for tile, part in zip(_tiles(pairs, row), parts, strict=True)]
+        return total + jnp.matmul(transform[row].T, jnp.stack(products).reshape(4, -1), precision="highest"), None
+
+    total = jnp.zeros((9, x.shape[-1] * features), x.dtype)
+    return jax.lax.scan(add_row, total, jnp.arange(4))[0].reshape(3, 3, x.shape[-1], features)

@@ -3,8 +3,9 @@
     python -m benchmarks.step --config=configs/cifar10.py --batch=8
 
 Every time is a median of --runs after one that does not count. The plain 3x3 convolution of [8, 32, 32, 128] to 128
-channels runs before and after each, so that `of plain` (operations a second, as the compiler counts them, over the rate
-of that convolution at the time) and `work` (seconds x its TFLOP/s) mean the same on a busy machine as on a quiet one.
+channels runs before and after each, so that `of plain` (operations a second over the rate of that convolution at the
+time) and `work` (seconds x its TFLOP/s) mean the same on a busy machine as on a quiet one. Operations are those that
+the compiler counts where every convolution is done directly, so that doing it in fewer counts as speed.
 """
 
 import json

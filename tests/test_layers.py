@@ -107,7 +107,7 @@ def plain_convolution(x, kernel):
 
 
 @pytest.mark.parametrize(
-    ("shape", "features"), [((2, 33, 20, 3), 6), ((1, 64, 8, 2), 6), ((2, 5, 5, 4), 6), ((2, 16, 18, 128), 160)]
+    ("shape", "features"), [((2, 33, 20, 3), 6), ((1, 64, 8, 2), 6), ((2, 5, 5, 4), 6), ((4, 16, 18, 128), 160)]
 )
 def test_convolutions_and_their_derivatives_are_the_plain_ones(shape, features):
     """Up to the second order, as R1 needs; gradients of kernels in strips that divide the height or not, and whole; and
@@ -131,7 +131,7 @@ def test_wide_convolutions_are_exact_for_whole_numbers():
     """Winograd's transforms halve kernels, and add: of small integers nothing is rounded."""
     x, g, kernel = (
         jax.random.randint(jax.random.key(i), shape, -4, 5).astype(jnp.float32)
-        for i, shape in enumerate([(1, 16, 20, 128), (1, 16, 20, 130), (3, 3, 128, 130)])
+        for i, shape in enumerate([(4, 16, 20, 128), (4, 16, 20, 130), (3, 3, 128, 130)])
     )
     result, pullback = jax.vjp(plain_convolution, x, kernel)
     x_gradient, kernel_gradient = pullback(g)
@@ -144,7 +144,7 @@ def test_wide_convolutions_are_exact_for_whole_numbers():
     ("px", "channels", "dtype"), [(16, 128, "float32"), (16, 64, "float32"), (16, 128, "bfloat16")]
 )
 def test_only_a_cpu_convolves_by_transforms_and_only_wide_layers_in_float32(px, channels, dtype):
-    x, kernel = jnp.zeros((1, px, px, channels), dtype), jnp.zeros((3, 3, channels, channels), dtype)
+    x, kernel = jnp.zeros((4, px, px, channels), dtype), jnp.zeros((3, 3, channels, channels), dtype)
     traced = jax.jit(jax.value_and_grad(lambda x, k: jnp.sum(convolution.convolve(x, k)), (0, 1))).trace(x, kernel)
     convolutions = {
         platform: traced.lower(lowering_platforms=(platform,)).as_text().count("stablehlo.convolution")

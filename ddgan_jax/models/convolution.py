@@ -3,7 +3,7 @@
 c(x, k) is the convolution, i(g, k) the gradient of its x and w(x, g) that of its k. They are the three derivatives of
 one trilinear form, so the gradients of each are the other two, to any order. GPUs and TPUs get XLA's own; a CPU
 
-* by Winograd's F(2x2, 3x3) where that gains, in wide layers of 16 to 64 px (Lavin and Gray, "Fast Algorithms for
+* by Winograd's F(2x2, 3x3) where that gains, in wide layers of 16 px and more (Lavin and Gray, "Fast Algorithms for
   Convolutional Neural Networks", CVPR 2016, Section 4.1): y = A [(G k G^T) * (B d B^T)] A^T gives 2x2 results of a tile
   d of 4x4 pixels in 16 multiplications instead of 36, of all tiles together in 16 matrix products;
 * elsewhere w as a sum over strips of a few rows. To XLA it is a convolution whose window is the whole image, and takes
@@ -13,6 +13,7 @@ benchmarks/NOTES.md has the numbers.
 """
 
 import functools
+import math
 import operator
 
 import jax
@@ -95,8 +96,8 @@ def _strip(x: jax.Array, g: jax.Array, start: int, stop: int) -> jax.Array:
 
 def _gains(x: jax.Array, kernel_shape: tuple[int, ...]) -> bool:
     """Is F(2x2, 3x3) faster on a CPU? The transforms, of kernels too, must be little beside the products."""
-    sizes = x.shape[1:3]
-    in_tiles = all(size % 2 == 0 and 16 <= size <= 64 for size in sizes)
+    batch, *sizes, _ = x.shape
+    in_tiles = all(size % 2 == 0 and size >= 16 for size in sizes) and batch * math.prod(sizes) >= 1024
     return in_tiles and min(kernel_shape[2:]) >= 128 and x.dtype == jnp.float32
 
 

@@ -161,6 +161,11 @@ def build_for(config: Any, batch: int) -> Built:
     return build(config)
 
 
+def rounded(number: float) -> float:
+    """`number` to four digits."""
+    return float(f"{number:.4g}")
+
+
 def median(numbers: list[float]) -> float:
     """The median, to four digits."""
-    return float(f"{statistics.median(numbers):.4g}")
+    return rounded(statistics.median(numbers))

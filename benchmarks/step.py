@@ -59,12 +59,12 @@ def rows(built: Built, runs: int, plain: Program, plain_gflop: float) -> dict[st
             before = after
         found[name] = row = {
             "seconds": measure.median(seconds),
-            "gflop": round(gflop, 2),
+            "gflop": measure.rounded(gflop),
             "of_plain": measure.median(shares),
             "work": measure.median(work),
             "compile_seconds": round(program.compile_seconds, 1),
-            "memory_gb": round(program.memory_gb, 3),
-            "gigabytes": round(program.gigabytes, 2),
+            "memory_gb": measure.rounded(program.memory_gb),
+            "gigabytes": measure.rounded(program.gigabytes),
         }
         print(
             f"{name:<14}{row['seconds']:>9.3f}{row['gflop']:>9.1f}{row['of_plain']:>9.0%}{row['work']:>8.3f}"

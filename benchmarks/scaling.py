@@ -26,9 +26,11 @@ WIDTHS = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1, "u8": 1,
 
 
 def collectives(program: str) -> list[tuple[str, int]]:
-    """(kind, bytes of its result) of every collective in the text of a compiled program."""
+    """(kind, bytes of its result) of every collective between devices in the text of a compiled program."""
     found = []
-    for shapes, kind in re.findall(rf"= (.*?) ({'|'.join(KINDS)})(?:-start)?\(", program):
+    for shapes, kind, options in re.findall(rf"= (.*?) ({'|'.join(KINDS)})(?:-start)?\((.*)", program):
+        if "replica_groups={{0}}" in options:  # on one device: XLA keeps it, but nothing moves
+            continue
         size = 0
         for element, dimensions in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
             count = 1

@@ -46,5 +46,7 @@ def test_scaling_has_one_average_for_each_network():
         if devices > 1:
             assert row["collectives"] == 2, row
             assert row["bytes"] == pytest.approx(sum(row["gradient_bytes"].values()), rel=0.01)
+        else:
+            assert row["collectives"] == 0
     work = {row["processes"] * row["devices_each"]: row["gflop_a_device"] for row in found["layouts"]}
     assert work[8] < 0.2 * work[1]

@@ -1,7 +1,8 @@
 """Convolutions [B, H, W, C] * [3, 3, C, F], zero-padded by one, and [1, 1, C, F], with what makes them fast on a CPU.
 
 c(x, k) is the convolution, i(g, k) the gradient of its x and w(x, g) that of its k. They are the three derivatives of
-one trilinear form, so the gradients of each are the other two, to any order. GPUs and TPUs get XLA's own; a CPU
+one trilinear form, so the gradients of each are the other two, to any order. GPUs and TPUs get XLA's own;
+a CPU convolves
 
 * by Winograd's F(2x2, 3x3) where that gains, in wide layers of 16 px and more (Lavin and Gray, "Fast Algorithms for
   Convolutional Neural Networks", CVPR 2016, Section 4.1): y = A [(G k G^T) * (B d B^T)] A^T gives 2x2 results of a tile
@@ -135,8 +136,7 @@ def _winograd(x: jax.Array, kernel: jax.Array, turned: bool = False) -> jax.Arra
     contract = (((1,), (1 if turned else 0,)), ((), ()))
 
     def add_row(y: list[list[jax.Array]], row: jax.Array) -> tuple[list[list[jax.Array]], None]:
-        kernels = jnp.matmul(transform[row], kernel.reshape(9, -1), precision="highest")
-        kernels = kernels.reshape(4, *kernel.shape[2:])
+        kernels = (transform[row] @ kernel.reshape(9, -1)).reshape(4, *kernel.shape[2:])
         m = [jax.lax.dot_general(tile, k, contract) for tile, k in zip(_tiles(pairs, row), kernels, strict=True)]
         columns = (m[0] + m[1] + m[2], m[1] - m[2] - m[3])
         a = jnp.asarray(_A)[:, row]
@@ -161,7 +161,7 @@ def _winograd_kernel_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
         even, odd = (g_row[:, :, i::2].reshape(-1, features) for i in range(2))
         parts = (even, even + odd, even - odd, -odd)
         products = [tile.T @ part for tile, part in zip(_tiles(pairs, row), parts, strict=True)]
-        return total + jnp.matmul(transform[row].T, jnp.stack(products).reshape(4, -1), precision="highest"), None
+        return total + transform[row].T @ jnp.stack(products).reshape(4, -1), None
 
     total = jnp.zeros((9, x.shape[-1] * features), x.dtype)
     return jax.lax.scan(add_row, total, jnp.arange(4))[0].reshape(3, 3, x.shape[-1], features)

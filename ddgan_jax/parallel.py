@@ -29,12 +29,19 @@ def map_step(step: Callable, devices: Any = None) -> Any:
     return jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0, devices=devices)
 
 
-def compiler_options(runs_once: bool = False) -> dict[str, Any]:
+def compiler_options(runs_once: bool = False, arguments: Any = ()) -> dict[str, Any]:
     """For a training step. On a CPU the highest level compiles longer (33 s against 19 s), for no faster a step.
 
-    Or for what `runs_once`, as making a state does: the random bits of every layer take long to optimise.
+    Or for what `runs_once`, as making a state does: the random bits of every layer take long to optimise. A program
+    whose `arguments`, the state, are those of large networks is ordered for little memory: each of its operations fills
+    a CPU's threads by itself. Those of small networks do not, and XLA's own order has several of them run at once.
     """
-    return {"xla_backend_optimization_level": 0 if runs_once else 1} if jax.default_backend() == "cpu" else {}
+    if jax.default_backend() != "cpu":
+        return {}
+    options: dict[str, Any] = {"xla_backend_optimization_level": 0 if runs_once else 1}
+    if sum(x.size for x in jax.tree.leaves(arguments)) > 2**26:
+        options["xla_cpu_scheduler_type"] = "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
+    return options
 
 
 def compile_steps(steps: Iterable[Callable], state: Any, batch: Any) -> list[Any]:
@@ -45,8 +52,9 @@ def compile_steps(steps: Iterable[Callable], state: Any, batch: Any) -> list[Any
     """
     local = jax.tree.map(lambda x: np.zeros((jax.local_device_count(), *x.shape[1:]), x.dtype), batch)
     lowered = [map_step(step).lower(state, local) for step in steps]
+    options = compiler_options(arguments=state)
     with ThreadPoolExecutor() as threads:
-        return list(threads.map(lambda program: program.compile(compiler_options=compiler_options()), lowered))
+        return list(threads.map(lambda program: program.compile(compiler_options=options), lowered))
 
 
 def _sharding(*axes: str) -> NamedSharding:

@@ -4,9 +4,9 @@ c(x, k) is the convolution, i(g, k) the gradient of its x and w(x, g) that of it
 one trilinear form, so the gradients of each are the other two, to any order. GPUs and TPUs get XLA's own;
 a CPU convolves
 
-* by Winograd's F(2x2, 3x3) where that gains, in wide layers of 16 px and more (Lavin and Gray, "Fast Algorithms for
-  Convolutional Neural Networks", CVPR 2016, Section 4.1): y = A [(G k G^T) * (B d B^T)] A^T gives 2x2 results of a tile
-  d of 4x4 pixels in 16 multiplications instead of 36, of all tiles together in 16 matrix products;
+* by Winograd's F(2x2, 3x3) where that gains, with channels enough and 16 px and more (Lavin and Gray, "Fast Algorithms
+  for Convolutional Neural Networks", CVPR 2016, Section 4.1): y = A [(G k G^T) * (B d B^T)] A^T gives 2x2 results of a
+  tile d of 4x4 pixels in 16 multiplications instead of 36, of all tiles together in 16 matrix products;
 * elsewhere w as a sum over strips of a few rows. To XLA it is a convolution whose window is the whole image, and takes
   a CPU two to five times as long as the convolution itself.
 
@@ -21,10 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# B d: each row of the transformed tile is one row i = 0..3 of it, plus or minus another; and so for the columns.
+_FIRST, _SIGN, _SECOND = (0, 1, 2, 1), (-1, 1, -1, -1), (2, 2, 1, 3)
 _A = np.array([[1, 1, 1, 0], [0, 1, -1, -1]], np.float32)
 _G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], np.float32)
-# B: each row of the transformed tile is one row of it, plus or minus another.
-_B_FIRST, _B_SIGN, _B_SECOND = np.array([0, 1, 2, 1]), np.array([-1, 1, -1, -1], np.float32), np.array([2, 2, 1, 3])
 
 
 def pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -96,10 +96,13 @@ def _strip(x: jax.Array, g: jax.Array, start: int, stop: int) -> jax.Array:
 
 
 def _gains(x: jax.Array, kernel_shape: tuple[int, ...]) -> bool:
-    """Is F(2x2, 3x3) faster on a CPU? The transforms, of kernels too, must be little beside the products."""
+    """Is F(2x2, 3x3) faster on a CPU? The transforms, of kernels too, must be little beside the products.
+
+    They are not in narrow layers, but up to 64 px XLA's own convolution of at most 64 channels keeps to one thread.
+    """
     batch, *sizes, _ = x.shape
     in_tiles = all(size % 2 == 0 and size >= 16 for size in sizes) and batch * math.prod(sizes) >= 1024
-    return in_tiles and min(kernel_shape[2:]) >= 128 and x.dtype == jnp.float32
+    return in_tiles and min(kernel_shape[2:]) >= (64 if max(sizes) <= 64 else 128) and x.dtype == jnp.float32
 
 
 def _pairs_of_rows(x: jax.Array) -> jax.Array:
@@ -108,60 +111,57 @@ def _pairs_of_rows(x: jax.Array) -> jax.Array:
     return jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))).reshape(b, h // 2 + 1, 2, w + 2, c)
 
 
-def _tiles(pairs: jax.Array, row: jax.Array) -> list[jax.Array]:
+def _rows(g: np.ndarray) -> dict[str, jax.Array]:
+    """What one turn of the loop needs to know, of each of the four: its rows of B, as (pair, row of it), of A and of
+    k -> g k g^T [4, 9]."""
+    first, second = (np.array(np.divmod(rows, 2), np.int32).T for rows in (_FIRST, _SECOND))
+    sign, transform = np.array(_SIGN, np.float32), np.einsum("ai,bj->abij", g, g).reshape(4, 4, 9)
+    return jax.tree.map(
+        jnp.asarray, {"first": first, "sign": sign, "second": second, "a": _A.T.copy(), "transform": transform}
+    )
+
+
+def _tiles(pairs: jax.Array, row: dict[str, jax.Array]) -> list[jax.Array]:
     """B d B^T of the `_pairs_of_rows`: one row of all tiles, its four columns, each [B H/2 W/2, C]."""
     b, pairs_num, _, padded_width, c = pairs.shape
 
-    def pixels(i: jax.Array) -> jax.Array:
-        """Row i = 0..3 of every tile: [B, H / 2, W + 2, C]."""
-        sizes = (b, pairs_num - 1, 1, padded_width, c)
-        return jax.lax.dynamic_slice(pairs, (0, i // 2, i % 2, 0, 0), sizes)[:, :, 0]
+    def pixels(pair_and_row: jax.Array) -> jax.Array:
+        """One row of every tile: [B, H / 2, W + 2, C]."""
+        start, sizes = (0, *pair_and_row, 0, 0), (b, pairs_num - 1, 1, padded_width, c)
+        return jax.lax.dynamic_slice(pairs, start, sizes, allow_negative_indices=False)[:, :, 0]
 
-    d = pixels(jnp.asarray(_B_FIRST)[row]) + jnp.asarray(_B_SIGN)[row] * pixels(jnp.asarray(_B_SECOND)[row])
+    d = pixels(row["first"]) + row["sign"] * pixels(row["second"])
     columns = [d[:, :, i : i + padded_width - 3 : 2] for i in range(4)]
-    return [
-        (columns[i] + sign * columns[j]).reshape(-1, c) for i, sign, j in zip(_B_FIRST, _B_SIGN, _B_SECOND, strict=True)
-    ]
-
-
-def _kernel_transform(g: np.ndarray = _G) -> jax.Array:
-    """k -> g k g^T as matrices, one for each of its rows: [4, 4, 9]."""
-    return jnp.asarray(np.einsum("ai,bj->abij", g, g).reshape(4, 4, 9))
+    return [(columns[i] + sign * columns[j]).reshape(-1, c) for i, sign, j in zip(_FIRST, _SIGN, _SECOND, strict=True)]
 
 
 def _winograd(x: jax.Array, kernel: jax.Array, turned: bool = False) -> jax.Array:
     """c; or i, which is c with the kernel `turned` by 180 degrees and its channels swapped."""
     b, h, w, _ = x.shape
-    pairs, transform = _pairs_of_rows(x), _kernel_transform(_G[:, ::-1] if turned else _G)
+    pairs, features = _pairs_of_rows(x), kernel.shape[2 if turned else 3]
     contract = (((1,), (1 if turned else 0,)), ((), ()))
 
-    def add_row(y: list[list[jax.Array]], row: jax.Array) -> tuple[list[list[jax.Array]], None]:
-        kernels = (transform[row] @ kernel.reshape(9, -1)).reshape(4, *kernel.shape[2:])
+    def add_row(y: jax.Array, row: dict[str, jax.Array]) -> tuple[jax.Array, None]:
+        kernels = (row["transform"] @ kernel.reshape(9, -1)).reshape(4, *kernel.shape[2:])
         m = [jax.lax.dot_general(tile, k, contract) for tile, k in zip(_tiles(pairs, row), kernels, strict=True)]
-        columns = (m[0] + m[1] + m[2], m[1] - m[2] - m[3])
-        a = jnp.asarray(_A)[:, row]
-        return [[y[p][q] + a[p] * columns[q] for q in range(2)] for p in range(2)], None
+        columns = [part.reshape(b, h // 2, 1, w // 2, features) for part in (m[0] + m[1] + m[2], m[1] - m[2] - m[3])]
+        return y + row["a"][:, None, None, None] * jnp.stack(columns, axis=4), None
 
-    features = kernel.shape[2 if turned else 3]
-    y = [[jnp.zeros((b * h * w // 4, features), x.dtype)] * 2] * 2  # by row and column within 2x2 results
-    y = jax.lax.scan(add_row, y, jnp.arange(4))[0]
-    rows = [jnp.stack([part.reshape(b, h // 2, w // 2, features) for part in row], axis=3) for row in y]
-    return jnp.stack(rows, axis=2).reshape(b, h, w, features)
+    y = jnp.zeros((b, h // 2, 2, w // 2, 2, features), x.dtype)
+    return jax.lax.scan(add_row, y, _rows(_G[:, ::-1] if turned else _G))[0].reshape(b, h, w, features)
 
 
 def _winograd_kernel_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
     """w: of the same products the gradient of the other factor, G^T [(B d B^T) * (A^T g A)] G."""
     b, h, w, features = g.shape
-    pairs, transform = _pairs_of_rows(x), _kernel_transform()
-    g_pairs = g.reshape(b, h // 2, 2, w, features)
+    pairs, g_pairs = _pairs_of_rows(x), g.reshape(b, h // 2, 2, w, features)
 
-    def add_row(total: jax.Array, row: jax.Array) -> tuple[jax.Array, None]:
-        a = jnp.asarray(_A)[:, row]
-        g_row = a[0] * g_pairs[:, :, 0] + a[1] * g_pairs[:, :, 1]
+    def add_row(total: jax.Array, row: dict[str, jax.Array]) -> tuple[jax.Array, None]:
+        g_row = row["a"][0] * g_pairs[:, :, 0] + row["a"][1] * g_pairs[:, :, 1]
         even, odd = (g_row[:, :, i::2].reshape(-1, features) for i in range(2))
         parts = (even, even + odd, even - odd, -odd)
         products = [tile.T @ part for tile, part in zip(_tiles(pairs, row), parts, strict=True)]
-        return total + transform[row].T @ jnp.stack(products).reshape(4, -1), None
+        return total + row["transform"].T @ jnp.stack(products).reshape(4, -1), None
 
     total = jnp.zeros((9, x.shape[-1] * features), x.dtype)
-    return jax.lax.scan(add_row, total, jnp.arange(4))[0].reshape(3, 3, x.shape[-1], features)
+    return jax.lax.scan(add_row, total, _rows(_G))[0].reshape(3, 3, x.shape[-1], features)

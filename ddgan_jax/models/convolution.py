@@ -1,8 +1,8 @@
 """Convolutions [B, H, W, C] * [3, 3, C, F], zero-padded by one, and [1, 1, C, F], with what makes them fast on a CPU.
 
 c(x, k) is the convolution, i(g, k) the gradient of its x and w(x, g) that of its k. They are the three derivatives of
-one trilinear form, so the gradients of each are the other two, to any order. GPUs and TPUs get XLA's own;
-a CPU convolves
+one trilinear form, so the gradients of each are the other two, to any order. GPUs and TPUs get XLA's own, a CPU gets
+them
 
 * by Winograd's F(2x2, 3x3) where that gains, with channels enough and 16 px and more (Lavin and Gray, "Fast Algorithms
   for Convolutional Neural Networks", CVPR 2016, Section 4.1): y = A [(G k G^T) * (B d B^T)] A^T gives 2x2 results of a
@@ -112,13 +112,14 @@ def _pairs_of_rows(x: jax.Array) -> jax.Array:
 
 
 def _rows(g: np.ndarray) -> dict[str, jax.Array]:
-    """What one turn of the loop needs to know, of each of the four: its rows of B, as (pair, row of it), of A and of
-    k -> g k g^T [4, 9]."""
-    first, second = (np.array(np.divmod(rows, 2), np.int32).T for rows in (_FIRST, _SECOND))
-    sign, transform = np.array(_SIGN, np.float32), np.einsum("ai,bj->abij", g, g).reshape(4, 4, 9)
-    return jax.tree.map(
-        jnp.asarray, {"first": first, "sign": sign, "second": second, "a": _A.T.copy(), "transform": transform}
-    )
+    """For each of the loop's four turns its rows of B, as (pair, row of it), of A, and of k -> g k g^T: [4, 9]."""
+    return {
+        "first": jnp.asarray(np.transpose(np.divmod(_FIRST, 2))),
+        "sign": jnp.asarray(_SIGN, jnp.float32),
+        "second": jnp.asarray(np.transpose(np.divmod(_SECOND, 2))),
+        "a": jnp.asarray(_A.T),
+        "transform": jnp.asarray(np.einsum("ai,bj->abij", g, g).reshape(4, 4, 9)),
+    }
 
 
 def _tiles(pairs: jax.Array, row: dict[str, jax.Array]) -> list[jax.Array]:

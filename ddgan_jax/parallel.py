@@ -33,8 +33,8 @@ def compiler_options(runs_once: bool = False, arguments: Any = ()) -> dict[str, 
     """For a training step. On a CPU the highest level compiles longer (33 s against 19 s), for no faster a step.
 
     Or for what `runs_once`, as making a state does: the random bits of every layer take long to optimise. A program
-    whose `arguments`, the state, are those of large networks (above 2^26) is ordered for little memory: each of its
-    operations fills a CPU's threads by itself. Those of small ones do not, and in XLA's own order several run at once.
+    whose `arguments`, the state, hold over 2^26 numbers is ordered for little memory: each operation of such large
+    networks fills a CPU's threads by itself. Those of small ones do not, and in XLA's own order several run at once.
     """
     if jax.default_backend() != "cpu":
         return {}

@@ -10,6 +10,7 @@ separable and applied one axis at a time, as shifted slices (down) or as two pha
 zeros (up): depthwise convolutions cost 10 to 400 times as much on a CPU.
 """
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Sequence
@@ -59,10 +60,10 @@ def conv(features: int, size: int, dtype: Dtype, name: str, init: Initializer | 
 # --- FIR resampling ---------------------------------------------------------------------------------------------
 
 
-def _taps(kernel: Sequence[float]) -> list[float]:
-    """One axis of the normalised kernel, flipped: a true convolution, written as a correlation."""
+def _taps(kernel: Sequence[float], gain: float = 1.0) -> tuple[float, ...]:
+    """One axis of the normalised kernel times `gain`, flipped: a true convolution, written as a correlation."""
     k = np.asarray(kernel, np.float64)
-    return list((k / k.sum())[::-1])
+    return tuple((gain * k / k.sum())[::-1].tolist())
 
 
 def _shifted_sum(x: jax.Array, terms: Sequence[tuple[float, int]], size: int, stride: int, axis: int) -> jax.Array:
@@ -81,13 +82,55 @@ def _shifted_sum(x: jax.Array, terms: Sequence[tuple[float, int]], size: int, st
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Filter:
+    """y[n] = sum over j of taps[j] x[start + j + stride n] along both axes, zero outside x, of these sizes (H, W)."""
+
+    taps: tuple[float, ...]
+    start: int
+    stride: int
+    x_sizes: tuple[int, ...]
+    y_sizes: tuple[int, ...]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _filtered(x: jax.Array, f: _Filter) -> jax.Array:
+    """x of `f` [B, H, W, C] -> y."""
+    terms = [(tap, f.start + j) for j, tap in enumerate(f.taps)]
+    for axis, size in zip((1, 2), f.y_sizes, strict=True):
+        x = _shifted_sum(x, terms, size, f.stride, axis)
+    return x
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _spread(y: jax.Array, f: _Filter) -> jax.Array:
+    """The transpose of `_filtered`: y of `f` [B, H, W, C] -> x. Each gradient of a filter is another filter."""
+    if f.stride == 1:
+        back = _Filter(f.taps[::-1], -f.start - len(f.taps) + 1, 1, f.y_sizes, f.x_sizes)
+        return _filtered(y, back)
+
+    def phases(y: jax.Array, axis: int) -> list[jax.Array]:
+        """Even and odd x: x[m] meets only the taps j of one parity, those with m = start + j + 2n."""
+        size = -(-f.x_sizes[axis - 1] // 2)
+        terms = [
+            [(tap, (r - f.start - j) // 2) for j, tap in enumerate(f.taps) if (r - f.start - j) % 2 == 0] for r in (0, 1)
+        ]
+        return [_shifted_sum(y, term, size, 1, axis) for term in terms]
+
+    rows = jnp.stack([jnp.stack(phases(row, 2), axis=3) for row in phases(y, 1)], axis=2)  # [B, H/2, 2, W/2, 2, C]
+    b, h, _, w, _, c = rows.shape
+    return rows.reshape(b, 2 * h, 2 * w, c)[:, : f.x_sizes[0], : f.x_sizes[1]]
+
+
+_filtered.defvjp(lambda x, f: (_filtered(x, f), None), lambda f, _, g: (_spread(g, f),))
+_spread.defvjp(lambda y, f: (_spread(y, f), None), lambda f, _, g: (_filtered(g, f),))
+
+
 def fir_filter(x: jax.Array, kernel: Sequence[float], pad: int, stride: int = 1) -> jax.Array:
     """[B, H, W, C] filtered in both axes with `pad` zeros in all an axis; every stride-th pixel is kept."""
-    taps = _taps(kernel)
-    for axis in (1, 2):
-        size = (x.shape[axis] + pad - len(taps)) // stride + 1
-        x = _shifted_sum(x, [(tap, j - (pad + 1) // 2) for j, tap in enumerate(taps)], size, stride, axis)
-    return x
+    sizes = x.shape[1:3]
+    results = tuple((size + pad - len(kernel)) // stride + 1 for size in sizes)
+    return _filtered(x, _Filter(_taps(kernel), -((pad + 1) // 2), stride, sizes, results))
 
 
 def fir_downsample(x: jax.Array, kernel: Sequence[float] = FIR_KERNEL) -> jax.Array:
@@ -97,21 +140,10 @@ def fir_downsample(x: jax.Array, kernel: Sequence[float] = FIR_KERNEL) -> jax.Ar
 
 def fir_upsample(x: jax.Array, kernel: Sequence[float] = FIR_KERNEL, margin: int = 0) -> jax.Array:
     """[B, H, W, C] -> [B, 2H + 2 margin, 2W + 2 margin, C], the mean kept; `margin` keeps that much of the tails."""
-    taps = _taps(kernel)
+    taps = _taps(kernel, gain=2)[::-1]
     before = (len(kernel) - 1) // 2 + 1 + margin  # zeros before the first pixel of the zero-inserted image
-
-    def phases(x: jax.Array, axis: int) -> list[jax.Array]:
-        """Even and odd outputs: of the zero-inserted image, output 2n + r meets only the taps of one parity."""
-        size = x.shape[axis] + margin
-        terms = [
-            [(2 * tap, (r + j - before) // 2) for j, tap in enumerate(taps) if (r + j - before) % 2 == 0]
-            for r in (0, 1)
-        ]
-        return [_shifted_sum(x, term, size, 1, axis) for term in terms]
-
-    rows = jnp.stack([jnp.stack(phases(row, 2), axis=3) for row in phases(x, 1)], axis=2)  # [B, H, 2, W, 2, C]
-    b, h, _, w, _, c = rows.shape
-    return rows.reshape(b, 2 * h, 2 * w, c)
+    sizes = x.shape[1:3]
+    return _spread(x, _Filter(taps, before - len(taps) + 1, 2, tuple(2 * (n + margin) for n in sizes), sizes))
 
 
 def resample(x: jax.Array, direction: str, fir_kernel: Sequence[float] | None) -> jax.Array:

@@ -27,7 +27,7 @@ from jax import Array
 
 from ddgan_jax import losses, parallel
 from ddgan_jax.diffusion import Schedule, q_sample, q_sample_pair, sample_posterior
-from ddgan_jax.state import Params, TrainState, apply_gradients, update_ema
+from ddgan_jax.state import Params, TrainState, apply_gradients, tree_norm, update_ema
 
 Metrics = dict[str, Array]
 
@@ -226,7 +226,7 @@ def update_d(
     grads, metrics = parallel.mean((grads, metrics), axis_name)
     lr_d = method.lr_d(state.step)
     disc_params, disc_opt = apply_gradients(method.optimizer, grads, state.disc_opt, state.disc_params, lr_d)
-    metrics |= {"d_grad_norm": optax.tree.norm(grads), "d_param_norm": optax.tree.norm(disc_params), "lr_d": lr_d}
+    metrics |= {"d_grad_norm": tree_norm(grads), "d_param_norm": tree_norm(disc_params), "lr_d": lr_d}
     return state.replace(disc_params=disc_params, disc_opt=disc_opt), metrics
 
 
@@ -253,7 +253,7 @@ def update_g(
     grads, metrics = parallel.mean((grads, metrics), axis_name)
     lr_g = method.lr_g(state.step) * pace
     gen_params, gen_opt = apply_gradients(method.optimizer, grads, state.gen_opt, state.gen_params, lr_g)
-    metrics |= {"g_grad_norm": optax.tree.norm(grads), "g_param_norm": optax.tree.norm(gen_params), "lr_g": lr_g}
+    metrics |= {"g_grad_norm": tree_norm(grads), "g_param_norm": tree_norm(gen_params), "lr_g": lr_g}
     state = state.replace(
         step=state.step + 1,
         gen_params=gen_params,

@@ -24,6 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import Initializer, variance_scaling
 
 from ddgan_jax.errors import UserError
+from ddgan_jax.materialize import materialize
 from ddgan_jax.models.convolution import convolve, pointwise
 
 FIR_KERNEL = (1, 3, 3, 1)
@@ -266,7 +267,7 @@ class AdaptiveGroupNorm(nn.Module):
 
 def merge(x: jax.Array, h: jax.Array, rescale: bool) -> jax.Array:
     """x + h, divided by sqrt(2) to keep the variance where `rescale` is set."""
-    return (x + h) / np.sqrt(2).astype(x.dtype) if rescale else x + h
+    return materialize((x + h) / np.sqrt(2).astype(x.dtype) if rescale else x + h)
 
 
 class Keys(nn.Module):
@@ -342,6 +343,7 @@ class ResBlock(nn.Module):
         t_shift = time(jnp.zeros((1, t_emb_dim)) if t_emb is None else jax.nn.silu(t_emb))
         if t_emb is not None:
             h = h + t_shift[:, None, None, :]
+        h = materialize(h)
         if self.kind == "biggan_oneadagn":
             h = GroupNorm(silu=True, name="norm_1")(h)
         else:

@@ -1,4 +1,4 @@
-"""What a CPU must hold in memory, and not make again, or not each time as another kernel.
+"""What a CPU must hold in memory, and not make again, nor each time as another kernel.
 
 XLA's compiler for CPUs fuses a cheap operation into each one that uses it, and so on, so that the sum that a residual
 block ends with is made again from all its terms, those of the blocks before as well, by each of a dozen others. Nearly
@@ -11,11 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.experimental.xla_metadata import set_xla_metadata
 
 
 @jax.custom_vjp
+@jax.jit
 def materialize(tree: Any) -> Any:
     """The arrays of `tree`, in memory on a CPU, and their gradients too; elsewhere nothing is done."""
     return jax.lax.platform_dependent(tree, cpu=_border, default=lambda tree: tree)
@@ -31,10 +31,9 @@ def in_rows(function: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def flat(*trees: Any) -> Any:
+        rows = _border(jax.tree.map(lambda x: x.reshape(x.size if x.ndim else ()), trees))
         shapes = jax.eval_shape(function, *trees)
-        rows = jax.tree.map(lambda x: x.ravel() if x.ndim else x, trees)
-        results = _border(function(*_border(rows)))
-        return jax.tree.map(lambda x, like: x.reshape(like.shape), results, shapes)
+        return jax.tree.map(lambda x, like: x.reshape(like.shape), _border(function(*rows)), shapes)
 
     return lambda *trees: jax.lax.platform_dependent(*trees, cpu=flat, default=function)
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from ddgan_jax.materialize import _border, in_rows
+from ddgan_jax.materialize import in_rows, materialize
 
 Params = Any
 
@@ -28,16 +28,29 @@ class TrainState(struct.PyTreeNode):
 
 
 def adam(b1: float = 0.5, b2: float = 0.9, eps: float = 1e-8) -> optax.GradientTransformation:
-    """Adam's direction, without the learning rate, which is a function of the step (paper: b1 = 0.5, b2 = 0.9)."""
-    scale = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+    """Adam's direction, without the learning rate, which is a function of the step (paper: b1 = 0.5, b2 = 0.9).
 
-    def update(grads, state, params=None):
-        _, state = scale.update(grads, state, params)
-        state = _border(state)
-        mu, nu = optax.tree.bias_correction(state.mu, b1, state.count), optax.tree.bias_correction(state.nu, b2, state.count)
-        return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu, nu), state
+    optax.scale_by_adam array by array, so that those of one shape are traced once, and with the moments in memory before
+    the direction is made of them: without, a CPU makes them twice, and keeps a copy of the old ones for that.
+    """
 
-    return optax.GradientTransformation(scale.init, update)
+    @jax.jit
+    def moments(g: jax.Array, mu: jax.Array, nu: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return optax.tree.update_moment(g, mu, b1, 1), optax.tree.update_moment(g, nu, b2, 2)
+
+    @jax.jit
+    def direction(mu: jax.Array, nu: jax.Array, count: jax.Array) -> jax.Array:
+        mu, nu = optax.tree.bias_correction(mu, b1, count), optax.tree.bias_correction(nu, b2, count)
+        return mu / (jnp.sqrt(nu) + eps)
+
+    def update(grads: Params, state: Any, params: Params = None) -> tuple[Params, Any]:
+        pairs = materialize(jax.tree.map(moments, grads, state.mu, state.nu))
+        mu, nu = jax.tree.transpose(jax.tree.structure(grads), None, pairs)
+        count = state.count + 1
+        directions = jax.tree.map(lambda m, v: direction(m, v, count), mu, nu)
+        return directions, optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformation(optax.scale_by_adam().init, update)
 
 
 def cosine_schedule(
@@ -74,20 +87,20 @@ def apply_gradients(
     optimizer: optax.GradientTransformation, grads: Params, opt_state: optax.OptState, params: Params, lr: jax.Array
 ) -> tuple[Params, optax.OptState]:
     """One step of `optimizer` at learning rate `lr`: (parameters, optimizer state)."""
+    move = jax.jit(lambda p, d, lr: p - lr * d)
 
-
-    def update(grads, opt_state, params, lr):
+    def update(grads: Params, opt_state: optax.OptState, params: Params, lr: jax.Array) -> Any:
         direction, opt_state = optimizer.update(grads, opt_state, params)
-        return jax.tree.map(lambda p, d: p - lr * d, params, direction), opt_state
+        return jax.tree.map(lambda p, d: move(p, d, lr), params, direction), opt_state
 
     return in_rows(update)(grads, opt_state, params, lr)
 
 
 def update_ema(ema: Params, params: Params, step: jax.Array, decay: float) -> Params:
     """decay * ema + (1 - decay) * params; at step 0 a copy of params, which are then the first stepped ones."""
-    keep = jnp.where(step == 0, 0.0, decay)
-    update = lambda ema, params, keep: jax.tree.map(lambda e, p: keep * e + (1 - keep) * p, ema, params)
-    return in_rows(update)(ema, params, keep)
+    average = jax.jit(lambda e, p, keep: keep * e + (1 - keep) * p)
+    update = in_rows(lambda ema, params, keep: jax.tree.map(lambda e, p: average(e, p, keep), ema, params))
+    return update(ema, params, jnp.where(step == 0, 0.0, decay))
 
 
 def tree_norm(tree: Params) -> jax.Array:

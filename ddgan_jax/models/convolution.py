@@ -33,6 +33,7 @@ def pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
+@jax.jit
 def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """c: [B, H, W, C] convolved with [3, 3, C, F]."""
     on_cpu = _winograd if _gains(x, kernel.shape) else _plain
@@ -40,6 +41,7 @@ def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
+@jax.jit
 def input_gradient(g: jax.Array, kernel: jax.Array) -> jax.Array:
     """i: the gradient of x [B, H, W, C] from that of the result, [B, H, W, F]."""
 
@@ -52,6 +54,7 @@ def input_gradient(g: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
+@jax.jit
 def kernel_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
     """w: the gradient of the kernel [3, 3, C, F] from that of the result, [B, H, W, F]."""
     batch, height, width = x.shape[:3]

@@ -39,15 +39,15 @@ def adam(b1: float = 0.5, b2: float = 0.9, eps: float = 1e-8) -> optax.GradientT
         return optax.tree.update_moment(g, mu, b1, 1), optax.tree.update_moment(g, nu, b2, 2)
 
     @jax.jit
-    def direction(mu: jax.Array, nu: jax.Array, count: jax.Array) -> jax.Array:
-        mu, nu = optax.tree.bias_correction(mu, b1, count), optax.tree.bias_correction(nu, b2, count)
-        return mu / (jnp.sqrt(nu) + eps)
+    def direction(mu: jax.Array, nu: jax.Array, corrections: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return mu * corrections[0] / (jnp.sqrt(nu * corrections[1]) + eps)
 
     def update(grads: Params, state: Any, params: Params = None) -> tuple[Params, Any]:
-        pairs = materialize(jax.tree.map(moments, grads, state.mu, state.nu))
-        mu, nu = jax.tree.transpose(jax.tree.structure(grads), None, pairs)
         count = state.count + 1
-        directions = jax.tree.map(lambda m, v: direction(m, v, count), mu, nu)
+        corrections = 1 / (1 - b1**count), 1 / (1 - b2**count)
+        pairs, corrections = materialize((jax.tree.map(moments, grads, state.mu, state.nu), corrections))
+        mu, nu = jax.tree.transpose(jax.tree.structure(grads), None, pairs)
+        directions = jax.tree.map(lambda m, v: direction(m, v, corrections), mu, nu)
         return directions, optax.ScaleByAdamState(count, mu, nu)
 
     return optax.GradientTransformation(optax.scale_by_adam().init, update)

@@ -206,8 +206,8 @@ def leaky_relu(x: jax.Array) -> jax.Array:
 def normalize(x: jax.Array, gain: jax.Array, bias: jax.Array, silu: bool) -> jax.Array:
     """Group norm of [B, H, W, C] with min(C // 4, 32) groups, float32; gain and bias are [B, C], or [1, C] for all.
 
-    A group's mean is the mean of its channels' means, spread to its channels again by a matrix product: on a CPU both
-    reductions over part of the channels, the fastest axis, and repeats along it take several times as long.
+    A group's mean is the mean of its channels' means, taken and spread to its channels again by matrix products: on a
+    CPU both reductions over part of the channels, the fastest axis, and repeats along it take several times as long.
     With `silu` that follows. The backward pass keeps x and the means alone, and makes the rest again.
     Raises UserError where the groups do not divide the channels.
     """
@@ -220,12 +220,12 @@ def normalize(x: jax.Array, gain: jax.Array, bias: jax.Array, silu: bool) -> jax
         )
 
     spread = np.repeat(np.eye(groups, dtype=np.float32), channels // groups, axis=1)
+    product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
     def group_mean(x: jax.Array) -> jax.Array:
         """The mean of a channel's group, at each channel: [B, 1, 1, C]."""
-        means = jnp.mean(jnp.mean(x, axis=(1, 2)).reshape(-1, groups, channels // groups), axis=-1)
-        spread_means = jnp.matmul(means, spread, precision=jax.lax.Precision.HIGHEST)[:, None, None]
-        return checkpoint_name(spread_means, "group_mean")
+        means = product(jnp.mean(x, axis=(1, 2)), spread.T * (groups / channels))
+        return checkpoint_name(product(means, spread)[:, None, None], "group_mean")
 
     x = x.astype(jnp.float32)
     x = x - group_mean(x)

@@ -48,7 +48,7 @@ def layout() -> None:
     built = measure.build_for(config, flags.batch)
     state = parallel.replicate(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(built.init_state)))
     local = measure.examples(built, built.batch_size // jax.process_count())
-    (program,) = parallel.compile_steps([built.step(False)], state, parallel.split(local))
+    program = parallel.compile_steps([built.step(False)], state, parallel.split(local))[0].result()
     found = collectives(program.as_text())
     sizes = {name: sum(x.size for x in jax.tree.leaves(getattr(state, f"{name}_params"))) for name in ("gen", "disc")}
     if parallel.is_primary():

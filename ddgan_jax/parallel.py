@@ -10,7 +10,7 @@ import itertools
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -44,17 +44,19 @@ def compiler_options(runs_once: bool = False, arguments: Any = ()) -> dict[str, 
     return options
 
 
-def compile_steps(steps: Iterable[Callable], state: Any, batch: Any) -> list[Any]:
+def compile_steps(steps: Iterable[Callable], state: Any, batch: Any) -> list[Future]:
     """`map_step` of each, compiled for a `replicate`d state and a `split` batch: they take arrays of all processes.
 
     pmap itself is traced with this process's part of a batch, in host memory (a mere shape fails in several processes).
-    They compile at the same time: XLA does much of its work in one thread a program.
+    Each program is compiled in the background as soon as it is traced, beside the others: XLA does much of its work in
+    one thread a program.
     """
     local = jax.tree.map(lambda x: np.zeros((jax.local_device_count(), *x.shape[1:]), x.dtype), batch)
-    lowered = [map_step(step).lower(state, local) for step in steps]
     options = compiler_options(arguments=state)
-    with ThreadPoolExecutor() as threads:
-        return list(threads.map(lambda program: program.compile(compiler_options=options), lowered))
+    threads = ThreadPoolExecutor()
+    futures = [threads.submit(map_step(step).lower(state, local).compile, compiler_options=options) for step in steps]
+    threads.shutdown(wait=False)
+    return futures
 
 
 def _sharding(*axes: str) -> NamedSharding:

@@ -30,8 +30,8 @@ class TrainState(struct.PyTreeNode):
 def adam(b1: float = 0.5, b2: float = 0.9, eps: float = 1e-8) -> optax.GradientTransformation:
     """Adam's direction, without the learning rate, which is a function of the step (paper: b1 = 0.5, b2 = 0.9).
 
-    optax.scale_by_adam array by array, so that those of one shape are traced once, and with the moments in memory before
-    the direction is made of them: without, a CPU makes them twice, and keeps a copy of the old ones for that.
+    It is optax.scale_by_adam, array by array, so that those of one shape are traced once, and with the moments in
+    memory before the direction is made of them. A CPU would make them twice, and keep a copy of the old ones for that.
     """
 
     @jax.jit
@@ -104,8 +104,11 @@ def update_ema(ema: Params, params: Params, step: jax.Array, decay: float) -> Pa
 
 
 def tree_norm(tree: Params) -> jax.Array:
-    """The Euclidean norm of all numbers of a tree together, []. Its small arrays are put in a row before they are
-    squared: two operations for each of hundreds would be a tenth of a step's compilation."""
+    """The Euclidean norm of all numbers of a tree together, [].
+
+    Its small arrays are put in a row before they are squared: the operations for each of hundreds would be a tenth of
+    what a step's compilation takes.
+    """
     leaves = jax.tree.leaves(tree)
-    small = jnp.concatenate([x.ravel() for x in leaves if x.size < 2**14])
-    return jnp.sqrt(sum(jnp.vdot(x, x) for x in (small, *(x for x in leaves if x.size >= 2**14))))
+    row = [jnp.concatenate(small)] if (small := [x.ravel() for x in leaves if x.size < 2**14]) else []
+    return jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in row + [x for x in leaves if x.size >= 2**14]))

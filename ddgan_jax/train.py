@@ -4,6 +4,7 @@ The step is the only clock. Run the same command again and it goes on from the n
 the numbers that an unbroken run would have had.
 """
 
+import itertools
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -182,20 +184,37 @@ def with_networks_of(path: str, state: Any) -> Any:
     return state.replace(gen_params=found.ema_params, ema_params=found.ema_params, disc_params=found.disc_params)
 
 
-def steps_by_r1(built: Built, state: Any, batch: Any, r1_every: int) -> dict[bool, Any]:
-    """The compiled step with R1 (True) and without; says how long it took, the work of a step and its memory."""
-    start = time.time()
-    one = r1_every == 1 or built.method.objective == "gaussian"  # R1 in every step, or in none
-    kinds = [True] if one else [True, False]
-    steps = dict(zip(kinds, parallel.compile_steps(map(built.step, kinds), state, batch), strict=True))
-    work = [f"{(step.cost_analysis() or {}).get('flops', 0) / 1e9:.3g} GFLOP" for step in steps.values()]
-    memory = steps[True].memory_analysis()
-    size = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20 if memory else float("nan")
-    say(
-        f"compiled in {time.time() - start:.1f} s: {work[-1]} a step on each device"
-        f"{'' if one else f' ({work[0]} with R1)'}, {size:.0f} MiB of device memory"
-    )
-    return {False: steps[True]} | steps
+class Steps:
+    """The compiled steps, with R1 and without, each waited for when it is first asked for."""
+
+    def __init__(self, built: Built, state: Any, batch: Any, r1_every: int):
+        """Begin to compile."""
+        self._start = time.time()
+        one = r1_every == 1 or built.method.objective == "gaussian"  # R1 in every step, or in none
+        kinds = [True] if one else [True, False]
+        futures = parallel.compile_steps(map(built.step, kinds), state, batch)
+        self._futures = dict(zip(kinds, futures, strict=True))
+        self._ready: dict[bool, Any] = {}
+        self._several = not one
+        if jax.process_count() > 1:  # none may wait in a step for another that still compiles
+            for kind in kinds:
+                self(kind)
+            parallel.barrier()
+
+    def __call__(self, with_r1: bool) -> Any:
+        """The step; says, the first time, how long it took to compile, its work and its memory."""
+        kind = with_r1 if self._several else True
+        if kind not in self._ready:
+            step = self._ready[kind] = self._futures[kind].result()
+            memory = step.memory_analysis()
+            size = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20 if memory else float("nan")
+            name = f"the step {'with' if kind else 'without'} R1 " if self._several else ""
+            say(
+                f"compiled {name}in {time.time() - self._start:.1f} s: "
+                f"{(step.cost_analysis() or {}).get('flops', 0) / 1e9:.3g} GFLOP a step on each device, "
+                f"{size:.0f} MiB of device memory"
+            )
+        return self._ready[kind]
 
 
 def overview(built: Built, shapes: Any, per_device: int, data: Data) -> None:
@@ -258,27 +277,28 @@ def _train(config: Any, workdir: str, opened: Data | None, interrupt: Interrupt)
     keep = settings["checkpoint"]
     checkpoints = checkpoint.Checkpoints(workdir, keep["keep"], keep["keep_period"] or None) if primary else None
     restored = checkpoints.restore_latest(shapes, say) if checkpoints else None
-    if parallel.any_process(restored is not None):
+    resumed = parallel.any_process(restored is not None)
+    make = jax.jit(built.init_state, compiler_options=parallel.compiler_options(runs_once=True))
+    with ThreadPoolExecutor() as background:  # the log imports TensorFlow for seconds, a new state is compiled as long
+        made = None if resumed else background.submit(lambda: jax.device_get(make()))
+        log = Log(path, settings, 0 if restored is None else int(restored.step)) if primary else None
+    if made is None:
         blank = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
         host_state = parallel.from_primary(restored if primary else blank)
     else:
-        options = parallel.compiler_options(runs_once=True)
-        host_state = jax.device_get(jax.jit(built.init_state, compiler_options=options)())
+        host_state = made.result()
         if train_["init_from"]:
             host_state = with_networks_of(train_["init_from"], host_state) if primary else host_state
             host_state = parallel.from_primary(host_state)
     state = parallel.replicate(host_state)
     step = first = int(host_state.step)
-    safe = step if restored is not None else None
+    safe = step if resumed else None
     if step >= num_steps:
         say(f"{workdir} has already finished its {num_steps} steps")
     elif step:
         say(f"going on from step {step}")
 
-    log = Log(path, settings, step) if primary else None
     spent = log.seconds if log else 0.0  # before this run of the command
-    draw = Sampler(built, settings["sample"]["batch_size"])
-    judge_ = open_judge(settings, opened) if primary and eval_["every"] else None
     own = batches(
         images,
         global_batch=built.batch_size,
@@ -289,9 +309,14 @@ def _train(config: Any, workdir: str, opened: Data | None, interrupt: Interrupt)
         labels=labels,
     )
     stream = parallel.prefetch(own)
+    if step < num_steps:
+        batch = next(stream)
+        steps = Steps(built, state, batch, train_["r1_every"])
+        stream = itertools.chain([batch], stream)
+    draw = Sampler(built, settings["sample"]["batch_size"])
+    judge_ = open_judge(settings, opened) if primary and eval_["every"] else None
     window: list[Metrics] = []
     mark, marked = time.time(), step
-    steps: dict[bool, Any] = {}
     bar = tqdm(total=num_steps, initial=step, unit="step", disable=None if primary else True, file=sys.stdout)
 
     def samples(name: str) -> None:
@@ -309,12 +334,11 @@ def _train(config: Any, workdir: str, opened: Data | None, interrupt: Interrupt)
 
     while step < num_steps:
         batch = next(stream)
-        if not steps:
-            steps = steps_by_r1(built, state, batch, train_["r1_every"])
-            parallel.barrier()
-            mark = time.time()
-            bar.unpause()  # the time to go is that of steps
-        state, metrics = steps[step % train_["r1_every"] == 0](state, batch)
+        asked = time.time()
+        run = steps(step % train_["r1_every"] == 0)
+        mark += time.time() - asked  # the time to go is that of steps
+        bar.unpause()
+        state, metrics = run(state, batch)
         window.append(metrics)
         step += 1
         bar.update()

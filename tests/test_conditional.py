@@ -98,7 +98,7 @@ assert jax.device_count() == 4
 one = jax.jit(train_step.make_train_step(method, 0, True))(start, (images, labels))
 step = train_step.make_train_step(method, 0, True, parallel.AXIS)
 state, batch = parallel.replicate(start), parallel.split((images, labels))
-four = parallel.compile_steps([step], state, batch)[0](state, batch)
+four = parallel.compile_steps([step], state, batch)[0].result()(state, batch)
 jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), one[0], four[0])
 print("same")
 """

@@ -7,6 +7,7 @@ import pytest
 from conftest import Golden, close_to_largest
 
 from ddgan_jax.errors import UserError
+from ddgan_jax.materialize import materialize
 from ddgan_jax.models import convolution, layers
 from ddgan_jax.torch_weights import _SUBLAYERS, _layer_params
 
@@ -78,6 +79,24 @@ def test_fir_is_zero_insertion_and_convolution(kernel):
         np.testing.assert_allclose(left, right, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kernel", [(1, 1), (1, 3, 3, 1), (1, 2, 3, 4), (1, 4, 6, 4, 1)])
+@pytest.mark.parametrize("name", ["down", "up", "up with margin", "same size"])
+def test_gradients_of_fir_are_its_transposes(name, kernel):
+    """<f(x), y> = <x, f'(y)>, and the gradient of that gradient is the filter again; of odd sizes too."""
+    filters = {
+        "down": lambda x: layers.fir_downsample(x, kernel),
+        "up": lambda x: layers.fir_upsample(x, kernel),
+        "up with margin": lambda x: layers.fir_upsample(x, kernel, margin=1),
+        "same size": lambda x: layers.fir_filter(x, kernel, pad=len(kernel)),
+    }
+    x = jax.random.normal(jax.random.key(0), (1, 7, 10, 2))
+    result, pullback = jax.vjp(filters[name], x)
+    y = jax.random.normal(jax.random.key(1), result.shape)
+    np.testing.assert_allclose(jnp.vdot(result, y), jnp.vdot(x, pullback(y)[0]), atol=1e-4)
+    again = jax.grad(lambda y: jnp.vdot(pullback(y)[0], x))(y)
+    np.testing.assert_allclose(again, result, atol=1e-5)
+
+
 def test_fir_keeps_constants_inside():
     x = jnp.ones((1, 8, 8, 3))
     np.testing.assert_allclose(layers.fir_downsample(x)[:, 1:-1, 1:-1], 1, rtol=1e-6)
@@ -100,6 +119,21 @@ def test_dropout_belongs_to_the_example():
 def test_group_norm_refuses_uneven_widths(channels):
     with pytest.raises(UserError, match=f"{channels} channels"):
         layers.normalize(jnp.zeros((1, 2, 2, channels)), jnp.ones((1, channels)), jnp.zeros((1, channels)), False)
+
+
+def test_what_is_materialized_is_made_once():
+    """A CPU fuses nothing across, forward or backward; a GPU is not asked to do anything."""
+
+    def loss(x):
+        x = materialize(jnp.tanh(x) + 1)
+        return jnp.sum(jnp.sin(x) * x)
+
+    x = jnp.linspace(-1, 1, 64)
+    plain = jax.grad(lambda x: jnp.sum(jnp.sin(jnp.tanh(x) + 1) * (jnp.tanh(x) + 1)))
+    np.testing.assert_allclose(jax.grad(loss)(x), plain(x), rtol=1e-5)
+    traced = jax.jit(jax.grad(loss)).trace(x)
+    assert traced.lower().compile().as_text().count('inlineable="false"') >= 2
+    assert "inlineable" not in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def plain_convolution(x, kernel):

@@ -1,6 +1,7 @@
 """The training step: four iterations of the reference on its own random draws, and what makes it reproducible."""
 
 import dataclasses
+import functools
 import json
 from functools import partial
 
@@ -452,3 +453,24 @@ def test_a_generator_without_z():
     params = jax.jit(lambda k: generator.init(k, x, t, jnp.zeros((2, 0))))(jax.random.key(0))
     grads = jax.jit(jax.grad(lambda p: jnp.sum(generator.apply(p, x, t, jnp.zeros((2, 0))) ** 2)))(params)
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(grads))
+
+
+def test_adam_is_that_of_optax():
+    theirs, ours = optax.scale_by_adam(0.5, 0.9), state_lib.adam()
+    params = {"a": jnp.ones((3, 3, 4, 2)), "b": jnp.zeros(()), "c": {"d": jnp.ones(5)}}
+    their_state, our_params, our_state = theirs.init(params), params, ours.init(params)
+    for i in range(3):
+        leaves, structure = jax.tree.flatten(params)
+        keys = jax.random.split(jax.random.key(i), len(leaves))
+        grads = structure.unflatten([jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
+        direction, their_state = theirs.update(grads, their_state)
+        params = jax.tree.map(lambda p, d: p - 0.1 * d, params, direction)
+        our_params, our_state = jax.jit(functools.partial(state_lib.apply_gradients, ours))(
+            grads, our_state, our_params, jnp.float32(0.1)
+        )
+        for one, other in zip(
+            jax.tree.leaves((params, their_state)), jax.tree.leaves((our_params, our_state)), strict=True
+        ):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    assert jax.tree.structure(their_state) == jax.tree.structure(our_state)
+    np.testing.assert_allclose(state_lib.tree_norm(params), optax.tree.norm(params), rtol=1e-6)

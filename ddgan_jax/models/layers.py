@@ -114,7 +114,8 @@ def _spread(y: jax.Array, f: _Filter) -> jax.Array:
         """Even and odd x: x[m] meets only the taps j of one parity, those with m = start + j + 2n."""
         size = -(-f.x_sizes[axis - 1] // 2)
         terms = [
-            [(tap, (r - f.start - j) // 2) for j, tap in enumerate(f.taps) if (r - f.start - j) % 2 == 0] for r in (0, 1)
+            [(tap, (r - f.start - j) // 2) for j, tap in enumerate(f.taps) if (r - f.start - j) % 2 == 0]
+            for r in (0, 1)
         ]
         return [_shifted_sum(y, term, size, 1, axis) for term in terms]
 

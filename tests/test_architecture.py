@@ -51,7 +51,7 @@ def imports_of(path: pathlib.Path) -> set[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_imports_go_down(path):
-    """errors and materialize are below everything; other files of one rank do not import each other (a folder of one rank may)."""
+    """errors and materialize are below everything; other files of one rank do not import each other (a folder may)."""
     module = module_of(path)
     for imported in imports_of(path):
         same_folder = "." in module and module.split(".")[0] == imported.split(".")[0] and rank_of(module) == 0

@@ -39,5 +39,6 @@ def in_rows(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _border(tree: Any) -> Any:
+    """The arrays of `tree`, through a call that is not inlined. XLA empties it, JAX must not see that it is empty."""
     with set_xla_metadata(inlineable="false"):
         return jax.jit(jax.lax.optimization_barrier)(tree)

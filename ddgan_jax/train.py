@@ -194,8 +194,7 @@ class Steps:
         kinds = [True] if one else [True, False]
         futures = parallel.compile_steps(map(built.step, kinds), state, batch)
         self._futures = dict(zip(kinds, futures, strict=True))
-        self._ready: dict[bool, Any] = {}
-        self._several = not one
+        self._announced: set[bool] = set()
         if jax.process_count() > 1:  # none may wait in a step for another that still compiles
             for kind in kinds:
                 self(kind)
@@ -203,18 +202,20 @@ class Steps:
 
     def __call__(self, with_r1: bool) -> Any:
         """The step; says, the first time, how long it took to compile, its work and its memory."""
-        kind = with_r1 if self._several else True
-        if kind not in self._ready:
-            step = self._ready[kind] = self._futures[kind].result()
+        several = len(self._futures) > 1
+        kind = with_r1 or not several
+        step = self._futures[kind].result()
+        if kind not in self._announced:
+            self._announced.add(kind)
             memory = step.memory_analysis()
             size = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20 if memory else float("nan")
-            name = f"the step {'with' if kind else 'without'} R1 " if self._several else ""
+            name = f"the step {'with' if kind else 'without'} R1 " if several else ""
             say(
                 f"compiled {name}in {time.time() - self._start:.1f} s: "
                 f"{(step.cost_analysis() or {}).get('flops', 0) / 1e9:.3g} GFLOP a step on each device, "
                 f"{size:.0f} MiB of device memory"
             )
-        return self._ready[kind]
+        return step
 
 
 def overview(built: Built, shapes: Any, per_device: int, data: Data) -> None:

@@ -1,7 +1,6 @@
 """The training step: four iterations of the reference on its own random draws, and what makes it reproducible."""
 
 import dataclasses
-import functools
 import json
 from functools import partial
 
@@ -465,7 +464,7 @@ def test_adam_is_that_of_optax():
         grads = structure.unflatten([jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
         direction, their_state = theirs.update(grads, their_state)
         params = jax.tree.map(lambda p, d: p - 0.1 * d, params, direction)
-        our_params, our_state = jax.jit(functools.partial(state_lib.apply_gradients, ours))(
+        our_params, our_state = jax.jit(partial(state_lib.apply_gradients, ours))(
             grads, our_state, our_params, jnp.float32(0.1)
         )
         for one, other in zip(

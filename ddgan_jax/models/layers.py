@@ -62,9 +62,9 @@ def conv(features: int, size: int, dtype: Dtype, name: str, init: Initializer | 
 
 
 def _taps(kernel: Sequence[float], gain: float = 1.0) -> tuple[float, ...]:
-    """One axis of the normalised kernel times `gain`, flipped: a true convolution, written as a correlation."""
+    """One axis of the normalised kernel times `gain`."""
     k = np.asarray(kernel, np.float64)
-    return tuple((gain * k / k.sum())[::-1].tolist())
+    return tuple((gain * k / k.sum()).tolist())
 
 
 def _shifted_sum(x: jax.Array, terms: Sequence[tuple[float, int]], size: int, stride: int, axis: int) -> jax.Array:
@@ -132,7 +132,8 @@ def fir_filter(x: jax.Array, kernel: Sequence[float], pad: int, stride: int = 1)
     """[B, H, W, C] filtered in both axes with `pad` zeros in all an axis; every stride-th pixel is kept."""
     sizes = x.shape[1:3]
     results = tuple((size + pad - len(kernel)) // stride + 1 for size in sizes)
-    return _filtered(x, _Filter(_taps(kernel), -((pad + 1) // 2), stride, sizes, results))
+    taps = _taps(kernel)[::-1]  # a true convolution, written as a correlation
+    return _filtered(x, _Filter(taps, -((pad + 1) // 2), stride, sizes, results))
 
 
 def fir_downsample(x: jax.Array, kernel: Sequence[float] = FIR_KERNEL) -> jax.Array:
@@ -142,7 +143,7 @@ def fir_downsample(x: jax.Array, kernel: Sequence[float] = FIR_KERNEL) -> jax.Ar
 
 def fir_upsample(x: jax.Array, kernel: Sequence[float] = FIR_KERNEL, margin: int = 0) -> jax.Array:
     """[B, H, W, C] -> [B, 2H + 2 margin, 2W + 2 margin, C], the mean kept; `margin` keeps that much of the tails."""
-    taps = _taps(kernel, gain=2)[::-1]
+    taps = _taps(kernel, gain=2)  # not flipped: the transpose does that
     before = (len(kernel) - 1) // 2 + 1 + margin  # zeros before the first pixel of the zero-inserted image
     sizes = x.shape[1:3]
     return _spread(x, _Filter(taps, before - len(taps) + 1, 2, tuple(2 * (n + margin) for n in sizes), sizes))

@@ -141,11 +141,12 @@ def plain_convolution(x, kernel):
 
 
 @pytest.mark.parametrize(
-    ("shape", "features"), [((2, 33, 20, 3), 6), ((1, 64, 8, 2), 6), ((2, 5, 5, 4), 6), ((4, 16, 18, 128), 160)]
+    ("shape", "features"),
+    [((2, 33, 20, 3), 10), ((1, 64, 8, 2), 10), ((2, 5, 5, 4), 10), ((2, 7, 10, 9), 3), ((4, 16, 18, 128), 160)],
 )
 def test_convolutions_and_their_derivatives_are_the_plain_ones(shape, features):
-    """Up to the second order, as R1 needs; gradients of kernels in strips that divide the height or not, and whole; and
-    all of them by Winograd's transforms, which a CPU takes for the last shape."""
+    """Up to the second order, as R1 needs; gradients of kernels in strips that divide the height or not, whole, and of
+    neighbours where features are few; and all by Winograd's transforms, which a CPU takes for the last shape."""
     x, tangent = jax.random.normal(jax.random.key(0), (2, *shape))
     kernel = jax.random.normal(jax.random.key(1), (3, 3, shape[-1], features)) / (9 * shape[-1]) ** 0.5
 
@@ -210,6 +211,40 @@ def test_group_norm_is_that_of_its_definition():
     expected = normed * np.asarray(gain)[:, None, None] + np.asarray(bias)[:, None, None]
     np.testing.assert_allclose(layers.normalize(x, gain, bias, False), expected, atol=1e-5)
     np.testing.assert_allclose(layers.normalize(x, gain, bias, True), expected / (1 + np.exp(-expected)), atol=1e-5)
+
+
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("examples", [1, 2])  # of gain and bias
+def test_gradients_of_group_norm_are_those_of_its_definition(examples, silu):
+    """Of all arguments, and of the first gradients."""
+    x, tangent = 3 + 2 * jax.random.normal(jax.random.key(0), (2, 2, 5, 3, 12))
+    gain, bias = jax.random.normal(jax.random.key(1), (2, examples, 12))
+
+    def definition(x, gain, bias):
+        groups = x.reshape(2, 15, 3, 4)
+        centred = groups - groups.mean((1, 3), keepdims=True)
+        normed = (centred / jnp.sqrt(jnp.square(centred).mean((1, 3), keepdims=True) + 1e-6)).reshape(x.shape)
+        y = normed * gain[:, None, None] + bias[:, None, None]
+        return y / (1 + jnp.exp(-y)) if silu else y
+
+    def numbers(norm):
+        loss = lambda *args: jnp.sum(jnp.sin(norm(*args)) * tangent)  # noqa: E731
+        first = jax.grad(loss, (0, 1, 2))
+        second = jax.grad(lambda *args: sum(jnp.vdot(d, jnp.cos(d)) for d in first(*args)), (0, 1, 2))
+        return first(x, gain, bias) + second(x, gain, bias)
+
+    for ours, theirs in zip(numbers(lambda *args: layers.normalize(*args, silu)), numbers(definition), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5 * float(jnp.abs(theirs).max()))
+
+
+@pytest.mark.parametrize("rescale", [False, True])
+def test_merge_is_a_rescaled_sum(rescale):
+    x, h, g = jax.random.normal(jax.random.key(0), (3, 2, 4, 4, 3))
+    y, pullback = jax.vjp(lambda x, h: layers.merge(x, h, rescale), x, h)
+    scale = 0.5**0.5 if rescale else 1
+    np.testing.assert_allclose(y, (x + h) * scale, rtol=1e-6, atol=1e-7)
+    for gradient in pullback(g):
+        np.testing.assert_allclose(gradient, g * scale, rtol=1e-6)
 
 
 def test_group_norm_keeps_little_for_its_gradient():

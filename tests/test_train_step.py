@@ -379,7 +379,7 @@ def test_gradients_that_nobody_uses_are_not_computed():
     convolutions = lambda f, *args: jax.jit(f).lower(*args).as_text().count("stablehlo.convolution")  # noqa: E731
     forward = convolutions(method.gen, shapes.gen_params, x, t, z)
     assert convolutions(lambda s, x, d: ts.d_gradients(method, s, x, d, True), shapes, x, draws.d) == forward
-    assert convolutions(lambda s, x, d: ts.g_gradients(method, s, x, d), shapes, x, draws.g) > 2 * forward
+    assert convolutions(lambda s, x, d: ts.g_gradients(method, s, x, d), shapes, x, draws.g) > 1.5 * forward
 
 
 def test_the_gaussian_objective_learns_the_mean():

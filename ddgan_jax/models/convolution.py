@@ -8,7 +8,8 @@ them
   for Convolutional Neural Networks", CVPR 2016, Section 4.1): y = A [(G k G^T) * (B d B^T)] A^T gives 2x2 results of a
   tile d of 4x4 pixels in 16 multiplications instead of 36, of all tiles together in 16 matrix products;
 * elsewhere w as a sum over strips of a few rows. To XLA it is a convolution whose window is the whole image, and takes
-  a CPU two to five times as long as the convolution itself.
+  a CPU two to five times as long as the convolution itself;
+* w to an image's few channels as the matrix product of x with g's neighbours, 9 F of them at each pixel.
 
 benchmarks/NOTES.md has the numbers.
 """
@@ -64,9 +65,18 @@ def kernel_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
         strips = (_strip(x, g, i, min(i + rows, height)).astype(jnp.float32) for i in range(0, height, rows))
         return functools.reduce(operator.add, strips).astype(x.dtype)
 
+    def of_neighbours(x: jax.Array, g: jax.Array) -> jax.Array:
+        c, f = x.shape[-1], g.shape[-1]
+        neighbours = jnp.pad(g, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        for axis, size in ((2, width), (1, height)):  # rows, and columns in them, the last first: [B, H, W, 9F]
+            shifted = [jax.lax.slice_in_dim(neighbours, i, i + size, axis=axis) for i in (2, 1, 0)]
+            neighbours = jnp.concatenate(shifted, axis=-1)
+        return (x.reshape(-1, c).T @ neighbours.reshape(-1, 9 * f)).reshape(c, 3, 3, f).transpose(1, 2, 0, 3)
+
     whole = functools.partial(_strip, start=0, stop=height)
     gains = _gains(x, (3, 3, x.shape[-1], g.shape[-1]))
-    on_cpu = _winograd_kernel_gradient if gains else in_strips if height > rows else whole
+    in_parts = of_neighbours if g.shape[-1] <= 8 else in_strips if height > rows else whole
+    on_cpu = _winograd_kernel_gradient if gains else in_parts
     return jax.lax.platform_dependent(x, g, cpu=on_cpu, default=whole)
 
 
@@ -164,8 +174,9 @@ def _winograd_kernel_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
         g_row = row["a"][0] * g_pairs[:, :, 0] + row["a"][1] * g_pairs[:, :, 1]
         even, odd = (g_row[:, :, i::2].reshape(-1, features) for i in range(2))
         parts = (even, even + odd, even - odd, -odd)
-        products = [tile.T @ part for tile, part in zip(_tiles(pairs, row), parts, strict=True)]
-        return total + row["transform"].T @ jnp.stack(products).reshape(4, -1), None
+        for transform, tile, part in zip(row["transform"], _tiles(pairs, row), parts, strict=True):
+            total = total + transform[:, None, None] * (tile.T @ part)
+        return total, None
 
-    total = jnp.zeros((9, x.shape[-1] * features), x.dtype)
+    total = jnp.zeros((9, x.shape[-1], features), x.dtype)
     return jax.lax.scan(add_row, total, _rows(_G))[0].reshape(3, 3, x.shape[-1], features)

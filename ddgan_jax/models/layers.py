@@ -12,6 +12,7 @@ zeros (up): depthwise convolutions cost 10 to 400 times as much on a CPU.
 
 import dataclasses
 import functools
+import itertools
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import Initializer, variance_scaling
 
 from ddgan_jax.errors import UserError
@@ -67,20 +67,26 @@ def _taps(kernel: Sequence[float], gain: float = 1.0) -> tuple[float, ...]:
     return tuple((gain * k / k.sum()).tolist())
 
 
-def _shifted_sum(x: jax.Array, terms: Sequence[tuple[float, int]], size: int, stride: int, axis: int) -> jax.Array:
-    """sum of tap * x[start + stride * n], n = 0..size-1, over the (tap, start) of `terms`; zero outside x."""
-    starts = [start for _, start in terms]
-    low, high = -min(starts), max(starts) + (size - 1) * stride + 1 - x.shape[axis]
-    widths = [(0, 0, 0)] * x.ndim
-    widths[axis] = (max(low, 0), max(high, 0), 0)
-    x, shift = jax.lax.pad(x, jnp.zeros((), x.dtype), widths), max(low, 0)
-    return functools.reduce(
-        operator.add,
-        (
-            tap * jax.lax.slice_in_dim(x, start + shift, start + shift + (size - 1) * stride + 1, stride, axis)
-            for tap, start in terms
-        ),
-    )
+Terms = list[tuple[float, int]]  # of a sum: (tap, start) stands for tap * x[start + stride * n]
+
+
+def _padded(x: jax.Array, sums: list[Terms], sizes: Sequence[int], stride: int) -> tuple[jax.Array, list[Terms]]:
+    """x with zeros around it as far as `sums`, n = 0..size-1, reach in both axes; and the sums, of its pixels."""
+    starts = [start for terms in sums for _, start in terms]
+    low = max(-min(starts), 0)
+    highs = (max(max(starts) + (size - 1) * stride + 1 - n, 0) for size, n in zip(sizes, x.shape[1:3], strict=True))
+    widths = [(0, 0, 0), *((low, high, 0) for high in highs), (0, 0, 0)]
+    padded = jax.lax.pad(x, jnp.zeros((), x.dtype), widths)
+    return padded, [[(tap, start + low) for tap, start in terms] for terms in sums]
+
+
+def _sums(x: jax.Array, sums: list[Terms], size: int, stride: int, axis: int) -> list[jax.Array]:
+    """For each of `sums` the sum of its terms, n = 0..size-1 along `axis`."""
+
+    def term(tap: float, start: int) -> jax.Array:
+        return tap * jax.lax.slice_in_dim(x, start, start + (size - 1) * stride + 1, stride, axis)
+
+    return [functools.reduce(operator.add, itertools.starmap(term, terms)) for terms in sums]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,33 +101,33 @@ class _Filter:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+@functools.partial(jax.jit, static_argnums=1)
 def _filtered(x: jax.Array, f: _Filter) -> jax.Array:
     """x of `f` [B, H, W, C] -> y."""
-    terms = [(tap, f.start + j) for j, tap in enumerate(f.taps)]
+    x, sums = _padded(x, [[(tap, f.start + j) for j, tap in enumerate(f.taps)]], f.y_sizes, f.stride)
     for axis, size in zip((1, 2), f.y_sizes, strict=True):
-        x = _shifted_sum(x, terms, size, f.stride, axis)
-    return x
+        (x,) = _sums(x, sums, size, f.stride, axis)
+    return materialize(x)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+@functools.partial(jax.jit, static_argnums=1)
 def _spread(y: jax.Array, f: _Filter) -> jax.Array:
     """The transpose of `_filtered`: y of `f` [B, H, W, C] -> x. Each gradient of a filter is another filter."""
     if f.stride == 1:
         back = _Filter(f.taps[::-1], -f.start - len(f.taps) + 1, 1, f.y_sizes, f.x_sizes)
         return _filtered(y, back)
 
-    def phases(y: jax.Array, axis: int) -> list[jax.Array]:
-        """Even and odd x: x[m] meets only the taps j of one parity, those with m = start + j + 2n."""
-        size = -(-f.x_sizes[axis - 1] // 2)
-        terms = [
-            [(tap, (r - f.start - j) // 2) for j, tap in enumerate(f.taps) if (r - f.start - j) % 2 == 0]
-            for r in (0, 1)
-        ]
-        return [_shifted_sum(y, term, size, 1, axis) for term in terms]
-
-    rows = jnp.stack([jnp.stack(phases(row, 2), axis=3) for row in phases(y, 1)], axis=2)  # [B, H/2, 2, W/2, 2, C]
-    b, h, _, w, _, c = rows.shape
-    return rows.reshape(b, 2 * h, 2 * w, c)[:, : f.x_sizes[0], : f.x_sizes[1]]
+    # Even and odd x: x[m] meets only the taps j of one parity, those with m = start + j + 2n.
+    phases = [
+        [(tap, (r - f.start - j) // 2) for j, tap in enumerate(f.taps) if (r - f.start - j) % 2 == 0] for r in (0, 1)
+    ]
+    height, width = (-(-size // 2) for size in f.x_sizes)
+    y, phases = _padded(y, phases, (height, width), 1)
+    rows = [jnp.stack(_sums(row, phases, width, 1, axis=2), axis=3) for row in _sums(y, phases, height, 1, axis=1)]
+    x = jnp.stack(rows, axis=2)  # [B, H / 2, 2, W / 2, 2, C]
+    x = x.reshape(x.shape[0], 2 * height, 2 * width, x.shape[-1])
+    return materialize(x[:, : f.x_sizes[0], : f.x_sizes[1]])
 
 
 _filtered.defvjp(lambda x, f: (_filtered(x, f), None), lambda f, _, g: (_spread(g, f),))
@@ -204,35 +210,80 @@ def leaky_relu(x: jax.Array) -> jax.Array:
 # --- Norms, attention, blocks -----------------------------------------------------------------------------------
 
 
-@functools.partial(jax.checkpoint, static_argnums=3, policy=jax.checkpoint_policies.save_only_these_names("group_mean"))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def normalize(x: jax.Array, gain: jax.Array, bias: jax.Array, silu: bool) -> jax.Array:
     """Group norm of [B, H, W, C] with min(C // 4, 32) groups, float32; gain and bias are [B, C], or [1, C] for all.
 
-    A group's mean is the mean of its channels' means, taken and spread to its channels again by matrix products: on a
-    CPU both reductions over part of the channels, the fastest axis, and repeats along it take several times as long.
-    With `silu` that follows. The backward pass keeps x and the means alone, and makes the rest again.
+    With `silu` that follows. The backward pass keeps x and the statistics alone, and makes the rest again.
     Raises UserError where the groups do not divide the channels.
     """
-    channels = x.shape[-1]
+    return _normalize(x, gain, bias, silu)[0]
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _normalize(x: jax.Array, gain: jax.Array, bias: jax.Array, silu: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`normalize`, and at each channel the mean of its group and 1 / its standard deviation: [B, C]."""
+    x = x.astype(jnp.float32)
+    pixels = x.shape[1] * x.shape[2]
+    mean = _group_mean(jnp.sum(x, axis=(1, 2)), pixels)
+    variance = _group_mean(jnp.sum(jnp.square(x - mean[:, None, None]), axis=(1, 2)), pixels)
+    rstd = jax.lax.rsqrt(variance + 1e-6)
+    y = _affine(x, *_scale_and_shift(gain, bias, mean, rstd))
+    return materialize(jax.nn.silu(y) if silu else y), mean, rstd
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _normalize_gradients(silu: bool, saved: tuple[jax.Array, ...], g: jax.Array) -> tuple[jax.Array, ...]:
+    """With y = gain n + bias, n = (x - mean) rstd: dx = rstd (gain g - E[gain g] - n E[gain g n]), E over the group."""
+    x, gain, bias, mean, rstd = saved
+    dtype, pixels = x.dtype, x.shape[1] * x.shape[2]
+    x = jax.lax.optimization_barrier(x.astype(jnp.float32))  # or XLA keeps what the forward pass made of it
+    scale, shift = _scale_and_shift(gain, bias, mean, rstd)
+    if silu:
+        (g,) = jax.vjp(jax.nn.silu, _affine(x, scale, shift))[1](g)
+    d_bias = jnp.sum(g, axis=(1, 2))
+    d_gain = (jnp.sum(g * x, axis=(1, 2)) - mean * d_bias) * rstd
+    along_one, along_n = _group_mean(gain * d_bias, pixels), _group_mean(gain * d_gain, pixels)
+    of_x, of_one = materialize((-along_n * rstd**2, (along_n * mean * rstd - along_one) * rstd))
+    dx = g * scale[:, None, None] + _affine(x, of_x, of_one)
+    if len(gain) == 1:
+        d_gain, d_bias = (jnp.sum(d, axis=0, keepdims=True) for d in (d_gain, d_bias))
+    return dx.astype(dtype), d_gain, d_bias
+
+
+def _normalize_forward(x: jax.Array, gain: jax.Array, bias: jax.Array, silu: bool) -> tuple[jax.Array, Any]:
+    y, mean, rstd = _normalize(x, gain, bias, silu)
+    return y, (x, gain, bias, mean, rstd)
+
+
+normalize.defvjp(_normalize_forward, _normalize_gradients)
+
+
+def _group_mean(sums: jax.Array, pixels: int) -> jax.Array:
+    """Sums of channels over the `pixels`, [B, C] -> the mean of a channel's group, at each channel: [B, C].
+
+    By matrix products: on a CPU both reductions over part of the channels, the fastest axis, and repeats along it take
+    several times as long.
+    """
+    channels = sums.shape[-1]
     groups = min(channels // 4, 32)
     if groups == 0 or channels % groups:
         raise UserError(
             f"group norm splits channels into min(C // 4, 32) equal groups, which {channels} channels do not allow: "
             "choose nf and ch_mult so that every width is a multiple of 4 up to 128 and of 32 above"
         )
-
     spread = np.repeat(np.eye(groups, dtype=np.float32), channels // groups, axis=1)
     product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    return product(product(sums, spread.T * (groups / (channels * pixels))), spread)
 
-    def group_mean(x: jax.Array) -> jax.Array:
-        """The mean of a channel's group, at each channel: [B, 1, 1, C]."""
-        means = product(jnp.mean(x, axis=(1, 2)), spread.T * (groups / channels))
-        return checkpoint_name(product(means, spread)[:, None, None], "group_mean")
 
-    x = x.astype(jnp.float32)
-    x = x - group_mean(x)
-    y = x * (gain[:, None, None] * jax.lax.rsqrt(group_mean(jnp.square(x)) + 1e-6)) + bias[:, None, None]
-    return jax.nn.silu(y) if silu else y
+def _scale_and_shift(gain: jax.Array, bias: jax.Array, mean: jax.Array, rstd: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """gain (x - mean) rstd + bias is x times the one plus the other, [B, C]."""
+    return materialize((gain * rstd, bias - mean * gain * rstd))
+
+
+def _affine(x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
+    return x * scale[:, None, None] + shift[:, None, None]
 
 
 class GroupNorm(nn.Module):
@@ -267,9 +318,18 @@ class AdaptiveGroupNorm(nn.Module):
         return normalize(x, gain, bias, self.silu)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def merge(x: jax.Array, h: jax.Array, rescale: bool) -> jax.Array:
     """x + h, divided by sqrt(2) to keep the variance where `rescale` is set."""
-    return materialize((x + h) / np.sqrt(2).astype(x.dtype) if rescale else x + h)
+    return _rescaled(x + h, rescale)
+
+
+def _rescaled(x: jax.Array, rescale: bool) -> jax.Array:
+    """The sum, or its gradient: in memory only once it is divided."""
+    return materialize(x / np.sqrt(2).astype(x.dtype) if rescale else x)
+
+
+merge.defvjp(lambda x, h, rescale: (merge(x, h, rescale), None), lambda rescale, _, g: (_rescaled(g, rescale),) * 2)
 
 
 class Keys(nn.Module):

@@ -25,15 +25,16 @@ materialize.defvjp(lambda tree: (materialize(tree), None), lambda _, gradients: 
 
 
 def in_rows(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` of trees of arrays, an elementwise one, so that a CPU runs it on flat arrays in memory.
+    """`function` of trees of arrays, an elementwise one, so that a CPU runs it on flat arrays that are in memory.
 
     Arrays of one size are then updated by the same few kernels, whatever their shapes.
     """
+    function = jax.jit(function)  # traced once for the shapes of its results and for other platforms
 
     def flat(*trees: Any) -> Any:
         rows = _border(jax.tree.map(lambda x: x.reshape(x.size if x.ndim else ()), trees))
         shapes = jax.eval_shape(function, *trees)
-        return jax.tree.map(lambda x, like: x.reshape(like.shape), _border(function(*rows)), shapes)
+        return jax.tree.map(lambda x, like: x.reshape(like.shape), function(*rows), shapes)
 
     return lambda *trees: jax.lax.platform_dependent(*trees, cpu=flat, default=function)
 

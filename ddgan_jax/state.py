@@ -83,24 +83,26 @@ def create(gen_params: Params, disc_params: Params, optimizer: optax.GradientTra
     )
 
 
+_move = jax.jit(lambda p, d, lr: p - lr * d)
+_average = jax.jit(lambda e, p, keep: keep * e + (1 - keep) * p)
+
+
 def apply_gradients(
     optimizer: optax.GradientTransformation, grads: Params, opt_state: optax.OptState, params: Params, lr: jax.Array
 ) -> tuple[Params, optax.OptState]:
     """One step of `optimizer` at learning rate `lr`: (parameters, optimizer state)."""
-    move = jax.jit(lambda p, d, lr: p - lr * d)
 
     def update(grads: Params, opt_state: optax.OptState, params: Params, lr: jax.Array) -> Any:
         direction, opt_state = optimizer.update(grads, opt_state, params)
-        return jax.tree.map(lambda p, d: move(p, d, lr), params, direction), opt_state
+        return materialize(jax.tree.map(lambda p, d: _move(p, d, lr), params, direction)), opt_state
 
     return in_rows(update)(grads, opt_state, params, lr)
 
 
 def update_ema(ema: Params, params: Params, step: jax.Array, decay: float) -> Params:
     """decay * ema + (1 - decay) * params; at step 0 a copy of params, which are then the first stepped ones."""
-    average = jax.jit(lambda e, p, keep: keep * e + (1 - keep) * p)
-    update = in_rows(lambda ema, params, keep: jax.tree.map(lambda e, p: average(e, p, keep), ema, params))
-    return update(ema, params, jnp.where(step == 0, 0.0, decay))
+    keep = jnp.where(step == 0, 0.0, decay)
+    return jax.tree.map(lambda e, p: _average(e, p, keep), ema, params)
 
 
 def tree_norm(tree: Params) -> jax.Array:
@@ -111,4 +113,5 @@ def tree_norm(tree: Params) -> jax.Array:
     """
     leaves = jax.tree.leaves(tree)
     row = [jnp.concatenate(small)] if (small := [x.ravel() for x in leaves if x.size < 2**14]) else []
-    return jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in row + [x for x in leaves if x.size >= 2**14]))
+    sums = [jnp.sum(jnp.square(x)) for x in row + [x for x in leaves if x.size >= 2**14]]
+    return jnp.sqrt(jnp.sum(materialize(jnp.stack(sums))))

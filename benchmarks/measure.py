@@ -82,8 +82,10 @@ class Program:
 def compiled(function: Callable, *args: Any, keeps: bool = False) -> Program:
     """`function` for one device, compiled with the options of training."""
     start = time.perf_counter()
-    traced = jax.jit(function, donate_argnums=(0,) if keeps else ()).trace(*args)
-    call = traced.lower().compile(compiler_options=parallel.compiler_options(arguments=args))
+    with parallel.collector_paused():
+        traced = jax.jit(function, donate_argnums=(0,) if keeps else ()).trace(*args)
+        lowered = traced.lower()
+    call = lowered.compile(compiler_options=parallel.compiler_options(arguments=args))
     seconds = time.perf_counter() - start
     # The compiled program has no count of what a GPU's libraries do, nor, on a CPU, of whole loops of fewer operations.
     counted = traced.lower(lowering_platforms=("cuda",)).cost_analysis() or {}

@@ -178,8 +178,8 @@ def build(config: Any) -> Built:
         return state.cosine_schedule(base, train["steps_per_epoch"], epochs, min(own_floor or train["lr_min"], base))
 
     method = Method(
-        gen=lambda params, *args, **labels: generator.apply({"params": params}, *args, **labels),
-        disc=lambda params, *args, **labels: discriminator.apply({"params": params}, *args, **labels),
+        gen=jax.jit(lambda params, *args, **labels: generator.apply({"params": params}, *args, **labels)),
+        disc=jax.jit(lambda params, *args, **labels: discriminator.apply({"params": params}, *args, **labels)),
         schedule=schedule,
         optimizer=state.adam(train["adam_b1"], train["adam_b2"]),
         lr_g=rate(train["lr_g"], 0.0),

@@ -271,7 +271,8 @@ def _train(config: Any, workdir: str, opened: Data | None, interrupt: Interrupt)
             f"{settings['model']['network']} is built for {list(built.image_shape)}: choose another network or dataset"
         )
     labels = labels_of(opened, built.num_classes, data["name"])
-    shapes = jax.eval_shape(built.init_state)
+    make = jax.jit(built.init_state, compiler_options=parallel.compiler_options(runs_once=True))
+    shapes = jax.eval_shape(make)
     overview(built, shapes, per_device, opened)
 
     # The state is restored or initialised, never both.
@@ -279,7 +280,6 @@ def _train(config: Any, workdir: str, opened: Data | None, interrupt: Interrupt)
     checkpoints = checkpoint.Checkpoints(workdir, keep["keep"], keep["keep_period"] or None) if primary else None
     restored = checkpoints.restore_latest(shapes, say) if checkpoints else None
     resumed = parallel.any_process(restored is not None)
-    make = jax.jit(built.init_state, compiler_options=parallel.compiler_options(runs_once=True))
     with ThreadPoolExecutor() as background:  # the log imports TensorFlow for seconds, a new state is compiled as long
         made = None if resumed else background.submit(lambda: jax.device_get(make()))
         log = Log(path, settings, 0 if restored is None else int(restored.step)) if primary else None

@@ -361,8 +361,11 @@ class Attention(nn.Module):
         q, v = (nn.Dense(c, kernel_init=init_avg(0.1), dtype=self.dtype, name=name)(h) for name in ("q", "v"))
         k = Keys(self.dtype, name="k")(h)
         q, k, v = (a.reshape(b, height * width, c) for a in (q, k, v))
-        logits = jnp.einsum("bqc,bkc->bqk", q, k).astype(jnp.float32) * c**-0.5
-        h = jnp.einsum("bqk,bkc->bqc", jax.nn.softmax(logits, axis=-1).astype(v.dtype), v).reshape(-1, c)
+        logits = jnp.einsum("bqc,bkc->bqk", q * c**-0.5, k).astype(jnp.float32)
+        # A softmax whose sums divide the results, [B, N, C], and not the weights, [B, N, N].
+        weights = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
+        h = jnp.einsum("bqk,bkc->bqc", weights.astype(v.dtype), v) / jnp.sum(weights, axis=-1, keepdims=True)
+        h = h.astype(self.dtype).reshape(-1, c)
         h = nn.Dense(c, kernel_init=init_avg(0.0), dtype=self.dtype, name="out")(h)
         return merge(x, h.reshape(x.shape), self.skip_rescale)
 

@@ -376,10 +376,14 @@ def test_gradients_that_nobody_uses_are_not_computed():
         jax.random.key(0),
     )
     draws = jax.eval_shape(lambda k: ts.draw(k, jnp.arange(4), 4, (8, 8, 3), 4, False), jax.random.key(0))
-    convolutions = lambda f, *args: jax.jit(f).lower(*args).as_text().count("stablehlo.convolution")  # noqa: E731
+
+    def convolutions(f, *args):
+        """As a GPU runs them: a CPU has other forms for some, which depend on their widths."""
+        return jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text().count("stablehlo.convolution")
+
     forward = convolutions(method.gen, shapes.gen_params, x, t, z)
     assert convolutions(lambda s, x, d: ts.d_gradients(method, s, x, d, True), shapes, x, draws.d) == forward
-    assert convolutions(lambda s, x, d: ts.g_gradients(method, s, x, d), shapes, x, draws.g) > 1.5 * forward
+    assert convolutions(lambda s, x, d: ts.g_gradients(method, s, x, d), shapes, x, draws.g) > 2 * forward
 
 
 def test_the_gaussian_objective_learns_the_mean():

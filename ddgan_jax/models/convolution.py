@@ -74,9 +74,12 @@ def kernel_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
         return (x.reshape(-1, c).T @ neighbours.reshape(-1, 9 * f)).reshape(c, 3, 3, f).transpose(1, 2, 0, 3)
 
     whole = functools.partial(_strip, start=0, stop=height)
-    gains = _gains(x, (3, 3, x.shape[-1], g.shape[-1]))
-    in_parts = of_neighbours if g.shape[-1] <= 8 else in_strips if height > rows else whole
-    on_cpu = _winograd_kernel_gradient if gains else in_parts
+    if _gains(x, (3, 3, x.shape[-1], g.shape[-1])):
+        on_cpu = _winograd_kernel_gradient
+    elif g.shape[-1] <= 8:
+        on_cpu = of_neighbours
+    else:
+        on_cpu = in_strips if height > rows else whole
     return jax.lax.platform_dependent(x, g, cpu=on_cpu, default=whole)
 
 

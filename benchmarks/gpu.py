@@ -22,7 +22,7 @@ def main() -> None:
     """Measure and print."""
     config, flags = measure.configuration("configs/cifar10.py", batch=64, runs=10)
     if jax.default_backend() != "gpu":
-        print("no GPU here: nothing measured (jax needs its CUDA plugin, pip install 'jax[cuda12]', to see one)")
+        print("no GPU here: nothing measured (jax needs its CUDA plugin, pip install 'jax[cuda13]', to see one)")
         print(json.dumps({"gpu": None} | measure.about()))
         return
     print(measure.about()["device"])

@@ -54,7 +54,8 @@ class Program:
 
     call: Any
     args: tuple[Any, ...]
-    compile_seconds: float
+    trace_seconds: float  # Python's part: tracing and lowering
+    compile_seconds: float  # the compiler's
     keeps: bool  # its first argument is donated and comes back as its first result
     gflop: float  # floating-point operations, 1e9, its convolutions done directly; of a loop its body once
 
@@ -85,11 +86,12 @@ def compiled(function: Callable, *args: Any, keeps: bool = False) -> Program:
     with parallel.collector_paused():
         traced = jax.jit(function, donate_argnums=(0,) if keeps else ()).trace(*args)
         lowered = traced.lower()
+    middle = time.perf_counter()
     call = lowered.compile(compiler_options=parallel.compiler_options(arguments=args))
-    seconds = time.perf_counter() - start
+    seconds = middle - start, time.perf_counter() - middle
     # The compiled program has no count of what a GPU's libraries do, nor, on a CPU, of whole loops of fewer operations.
     counted = traced.lower(lowering_platforms=("cuda",)).cost_analysis() or {}
-    return Program(call, args, seconds, keeps, counted.get("flops", float("nan")) / 1e9)
+    return Program(call, args, *seconds, keeps, counted.get("flops", float("nan")) / 1e9)
 
 
 def phases(built: Built) -> tuple[Callable, Callable]:

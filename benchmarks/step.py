@@ -5,7 +5,8 @@
 Every time is a median of --runs after one that does not count. The plain 3x3 convolution of [8, 32, 32, 128] to 128
 channels runs before and after each, so that `of plain` (operations a second over the rate of that convolution at the
 time) and `work` (seconds x its TFLOP/s) mean the same on a busy machine as on a quiet one. Operations are those that
-the compiler counts where every convolution is done directly, so that doing it in fewer counts as speed.
+the compiler counts where every convolution is done directly, so that doing it in fewer counts as speed. `trace` are the
+seconds of tracing and lowering, the second step's less for what it shares with the first, `compile` the compiler's.
 """
 
 import json
@@ -42,7 +43,8 @@ def rows(built: Built, runs: int, plain: Program, plain_gflop: float) -> dict[st
     plain.seconds()
     found: dict[str, dict] = {}
     print(
-        f"{'':<14}{'seconds':>9}{'GFLOP':>9}{'of plain':>9}{'work':>8}{'compile':>9}{'GB memory':>11}{'GB moved':>10}"
+        f"{'':<14}{'seconds':>9}{'GFLOP':>9}{'of plain':>9}{'work':>8}{'trace':>8}{'compile':>9}{'GB memory':>11}"
+        f"{'GB moved':>10}"
     )
     for name, (function, keeps) in functions(built).items():
         program = measure.compiled(function, make(), images, keeps=keeps)
@@ -62,13 +64,14 @@ def rows(built: Built, runs: int, plain: Program, plain_gflop: float) -> dict[st
             "gflop": measure.rounded(gflop),
             "of_plain": measure.median(shares),
             "work": measure.median(work),
+            "trace_seconds": round(program.trace_seconds, 1),
             "compile_seconds": round(program.compile_seconds, 1),
             "memory_gb": measure.rounded(program.memory_gb),
             "gigabytes": measure.rounded(program.gigabytes),
         }
         print(
             f"{name:<14}{row['seconds']:>9.3f}{row['gflop']:>9.1f}{row['of_plain']:>9.0%}{row['work']:>8.3f}"
-            f"{row['compile_seconds']:>9.1f}{row['memory_gb']:>11.2f}{row['gigabytes']:>10.1f}",
+            f"{row['trace_seconds']:>8.1f}{row['compile_seconds']:>9.1f}{row['memory_gb']:>11.2f}{row['gigabytes']:>10.1f}",
             flush=True,
         )
         del program

@@ -17,6 +17,7 @@ benchmarks/NOTES.md has the numbers.
 import functools
 import math
 import operator
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -138,6 +139,18 @@ def _rows(g: np.ndarray) -> dict[str, jax.Array]:
     }
 
 
+def _over_rows(add_row: Callable[..., jax.Array], total: jax.Array, rows: dict[str, jax.Array]) -> jax.Array:
+    """total = add_row(total, row) for all four. jax.lax.scan is the same with a third more operations to compile."""
+
+    def body(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        i, total = carry
+        pick = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False, allow_negative_indices=False)
+        total = add_row(total, {name: pick(values, i) for name, values in rows.items()})
+        return i + 1, total
+
+    return jax.lax.while_loop(lambda carry: carry[0] < 4, body, (jnp.int32(0), total))[1]
+
+
 def _tiles(pairs: jax.Array, row: dict[str, jax.Array]) -> list[jax.Array]:
     """B d B^T of the `_pairs_of_rows`: one row of all tiles, its four columns, each [B H/2 W/2, C]."""
     b, pairs_num, _, padded_width, c = pairs.shape
@@ -149,7 +162,9 @@ def _tiles(pairs: jax.Array, row: dict[str, jax.Array]) -> list[jax.Array]:
 
     d = pixels(row["first"]) + row["sign"] * pixels(row["second"])
     columns = [d[:, :, i : i + padded_width - 3 : 2] for i in range(4)]
-    return [(columns[i] + sign * columns[j]).reshape(-1, c) for i, sign, j in zip(_FIRST, _SIGN, _SECOND, strict=True)]
+    plus_or_minus = {1: operator.add, -1: operator.sub}
+    terms = zip(_FIRST, _SIGN, _SECOND, strict=True)
+    return [plus_or_minus[sign](columns[i], columns[j]).reshape(-1, c) for i, sign, j in terms]
 
 
 def _winograd(x: jax.Array, kernel: jax.Array, turned: bool = False) -> jax.Array:
@@ -158,14 +173,14 @@ def _winograd(x: jax.Array, kernel: jax.Array, turned: bool = False) -> jax.Arra
     pairs, features = _pairs_of_rows(x), kernel.shape[2 if turned else 3]
     contract = (((1,), (1 if turned else 0,)), ((), ()))
 
-    def add_row(y: jax.Array, row: dict[str, jax.Array]) -> tuple[jax.Array, None]:
+    def add_row(y: jax.Array, row: dict[str, jax.Array]) -> jax.Array:
         kernels = (row["transform"] @ kernel.reshape(9, -1)).reshape(4, *kernel.shape[2:])
         m = [jax.lax.dot_general(tile, k, contract) for tile, k in zip(_tiles(pairs, row), kernels, strict=True)]
         columns = [part.reshape(b, h // 2, 1, w // 2, features) for part in (m[0] + m[1] + m[2], m[1] - m[2] - m[3])]
-        return y + row["a"][:, None, None, None] * jnp.stack(columns, axis=4), None
+        return y + row["a"][:, None, None, None] * jnp.stack(columns, axis=4)
 
     y = jnp.zeros((b, h // 2, 2, w // 2, 2, features), x.dtype)
-    return jax.lax.scan(add_row, y, _rows(_G[:, ::-1] if turned else _G))[0].reshape(b, h, w, features)
+    return _over_rows(add_row, y, _rows(_G[:, ::-1] if turned else _G)).reshape(b, h, w, features)
 
 
 def _winograd_kernel_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
@@ -173,13 +188,13 @@ def _winograd_kernel_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
     b, h, w, features = g.shape
     pairs, g_pairs = _pairs_of_rows(x), g.reshape(b, h // 2, 2, w, features)
 
-    def add_row(total: jax.Array, row: dict[str, jax.Array]) -> tuple[jax.Array, None]:
+    def add_row(total: jax.Array, row: dict[str, jax.Array]) -> jax.Array:
         g_row = row["a"][0] * g_pairs[:, :, 0] + row["a"][1] * g_pairs[:, :, 1]
         even, odd = (g_row[:, :, i::2].reshape(-1, features) for i in range(2))
         parts = (even, even + odd, even - odd, -odd)
         for transform, tile, part in zip(row["transform"], _tiles(pairs, row), parts, strict=True):
             total = total + transform[:, None, None] * (tile.T @ part)
-        return total, None
+        return total
 
     total = jnp.zeros((9, x.shape[-1], features), x.dtype)
-    return jax.lax.scan(add_row, total, _rows(_G))[0].reshape(3, 3, x.shape[-1], features)
+    return _over_rows(add_row, total, _rows(_G)).reshape(3, 3, x.shape[-1], features)

@@ -47,7 +47,9 @@ def rows(built: Built, runs: int, plain: Program, plain_gflop: float) -> dict[st
         f"{'GB moved':>10}"
     )
     for name, (function, keeps) in functions(built).items():
-        program = measure.compiled(function, make(), images, keeps=keeps)
+        state = jax.block_until_ready(make())  # or it is still at work while the program is compiled
+        program = measure.compiled(function, state, images, keeps=keeps)
+        del state
         program.seconds()
         gflop, seconds, shares, work = program.gflop, [], [], []
         if name == "sampling":  # the compiler counts the body of a loop once

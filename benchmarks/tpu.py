@@ -10,7 +10,6 @@ are the operations over the compiler's time, or over the bound where the compile
 """
 
 import json
-import math
 import os
 import re
 import time
@@ -41,7 +40,7 @@ def describe(name: str, start: float, lowered: Any, loops: int = 1) -> dict[str,
         "memory_gb": round((used - memory.alias_size_in_bytes) / 1e9, 2),
         "gflop": round(loops * cost["flops"] / 1e9, 1),
         "gigabytes": round(loops * cost["bytes accessed"] / 1e9, 2),
-        "seconds": round(loops * estimate, 5) if estimate > 0 else float("nan"),
+        "seconds": round(loops * estimate, 5) if estimate > 0 else None,
     }
 
 
@@ -98,12 +97,12 @@ def main() -> None:
         else:
             row = describe(name, start, train_step(built, devices, flags.batch, name != "step"))
         row["bound_seconds"] = round(max(row["gflop"] / peak / 1000, row["gigabytes"] / bandwidth), 5)
-        seconds = row["bound_seconds"] if math.isnan(row["seconds"]) else row["seconds"]
+        seconds = row["seconds"] or row["bound_seconds"]
         row["of_peak"] = round(row["gflop"] / seconds / peak / 1000, 3)
         rows.append(row)
         print(
             f"{name:<14}{row['memory_gb']:>11.2f}{row['gflop']:>10.1f}{row['gigabytes']:>10.2f}"
-            f"{1000 * row['seconds']:>9.2f}{1000 * row['bound_seconds']:>9.2f}{row['of_peak']:>9.1%}"
+            f"{1000 * (row['seconds'] or float('nan')):>9.2f}{1000 * row['bound_seconds']:>9.2f}{row['of_peak']:>9.1%}"
             f"{row['compile_seconds']:>9.1f}",
             flush=True,
         )

@@ -10,7 +10,6 @@ a machine's speed changes with what else it does, and their ratio is the median 
 
 import concurrent.futures
 import io
-import json
 import os
 import statistics
 import tempfile
@@ -132,10 +131,8 @@ def main() -> None:
         f"256x256 JPEGs of {size:.0f} KiB from array_record: {rates['array_record']:,.0f} images/s, {share:.0%} of "
         f"what Pillow decodes alone ({rates['pillow']:,.0f})"
     )
-    about = measure.about() | {"pillow_version": PIL.__version__}
-    print(
-        json.dumps({name: round(rate) for name, rate in rates.items()} | {"share_of_pillow": round(share, 3)} | about)
-    )
+    found = {name: round(rate) for name, rate in rates.items()}
+    measure.print_line(found | {"share_of_pillow": round(share, 3), "pillow_version": PIL.__version__})
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ Table 1 (0.21 s on a V100 for CIFAR-10), and the hours that the configuration's 
 Where there is no GPU it says so.
 """
 
-import json
-
 import jax
 import jax.numpy as jnp
 
@@ -23,7 +21,7 @@ def main() -> None:
     config, flags = measure.configuration("configs/cifar10.py", batch=64, runs=10)
     if jax.default_backend() != "gpu":
         print("no GPU here: nothing measured (jax needs its CUDA plugin, pip install 'jax[cuda13]', to see one)")
-        print(json.dumps({"gpu": None} | measure.about()))
+        measure.print_line({"gpu": None})
         return
     print(measure.about()["device"])
     schedule = config.train.num_steps, config.train.batch_size, config.train.r1_every
@@ -56,7 +54,7 @@ def main() -> None:
         )
     ratio = found["float32"]["programs"]["step"]["seconds"] / found["bfloat16"]["programs"]["step"]["seconds"]
     print(f"bfloat16 is {ratio:.2f} times as fast as float32")
-    print(json.dumps({"batch": flags.batch, "types": found} | measure.about()))
+    measure.print_line({"batch": flags.batch, "types": found})
 
 
 if __name__ == "__main__":

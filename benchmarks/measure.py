@@ -1,6 +1,7 @@
 """What the benchmarks share: a configuration's programs, compiled; their times; and the machine's own rates."""
 
 import dataclasses
+import json
 import math
 import os
 import pathlib
@@ -82,6 +83,7 @@ class Program:
 
 def compiled(function: Callable, *args: Any, keeps: bool = False) -> Program:
     """`function` for one device, compiled with the options of training."""
+    jax.block_until_ready(args)  # or making them takes time from the compiler
     start = time.perf_counter()
     with parallel.collector_paused():
         traced = jax.jit(function, donate_argnums=(0,) if keeps else ()).trace(*args)
@@ -163,6 +165,11 @@ def build_for(config: Any, batch: int) -> Built:
     if batch:
         config.train.batch_size = batch
     return build(config)
+
+
+def print_line(found: dict[str, Any]) -> None:
+    """`found` and `about` as the one line of JSON that a benchmark ends with; what is not a number is null there."""
+    print(json.dumps(json.loads(json.dumps(found | about()), parse_constant=lambda _: None)))
 
 
 def rounded(number: float) -> float:

@@ -99,7 +99,7 @@ def main() -> None:
             f"{row['bytes'] / gradients:>14.2f}{row['gflop_a_device']:>16.3f}",
             flush=True,
         )
-    print(json.dumps({"layouts": rows} | measure.about()))
+    measure.print_line({"layouts": rows})
 
 
 if __name__ == "__main__":

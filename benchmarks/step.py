@@ -9,8 +9,6 @@ the compiler counts where every convolution is done directly, so that doing it i
 seconds of tracing and lowering, the second step's less for what it shares with the first, `compile` the compiler's.
 """
 
-import json
-
 import jax
 import jax.numpy as jnp
 
@@ -47,9 +45,7 @@ def rows(built: Built, runs: int, plain: Program, plain_gflop: float) -> dict[st
         f"{'GB moved':>10}"
     )
     for name, (function, keeps) in functions(built).items():
-        state = jax.block_until_ready(make())  # or it is still at work while the program is compiled
-        program = measure.compiled(function, state, images, keeps=keeps)
-        del state
+        program = measure.compiled(function, make(), images, keeps=keeps)
         program.seconds()
         gflop, seconds, shares, work = program.gflop, [], [], []
         if name == "sampling":  # the compiler counts the body of a loop once
@@ -93,7 +89,7 @@ def main() -> None:
         "matrix_gflops": round(measure.rate(matrix, matrix.gflop), 1),
     }
     print(f"plain convolution {rates['conv_gflops']} GFLOP/s, matrix product {rates['matrix_gflops']} GFLOP/s")
-    print(json.dumps({"batch": built.batch_size, "programs": found} | rates | measure.about()))
+    measure.print_line({"batch": built.batch_size, "programs": found} | rates)
 
 
 if __name__ == "__main__":

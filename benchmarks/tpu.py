@@ -9,7 +9,7 @@ are the operations over the compiler's time, or over the bound where the compile
 --largest=1 doubles the batch until the step no longer fits a chip.
 """
 
-import json
+import math
 import os
 import re
 import time
@@ -40,7 +40,7 @@ def describe(name: str, start: float, lowered: Any, loops: int = 1) -> dict[str,
         "memory_gb": round((used - memory.alias_size_in_bytes) / 1e9, 2),
         "gflop": round(loops * cost["flops"] / 1e9, 1),
         "gigabytes": round(loops * cost["bytes accessed"] / 1e9, 2),
-        "seconds": round(loops * estimate, 5) if estimate > 0 else None,
+        "seconds": round(loops * estimate, 5) if estimate > 0 else float("nan"),
     }
 
 
@@ -97,12 +97,12 @@ def main() -> None:
         else:
             row = describe(name, start, train_step(built, devices, flags.batch, name != "step"))
         row["bound_seconds"] = round(max(row["gflop"] / peak / 1000, row["gigabytes"] / bandwidth), 5)
-        seconds = row["seconds"] or row["bound_seconds"]
+        seconds = row["bound_seconds"] if math.isnan(row["seconds"]) else row["seconds"]
         row["of_peak"] = round(row["gflop"] / seconds / peak / 1000, 3)
         rows.append(row)
         print(
             f"{name:<14}{row['memory_gb']:>11.2f}{row['gflop']:>10.1f}{row['gigabytes']:>10.2f}"
-            f"{1000 * (row['seconds'] or float('nan')):>9.2f}{1000 * row['bound_seconds']:>9.2f}{row['of_peak']:>9.1%}"
+            f"{1000 * row['seconds']:>9.2f}{1000 * row['bound_seconds']:>9.2f}{row['of_peak']:>9.1%}"
             f"{row['compile_seconds']:>9.1f}",
             flush=True,
         )
@@ -112,7 +112,7 @@ def main() -> None:
         while fits(built, devices, 2 * batch):
             batch *= 2
         found["largest_batch_a_chip"] = batch
-    print(json.dumps(found | measure.about()))
+    measure.print_line(found)
 
 
 if __name__ == "__main__":

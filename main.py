@@ -6,7 +6,7 @@ import traceback
 from absl import flags
 from ml_collections import config_flags
 
-from ddgan_jax import parallel
+from ddgan_jax import errors, parallel
 from ddgan_jax.errors import Fault, UserError
 
 MODES = ("train", "sample", "vary", "edit", "inpaint", "interpolate", "export", "evaluate")
@@ -46,11 +46,7 @@ def run(argv: list[str]) -> None:
         config = FLAGS.config
         config.lock()
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        # A traceback inside the message ends in the sentence that a configuration raised.
-        text = " ".join(str(error).split("Error: ")[-1].replace("\\n", " ").split())
-        if "Did you mean" in text:
-            text = "unknown field of the configuration: did you mean" + text.split("Did you mean")[1].rstrip("'")
-        raise UserError(text) from error
+        raise errors.of_flags(error) from error
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}: every option is a flag, --name=value")
     if FLAGS.mode not in MODES:

@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from ddgan_jax import parallel, sampling, train_step
+from ddgan_jax import errors, parallel, sampling, train_step
 from ddgan_jax.build import Built, build
 
 CONV = (8, 32, 32, 128)  # a 3x3 convolution of this to as many channels, zero-padded
@@ -41,12 +41,18 @@ def about() -> dict[str, Any]:
 
 
 def configuration(default: str, **options: int | str) -> tuple[Any, Any]:
-    """(config, flags) of the command line: --config as main.py takes it, and `options` with their defaults."""
+    """(config, flags) of the command line: --config as main.py takes it, and `options` with their defaults.
+
+    UserError for what is neither.
+    """
     for name, value in options.items():
         (flags.DEFINE_string if isinstance(value, str) else flags.DEFINE_integer)(name, value, "")
-    config_flags.DEFINE_config_file("config", default, "Configuration, FILE.py or FILE.py:VARIANT.")
-    flags.FLAGS(sys.argv)
-    return flags.FLAGS.config, flags.FLAGS
+    try:
+        config_flags.DEFINE_config_file("config", default, "Configuration, FILE.py or FILE.py:VARIANT.")
+        flags.FLAGS(sys.argv)
+        return flags.FLAGS.config, flags.FLAGS
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        raise errors.of_flags(error) from error
 
 
 @dataclasses.dataclass
@@ -165,6 +171,15 @@ def build_for(config: Any, batch: int) -> Built:
     if batch:
         config.train.batch_size = batch
     return build(config)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a benchmark: a mistake is told in one sentence, with exit code 2."""
+    try:
+        main()
+    except errors.UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def print_line(found: dict[str, Any]) -> None:

@@ -103,7 +103,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if os.environ.get("DDGAN_SCALING_LAYOUT"):
-        layout()
-    else:
-        main()
+    measure.run(layout if os.environ.get("DDGAN_SCALING_LAYOUT") else main)

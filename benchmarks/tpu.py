@@ -23,14 +23,14 @@ from jax.experimental import topologies
 from benchmarks import measure
 from ddgan_jax import parallel
 from ddgan_jax.build import Built
+from ddgan_jax.errors import UserError
 
 # TFLOP/s in bfloat16 and GB/s of memory of a chip, as its maker states them
 CHIPS = {"v4": (275, 1228), "v5e": (197, 819), "v5p": (459, 2765), "v6e": (918, 1640)}
 
 
-def describe(name: str, start: float, lowered: Any, loops: int = 1) -> dict[str, Any]:
-    """Compile for the topology: what its compiler says of a chip. `loops`: how often the body of its loop runs."""
-    compiled = lowered.compile()
+def describe(name: str, start: float, compiled: Any, loops: int = 1) -> dict[str, Any]:
+    """What the compiler says of a chip. `loops`: how often the body of the program's loop runs."""
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     estimate = cost["optimal_seconds"]  # below zero for CIFAR-10's step by libtpu 0.0.52: not known then
     used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
@@ -58,18 +58,25 @@ def sampler(built: Built, devices: Any, batch: int) -> Any:
     return jax.pmap(measure.sampler(built), in_axes=(None, 0), devices=devices).lower(params, indices)
 
 
-def fits(built: Built, devices: Any, batch: int) -> bool:
-    """Does the step with R1, which needs more, compile within the memory of a chip?"""
+def compile_for_chip(lowered: Any, batch: int) -> Any:
+    """The compiled program. UserError if it needs more memory than a chip has."""
     try:
-        train_step(built, devices, batch, True).compile()
+        return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        print(
-            f"{batch} a chip do not fit: {' '.join(re.findall(r'[Uu]sed [^.]*[.][^.]*', str(error))[:1])}", flush=True
-        )
+        sizes = " of ".join(re.findall(r"[\d.]+G\b", str(error))[:2])
+        raise UserError(f"--batch={batch} does not fit a chip ({sizes}): take fewer images") from error
+
+
+def fits(built: Built, devices: Any, batch: int) -> bool:
+    """Does the step with R1, which needs more, compile within the memory of a chip?"""
+    try:
+        compile_for_chip(train_step(built, devices, batch, True), batch)
+    except UserError as error:
+        print(error, flush=True)
         return False
-    print(f"{batch} a chip fit", flush=True)
+    print(f"--batch={batch} fits", flush=True)
     return True
 
 
@@ -81,7 +88,7 @@ def main() -> None:
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=flags.topology).devices
     except Exception as error:
-        raise SystemExit(f"no compiler for {flags.topology} (pip install libtpu): {error}") from error
+        raise UserError(f"no compiler for {flags.topology} (pip install libtpu): {error}") from error
     built = measure.build_for(config, flags.batch * len(devices))
     peak, bandwidth = CHIPS.get(flags.topology.partition(":")[0], (float("nan"), float("nan")))
     print(
@@ -93,9 +100,10 @@ def main() -> None:
     for name in ("step", "step with R1", "sampling"):
         start = time.perf_counter()
         if name == "sampling":
-            row = describe(name, start, sampler(built, devices, flags.batch), built.schedule.num_steps)
+            lowered, loops = sampler(built, devices, flags.batch), built.schedule.num_steps
         else:
-            row = describe(name, start, train_step(built, devices, flags.batch, name != "step"))
+            lowered, loops = train_step(built, devices, flags.batch, name != "step"), 1
+        row = describe(name, start, compile_for_chip(lowered, flags.batch), loops)
         row["bound_seconds"] = round(max(row["gflop"] / peak / 1000, row["gigabytes"] / bandwidth), 5)
         seconds = row["bound_seconds"] if math.isnan(row["seconds"]) else row["seconds"]
         row["of_peak"] = round(row["gflop"] / seconds / peak / 1000, 3)
@@ -116,4 +124,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    measure.run(main)

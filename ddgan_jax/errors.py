@@ -7,3 +7,12 @@ class UserError(ValueError):
 
 class Fault(RuntimeError):
     """Something outside went wrong (a full disk, a non-finite loss): what, and what is safe. Commands exit with 1."""
+
+
+def of_flags(error: Exception) -> UserError:
+    """The mistake behind what reading flags raised, absl's `flags.Error` or an exception of a configuration file."""
+    # A traceback inside the message ends in the sentence that a configuration raised.
+    text = " ".join(str(error).split("Error: ")[-1].replace("\\n", " ").split())
+    if "Did you mean" in text:
+        text = "unknown field of the configuration: did you mean" + text.split("Did you mean")[1].rstrip("'")
+    return UserError(text)

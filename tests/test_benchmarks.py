@@ -21,9 +21,20 @@ def test_gpu_says_that_there_is_none():
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
 def test_tpu_says_what_to_install():
     done = run_module("benchmarks.tpu")
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("no compiler for v5e:4x4 (pip install libtpu)")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: no compiler for v5e:4x4 (pip install libtpu)")
     assert "Traceback" not in done.stderr
+
+
+def test_a_mistake_is_one_sentence():
+    for mistake, right in (
+        ("--batch=x", "invalid literal for int"),
+        ("--config.model.dtype=half", "it is float32 or bfloat16"),
+    ):
+        done = run_module("benchmarks.step", mistake)
+        assert done.returncode == 2
+        assert right in done.stderr.splitlines()[-1]
+        assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow

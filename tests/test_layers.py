@@ -97,6 +97,26 @@ def test_gradients_of_fir_are_its_transposes(name, kernel):
     np.testing.assert_allclose(again, result, atol=1e-5)
 
 
+@pytest.mark.parametrize("start", [-3, -1, 0, 2])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_fir_by_matrix_products_is_fir_by_shifts(stride, start):
+    """What a TPU runs, and its transpose."""
+    f = layers._Filter((0.1, 0.7, -0.3, 0.5), start, stride, x_sizes=(7, 10), y_sizes=(5, 6))
+    x, y = (jax.random.normal(jax.random.key(i), (2, *sizes, 3)) for i, sizes in enumerate((f.x_sizes, f.y_sizes)))
+    np.testing.assert_allclose(layers._products(x, f), layers._filtered(x, f), atol=1e-6)
+    np.testing.assert_allclose(layers._products(y, f, transposed=True), layers._spread(y, f), atol=1e-6)
+
+
+@pytest.mark.parametrize("resample", [layers.fir_downsample, layers.fir_upsample])
+def test_only_a_tpu_resamples_by_matrix_products(resample):
+    traced = jax.jit(jax.value_and_grad(lambda x: jnp.sum(resample(x)))).trace(jnp.zeros((1, 8, 8, 4)))
+    products = {
+        platform: traced.lower(lowering_platforms=(platform,)).as_text().count("stablehlo.dot_general")
+        for platform in ("cpu", "cuda", "tpu")
+    }
+    assert products == {"cpu": 0, "cuda": 0, "tpu": 4}  # two axes, and two of the gradient
+
+
 def test_fir_keeps_constants_inside():
     x = jnp.ones((1, 8, 8, 3))
     np.testing.assert_allclose(layers.fir_downsample(x)[:, 1:-1, 1:-1], 1, rtol=1e-6)
@@ -214,6 +234,15 @@ def test_group_norm_is_that_of_its_definition():
     expected = normed * np.asarray(gain)[:, None, None] + np.asarray(bias)[:, None, None]
     np.testing.assert_allclose(layers.normalize(x, gain, bias, False), expected, atol=1e-5)
     np.testing.assert_allclose(layers.normalize(x, gain, bias, True), expected / (1 + np.exp(-expected)), atol=1e-5)
+
+
+def test_group_norm_of_bfloat16_loses_nothing_by_its_single_pass():
+    x = (20 + jax.random.normal(jax.random.key(0), (2, 16, 16, 32))).astype(jnp.bfloat16)
+    gain, bias = jnp.ones((1, 32)), jnp.zeros((1, 32))
+    expected = layers.normalize(x.astype(jnp.float32), gain, bias, False)
+    np.testing.assert_allclose(layers.normalize(x, gain, bias, False), expected, atol=1e-4)  # x is rounded to 1 / 16
+    constant = jnp.full((2, 16, 16, 32), 777, jnp.bfloat16)  # a variance below zero would be no number
+    np.testing.assert_allclose(layers.normalize(constant, gain, bias, False), 0, atol=0.1)
 
 
 @pytest.mark.parametrize("silu", [False, True])

@@ -7,7 +7,7 @@ Everything is NHWC. Parameters, and the statistics of norms and softmaxes, are f
 FIR resampling follows upfirdn (Karras et al., "Analyzing and Improving the Image Quality of StyleGAN"):
 insert zeros (up), convolve with the kernel outer(k, k) / sum, keep every second pixel (down). The kernel is
 separable and applied one axis at a time, as shifted slices (down) or as two phases without the inserted
-zeros (up): depthwise convolutions cost 10 to 400 times as much on a CPU.
+zeros (up): depthwise convolutions cost 10 to 400 times as much on a CPU. On a TPU it is a matrix product.
 """
 
 import dataclasses
@@ -52,7 +52,7 @@ def embed(classes: int, features: int, dtype: Dtype, name: str, std: float) -> n
 
 def conv(features: int, size: int, dtype: Dtype, name: str, init: Initializer | None = None, **options) -> nn.Conv:
     """A size x size convolution, zero-padded to keep height and width unless `options` says otherwise."""
-    if size in (1, 3) and not {"strides", "padding"} & set(options):
+    if size in (1, 3) and not {"strides", "padding", "conv_general_dilated"} & set(options):
         function = pointwise if size == 1 else convolve
         options["conv_general_dilated"] = lambda x, kernel, *_, **__: function(x, kernel)
     return nn.Conv(features, (size, size), kernel_init=init or init_avg(), dtype=dtype, name=name, **options)
@@ -100,14 +100,29 @@ class _Filter:
     y_sizes: tuple[int, ...]
 
 
+def _products(x: jax.Array, f: _Filter, transposed: bool = False) -> jax.Array:
+    """`f`, or its transpose, of [B, H, W, C] by a matrix product for each axis: what a TPU is made for."""
+    for axis, equation in enumerate(("nh,bhwc->bnwc", "nw,bhwc->bhnc")):
+        n, m = np.indices((f.y_sizes[axis], f.x_sizes[axis]))
+        j = m - f.start - f.stride * n
+        matrix = np.where((j >= 0) & (j < len(f.taps)), np.take(f.taps, j, mode="clip"), 0)
+        factor = jnp.asarray(matrix.T if transposed else matrix, x.dtype)
+        x = jnp.einsum(equation, factor, x, precision=jax.lax.Precision.HIGHEST)
+    return x
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 @functools.partial(jax.jit, static_argnums=1)
 def _filtered(x: jax.Array, f: _Filter) -> jax.Array:
     """x of `f` [B, H, W, C] -> y."""
-    x, sums = _padded(x, [[(tap, f.start + j) for j, tap in enumerate(f.taps)]], f.y_sizes, f.stride)
-    for axis, size in zip((1, 2), f.y_sizes, strict=True):
-        (x,) = _sums(x, sums, size, f.stride, axis)
-    return materialize(x)
+
+    def shifted(x: jax.Array) -> jax.Array:
+        x, sums = _padded(x, [[(tap, f.start + j) for j, tap in enumerate(f.taps)]], f.y_sizes, f.stride)
+        for axis, size in zip((1, 2), f.y_sizes, strict=True):
+            (x,) = _sums(x, sums, size, f.stride, axis)
+        return materialize(x)
+
+    return jax.lax.platform_dependent(x, tpu=functools.partial(_products, f=f), default=shifted)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -118,16 +133,20 @@ def _spread(y: jax.Array, f: _Filter) -> jax.Array:
         back = _Filter(f.taps[::-1], -f.start - len(f.taps) + 1, 1, f.y_sizes, f.x_sizes)
         return _filtered(y, back)
 
-    # Even and odd x: x[m] meets only the taps j of one parity, those with m = start + j + 2n.
-    phases = [
-        [(tap, (r - f.start - j) // 2) for j, tap in enumerate(f.taps) if (r - f.start - j) % 2 == 0] for r in (0, 1)
-    ]
-    height, width = (-(-size // 2) for size in f.x_sizes)
-    y, phases = _padded(y, phases, (height, width), 1)
-    rows = [jnp.stack(_sums(row, phases, width, 1, axis=2), axis=3) for row in _sums(y, phases, height, 1, axis=1)]
-    x = jnp.stack(rows, axis=2)  # [B, H / 2, 2, W / 2, 2, C]
-    x = x.reshape(x.shape[0], 2 * height, 2 * width, x.shape[-1])
-    return materialize(x[:, : f.x_sizes[0], : f.x_sizes[1]])
+    def shifted(y: jax.Array) -> jax.Array:
+        # Even and odd x: x[m] meets only the taps j of one parity, those with m = start + j + 2n.
+        phases = [
+            [(tap, (r - f.start - j) // 2) for j, tap in enumerate(f.taps) if (r - f.start - j) % 2 == 0]
+            for r in (0, 1)
+        ]
+        height, width = (-(-size // 2) for size in f.x_sizes)
+        y, phases = _padded(y, phases, (height, width), 1)
+        rows = [jnp.stack(_sums(row, phases, width, 1, axis=2), axis=3) for row in _sums(y, phases, height, 1, axis=1)]
+        x = jnp.stack(rows, axis=2)  # [B, H / 2, 2, W / 2, 2, C]
+        x = x.reshape(x.shape[0], 2 * height, 2 * width, x.shape[-1])
+        return materialize(x[:, : f.x_sizes[0], : f.x_sizes[1]])
+
+    return jax.lax.platform_dependent(y, tpu=functools.partial(_products, f=f, transposed=True), default=shifted)
 
 
 _filtered.defvjp(lambda x, f: (_filtered(x, f), None), lambda f, _, g: (_spread(g, f),))
@@ -223,10 +242,13 @@ def normalize(x: jax.Array, gain: jax.Array, bias: jax.Array, silu: bool) -> jax
 @functools.partial(jax.jit, static_argnums=3)
 def _normalize(x: jax.Array, gain: jax.Array, bias: jax.Array, silu: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`normalize`, and at each channel the mean of its group and 1 / its standard deviation: [B, C]."""
+    pixels, coarse = x.shape[1] * x.shape[2], x.dtype == jnp.bfloat16
     x = x.astype(jnp.float32)
-    pixels = x.shape[1] * x.shape[2]
     mean = _group_mean(jnp.sum(x, axis=(1, 2)), pixels)
-    variance = _group_mean(jnp.sum(jnp.square(x - mean[:, None, None]), axis=(1, 2)), pixels)
+    if coarse:  # both sums in one pass: what float32 loses in the difference is little beside the rounding of x
+        variance = jnp.maximum(_group_mean(jnp.sum(jnp.square(x), axis=(1, 2)), pixels) - jnp.square(mean), 0)
+    else:
+        variance = _group_mean(jnp.sum(jnp.square(x - mean[:, None, None]), axis=(1, 2)), pixels)
     rstd = jax.lax.rsqrt(variance + 1e-6)
     y = _affine(x, *_scale_and_shift(gain, bias, mean, rstd))
     return materialize(jax.nn.silu(y) if silu else y), mean, rstd
@@ -401,7 +423,8 @@ class ResBlock(nn.Module):
         h = AdaptiveGroupNorm(silu=True, dtype=self.dtype, name="norm_0")(x, z_emb).astype(self.dtype)
         if self.direction:
             h = resample(h, self.direction, self.fir_kernel)
-            x = resample(x, self.direction, self.fir_kernel)
+        if self.direction == "down":
+            x = resample(x, "down", self.fir_kernel)
         h = conv(self.features, 3, self.dtype, "conv_0")(h)
         # Without time conditioning the layer exists all the same, unused, as it does in released weights.
         time = nn.Dense(self.features, kernel_init=init_avg(), dtype=self.dtype, name="time")
@@ -418,6 +441,13 @@ class ResBlock(nn.Module):
         if self.kind == "ddpm":
             if in_features != self.features:
                 x = nn.Dense(self.features, kernel_init=init_avg(0.1), dtype=self.dtype, name="shortcut")(x)
+        elif self.direction == "up":
+
+            def convolve_and_resample(x: jax.Array, kernel: jax.Array, *_: Any, **__: Any) -> jax.Array:
+                return resample(pointwise(x, kernel), "up", self.fir_kernel)  # in this order a quarter of the products
+
+            # The bias comes last: the resampling's zeros around the image would take from it at the edges.
+            x = conv(self.features, 1, self.dtype, "shortcut", conv_general_dilated=convolve_and_resample)(x)
         elif in_features != self.features or self.direction:
             x = conv(self.features, 1, self.dtype, "shortcut")(x)
         return merge(x, h, self.skip_rescale)

@@ -241,8 +241,9 @@ def test_group_norm_of_bfloat16_loses_nothing_by_its_single_pass():
     gain, bias = jnp.ones((1, 32)), jnp.zeros((1, 32))
     expected = layers.normalize(x.astype(jnp.float32), gain, bias, False)
     np.testing.assert_allclose(layers.normalize(x, gain, bias, False), expected, atol=1e-4)  # x is rounded to 1 / 16
-    constant = jnp.full((2, 16, 16, 32), 777, jnp.bfloat16)  # a variance below zero would be no number
-    np.testing.assert_allclose(layers.normalize(constant, gain, bias, False), 0, atol=0.1)
+
+    constant = jnp.full((2, 7, 9, 12), 777, jnp.bfloat16)  # for which rounding leaves a variance of -0.06
+    assert np.isfinite(layers.normalize(constant, gain[:, :12], bias[:, :12], False)).all()
 
 
 @pytest.mark.parametrize("silu", [False, True])

@@ -64,7 +64,7 @@ class Program:
     trace_seconds: float  # Python's part: tracing and lowering
     compile_seconds: float  # the compiler's
     keeps: bool  # its first argument is donated and comes back as its first result
-    gflop: float  # floating-point operations, 1e9, its convolutions done directly; of a loop its body once
+    gflop: float  # `operations`
 
     @property
     def gigabytes(self) -> float:
@@ -97,9 +97,15 @@ def compiled(function: Callable, *args: Any, keeps: bool = False) -> Program:
     middle = time.perf_counter()
     call = lowered.compile(compiler_options=parallel.compiler_options(arguments=args))
     seconds = middle - start, time.perf_counter() - middle
-    # The compiled program has no count of what a GPU's libraries do, nor, on a CPU, of whole loops of fewer operations.
+    return Program(call, args, *seconds, keeps, operations(traced))
+
+
+def operations(traced: Any) -> float:
+    """Floating-point operations of a traced function, 1e9, its convolutions done directly; of a loop its body once."""
+    # As a GPU has it: the compiled program has no count of what a GPU's libraries do, nor, on a CPU, of whole loops of
+    # fewer operations, and a TPU resamples by products that are mostly zeros.
     counted = traced.lower(lowering_platforms=("cuda",)).cost_analysis() or {}
-    return Program(call, args, *seconds, keeps, counted.get("flops", float("nan")) / 1e9)
+    return counted.get("flops", float("nan")) / 1e9
 
 
 def phases(built: Built) -> tuple[Callable, Callable]:

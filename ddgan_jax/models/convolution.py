@@ -1,8 +1,8 @@
 """Convolutions [B, H, W, C] * [3, 3, C, F], zero-padded by one, and [1, 1, C, F], with what makes them fast on a CPU.
 
 c(x, k) is the convolution, i(g, k) the gradient of its x and w(x, g) that of its k. They are the three derivatives of
-one trilinear form, so the gradients of each are the other two, to any order. GPUs and TPUs get XLA's own, a CPU gets
-them
+one trilinear form, so the gradients of each are the other two, to any order. GPUs and TPUs get XLA's own, a TPU in the
+layout that its matrix units take; a CPU gets them
 
 * by Winograd's F(2x2, 3x3) where that gains, with channels enough and 16 px and more (Lavin and Gray, "Fast Algorithms
   for Convolutional Neural Networks", CVPR 2016, Section 4.1): y = A [(G k G^T) * (B d B^T)] A^T gives 2x2 results of a
@@ -22,6 +22,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 
 # B d: each row of the transformed tile is one row i = 0..3 of it, plus or minus another; and so for the columns.
 _FIRST, _SIGN, _SECOND = (0, 1, 2, 1), (-1, 1, -1, -1), (2, 2, 1, 3)
@@ -39,7 +40,7 @@ def pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """c: [B, H, W, C] convolved with [3, 3, C, F]."""
     on_cpu = _winograd if _gains(x, kernel.shape) else _plain
-    return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=_plain)
+    return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, tpu=_on_tpu(_plain), default=_plain)
 
 
 @jax.custom_vjp
@@ -52,7 +53,7 @@ def input_gradient(g: jax.Array, kernel: jax.Array) -> jax.Array:
         return jax.linear_transpose(lambda x: _plain(x, kernel), x)(g)[0]
 
     on_cpu = functools.partial(_winograd, turned=True) if _gains(g, kernel.shape) else transposed
-    return jax.lax.platform_dependent(g, kernel, cpu=on_cpu, default=transposed)
+    return jax.lax.platform_dependent(g, kernel, cpu=on_cpu, tpu=_on_tpu(transposed), default=transposed)
 
 
 @jax.custom_vjp
@@ -81,7 +82,11 @@ def kernel_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
         on_cpu = of_neighbours
     else:
         on_cpu = in_strips if height > rows else whole
-    return jax.lax.platform_dependent(x, g, cpu=on_cpu, default=whole)
+
+    def on_tpu(x: jax.Array, g: jax.Array) -> jax.Array:
+        return whole(_in_lanes(x), _in_lanes(g))
+
+    return jax.lax.platform_dependent(x, g, cpu=on_cpu, tpu=on_tpu, default=whole)
 
 
 convolve.defvjp(
@@ -93,6 +98,20 @@ input_gradient.defvjp(
 kernel_gradient.defvjp(
     lambda x, g: (kernel_gradient(x, g), (x, g)), lambda saved, k: (input_gradient(saved[1], k), convolve(saved[0], k))
 )
+
+
+def _in_lanes(x: jax.Array) -> jax.Array:
+    """[B, H, W, C] with the channels of a pixel beside each other in memory, and around them those of all images.
+
+    Left alone, a TPU's compiler lays images with few channels out along their width, cuts few images into pieces, and
+    copies all of them from one layout into the other before and after a convolution.
+    """
+    return with_layout_constraint(x, Layout((1, 2, 0, 3)))
+
+
+def _on_tpu(convolution: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`convolution` of images and a kernel, both images as a TPU's matrix units take them."""
+    return lambda x, kernel: _in_lanes(convolution(_in_lanes(x), kernel))
 
 
 def _plain(x: jax.Array, kernel: jax.Array, rows: tuple[int, int] = (1, 1)) -> jax.Array:

@@ -14,6 +14,12 @@ from ddgan_jax.torch_weights import _SUBLAYERS, _layer_params
 KERNELS = {"1331": (1, 3, 3, 1), "121": (1, 2, 1), "1234_asym": (1, 2, 3, 4)}
 
 
+def counts(traced, operation):
+    """How often it is in the program for each platform."""
+    platforms = ("cpu", "cuda", "tpu")
+    return {name: traced.lower(lowering_platforms=(name,)).as_text().count(operation) for name in platforms}
+
+
 def nchw(x):
     return np.asarray(x).transpose(0, 3, 1, 2)
 
@@ -110,10 +116,7 @@ def test_fir_by_matrix_products_is_fir_by_shifts(stride, start):
 @pytest.mark.parametrize("resample", [layers.fir_downsample, layers.fir_upsample])
 def test_only_a_tpu_resamples_by_matrix_products(resample):
     traced = jax.jit(jax.value_and_grad(lambda x: jnp.sum(resample(x)))).trace(jnp.zeros((1, 8, 8, 4)))
-    products = {
-        platform: traced.lower(lowering_platforms=(platform,)).as_text().count("stablehlo.dot_general")
-        for platform in ("cpu", "cuda", "tpu")
-    }
+    products = counts(traced, "stablehlo.dot_general")
     assert products == {"cpu": 0, "cuda": 0, "tpu": 4}  # two axes, and two of the gradient
 
 
@@ -211,11 +214,8 @@ def test_wide_convolutions_are_exact_for_whole_numbers():
 def test_only_a_cpu_convolves_by_transforms_and_only_wide_layers_in_float32(px, channels, dtype, on_cpu):
     x, kernel = jnp.zeros((4, px, px, channels), dtype), jnp.zeros((3, 3, channels, channels), dtype)
     traced = jax.jit(jax.value_and_grad(lambda x, k: jnp.sum(convolution.convolve(x, k)), (0, 1))).trace(x, kernel)
-    convolutions = {
-        platform: traced.lower(lowering_platforms=(platform,)).as_text().count("stablehlo.convolution")
-        for platform in ("cpu", "cuda", "tpu")
-    }
-    assert convolutions == {"cpu": on_cpu, "cuda": 3, "tpu": 3}
+    assert counts(traced, "stablehlo.convolution") == {"cpu": on_cpu, "cuda": 3, "tpu": 3}
+    assert counts(traced, "@LayoutConstraint") == {"cpu": 0, "cuda": 0, "tpu": 6}  # of two images each
 
 
 def test_pointwise_is_a_1x1_convolution():

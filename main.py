@@ -36,7 +36,7 @@ flags.DEFINE_string("compilation_cache", None, "Keep compiled programs in this d
 def run(argv: list[str]) -> None:
     """Read the flags and do the job. Raises UserError for wrong use."""
     FLAGS = flags.FLAGS
-    try:
+    with errors.of_flags():
         # This reads sys.argv already: fields of the configuration are flags of their own.
         config_flags.DEFINE_config_file("config", "configs/digits.py", "Configuration, FILE.py or FILE.py:VARIANT.")
         if {"--help", "-help", "-h"} & set(argv):
@@ -45,8 +45,6 @@ def run(argv: list[str]) -> None:
         rest = FLAGS(argv)
         config = FLAGS.config
         config.lock()
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise errors.of_flags(error) from error
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}: every option is a flag, --name=value")
     if FLAGS.mode not in MODES:

@@ -47,12 +47,10 @@ def configuration(default: str, **options: int | str) -> tuple[Any, Any]:
     """
     for name, value in options.items():
         (flags.DEFINE_string if isinstance(value, str) else flags.DEFINE_integer)(name, value, "")
-    try:
+    with errors.of_flags():
         config_flags.DEFINE_config_file("config", default, "Configuration, FILE.py or FILE.py:VARIANT.")
         flags.FLAGS(sys.argv)
         return flags.FLAGS.config, flags.FLAGS
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise errors.of_flags(error) from error
 
 
 @dataclasses.dataclass

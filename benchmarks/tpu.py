@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 
-from benchmarks import measure
+from benchmarks import measure, step
 from ddgan_jax import parallel
 from ddgan_jax.build import Built
 from ddgan_jax.errors import UserError
@@ -56,15 +56,11 @@ def sampler(built: Built, devices: Any, batch: int) -> Any:
     return jax.pmap(measure.sampler(built), in_axes=(None, 0), devices=devices).lower(params, indices)
 
 
-def operations(built: Built, batch: int, name: str) -> float:
-    """1e9 floating-point operations of a chip; of a loop its body once."""
-    state = jax.eval_shape(built.init_state)
-    if name == "sampling":
-        traced = jax.jit(measure.sampler(built)).trace(state.ema_params, jax.ShapeDtypeStruct((batch,), jnp.int32))
-    else:
-        images = jax.ShapeDtypeStruct((batch, *built.image_shape), np.uint8)
-        traced = jax.jit(built.step(name != "step", None)).trace(state, images)
-    return measure.operations(traced)
+def operations(chip: Built, name: str) -> float:
+    """1e9 floating-point operations of one chip's share, which `chip` describes; of a loop its body once."""
+    function, _ = step.functions(chip)[name]
+    images = jax.ShapeDtypeStruct((chip.batch_size, *chip.image_shape), np.uint8)
+    return measure.operations(jax.jit(function).trace(jax.eval_shape(chip.init_state), images))
 
 
 def compile_for_chip(lowered: Any, batch: int) -> Any:
@@ -98,7 +94,7 @@ def main() -> None:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=flags.topology).devices
     except Exception as error:
         raise UserError(f"no compiler for {flags.topology} (pip install libtpu): {error}") from error
-    built = measure.build_for(config, flags.batch * len(devices))
+    chip, built = (measure.build_for(config, flags.batch * chips) for chips in (1, len(devices)))
     peak, clock = CHIPS.get(flags.topology.partition(":")[0], (UNKNOWN, UNKNOWN))
     print(
         f"{flags.topology}, {len(devices)} chips of {peak} TFLOP/s at {clock} GHz, {config.model.dtype}, "
@@ -115,7 +111,7 @@ def main() -> None:
         compiled = compile_for_chip(lowered, flags.batch)
         row = {"program": name, "compile_seconds": round(time.perf_counter() - start, 1)}
         row |= describe(compiled, loops, clock)
-        row["gflop"] = round(loops * operations(built, flags.batch, name), 1)
+        row["gflop"] = round(loops * operations(chip, name), 1)
         row["of_peak"] = round(row["gflop"] / row["seconds"] / peak / 1000, 3)
         rows.append(row)
         print(

@@ -1,5 +1,10 @@
 """The two exceptions that are told in one sentence instead of a traceback."""
 
+import contextlib
+from collections.abc import Iterator
+
+from absl import flags
+
 
 class UserError(ValueError):
     """A wrong setting or input: what is wrong, its value, what would be right. Commands exit with code 2."""
@@ -9,10 +14,14 @@ class Fault(RuntimeError):
     """Something outside went wrong (a full disk, a non-finite loss): what, and what is safe. Commands exit with 1."""
 
 
-def of_flags(error: Exception) -> UserError:
-    """The mistake behind what reading flags raised, absl's `flags.Error` or an exception of a configuration file."""
-    # A traceback inside the message ends in the sentence that a configuration raised.
-    text = " ".join(str(error).split("Error: ")[-1].replace("\\n", " ").split())
-    if "Did you mean" in text:
-        text = "unknown field of the configuration: did you mean" + text.split("Did you mean")[1].rstrip("'")
-    return UserError(text)
+@contextlib.contextmanager
+def of_flags() -> Iterator[None]:
+    """What absl's flags and the configuration files that they read raise within, as a UserError."""
+    try:
+        yield
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        # A traceback inside the message ends in the sentence that a configuration raised.
+        text = " ".join(str(error).split("Error: ")[-1].replace("\\n", " ").split())
+        if "Did you mean" in text:
+            text = "unknown field of the configuration: did you mean" + text.split("Did you mean")[1].rstrip("'")
+        raise UserError(text) from error

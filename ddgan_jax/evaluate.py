@@ -1,7 +1,6 @@
 """Evaluation as a job: the paper's measures of a checkpoint, or of images made elsewhere; see judge.py for them."""
 
 import json
-import pathlib
 import statistics
 import time
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ddgan_jax import checkpoint, figures
+from ddgan_jax import figures
 from ddgan_jax.build import as_dict, labels_of
 from ddgan_jax.data import decoding
 from ddgan_jax.data.batches import like_real
@@ -18,6 +17,8 @@ from ddgan_jax.errors import UserError
 from ddgan_jax.judge import Judge, Judged, Results, judge, open_judge
 from ddgan_jax.metrics import weights
 from ddgan_jax.model import Sampler, load
+from ddgan_jax.storage import checkpoint, paths
+from ddgan_jax.storage.paths import Path
 
 # --- Samples ------------------------------------------------------------------------------------------------------
 
@@ -27,8 +28,9 @@ def read_samples(path: str, num_samples: int) -> tuple[Iterator[np.ndarray], int
 
     UserError if they are too few, damaged, or not all of one size.
     """
-    given = pathlib.Path(path)
-    if given.is_dir():
+    given = paths.path(path)
+    folder = given.is_dir()
+    if folder:
         files = sorted(f for f in given.iterdir() if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp"))
         total = len(files)
     else:
@@ -44,19 +46,19 @@ def read_samples(path: str, num_samples: int) -> tuple[Iterator[np.ndarray], int
         raise UserError(
             f"{path} holds {total} samples, but {max(count, 2)} are needed: say how many with --num_samples"
         )
-    if given.is_dir():
+    if folder:
         return _decoded(files[:count]), count
     return (array[i : min(i + 256, count)] for i in range(0, count, 256)), count
 
 
-def _decoded(files: list[pathlib.Path]) -> Iterator[np.ndarray]:
+def _decoded(files: list[Path]) -> Iterator[np.ndarray]:
     """Pictures in chunks uint8 [n, H, W, C]."""
     first = None
     for start in range(0, len(files), 64):
         chunk = []
         for file in files[start : start + 64]:
             try:
-                image = decoding.to_eight_bits(decoding.open_image(file.read_bytes()))
+                image = decoding.to_eight_bits(decoding.open_image(paths.read(file)))
             except (ValueError, OSError) as error:
                 raise UserError(f"sample {file} cannot be read: {error}") from error
             chunk.append(np.asarray(image).reshape(image.height, image.width, -1))
@@ -95,13 +97,13 @@ def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_sampl
     results: Results = {"num_samples": count}
     if samples:
         chunks, count = read_samples(samples, num_samples)
-        folder = pathlib.Path(out or f"{samples.rstrip('/')}.evaluation")
+        folder = paths.path(out or f"{samples.rstrip('/')}.evaluation")
         results = {"samples": samples}
     else:
         model = load(path)
         c, step = _same_data(c, model.config, path), model.step
         draw = Sampler(model.built, c["sample"]["batch_size"])
-        folder = pathlib.Path(out or pathlib.Path(path, "evaluation", str(step)))
+        folder = paths.path(out) if out else paths.path(path) / "evaluation" / str(step)
         results = {"checkpoint": str(checkpoint.find(path)), "step": step, "seed": seed}
     judge_, labels = open_judge(c), None
     if not samples:
@@ -113,8 +115,7 @@ def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_sampl
         batch = min(count, 100, c["sample"]["batch_size"] * jax.local_device_count())
         results["sampling"] = time_sampling(draw, model.params, seed, batch, model.num_steps)
     results["seconds"] = round(time.time() - start, 1)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(results, indent=2, default=float) + "\n")
+    paths.write(folder / "results.json", json.dumps(results, indent=2, default=float) + "\n")
     draw_figures(judge_, judged, folder, path if not samples else "")
     for name, value in results.items():
         print(f"  {name:<46} {_readable(value)}")
@@ -139,11 +140,11 @@ def _same_data(c: dict[str, Any], trained: dict[str, Any], path: str) -> dict[st
     return c | {"data": ours | {"image_size": theirs["image_size"], "channels": theirs["channels"]}}
 
 
-def draw_figures(j: Judge, judged: Judged, folder: pathlib.Path, workdir: str) -> None:
+def draw_figures(j: Judge, judged: Judged, folder: Path, workdir: str) -> None:
     """Pictures of what was judged: samples, curves, modes, the manifolds, the nearest training images."""
     figures.save_image(folder / "samples.png", figures.picture(judged.samples[: 64 if j.networks else None]))
-    if workdir and pathlib.Path(workdir, "metrics.jsonl").exists():
-        figures.curves(pathlib.Path(workdir, "metrics.jsonl"), folder / "curves.png")
+    if workdir and paths.exists(metrics := paths.path(workdir) / "metrics.jsonl"):
+        figures.curves(metrics, folder / "curves.png")
     if judged.histogram is not None:
         figures.histogram(judged.histogram, folder / "modes.png", grid=not j.networks)
     if judged.manifolds is not None and judged.shown is not None:

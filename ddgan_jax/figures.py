@@ -1,11 +1,14 @@
 """Pictures, drawn from files and host arrays: they can be redrawn without an accelerator."""
 
 import json
-import pathlib
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from ddgan_jax.storage import paths
+from ddgan_jax.storage.paths import Given
 
 
 def grid(images: np.ndarray, columns: int | None = None, min_side: int = 64, gap: int = 2) -> np.ndarray:
@@ -37,7 +40,7 @@ def scatter(points: np.ndarray) -> np.ndarray:
     return picture
 
 
-def histogram(counts: np.ndarray, path: pathlib.Path, grid: bool = False) -> None:
+def histogram(counts: np.ndarray, path: Given, grid: bool = False) -> None:
     """Samples of each mode, int [K]: bars (sorted, where there are many), or a square of numbers for a `grid`."""
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(6, 5) if grid else (9, 4), constrained_layout=True)
@@ -64,7 +67,7 @@ def histogram(counts: np.ndarray, path: pathlib.Path, grid: bool = False) -> Non
 
 
 def manifolds(
-    real: np.ndarray, fake: np.ndarray, recalled: np.ndarray, inside: np.ndarray, path: pathlib.Path, most: int = 2000
+    real: np.ndarray, fake: np.ndarray, recalled: np.ndarray, inside: np.ndarray, path: Given, most: int = 2000
 ) -> None:
     """Features real [N, D] and fake [M, D] on the two principal axes of the real ones.
 
@@ -91,7 +94,7 @@ def manifolds(
     save_figure(figure, path)
 
 
-def neighbours(samples: np.ndarray, nearest: np.ndarray, distance: np.ndarray, path: pathlib.Path) -> None:
+def neighbours(samples: np.ndarray, nearest: np.ndarray, distance: np.ndarray, path: Given) -> None:
     """uint8 samples [N, H, W, C], the nearest training image of each, and how far it is: first half, then second.
 
     The first half are the samples closest to a training image, the second any.
@@ -128,31 +131,33 @@ def pyplot() -> Any:
     return matplotlib.pyplot
 
 
-def save_figure(figure: Any, path: pathlib.Path) -> None:
+def save_figure(figure: Any, path: Given) -> None:
     """Write a Matplotlib figure and close it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    paths.write(path, lambda file: figure.savefig(file, dpi=100, format=_format(path)))
     pyplot().close(figure)
 
 
-def save_image(path: pathlib.Path, image: np.ndarray) -> None:
+def save_image(path: Given, image: np.ndarray) -> None:
     """Write uint8 [H, W, 3] as the file type that the name says."""
     from PIL import Image
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image).save(path)
+    paths.write(path, lambda file: Image.fromarray(image).save(file, format=_format(path)))
 
 
-def save_gif(path: pathlib.Path, frames: Sequence[np.ndarray], milliseconds: int = 400) -> None:
+def _format(path: Given) -> str:
+    return os.fspath(path).rpartition(".")[2]
+
+
+def save_gif(path: Given, frames: Sequence[np.ndarray], milliseconds: int = 400) -> None:
     """Write uint8 pictures [H, W, 3] of one size as an animation that repeats."""
     from PIL import Image
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     first, *rest = [Image.fromarray(frame) for frame in frames]
-    first.save(path, save_all=True, append_images=rest, duration=milliseconds, loop=0)
+    how: dict[str, Any] = dict(save_all=True, append_images=rest, duration=milliseconds, loop=0)
+    paths.write(path, lambda file: first.save(file, format="gif", **how))
 
 
-def trajectory(x: np.ndarray, x0_hat: np.ndarray, names: Sequence[str], path: pathlib.Path) -> None:
+def trajectory(x: np.ndarray, x0_hat: np.ndarray, names: Sequence[str], path: Given) -> None:
     """Draw x_T, ..., x_0 [T+1, N, ...], and the x_0 predicted from each but the last [T, N, ...], a column a step."""
     plt = pyplot()
     height = 1.0 if x.ndim == 3 else -(-x.shape[1] // 2) * x.shape[2] / (2 * x.shape[3])  # of a panel, by its width
@@ -167,10 +172,10 @@ def trajectory(x: np.ndarray, x0_hat: np.ndarray, names: Sequence[str], path: pa
     save_figure(figure, path)
 
 
-def read_metrics(path: pathlib.Path) -> list[dict]:
+def read_metrics(path: Given) -> list[dict]:
     """The records of a metrics.jsonl; a last line that was cut off is left out."""
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in paths.read(path).decode().splitlines() if paths.exists(path) else []:
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:
@@ -178,7 +183,7 @@ def read_metrics(path: pathlib.Path) -> list[dict]:
     return records
 
 
-def curves(metrics: pathlib.Path, path: pathlib.Path) -> None:
+def curves(metrics: Given, path: Given) -> None:
     """Draw the curves of a metrics.jsonl: losses, logits, losses by t, R1, norms of gradients and parameters."""
     plt = pyplot()
     records = read_metrics(metrics)

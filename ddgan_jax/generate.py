@@ -3,7 +3,7 @@
 `how` is what the method of Model of the same name takes too: `seed`, `posterior`, `label`.
 """
 
-import pathlib
+import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +14,7 @@ from ddgan_jax import figures, torch_files, torch_weights
 from ddgan_jax.data import decoding
 from ddgan_jax.errors import UserError
 from ddgan_jax.model import Model
+from ddgan_jax.storage import paths
 
 KINDS = {
     ".png": "a grid",
@@ -27,24 +28,23 @@ KINDS = {
 
 def check_out(out: str, *kinds: str) -> None:
     """UserError unless `out` ends in one of `kinds`; to be asked before the work."""
-    if pathlib.Path(out).suffix not in kinds:
+    if paths.path(out).suffix not in kinds:
         known = ", ".join(f"in {kind} ({KINDS[kind]})" for kind in kinds if kind)
         raise UserError(f"--out={out} must end {known}" + (" or name a directory" if "" in kinds else ""))
 
 
-def save(images: np.ndarray, out: str) -> None:
+def save(images: np.ndarray, out: str | os.PathLike) -> None:
     """Write uint8 images [N, H, W, C] as one grid (.png), an animation (.gif), an array (.npz), or numbered files.
 
     Points [N, d] become a scatter plot or an array.
     """
-    path = pathlib.Path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = paths.path(out)
     if path.suffix == ".png":
         figures.save_image(path, figures.picture(images))
     elif path.suffix == ".gif":
         figures.save_gif(path, [figures.picture(image[None]) for image in images])
     elif path.suffix == ".npz":
-        np.savez_compressed(path, images=images)
+        paths.write(path, lambda file: np.savez_compressed(file, images=images))
     else:
         for i, image in enumerate(images):
             figures.save_image(path / f"{i:06d}.png", image if image.shape[-1] == 3 else image[..., :1].repeat(3, -1))
@@ -68,10 +68,10 @@ def draw_trajectory(model: Model, out: str, num: int, **how: Any) -> None:
     guesses = [model.to_images(x) for x in steps.x0_hat[::-1]]
     if out.endswith(".gif"):
         frames = [rows[0], *(frame for pair in zip(guesses, rows[1:], strict=True) for frame in pair)]
-        figures.save_gif(pathlib.Path(out), [figures.picture(np.asarray(frame)) for frame in frames])
+        figures.save_gif(paths.path(out), [figures.picture(np.asarray(frame)) for frame in frames])
     else:
         names = [f"$x_{t}$" for t in range(len(guesses), -1, -1)]
-        figures.trajectory(np.array(rows), np.array(guesses), names, pathlib.Path(out))
+        figures.trajectory(np.array(rows), np.array(guesses), names, paths.path(out))
 
 
 def vary(model: Model, out: str, num: int, t: int | None, image: str, **how: Any) -> None:
@@ -107,7 +107,7 @@ def interpolate(model: Model, out: str, num: int, samples: Sequence[str], **how:
         raise UserError(f"--between={','.join(samples)} must be two samples, such as 0,1")
     images = model.interpolate(num, int(samples[0]), int(samples[1]), **how)
     if out.endswith(".png"):
-        figures.save_image(pathlib.Path(out), figures.grid(images, columns=num))
+        figures.save_image(paths.path(out), figures.grid(images, columns=num))
     else:
         save(np.concatenate([images, images[-2:0:-1]]) if out.endswith(".gif") else images, out)
 
@@ -115,10 +115,8 @@ def interpolate(model: Model, out: str, num: int, samples: Sequence[str], **how:
 def export(model: Model, out: str, posterior: str = "gaussian") -> None:
     """The sampler as one file for jax alone (.bin), or the generator's weights as the PyTorch reference's (.pth)."""
     check_out(out, ".bin", ".pth")
-    path = pathlib.Path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".bin":
-        path.write_bytes(model.export(posterior))
+    if out.endswith(".bin"):
+        paths.write(paths.path(out), model.export(posterior))
     elif model.num_classes:
         raise UserError(f"--out={out}: the reference has no class-conditional networks; write a .bin")
     elif _has_images(model):
@@ -135,7 +133,7 @@ def read_image(model: Model, path: str, flag: str = "--image") -> np.ndarray:
         raise UserError(f"name a picture with {flag}=PATH")
     size, _, channels = model.built.image_shape
     try:
-        return decoding.fit(decoding.open_image(pathlib.Path(path).read_bytes()), size, channels)
+        return decoding.fit(decoding.open_image(paths.read(paths.path(path))), size, channels)
     except (OSError, ValueError) as error:
         raise UserError(f"{flag}={path} cannot be read: {error}") from error
 

@@ -12,7 +12,6 @@ A distance in the features of our own classifier is never called FID. What is co
 import dataclasses
 import hashlib
 import os
-import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -20,12 +19,14 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from ddgan_jax import checkpoint, parallel, torch_files
+from ddgan_jax import parallel, torch_files
 from ddgan_jax.build import as_dict, open_data
 from ddgan_jax.data import sources
 from ddgan_jax.data.batches import order
 from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.metrics import classifier, distances, inception, manifold, modes, vgg, weights
+from ddgan_jax.storage import checkpoint, paths
+from ddgan_jax.storage.paths import Path
 
 KEPT = 2_000  # samples that are compared with their nearest training images
 KID_BLOCK = 1_000
@@ -101,7 +102,7 @@ def _rebatch(chunks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
 def _find_weights(setting: str, given: str, module: Any, folder: str) -> str:
     """The file of a published network: the one that the configuration names, or that in its usual place."""
     path = given or os.path.join(folder, module.FILE)
-    if not os.path.exists(path):
+    if not paths.exists(paths.path(path)):
         raise UserError(
             f"evaluation needs {module.FILE} (SHA-256 {module.SHA256}; its source is named in "
             f"{module.__name__.replace('.', '/')}.py): put it in {folder}, or name it with eval.{setting}; "
@@ -113,8 +114,7 @@ def _find_weights(setting: str, given: str, module: Any, folder: str) -> str:
 def _read_weights(path: str, module: Any) -> dict[str, np.ndarray]:
     """The state dict in a published file."""
     if os.path.basename(path).endswith(f"-{module.SHA256[:8]}.pth"):
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256(paths.read(paths.path(path))).hexdigest()
         if digest != module.SHA256:
             raise UserError(f"{path} is damaged: its SHA-256 is {digest}, not {module.SHA256}")
     return weights.read(path) if path.endswith(".npz") else torch_files.load(path)
@@ -200,11 +200,11 @@ def fingerprint(name: str, split: str, images: Any) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def _cache(c: dict[str, Any], *names: str) -> pathlib.Path:
-    return pathlib.Path(sources.directory(c["data"]["dir"]), "evaluation", "-".join(names))
+def _cache(c: dict[str, Any], *names: str) -> Path:
+    return Path(paths.cache_dir(sources.directory(c["data"]["dir"])), "evaluation", "-".join(names))
 
 
-def _cached(path: pathlib.Path, read: Callable[[], Any]) -> Any:
+def _cached(path: Path, read: Callable[[], Any]) -> Any:
     """`read()`, or None where nothing was kept or it is damaged."""
     try:
         return read() if path.exists() else None
@@ -212,16 +212,11 @@ def _cached(path: pathlib.Path, read: Callable[[], Any]) -> Any:
         return None
 
 
-def _write(path: pathlib.Path, write: Callable[[Any], None]) -> None:
-    """Write a file so that it is whole or not there; a cache that cannot be written is only slower."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+def _write(path: Path, write: Callable[[Any], None]) -> None:
+    """Keep a file; a cache that cannot be written is only slower."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            write(file)
-        os.replace(temporary, path)
+        paths.write(path, write)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         print(f"note: {path} cannot be kept for the next time: {error}", flush=True)
 
 

@@ -7,7 +7,7 @@ sample i is of class i modulo the number of classes. Nothing here reads data, or
 
 import dataclasses
 import functools
-import pathlib
+import os
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -18,10 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from ddgan_jax import checkpoint, parallel, sampling, torch_files
+from ddgan_jax import parallel, sampling, torch_files
 from ddgan_jax.build import Built, build
 from ddgan_jax.diffusion import deterministic_posterior, sample_posterior
 from ddgan_jax.errors import UserError
+from ddgan_jax.storage import checkpoint
 from ddgan_jax.train_step import bind, to_x0
 
 POSTERIORS = {"gaussian": sample_posterior, "deterministic": deterministic_posterior}
@@ -332,14 +333,15 @@ def _at_least_one(name: str, value: int) -> None:
         raise UserError(f"{name}={value} must be at least 1")
 
 
-def load(path: str, num_steps: int = 4, **hints: Any) -> Model:
+def load(path: str | os.PathLike, num_steps: int = 4, **hints: Any) -> Model:
     """The model in a workdir, a checkpoint, or a `.pth` file of the PyTorch reference.
 
     A `netG_*.pth` needs hints, since arrays do not tell everything: `num_steps`, and those of
     `torch_weights.generator_config`, such as `image_size=32`. Raises UserError if there is no model, or hints are
     missing; Fault if it is damaged.
     """
-    if pathlib.Path(path).suffix == ".pth":
+    path = os.fspath(path)
+    if path.endswith(".pth"):
         return _load_reference(path, num_steps, hints)
     params, config, step = checkpoint.restore_ema(path)
     built = build(config)

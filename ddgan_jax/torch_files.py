@@ -9,6 +9,7 @@ Everything here needs PyTorch; the conversion of state dicts that are already in
 import argparse
 import ast
 import dataclasses
+import io
 import pickle
 import re
 import sys
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from ddgan_jax.errors import UserError
+from ddgan_jax.storage import paths
 from ddgan_jax.torch_weights import (
     Params,
     StateDict,
@@ -50,7 +52,7 @@ def load(path: str) -> dict[str, Any]:
     torch = _torch()
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(io.BytesIO(paths.read(paths.path(path))), map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     except pickle.UnpicklingError as error:
@@ -89,7 +91,8 @@ def _plain(value: Any, path: str) -> Any:
 def save(path: str, state_dict: StateDict) -> None:
     """Write a state dict as the reference does (`netG_*.pth`): keys prefixed with 'module.'. Needs PyTorch."""
     torch = _torch()
-    torch.save({f"module.{key}": torch.from_numpy(np.array(value)) for key, value in state_dict.items()}, path)
+    tensors = {f"module.{key}": torch.from_numpy(np.array(value)) for key, value in state_dict.items()}
+    paths.write(paths.path(path), lambda file: torch.save(tensors, file))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,6 @@ the numbers that an unbroken run would have had.
 import itertools
 import json
 import math
-import os
-import pathlib
 import signal
 import sys
 import threading
@@ -20,13 +18,16 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from ddgan_jax import checkpoint, figures, parallel
+from ddgan_jax import figures, parallel
 from ddgan_jax.build import Built, as_dict, build, check_batch, labels_of, open_data
 from ddgan_jax.data.batches import batches, like_real
-from ddgan_jax.data.sources import Data, quiet
+from ddgan_jax.data.sources import Data
 from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.judge import RANKED_BY, judge, open_judge
 from ddgan_jax.model import Sampler
+from ddgan_jax.storage import checkpoint, paths
+from ddgan_jax.storage.log import Log
+from ddgan_jax.storage.paths import Path
 
 Metrics = dict[str, Any]
 
@@ -69,52 +70,6 @@ def check_finite(first_step: int, window: list[Metrics], safe: int | None) -> No
                 )
 
 
-class Log:
-    """What process 0 writes while training: metrics.jsonl, TensorBoard, and lines for people."""
-
-    def __init__(self, workdir: pathlib.Path, config: dict[str, Any], start_step: int):
-        """Open the log; records of steps after `start_step`, from a run that broke off, are dropped.
-
-        UserError if it is to write for TensorBoard, and clu is missing.
-        """
-        self._path = workdir / "metrics.jsonl"
-        records = [r for r in figures.read_metrics(self._path) if r["step"] <= start_step]
-        _replace(self._path, "".join(json.dumps(record) + "\n" for record in records))
-        self.seconds = records[-1].get("seconds", 0.0) if records else 0.0  # that the steps so far took, with all else
-        self._file = self._path.open("a")
-        self._writer = None
-        if not config["log"]["tensorboard"]:
-            return
-        try:
-            with quiet():  # it imports TensorFlow
-                from clu import metric_writers
-        except ModuleNotFoundError as error:
-            raise UserError(
-                f"log.tensorboard=True needs {error.name}: run `pip install -r requirements.txt`, or set it to False"
-            ) from error
-        self._writer = metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(workdir / "tensorboard")))
-        text = "    " + json.dumps(config, indent=2).replace("\n", "\n    ")  # indented: Markdown shows it as it is
-        self._writer.write_texts(start_step, {"config": text})
-
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Append one record."""
-        self._file.write(json.dumps({"step": step} | {k: float(f"{v:.6g}") for k, v in values.items()}) + "\n")
-        self._file.flush()
-        if self._writer:
-            self._writer.write_scalars(step, values)
-
-    def image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Show uint8 [H, W, 3] in TensorBoard."""
-        if self._writer:
-            self._writer.write_images(step, {name: image[None]})
-
-    def close(self) -> None:
-        """Write what is pending."""
-        self._file.close()
-        if self._writer:
-            self._writer.close()
-
-
 # --- Signals ----------------------------------------------------------------------------------------------------
 
 
@@ -144,17 +99,16 @@ class Interrupt:
 # --- The job ----------------------------------------------------------------------------------------------------
 
 
-def open_workdir(workdir: pathlib.Path, config: dict[str, Any]) -> None:
+def open_workdir(workdir: Path, config: dict[str, Any]) -> None:
     """Create the workdir and write config.json. Raises UserError if it cannot be written."""
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
         old = workdir / "config.json"
-        if old.exists():
-            before, now = _fields(json.loads(old.read_text())), _fields(config)
+        if paths.exists(old):
+            before, now = _fields(json.loads(paths.read(old))), _fields(config)
             changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
             if changed:
                 say(f"note: {workdir} was started with other values of {', '.join(changed)}")
-        _replace(old, json.dumps(config, indent=2) + "\n")
+        paths.write(old, json.dumps(config, indent=2) + "\n")
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(f"--workdir={workdir} cannot be used: {error}") from error
 
@@ -165,13 +119,6 @@ def _fields(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in config.items():
         fields |= _fields(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return fields
-
-
-def _replace(path: pathlib.Path, text: str) -> None:
-    """Write a file so that it is the old one or the new one at any moment."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def with_networks_of(path: str, state: Any) -> Any:
@@ -258,7 +205,7 @@ def _train(config: Any, workdir: str, opened: Data | None, interrupt: Interrupt)
         data["image_size"], data["channels"] = opened.images.shape[2:]
     built = build(settings)
     train_, log_, eval_ = settings["train"], settings["log"], settings["eval"]
-    num_steps, path = train_["num_steps"], pathlib.Path(workdir)
+    num_steps, path = train_["num_steps"], paths.path(workdir)
     per_device = check_batch(built.batch_size)
     primary = parallel.is_primary()
     if primary:
@@ -371,7 +318,8 @@ def _train(config: Any, workdir: str, opened: Data | None, interrupt: Interrupt)
                 bar.set_postfix_str(line)
                 if bar.disable:
                     say(f"step {step}/{num_steps}: {line}, {clock(eta)} to go")
-        if (due["save"] or due["eval"] or last) and checkpoints:
+        if (due["save"] or due["eval"] or last) and checkpoints and log:
+            log.flush()
             checkpoints.save(step, state, settings)
             safe = step
             ranked_by = f"eval/{RANKED_BY[eval_['features']]}"
@@ -389,7 +337,7 @@ def _train(config: Any, workdir: str, opened: Data | None, interrupt: Interrupt)
     if primary and not interrupt.signal:
         samples("final.png")
         figures.curves(path / "metrics.jsonl", path / "curves.png")
-        if first < num_steps or not (path / "results.json").exists():  # one that had finished stays as it was
+        if first < num_steps or not paths.exists(path / "results.json"):  # one that had finished stays as it was
             write_results(path, step, first, spent + time.time() - started)
     if log:
         log.close()
@@ -400,7 +348,7 @@ def _train(config: Any, workdir: str, opened: Data | None, interrupt: Interrupt)
     return state
 
 
-def write_results(workdir: pathlib.Path, step: int, resumed_from: int, seconds: float) -> None:
+def write_results(workdir: Path, step: int, resumed_from: int, seconds: float) -> None:
     """Leave results.json: how the run ended, the `seconds` of all its parts together, and its last metrics."""
     records = figures.read_metrics(workdir / "metrics.jsonl")
     results = {
@@ -410,7 +358,7 @@ def write_results(workdir: pathlib.Path, step: int, resumed_from: int, seconds: 
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "metrics": records[-1] if records else {},
     }
-    _replace(workdir / "results.json", json.dumps(results, indent=2) + "\n")
+    paths.write(workdir / "results.json", json.dumps(results, indent=2) + "\n")
 
 
 def clock(seconds: float) -> str:

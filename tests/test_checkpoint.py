@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddgan_jax import checkpoint, state
+from ddgan_jax import state
 from ddgan_jax.errors import UserError
+from ddgan_jax.storage import checkpoint
 
 CONFIG = {"seed": 3, "generator": {"ch_mult": [1, 2]}}
 
@@ -139,7 +140,7 @@ def test_restore_ema_needs_no_data_libraries(workdir):
     script = f"""
 import sys
 for name in ("tensorflow", "tensorflow_datasets", "clu", "ml_collections", "torch"): sys.modules[name] = None
-from ddgan_jax.checkpoint import restore_ema
+from ddgan_jax.storage.checkpoint import restore_ema
 print(restore_ema({str(workdir)!r})[2])
 """
     root = pathlib.Path(__file__).parent.parent
@@ -152,8 +153,9 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(workdir):
     script = f"""
 import resource, sys
 import numpy as np
-from ddgan_jax.checkpoint import Checkpoints
+from ddgan_jax.storage.checkpoint import Checkpoints
 from ddgan_jax.errors import Fault
+from ddgan_jax.storage import checkpoint
 resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
 checkpoints = Checkpoints({str(workdir)!r}, keep=5)
 try:

@@ -11,7 +11,7 @@ from test_model import grow, workdir_of
 from test_parallel import run_with_devices
 
 import ddgan_jax
-from ddgan_jax import checkpoint, generate, train_step
+from ddgan_jax import generate, train_step
 from ddgan_jax.build import as_dict, build, labels_of
 from ddgan_jax.data.batches import batches, like_real
 from ddgan_jax.data.sources import Data, open_data
@@ -61,6 +61,7 @@ TOY = """
 import jax, jax.numpy as jnp, numpy as np, optax
 from ddgan_jax import parallel, state as state_lib, train_step
 from ddgan_jax.diffusion import Schedule
+from ddgan_jax.storage import checkpoint
 
 method = train_step.Method(
     gen=lambda params, x, t, z, y: params[y][:, None] + 0 * x,

@@ -10,11 +10,12 @@ from conftest import GOLDEN
 from PIL import Image
 
 import ddgan_jax
-from ddgan_jax import checkpoint, generate, sampling
+from ddgan_jax import generate, sampling
 from ddgan_jax.build import as_dict, build
 from ddgan_jax.diffusion import Schedule, deterministic_posterior, q_sample
 from ddgan_jax.errors import UserError
 from ddgan_jax.model import to_images, to_x0
+from ddgan_jax.storage import checkpoint
 
 
 def grow(params):

@@ -15,7 +15,7 @@ import pytest
 from commands import POINTS, ROOT, SMOKE, command, run
 from PIL import Image
 
-from ddgan_jax import checkpoint, train
+from ddgan_jax import train
 from ddgan_jax.errors import Fault
 
 
@@ -239,6 +239,7 @@ def test_samples_do_not_depend_on_batch_or_devices(unbroken, tmp_path):
         script = f"""
 import numpy as np
 from ddgan_jax.model import Sampler, load
+from ddgan_jax.storage import checkpoint
 model = load({str(unbroken)!r})
 np.savez({str(out)!r}, images=Sampler(model.built, {batch})(model.params, 0, 100))
 """

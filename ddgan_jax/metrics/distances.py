@@ -9,8 +9,8 @@ With the pool features of Inception v3 (D = 2048), (1) is FID and (2) KID; with 
 """
 
 import dataclasses
+import io
 import os
-import pathlib
 import zipfile
 import zlib
 from collections.abc import Iterable
@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ddgan_jax.errors import UserError
+from ddgan_jax.storage import paths
 
 ROWS = 1024  # taken at once where rows are converted to float64, so that no whole set is copied
 
@@ -103,8 +104,7 @@ def moments(chunks: Iterable[ArrayLike]) -> Moments:
 
 def save_moments(path: str | os.PathLike, values: Moments) -> None:
     """Write `mu` and `sigma` as an npz, the form in which others publish theirs; `path` should end in .npz."""
-    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, mu=values.mu, sigma=values.sigma)
+    paths.write(paths.path(path), lambda file: np.savez(file, mu=values.mu, sigma=values.sigma))
 
 
 def load_moments(path: str | os.PathLike, width: int | None = None) -> Moments:
@@ -114,7 +114,7 @@ def load_moments(path: str | os.PathLike, width: int | None = None) -> Moments:
     symmetric, or D is not the `width` asked for.
     """
     try:
-        with open(path, "rb") as opened, np.load(opened) as file:
+        with np.load(io.BytesIO(paths.read(paths.path(path)))) as file:
             missing = [name for name in ("mu", "sigma") if name not in file]
             if missing:
                 raise UserError(f"{path} has no array {missing[0]!r} (it has {', '.join(file) or 'none'})")

@@ -4,6 +4,7 @@ A state dict comes from a `.pth` file in PyTorch's layout: convolutions (out, in
 Here they are read from an `.npz` with the same names; whoever has PyTorch may pass the content of the `.pth` itself.
 """
 
+import io
 from collections.abc import Mapping
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 from flax import linen as nn
 
 from ddgan_jax.errors import UserError
+from ddgan_jax.storage import paths
 
 StateDict = Mapping[str, np.ndarray]
 Params = dict[str, dict[str, np.ndarray]]
@@ -20,9 +22,10 @@ Params = dict[str, dict[str, np.ndarray]]
 def read(path: str) -> dict[str, np.ndarray]:
     """The arrays of an `.npz` by name. Raises UserError if it is missing, damaged, or holds anything but arrays."""
     try:
-        # numpy leaves a damaged file open, if it was numpy that opened it.
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+        with np.load(io.BytesIO(paths.read(paths.path(path))), allow_pickle=False) as arrays:
             return dict(arrays)
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     except Exception as error:  # damaged archives fail in many ways inside zipfile, zlib and numpy

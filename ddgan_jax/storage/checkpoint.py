@@ -3,14 +3,14 @@
 A checkpoint `workdir/checkpoints/<step>/` holds three items: `state` (every array of the training state but the moving
 average), `ema` (the moving average, all that sampling needs) and `config` (JSON: the configuration, and a checksum of
 every array). Arrays are written from host memory under their paths, by process 0 alone, so that a checkpoint restores
-on any number of devices and processes. Orbax writes in the background and renames a finished checkpoint into place;
-the checksums tell whether one was damaged later.
+on any number of devices and processes. Orbax writes in the background, and a checkpoint is there when it is finished:
+a folder is renamed into place, in a bucket a file `commit_success.txt` is written last. The checksums tell whether one
+was damaged later.
 """
 
 import json
 import math
-import pathlib
-import shutil
+import os
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,6 +21,8 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
 from ddgan_jax.errors import Fault, UserError
+from ddgan_jax.storage import paths
+from ddgan_jax.storage.paths import Path
 
 Arrays = dict[str, np.ndarray]
 _EMA = "ema_params/"
@@ -80,7 +82,7 @@ def _alone() -> ocp.options.MultiprocessingOptions:
 class _Best(managers.PreservationPolicy):
     """Keeps the checkpoint that `best` names."""
 
-    def __init__(self, workdir: pathlib.Path):
+    def __init__(self, workdir: Path):
         self._workdir = workdir
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
@@ -88,10 +90,10 @@ class _Best(managers.PreservationPolicy):
         return [checkpoint.step == step for checkpoint in checkpoints]
 
 
-def best(workdir: pathlib.Path) -> dict[str, Any]:
+def best(workdir: Path) -> dict[str, Any]:
     """What `workdir`/best.json says: the step of the best checkpoint, what it is best in, and the value; or {}."""
     try:
-        return json.loads((workdir / "best.json").read_text())
+        return json.loads(paths.read(workdir / "best.json"))
     except (OSError, json.JSONDecodeError):
         return {}
 
@@ -104,7 +106,7 @@ class Checkpoints:
 
         The last `keep` stay, every one whose step `keep_period` divides, and the one that `offer` found best.
         """
-        self.directory = pathlib.Path(workdir).resolve() / "checkpoints"
+        self.directory = _absolute(paths.path(workdir)) / "checkpoints"
         policies = [managers.LatestN(keep), _Best(self.directory.parent)]
         policies += [managers.EveryNSteps(keep_period)] if keep_period else []
         self._options = ocp.CheckpointManagerOptions(
@@ -153,9 +155,7 @@ class Checkpoints:
         if not value < (before["value"] if before.get("measure") == measure else math.inf):
             return False
         text = json.dumps({"step": step, "measure": measure, "value": value})
-        temporary = self.directory.parent / "best.tmp"
-        temporary.write_text(text + "\n")
-        temporary.replace(self.directory.parent / "best.json")
+        paths.write(self.directory.parent / "best.json", text + "\n")
         return True
 
     def wait(self) -> None:
@@ -183,9 +183,7 @@ class Checkpoints:
                 arrays = read(self.directory / str(step))[0]
             except Fault as error:
                 target = self.directory.parent / "damaged" / str(step)
-                shutil.rmtree(target, ignore_errors=True)
-                target.parent.mkdir(exist_ok=True)
-                shutil.move(self.directory / str(step), target)
+                paths.move_folder(self.directory / str(step), target)
                 self._manager.reload()
                 report(f"{error}; it is moved to {target}, and the run goes on from the checkpoint before")
                 continue
@@ -193,7 +191,7 @@ class Checkpoints:
         return None
 
 
-def read(path: pathlib.Path, ema_only: bool = False) -> tuple[Arrays, dict[str, Any]]:
+def read(path: Path, ema_only: bool = False) -> tuple[Arrays, dict[str, Any]]:
     """({path: array}, config) of one checkpoint directory, on the host. Raises Fault if it is damaged."""
     alone = {"multiprocessing_options": _alone()}
     handlers: dict[str, Any] = {
@@ -207,7 +205,7 @@ def read(path: pathlib.Path, ema_only: bool = False) -> tuple[Arrays, dict[str, 
     handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(**alone), **handlers)
     try:
         with ocp.Checkpointer(handler, **alone) as checkpointer:
-            found = checkpointer.restore(path.resolve(), args=ocp.args.Composite(**items))
+            found = checkpointer.restore(_absolute(path), args=ocp.args.Composite(**items))
         arrays = {_EMA + key: np.asarray(value) for key, value in found["ema"].items()}
         arrays |= {} if ema_only else {key: np.asarray(value) for key, value in found["state"].items()}
         config, checksums = found["config"]["config"], found["config"]["checksums"]
@@ -219,20 +217,41 @@ def read(path: pathlib.Path, ema_only: bool = False) -> tuple[Arrays, dict[str, 
     return arrays, config
 
 
-def find(path: str) -> pathlib.Path:
+def _absolute(path: Path) -> Path:
+    return path if paths.is_remote(path) else path.resolve()
+
+
+def finished(folder: Path) -> list[int]:
+    """The steps of the finished checkpoints in a folder, ascending; [] where there is no such folder.
+
+    A folder that only has a number for its name is none, nor is one that was not written to its end.
+    """
+
+    def is_checkpoint(entry: Path) -> bool:
+        ours = any((entry / name).exists() for name in ("_CHECKPOINT_METADATA", "config", "ema"))
+        return ours and ocp.utils.is_checkpoint_finalized(entry)
+
+    with paths.os_errors(folder):
+        entries = [entry for entry in folder.iterdir() if entry.name.isdigit()] if folder.is_dir() else []
+        return sorted(int(entry.name) for entry in entries if is_checkpoint(entry))
+
+
+def find(path: str | os.PathLike) -> Path:
     """The checkpoint directory that `path` names: itself, the newest of a workdir, or the best, as WORKDIR/best.
 
-    Raises UserError if there is none.
+    One that was not written to its end is none. Raises UserError if there is none.
     """
-    given = pathlib.Path(path)
-    if given.name == "best" and (marked := best(given.parent)):
-        given = given.parent / "checkpoints" / str(marked["step"])
-    for folder in (given / "checkpoints", given):
-        steps = [int(entry.name) for entry in folder.glob("*") if entry.name.isdigit() and entry.is_dir()]
-        if steps:
-            return folder / str(max(steps))
-    if given.name.isdigit() and (given / "config").is_dir():
-        return given
+    given = paths.path(path)
+    try:
+        if given.name == "best" and (marked := best(given.parent)):
+            given = given.parent / "checkpoints" / str(marked["step"])
+        for folder in (given / "checkpoints", given):
+            if steps := finished(folder):
+                return folder / str(steps[-1])
+        if given.name.isdigit() and int(given.name) in finished(given.parent):
+            return given
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
     raise UserError(f"there is no checkpoint in {path}: train there first, or name another workdir or checkpoint")
 
 

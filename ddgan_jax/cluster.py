@@ -106,6 +106,8 @@ def arguments(env: Mapping[str, str], on_tpu: bool, gpus: int) -> dict[str, Any]
     """
     group = launched(env)
     given = {name: env[name] for name in JAX_VARIABLES if env.get(name)}
+    if given == {"JAX_NUM_PROCESSES": "1"}:
+        return None
     if given:
         if group and "JAX_COORDINATOR_ADDRESS" in given:  # the launcher knows the other two
             known = {"JAX_NUM_PROCESSES": group.processes, "JAX_PROCESS_ID": group.rank}

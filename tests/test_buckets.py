@@ -1,0 +1,206 @@
+"""A bucket in the place of a folder: every mode, a killed save, damage, refused writes; without TensorFlow."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+from buckets import bucket  # noqa: F401: a fixture
+from commands import POINTS, ROOT, command, run
+
+from ddgan_jax.errors import UserError
+from ddgan_jax.storage import checkpoint, paths
+
+NO_TENSORFLOW = "--config.log.tensorboard=False"
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return f"--compilation_cache={tmp_path_factory.mktemp('cache')}"
+
+
+@pytest.fixture(scope="module")
+def trained(bucket, cache):  # noqa: F811
+    """A run of 8 steps in the bucket, and the same one in a folder."""
+    workdir = f"{bucket.url}/run"
+    result = run(POINTS, f"--workdir={workdir}", NO_TENSORFLOW, cache, env=bucket.env)
+    assert result.returncode == 0 and f"see {workdir}/samples/final.png" in result.stdout, result.stderr
+    return workdir
+
+
+READ = """
+from ddgan_jax.storage import checkpoint
+import numpy as np
+arrays = checkpoint.read(checkpoint.find(sys.argv[1]))[0]
+np.savez(sys.argv[2], **{name.replace("/", "|"): array for name, array in arrays.items()})
+"""
+
+
+def arrays_of(bucket, workdir, out):  # noqa: F811
+    bucket.python(READ, workdir, out)
+    with np.load(out) as arrays:
+        return dict(arrays)
+
+
+def assert_same(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name, array in ours.items():
+        np.testing.assert_array_equal(array, theirs[name], err_msg=name)
+
+
+def test_what_a_run_leaves(bucket, trained, cache, tmp_path):  # noqa: F811
+    """The files of a local run, the same numbers, and nothing on the machine."""
+    names = {name.removeprefix(f"{trained}/") for name in bucket.files("run")}
+    assert {"config.json", "metrics.jsonl", "results.json", "curves.png", "samples/final.png"} <= names
+    assert any(name.startswith("checkpoints/8/") for name in names) and not (ROOT / "gs:").exists()
+    assert run(POINTS, f"--workdir={tmp_path}/run", NO_TENSORFLOW, cache).returncode == 0
+    theirs = arrays_of(bucket, f"{tmp_path}/run", tmp_path / "theirs.npz")
+    assert_same(arrays_of(bucket, trained, tmp_path / "ours.npz"), theirs)
+    lines = bucket.python("print(epath.Path(sys.argv[1]).read_text())", f"{trained}/metrics.jsonl").split("\n")
+    assert [json.loads(line)["step"] for line in lines if line] == [2, 4, 6, 8]
+
+
+def test_every_mode_reads_and_writes_there(bucket, trained, cache, tmp_path):  # noqa: F811
+    """With TensorFlow out of the way, in a process that may not import it."""
+    out = f"{bucket.url}/out"
+    script = f"""
+import main
+for name in ("tensorflow", "tensorflow_datasets", "clu"): sys.modules[name] = None
+sys.argv = ["main.py", *sys.argv[1:]]
+sys.exit(main.main())
+"""
+    for arguments, made in (
+        (["--mode=sample", "--num_samples=100", f"--out={out}/x.npz"], "out/x.npz"),
+        (["--mode=sample", f"--out={out}/x.png", f"--trajectory={out}/t.gif"], "out/t.gif"),
+        (["--mode=vary", "--t=1", f"--out={out}/v.png"], "out/v.png"),
+        (["--mode=interpolate", f"--out={out}/i.npz"], "out/i.npz"),
+        (["--mode=export"], "run/sampler.bin"),
+        (["--mode=evaluate", "--num_samples=200"], "run/evaluation/8/results.json"),
+        (["--mode=evaluate", f"--samples={out}/x.npz", f"--out={out}/judged"], "out/judged/results.json"),
+    ):
+        bucket.python(script, POINTS, f"--workdir={trained}", cache, *arguments)
+        assert f"{bucket.url}/{made}" in bucket.files(made.rpartition("/")[0]), arguments
+    result = run(POINTS, f"--config.train.init_from={trained}", f"--workdir={tmp_path}", NO_TENSORFLOW, env=bucket.env)
+    assert result.returncode == 0 and f"the networks are those of {trained}/checkpoints/8" in result.stdout
+
+
+def test_a_save_that_is_killed_is_no_checkpoint(bucket, trained, cache, tmp_path):  # noqa: F811
+    """Killed between the first file of the checkpoint of step 8 and its last; the run goes on from 4, to the same end."""
+    workdir = f"{bucket.url}/killed"
+    arguments = POINTS, f"--workdir={workdir}", NO_TENSORFLOW, cache
+    argv, options = command(*arguments, env=os.environ | bucket.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    with subprocess.Popen(argv, **options) as process:
+        for line in process.stdout:
+            if re.match(r"step 4/", line):
+                bucket.be("slow")
+                break
+        for _ in range(600):
+            begun = [name for name in bucket.files("killed/checkpoints") if "/checkpoints/8/" in name]
+            if begun:
+                break
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        process.stdout.read()
+    bucket.be()
+    left = bucket.files("killed/checkpoints")
+    assert begun and f"{workdir}/checkpoints/8/commit_success.txt" not in left
+    assert bucket.python(
+        "from ddgan_jax.storage import checkpoint; print(checkpoint.find(sys.argv[1]))", workdir
+    ).split() == [f"{workdir}/checkpoints/4"]
+    result = run(*arguments, env=bucket.env)
+    assert result.returncode == 0 and "going on from step 4" in result.stdout, result.stdout + result.stderr
+    assert_same(arrays_of(bucket, workdir, tmp_path / "a.npz"), arrays_of(bucket, trained, tmp_path / "b.npz"))
+
+
+def test_a_damaged_checkpoint_is_set_aside(bucket, trained, cache, tmp_path):  # noqa: F811
+    """It is moved to `damaged`, file by file, and the run goes on from the one before, to the same end."""
+    workdir = f"{bucket.url}/damaged"
+    arguments = POINTS, f"--workdir={workdir}", NO_TENSORFLOW, cache
+    assert run(*arguments, env=bucket.env).returncode == 0
+    bucket.python(
+        "[epath.Path(sys.argv[1], name).write_bytes(b'') for name in ('ema/manifest.ocdbt', 'ema/_METADATA')]",
+        f"{workdir}/checkpoints/8",
+    )
+    result = run(*arguments, env=bucket.env)
+    assert result.returncode == 0 and f"it is moved to {workdir}/damaged/8" in result.stdout, result.stdout
+    assert "going on from step 4" in result.stdout and f"{workdir}/damaged/8/_CHECKPOINT_METADATA" in bucket.files(
+        "damaged"
+    )
+    assert_same(arrays_of(bucket, workdir, tmp_path / "a.npz"), arrays_of(bucket, trained, tmp_path / "b.npz"))
+
+
+def test_the_best_is_found_there(bucket, cache, tmp_path):  # noqa: F811
+    workdir = f"{bucket.url}/best"
+    every = ["--config.eval.every=4", "--config.checkpoint.keep=1"]
+    result = run(POINTS, f"--workdir={workdir}", NO_TENSORFLOW, cache, *every, env=bucket.env)
+    assert result.returncode == 0 and "step 4 is the best so far" in result.stdout, result.stdout + result.stderr
+    out = f"--out={tmp_path}/x.npz"
+    result = run(POINTS, "--mode=sample", f"--checkpoint={workdir}/best", out, cache, env=bucket.env)
+    assert result.returncode == 0 and "sample of step" in result.stdout, result.stderr
+
+
+def test_a_bucket_that_refuses_writes_loses_nothing(bucket, trained, cache, tmp_path):  # noqa: F811
+    workdir = f"{bucket.url}/refused"
+    arguments = POINTS, f"--workdir={workdir}", NO_TENSORFLOW, cache
+    argv, options = command(
+        *arguments,
+        "--config.train.num_steps=100000",
+        "--config.checkpoint.every=100",
+        "--config.log.samples_every=0",
+        env=os.environ | bucket.env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    with subprocess.Popen(argv, **options) as process:
+        for line in process.stdout:
+            if re.match(r"step 150/", line):
+                bucket.be("refuse")
+                break
+        _, errors = process.communicate(timeout=300)
+    result = run(*arguments, "--mode=sample", env=bucket.env)  # while it refuses
+    bucket.be()
+    stopped = [line for line in errors.splitlines() if line.startswith("stopped: ")]
+    assert process.returncode == 1 and len(stopped) == 1 and workdir in stopped[0], errors
+    assert result.returncode == 1 and f"{workdir}/sample.png" in result.stderr, result.stderr
+    assert "Traceback" not in errors + result.stderr, errors + result.stderr
+    result = run(*arguments, "--config.train.num_steps=104", env=bucket.env)
+    assert result.returncode == 0 and "going on from step 100" in result.stdout, result.stdout + result.stderr
+
+
+def test_paths():
+    for given, message in (
+        ("https://a/b", "paths are local or gs://bucket/name, not https://"),
+        ("gs:/b/run", "a path in a bucket is gs://bucket/name"),
+        ("gs://", "a path in a bucket is gs://bucket/name"),
+    ):
+        with pytest.raises(UserError, match=message):
+            paths.path(given)
+    assert str(paths.path("gs://b/run") / "x") == "gs://b/run/x"
+    assert not str(paths.path("~/x")).startswith("~")
+    assert paths.cache_dir("data") == "data" and not paths.is_remote(paths.cache_dir("gs://b/data"))
+
+
+def test_a_folder_that_is_only_called_like_a_step_is_no_checkpoint(tmp_path):
+    (tmp_path / "2024").mkdir()
+    (tmp_path / "2024" / "notes.txt").write_text("x")
+    with pytest.raises(UserError, match="there is no checkpoint in"):
+        checkpoint.find(str(tmp_path))
+
+
+def test_an_atomic_write_leaves_the_old_or_the_new(tmp_path):
+    path = tmp_path / "new" / "x.json"
+    paths.write(path, "old")
+
+    def half(file):
+        file.write(b"ha")
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        paths.write(path, half)
+    assert path.read_text() == "old" and os.listdir(path.parent) == ["x.json"]
+    paths.write(path, lambda file: file.write(b"new"))
+    assert path.read_bytes() == b"new" and os.listdir(path.parent) == ["x.json"]

@@ -11,7 +11,7 @@ import zlib
 import numpy as np
 import pytest
 from commands import python
-from PIL import Image
+from PIL import Image, ImageFile
 
 from ddgan_jax.data import decoding, image_folder
 from ddgan_jax.data.sources import open_data
@@ -63,13 +63,51 @@ def test_a_second_start_reads_the_copy_and_a_change_makes_a_new_one(tmp_path, mo
 
 
 @pytest.mark.parametrize(
-    "sizes, expected", [([(40, 40), (36, 50), (500, 41)], 32), ([(8, 8)], 8), ([(64, 100), (9, 9), (70, 64)], 64)]
+    "sizes, expected",
+    [
+        ([(40, 40), (36, 50), (500, 41)], 32),
+        ([(8, 8)], 8),
+        ([(64, 100), (9, 9), (70, 64)], 64),
+        ([(255, 300)], 128),
+        ([(700, 600)], 256),
+    ],
 )
 def test_size_from_the_images(tmp_path, sizes, expected):
-    """The largest power of two not above the median shorter side."""
+    """The largest power of two not above the median shorter side, and at most 256."""
     for i, (width, height) in enumerate(sizes):
         save(tmp_path / "in" / f"{i}.png", noise(width, height))
+    seen = image_folder.look(str(tmp_path / "in"), 0, 0, str(tmp_path / "cache"))
+    assert seen == (len(sizes), expected, 3, [""])
     assert open_folder(tmp_path / "in", tmp_path / "cache")[0].shape == (len(sizes), expected, expected, 3)
+
+
+def test_a_larger_size_is_asked_for(tmp_path):
+    save(tmp_path / "in" / "a.png", noise(520, 530))
+    assert open_folder(tmp_path / "in", tmp_path / "cache", size=512)[0].shape == (1, 512, 512, 3)
+
+
+def test_looking_decodes_nothing_and_is_remembered(tmp_path, monkeypatch):
+    """Headers alone: also those behind a long comment, and of files whose pixels are damaged."""
+    for i in range(4):
+        save(tmp_path / "in" / "ab"[i % 2] / f"{i}.jpg", noise(70, 300, i), comment=b"x" * 60_000 * (i % 2))
+    save(tmp_path / "in" / "a" / "long.jpg", noise(70, 300), icc_profile=b"x" * 200_000)
+    buffer = io.BytesIO()
+    Image.fromarray(noise(64, 64)).save(buffer, "JPEG")
+    (tmp_path / "in" / "cut.jpg").write_bytes(buffer.getvalue()[:-400])
+    (tmp_path / "in" / "text.png").write_text("I am not an image")
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("decoded"))
+    seen = image_folder.look(str(tmp_path / "in"), 0, 0, str(tmp_path / "cache"))
+    assert seen == (6, 64, 3, ["", "a", "b"])
+    assert not [path for path in (tmp_path / "cache" / "image_folder").iterdir() if path.is_dir()]
+    monkeypatch.setattr(image_folder, "look_at", lambda *_: pytest.fail("looked again"))
+    assert image_folder.look(str(tmp_path / "in"), 32, 1, str(tmp_path / "cache")) == (6, 32, 1, ["", "a", "b"])
+
+
+def test_no_file_is_an_image(tmp_path):
+    for name in ("a.png", "b.png"):
+        save(tmp_path / "in" / name, noise(1, 1))
+    with pytest.raises(UserError, match=r"2 of 2 files in .* were skipped \(the first, a.png: 1x1 pixels are too few"):
+        open_folder(tmp_path / "in", tmp_path / "cache")
 
 
 def test_the_centre_is_cut_out_and_shrunk_without_aliasing(tmp_path):
@@ -302,7 +340,9 @@ def test_two_at_once_and_one_that_was_killed(tmp_path):
     assert [path.name.split(".")[0] for path in cache.iterdir() if path.is_dir()] == ["incomplete"]
     children = [python(OPEN, folder, cache.parent, "whole") for _ in range(2)]
     outputs = [child.communicate(timeout=60) for child in children]
-    assert sorted(out for out, _ in outputs) == [f"(50, 64, 64, 3) {total} {n}\n" for n in (0, 50)], outputs
+    found = sorted(out.splitlines()[-1] for out, _ in outputs)
+    assert found == [f"(50, 64, 64, 3) {total} {n}" for n in (0, 50)], outputs
+    assert sum("preparing the 50 files" in out and f"in {cache}/" in out for out, _ in outputs) == 1
     (copy,) = (path for path in cache.iterdir() if path.is_dir())
     assert not copy.name.startswith("incomplete")
 

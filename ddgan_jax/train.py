@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ddgan_jax import figures, parallel
-from ddgan_jax.build import Built, as_dict, build, check_batch, labels_of, open_data
+from ddgan_jax.build import Built, build, check_batch, labels_of, open_data, settle
 from ddgan_jax.data.batches import batches, like_real
 from ddgan_jax.data.sources import Data
 from ddgan_jax.errors import Fault, UserError
@@ -198,12 +198,11 @@ def train(config: Any, workdir: str, data: Data | None = None) -> Any:
 
 def _train(config: Any, workdir: str, opened: Data | None, interrupt: Interrupt) -> Any:
     started = time.time()
-    settings = as_dict(config)
+    settings, chosen = settle(config, opened)  # the networks and the length depend on the data
     data = settings["data"]
-    if 0 in (data["image_size"], data["channels"]):  # the networks depend on what the images have
-        opened = opened or open_data(settings)
-        data["image_size"], data["channels"] = opened.images.shape[2:]
     built = build(settings)
+    for sentence in chosen:
+        say(sentence)
     train_, log_, eval_ = settings["train"], settings["log"], settings["eval"]
     num_steps, path = train_["num_steps"], paths.path(workdir)
     per_device = check_batch(built.batch_size)

@@ -108,7 +108,7 @@ class _Zip:
         self.remote, self.opened = paths.is_remote(path), path.open("rb")
         try:
             self.file = zipfile.ZipFile(self.opened)
-        except zipfile.BadZipFile as error:
+        except (zipfile.BadZipFile, ValueError) as error:  # gcsfs raises the latter for a file that is too small
             self.opened.close()
             raise UserError(f"data.path={path} is neither a folder nor a zip file nor an LMDB") from error
         self.names = sorted(info.filename for info in self.file.infolist() if _is_image_name(info.filename))

@@ -1,5 +1,6 @@
 """Denoising Diffusion GANs: `python main.py` trains on digits; see --help for the flags and README.md for the rest."""
 
+import functools
 import sys
 import traceback
 
@@ -7,7 +8,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from ddgan_jax import errors, parallel
-from ddgan_jax.errors import Fault, UserError
+from ddgan_jax.errors import Fault, Interrupted, UserError
 
 MODES = ("train", "sample", "vary", "edit", "inpaint", "interpolate", "export", "evaluate")
 
@@ -30,6 +31,7 @@ flags.DEFINE_integer("start_step", None, "edit: diffuse to this step, 0 (nothing
 flags.DEFINE_integer("t", None, "vary: the step x_{t+1} -> x_t to look at, 0 to T-1; T-1 if not given.")
 flags.DEFINE_integer("rounds", 1, "inpaint: times that each step is taken; more let old and new agree better.")
 flags.DEFINE_list("between", ["0", "1"], "interpolate: from this sample to that one.")
+flags.DEFINE_integer("interrupted_exit_code", 75, "Of a training that a signal ended early: ask to be started again.")
 flags.DEFINE_string("compilation_cache", None, "Keep compiled programs in this directory for the next start.")
 
 
@@ -65,7 +67,10 @@ def run(argv: list[str]) -> None:
     if FLAGS.mode == "evaluate":
         from ddgan_jax.evaluate import evaluate
 
-        evaluate(config, path, FLAGS.samples or "", FLAGS.out or "", FLAGS.num_samples or 0, FLAGS.sample_seed)
+        job = functools.partial(
+            evaluate, config, path, FLAGS.samples or "", FLAGS.out or "", FLAGS.num_samples or 0, FLAGS.sample_seed
+        )
+        parallel.by_primary(job) if FLAGS.samples else job()
         return
     from ddgan_jax import generate, model
 
@@ -81,11 +86,13 @@ def run(argv: list[str]) -> None:
         "interpolate": dict(num=num, samples=FLAGS.between, **how),
         "export": dict(posterior=FLAGS.posterior),
     }
-    generate.generate(FLAGS.mode, model.load(path), FLAGS.out or f"{path}/{name}", **options[FLAGS.mode])
+    out = FLAGS.out or f"{path}/{name}"
+    job = lambda: generate.generate(FLAGS.mode, model.load(path), out, **options[FLAGS.mode])  # noqa: E731
+    job() if FLAGS.mode == "sample" else parallel.by_primary(job)
 
 
 def main() -> int:
-    """Run, and tell mistakes (exit code 2) and faults (1) in one sentence."""
+    """Run, and tell mistakes (exit code 2), faults (1) and signals (75) in one sentence."""
     code = 0
     try:
         run(sys.argv)
@@ -95,8 +102,17 @@ def main() -> int:
     except Fault as error:
         print(f"stopped: {error}", file=sys.stderr)
         code = 1
-    except Exception:
-        traceback.print_exc()
+    except Interrupted as error:
+        print(error, flush=True)
+        code = flags.FLAGS.interrupted_exit_code
+    except OSError as error:  # of a disk or a bucket
+        print(f"stopped: {error}", file=sys.stderr)
+        code = 1
+    except Exception as error:
+        if parallel.lost_others(error):
+            print("stopped: another process of this job is gone; the checkpoints are intact", file=sys.stderr)
+        else:
+            traceback.print_exc()
         code = 1
     if code:
         parallel.leave(code)

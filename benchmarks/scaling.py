@@ -7,6 +7,7 @@ batch. Host devices share the processor, so no time is measured: the work of eac
 and the collectives must stay as few and as large as one average of each network's gradients.
 """
 
+import collections
 import json
 import os
 import re
@@ -48,7 +49,7 @@ def layout() -> None:
     built = measure.build_for(config, flags.batch)
     state = parallel.replicate(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(built.init_state)))
     local = measure.examples(built, built.batch_size // jax.process_count())
-    program = parallel.compile_steps([built.step(False)], state, parallel.split(local))[0].result()
+    program = parallel.Stop().compile([built.step(False)], state, parallel.split(local))[0].result()
     found = collectives(program.as_text())
     sizes = {name: sum(x.size for x in jax.tree.leaves(getattr(state, f"{name}_params"))) for name in ("gen", "disc")}
     if parallel.is_primary():
@@ -56,6 +57,7 @@ def layout() -> None:
             json.dumps(
                 {
                     "collectives": len(found),
+                    "kinds": dict(collections.Counter(kind for kind, _ in found)),
                     "bytes": sum(size for _, size in found),
                     "largest": sorted((size for _, size in found), reverse=True)[:3],
                     "gradient_bytes": {name: 4 * size for name, size in sizes.items()},

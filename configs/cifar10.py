@@ -56,6 +56,7 @@ def get_config(variant: str = "paper") -> ConfigDict:
     config.train.init_from = ""  # a workdir or checkpoint whose networks a new run begins with, such as for other data
     config.train.num_steps = 351_000  # 1800 epochs (paper) of 195 steps; 0: chosen for the number of images
     config.train.batch_size = 256  # 4 GPUs x 64 (paper); global; 0: chosen for the number of images
+    config.train.accumulate = 1  # parts that each device takes its batch in, one after the other, for less memory
     config.train.lr_g = 1.6e-4  # (paper)
     config.train.lr_d = 1.25e-4  # (paper)
     config.train.lr_decay = True  # cosine, to lr_min (paper)

@@ -42,7 +42,7 @@ def choose(config: dict[str, Any], num_images: int, labelled: bool, devices: int
     train, size = c["train"], c["data"]["image_size"]
     count = max(num_images, 1)
     chosen = [name for name in ("num_steps", "batch_size") if not train[name]]
-    train["batch_size"] = train["batch_size"] or batch_size(count, size, devices)
+    train["batch_size"] = train["batch_size"] or batch_size(count, size, devices, train["accumulate"])
     train["num_steps"] = train["num_steps"] or num_steps(count, size, train["batch_size"])
     train["steps_per_epoch"] = train["steps_per_epoch"] or max(count // max(train["batch_size"], 1), 1)
     often = max((n for n in SAVE_EVERY if n * SAVES <= train["num_steps"]), default=SAVE_EVERY[0])
@@ -70,13 +70,13 @@ def images_in_all(num_images: int, image_size: int) -> int:
     return min(num_images * (EPOCHS_LARGE if large else EPOCHS), MOST_IMAGES_LARGE if large else MOST_IMAGES)
 
 
-def batch_size(num_images: int, image_size: int, devices: int) -> int:
+def batch_size(num_images: int, image_size: int, devices: int, accumulate: int = 1) -> int:
     """The largest power of two that leaves LEAST_STEPS, but at least 32; at most the paper's, and no more than there
-    are images. A multiple of four and of the devices, so at least that."""
+    are images. A multiple of what `build.check_batch` asks for, so at least that."""
     enough = max(images_in_all(num_images, image_size) // LEAST_STEPS, LEAST_BATCH)
     papers = min(BATCH_TIMES_SIZE // max(image_size, 1), MOST_BATCH)
     largest = 2 ** int(math.log2(max(min(enough, papers, num_images), 1)))
-    unit = math.lcm(STDDEV_GROUP, devices)
+    unit = devices * accumulate * STDDEV_GROUP if accumulate > 1 else math.lcm(STDDEV_GROUP, devices)
     return max(largest // unit, 1) * unit
 
 

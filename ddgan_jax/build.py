@@ -5,6 +5,7 @@ that lies beside a checkpoint. Importing this needs no ml_collections.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -58,7 +59,7 @@ NEW_FIELDS: dict[str, Any] = {
     "data": {"scale": 1.0},
     "model": {"num_classes": 0, "data_std": 0.0},
     "loss": {"generator": "nonsaturating", "mismatched": 0.0, "moment": 0.0},
-    "train": {"lr_decay_steps": 0, "lr_min_d": 0.0, "d_lead": 0.0, "init_from": ""},
+    "train": {"lr_decay_steps": 0, "lr_min_d": 0.0, "d_lead": 0.0, "init_from": "", "accumulate": 1},
     "log": {"tensorboard": True},
 }
 
@@ -174,9 +175,11 @@ def build(config: Any) -> Built:
     if num_classes < 0:
         raise UserError(f"model.num_classes={num_classes} must be 0, for unconditional networks, or more")
     train = c["train"]
-    for name in ("num_steps", "batch_size", "r1_every", "steps_per_epoch"):
+    for name in ("num_steps", "batch_size", "accumulate", "r1_every", "steps_per_epoch"):
         if train[name] < 1:
             raise UserError(f"train.{name}={train[name]} must be at least 1")
+    if train["accumulate"] > 1 and loss["generator"] == "rpsw":
+        raise UserError("loss.generator='rpsw' compares the whole batch at once: set train.accumulate to 1")
     if train["d_lead"] < 0:
         raise UserError(f"train.d_lead={train['d_lead']} must be 0, to leave the learning rate alone, or more")
     if loss["mismatched"] < 0:
@@ -200,7 +203,10 @@ def build(config: Any) -> Built:
 
     method = Method(
         gen=jax.jit(lambda params, *args, **labels: generator.apply({"params": params}, *args, **labels)),
-        disc=jax.jit(lambda params, *args, **labels: discriminator.apply({"params": params}, *args, **labels)),
+        disc=jax.jit(
+            lambda params, *args, **more: discriminator.apply({"params": params}, *args, **more),
+            static_argnames="axis_name",
+        ),
         schedule=schedule,
         optimizer=state.adam(train["adam_b1"], train["adam_b2"]),
         lr_g=rate(train["lr_g"], 0.0),
@@ -212,6 +218,7 @@ def build(config: Any) -> Built:
         dropout=getattr(generator, "dropout", 0) > 0,
         objective=c["objective"],
         paths=Paths(loss["projections"], loss["kappa"]) if loss["generator"] == "rpsw" else None,
+        accumulate=train["accumulate"],
         scale=scale,
         mismatched=loss["mismatched"],
         moment=loss["moment"],
@@ -239,13 +246,28 @@ def _frozen(value: Any) -> Any:
     return tuple(_frozen(item) for item in value) if isinstance(value, list | tuple) else value
 
 
-def check_batch(batch_size: int) -> int:
-    """The batch of one device; UserError unless the global batch divides evenly into groups of four on every device."""
+def check_batch(batch_size: int, accumulate: int = 1) -> int:
+    """The batch of one device; UserError unless the global batch divides by the devices and into groups of four.
+
+    A group may lie on neighbouring devices. Of the `accumulate` parts of a device's batch each must hold whole groups.
+    """
     devices = jax.device_count()
-    per_device, rest = divmod(batch_size, devices)
-    if rest or per_device % STDDEV_GROUP:
+    several = f"{devices} device{'s' * (devices > 1)}"
+    if batch_size < devices:
         raise UserError(
-            f"train.batch_size={batch_size} does not divide into a multiple of {STDDEV_GROUP} images for each of "
-            f"{devices} device{'s' * (devices > 1)}: choose a multiple of {STDDEV_GROUP * devices}"
+            f"train.batch_size={batch_size} is smaller than the {several}: choose a multiple of "
+            f"{math.lcm(devices, STDDEV_GROUP)}, or show the program no more than {batch_size} devices"
+        )
+    per_device, rest = divmod(batch_size, devices)
+    if rest or (batch_size > STDDEV_GROUP and batch_size % STDDEV_GROUP):
+        raise UserError(
+            f"train.batch_size={batch_size} does not divide by {several} and into groups of {STDDEV_GROUP} images, "
+            f"which the discriminator compares: choose a multiple of {math.lcm(devices, STDDEV_GROUP)}"
+        )
+    if accumulate > 1 and per_device % (accumulate * STDDEV_GROUP):
+        most = [n for n in range(1, per_device + 1) if per_device % (n * STDDEV_GROUP) == 0]
+        raise UserError(
+            f"train.accumulate={accumulate} does not cut the {per_device} images of a device into equal parts of whole "
+            f"groups of {STDDEV_GROUP}: choose {' or '.join(map(str, most)) if most else 1}"
         )
     return per_device

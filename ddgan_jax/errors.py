@@ -1,4 +1,4 @@
-"""The two exceptions that are told in one sentence instead of a traceback."""
+"""The exceptions that are told in one sentence instead of a traceback."""
 
 import contextlib
 from collections.abc import Iterator
@@ -12,6 +12,10 @@ class UserError(ValueError):
 
 class Fault(RuntimeError):
     """Something outside went wrong (a full disk, a non-finite loss): what, and what is safe. Commands exit with 1."""
+
+
+class Interrupted(Exception):
+    """A signal ended a job early; what was done is saved. Commands exit with 75, which asks to be started again."""
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ddgan_jax import figures
+from ddgan_jax import figures, parallel
 from ddgan_jax.build import as_dict, labels_of
 from ddgan_jax.data import decoding
 from ddgan_jax.data.batches import like_real
@@ -79,7 +79,7 @@ def time_sampling(draw: Sampler, params: Any, seed: int, batch: int, num_steps: 
         "network_calls": num_steps,
         "seconds_per_100": statistics.median(seconds[1:]) * 100 / batch,
         "batch": batch,
-        "devices": f"{jax.local_device_count()} x {jax.devices()[0].device_kind}",
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }
 
 
@@ -89,7 +89,8 @@ def time_sampling(draw: Sampler, params: Any, seed: int, batch: int, num_steps: 
 def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_samples: int = 0, seed: int = 0) -> Results:
     """Judge the checkpoint or workdir `path`, or the `samples` of a file or folder, against `config.data`.
 
-    Writes results.json and pictures into the folder `out`, by default `path`/evaluation/STEP. Returns the results.
+    Writes results.json and pictures into the folder `out`, by default `path`/evaluation/STEP. Returns the results, {}
+    in all processes but the first.
     Raises UserError where `config` is of other data than the checkpoint.
     """
     c, start = as_dict(config), time.time()
@@ -104,16 +105,20 @@ def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_sampl
         c, step = _same_data(c, model.config, path), model.step
         draw = Sampler(model.built, c["sample"]["batch_size"])
         folder = paths.path(out) if out else paths.path(path) / "evaluation" / str(step)
-        results = {"checkpoint": str(checkpoint.find(path)), "step": step, "seed": seed}
+        found = parallel.from_primary(lambda: str(checkpoint.find(path)) if step else path)
+        results = {"checkpoint": found, "step": step, "seed": seed}
     judge_, labels = open_judge(c), None
     if not samples:
         labels = like_real(labels_of(judge_.data, model.built.num_classes, c["data"]["name"]), count)
         chunks = draw.chunks(model.params, seed, count, labels)
     judged = judge(judge_, chunks, count, "reading" if samples else "sampling", labels)
-    results |= {"features": c["eval"]["features"]} | judge_.about | judged.results
     if not samples:
-        batch = min(count, 100, c["sample"]["batch_size"] * jax.local_device_count())
-        results["sampling"] = time_sampling(draw, model.params, seed, batch, model.num_steps)
+        batch = min(count, 100, c["sample"]["batch_size"] * jax.device_count())
+        speed = time_sampling(draw, model.params, seed, batch, model.num_steps)
+    if judged is None:  # another process has the numbers
+        return {}
+    results |= {"features": c["eval"]["features"]} | judge_.about | judged.results
+    results |= {"sampling": speed} if not samples else {}
     results["seconds"] = round(time.time() - start, 1)
     paths.write(folder / "results.json", json.dumps(results, indent=2, default=float) + "\n")
     draw_figures(judge_, judged, folder, path if not samples else "")

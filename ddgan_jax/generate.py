@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ddgan_jax import figures, torch_files, torch_weights
+from ddgan_jax import figures, parallel, torch_files, torch_weights
 from ddgan_jax.data import decoding
 from ddgan_jax.errors import UserError
 from ddgan_jax.model import Model
@@ -55,8 +55,10 @@ def sample(model: Model, out: str, num: int, trajectory: str = "", **how: Any) -
     check_out(out, ".png", ".npz", *([""] if _has_images(model) else []))
     if trajectory:
         check_out(trajectory, ".png", ".gif")
-    save(model.sample(num, progress=True, **how), out)
-    if trajectory:
+    images = model.sample(num, progress=True, **how)
+    if parallel.is_primary():  # which writes what all have drawn
+        save(images, out)
+    if trajectory and parallel.is_primary():
         draw_trajectory(model, trajectory, min(num, 8 if _has_images(model) else 4096), **how)
 
 
@@ -146,7 +148,8 @@ def generate(mode: str, model: Model, out: str, **options: Any) -> None:
     """Do the job that `mode` names, and say how long it took."""
     start = time.time()
     JOBS[mode](model, out, **options)
-    print(f"{mode} of step {model.step} written to {out} in {time.time() - start:.1f} s")
+    if parallel.is_primary():
+        print(f"{mode} of step {model.step} written to {out} in {time.time() - start:.1f} s")
 
 
 JOBS: dict[str, Callable[..., None]] = {

@@ -10,6 +10,7 @@ A distance in the features of our own classifier is never called FID. What is co
 """
 
 import dataclasses
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -69,34 +70,30 @@ def extract(
 ) -> list[Features]:
     """What every network makes of `total` uint8 images that come in chunks [n, H, W, C], in one pass over them.
 
-    A progress bar is named `what`; without a name there is none.
+    Where several processes share the work, a chunk is this process's part of a round (`parallel.rounds`), and each of
+    them gets the features of all. A progress bar is named `what`; without a name there is none.
     """
-    devices = jax.local_device_count()
-    bar = tqdm(total=total, desc=what, unit="img", disable=None if what else True)
     found: list[list[Features]] = [[] for _ in networks]
-    with bar:
-        for batch in _rebatch(chunks, batch_size * devices):
-            whole = np.resize(batch, (batch_size * devices, *batch.shape[1:]))  # the last one is filled up
-            whole = whole.reshape(devices, batch_size, *batch.shape[1:])
+    done = 0
+    with tqdm(total=total, desc=what, unit="img", disable=None if what and parallel.is_primary() else True) as bar:
+        for chunk in chunks:
             for network, parts in zip(networks, found, strict=True):
-                made = (np.asarray(x) for x in network.apply(network.params, whole))
-                rows = (x.reshape(devices * batch_size, *x.shape[2:])[: len(batch)] for x in made)
-                parts.append(Features(*rows))
-            bar.update(len(batch))
+                rows = parallel.gather_rows(_apply(network, chunk, batch_size))
+                parts.append(Features(*(x[: total - done] for x in rows)))
+            bar.update(len(found[0][-1].features))
+            done += len(found[0][-1].features)
     return [Features(*(np.concatenate(x) for x in zip(*parts, strict=True))) for parts in found]
 
 
-def _rebatch(chunks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    rest: list[np.ndarray] = []
-    for chunk in chunks:
-        rest.append(chunk)
-        if sum(map(len, rest)) >= size:
-            joined = np.concatenate(rest)
-            for start in range(0, len(joined) - size + 1, size):
-                yield joined[start : start + size]
-            rest = [joined[len(joined) // size * size :]]
-    if sum(map(len, rest)):
-        yield np.concatenate(rest)
+def _apply(network: Network, images: np.ndarray, batch_size: int) -> Features:
+    """What a network makes of images [n, H, W, C], `batch_size` at once on each device of this process."""
+    devices, parts = jax.local_device_count(), []
+    for start in range(0, len(images), batch_size * devices):
+        batch = images[start : start + batch_size * devices]
+        whole = np.resize(batch, (batch_size * devices, *batch.shape[1:]))  # the last one is filled up
+        made = network.apply(network.params, whole.reshape(devices, batch_size, *batch.shape[1:]))
+        parts.append([np.asarray(x).reshape(devices * batch_size, *x.shape[2:])[: len(batch)] for x in made])
+    return Features(*(np.concatenate(x) for x in zip(*parts, strict=True)))
 
 
 def _find_weights(setting: str, given: str, module: Any, folder: str) -> str:
@@ -123,18 +120,22 @@ def _read_weights(path: str, module: Any) -> dict[str, np.ndarray]:
 def _published_networks(c: dict[str, Any]) -> list[Network]:
     """Inception, and VGG16 if its weights are there."""
     folder, given = sources.directory(c["data"]["dir"]), c["eval"]
-    path = _find_weights("inception_weights", given["inception_weights"], inception, folder)
-    state = _read_weights(path, inception)
+
+    def read(setting: str, module: Any) -> dict[str, np.ndarray]:
+        return _read_weights(_find_weights(setting, given[setting], module, folder), module)
+
+    state = parallel.from_primary(lambda: read("inception_weights", inception))
     net = inception.Inception()
     networks = [_network("Inception 2015-12-05", lambda p, x: net.apply({"params": p}, x), inception.params(state))]
     try:
-        path = _find_weights("vgg_weights", given["vgg_weights"], vgg, folder)
+        state = parallel.from_primary(lambda: read("vgg_weights", vgg))
     except UserError as error:
         if given["vgg_weights"]:
             raise
-        print(f"without precision and recall: {error}", flush=True)
+        if parallel.is_primary():
+            print(f"without precision and recall: {error}", flush=True)
         return networks
-    state, other = _read_weights(path, vgg), vgg.VGG16()
+    other = vgg.VGG16()
 
     def apply(params: Any, images: Any) -> Any:
         features: Any = other.apply({"params": params}, images)
@@ -162,13 +163,18 @@ def _own_network(c: dict[str, Any], data: sources.Data) -> tuple[Network, Result
         held_out, rest = np.split(chosen, [len(chosen) // 5])
         x, y, test_x, test_y = data.images[rest], labels[rest], data.images[held_out], labels[held_out]
         count = len(data.classes)
-    path = _cache(c, "classifier", fingerprint(base, "", x), f"{size}.npz")
+    path = _cache(c, "classifier", sources.fingerprint(base, "", x), f"{size}.npz")
     net = classifier.Classifier(count)
     shapes = jax.eval_shape(net.init, jax.random.key(0), x[:1])["params"]
-    params = _cached(path, lambda: checkpoint.unflatten(weights.read(str(path)), shapes))
-    if params is None:
-        params = classifier.train(x, y, count, lambda steps: tqdm(steps, f"classifier of {base}", disable=None))
-        _write(path, lambda file: np.savez(file, **checkpoint.flatten(params)))  # type: ignore[arg-type]
+
+    def make() -> Any:
+        params = _cached(path, lambda: checkpoint.unflatten(weights.read(str(path)), shapes))
+        if params is None:
+            params = classifier.train(x, y, count, lambda steps: tqdm(steps, f"classifier of {base}", disable=None))
+            _write(path, lambda file: np.savez(file, **checkpoint.flatten(params)))  # type: ignore[arg-type]
+        return jax.device_get(params)
+
+    params = parallel.from_primary(make)
     share = classifier.accuracy(params, test_x, test_y)
     if share < LEAST_ACCURACY.get(base, 0):
         raise Fault(
@@ -191,13 +197,6 @@ def _own_network(c: dict[str, Any], data: sources.Data) -> tuple[Network, Result
 
 
 # --- Caches -------------------------------------------------------------------------------------------------------
-
-
-def fingerprint(name: str, split: str, images: Any) -> str:
-    """Of a set of images: its name, size and shape, and the content of up to 256 of them."""
-    some = images[np.linspace(0, len(images) - 1, min(256, len(images))).astype(int)]
-    content = f"{name} {split} {tuple(images.shape)}".encode() + np.ascontiguousarray(some).tobytes()
-    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _cache(c: dict[str, Any], *names: str) -> Path:
@@ -223,7 +222,7 @@ def _write(path: Path, write: Callable[[Any], None]) -> None:
 # --- The judge ----------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Judge:
     """What is real, opened once: the measures compare samples with it."""
 
@@ -233,6 +232,24 @@ class Judge:
     networks: list[Network]  # the first is for distances, the last for manifolds
     real: list[Features]  # of each network
     about: Results  # what is known of all this
+
+    @functools.cached_property
+    def moments(self) -> distances.Moments:
+        """Of the real images in the first network's features, or those that others published."""
+        published = self.config["eval"]["reference_statistics"]
+        if published and self.config["eval"]["features"] == "inception":
+            return distances.load_moments(published, self.real[0].features.shape[1])
+        return distances.moments(_slices(self.real[0].features))
+
+    @functools.cached_property
+    def shown(self) -> np.ndarray:
+        """Indices into `reference` of the real images that precision and recall are of."""
+        return np.sort(order(len(self.reference), 1, 0)[: self.config["eval"]["manifold_samples"]])
+
+    @functools.cached_property
+    def radii(self) -> np.ndarray:
+        """The radii of their manifold."""
+        return manifold.radii(self.real[-1].features[self.shown], self.config["eval"]["k"])
 
 
 def open_judge(config: Any, data: sources.Data | None = None) -> Judge:
@@ -261,17 +278,19 @@ def open_judge(config: Any, data: sources.Data | None = None) -> Judge:
 
 
 def _real_features(c: dict[str, Any], data: sources.Data, reference: np.ndarray, network: Network) -> Features:
-    """Computed once, then read from the cache."""
-    name, split = c["data"]["name"], c["data"]["split"]
-    print_of = fingerprint(name, split, data.images)
+    """Computed once by all devices, then read from the cache of process 0; in the others nothing is kept of it."""
+    name, split, batch_size = c["data"]["name"], c["data"]["split"], c["eval"]["batch_size"]
+    print_of = sources.fingerprint(name, split, data.images)
     path = _cache(c, "features", print_of, network.fingerprint, f"{len(reference)}.npz")
-    kept = _cached(path, lambda: Features(**weights.read(str(path))))
-    if kept is not None and len(kept.features) == len(reference):
-        return kept
-    chunks = (data.images[reference[i : i + 256]] for i in range(0, len(reference), 256))
-    what = f"real images in {network.name}"
-    features = extract([network], chunks, c["eval"]["batch_size"], len(reference), what)[0]
-    _write(path, lambda file: np.savez(file, **features._asdict()))
+    kept = _cached(path, lambda: Features(**weights.read(str(path)))) if parallel.is_primary() else None
+    if kept is not None and len(kept.features) != len(reference):
+        kept = None
+    if not parallel.from_primary(lambda: kept is None):
+        return kept or Features(np.zeros((0, 0)), np.zeros((0, 0)))
+    chunks = (data.images[reference[indices]] for indices, _ in parallel.rounds(len(reference), batch_size))
+    features = extract([network], chunks, batch_size, len(reference), f"real images in {network.name}")[0]
+    if parallel.is_primary():
+        _write(path, lambda file: np.savez(file, **features._asdict()))
     return features
 
 
@@ -290,8 +309,10 @@ class Judged:
 
 def judge(
     j: Judge, chunks: Iterable[np.ndarray], total: int, what: str = "", labels: np.ndarray | None = None
-) -> Judged:
-    """Measure `total` samples that come in chunks [n, ...].
+) -> Judged | None:
+    """Measure `total` samples that come in chunks [n, ...], in the rounds of `parallel.rounds` if several processes do.
+
+    Only process 0 measures; the others give it features, and get None.
 
     `what` names the progress bar; without it, while training, there are none, and no nearest neighbours either.
     `labels` [total] are the classes that the samples were asked for; the classifier says how many are of them.
@@ -309,11 +330,15 @@ def judge(
                     f"{j.config['data']['name']} are uint8 {list(j.data.images.shape[1:])}"
                 )
             if not j.networks or sum(map(len, kept)) < KEPT:
-                kept.append(chunk)
+                kept.append(parallel.gather_rows(chunk))
             yield chunk
 
     if not j.networks:
-        points = np.concatenate(list(seen()))
+        for _ in seen():
+            pass
+        points = np.concatenate(kept)[:total]
+        if not parallel.is_primary():
+            return None
         report = modes.gaussian_report(points, sources.GRID_SIDE, sources.GRID_SPACING, sources.GRID_STD)
         share = report.histogram / len(points)
         results: Results = {"modes": report.modes, "of_modes": len(share), "high_quality": report.high_quality}
@@ -321,13 +346,14 @@ def judge(
         return Judged(results | {"num_samples": len(points)}, points, [], histogram=report.histogram)
 
     fake = extract(j.networks, seen(), e["batch_size"], total, what)
-    samples, count = np.concatenate(kept)[:KEPT], len(fake[0].features)
+    if not parallel.is_primary():
+        return None
+    count = len(fake[0].features)
+    samples = np.concatenate(kept)[: min(KEPT, count)]
     results = {"num_samples": count}
-    moments = [distances.moments(_slices(x[0].features)) for x in (j.real, fake)]
+    moments = j.moments, distances.moments(_slices(fake[0].features))
     histogram = None
     if e["features"] == "inception":
-        if e["reference_statistics"]:
-            moments[0] = distances.load_moments(e["reference_statistics"], len(moments[0].mu))
         results["fid"] = distances.frechet_distance(*moments)
         kid = distances.kernel_distance(j.real[0].features, fake[0].features, KID_BLOCK)
         results |= {"kid": kid.mean, "kid_std": kid.std, "kid_blocks": kid.blocks, "kid_block_size": kid.block_size}
@@ -349,9 +375,9 @@ def judge(
         return judged
 
     limit = e["manifold_samples"]
-    shown = np.sort(order(len(j.reference), 1, 0)[:limit])
-    real, bar = j.real[-1].features, _bar("precision and recall" if what else "")
-    found = manifold.precision_recall(real[shown], fake[-1].features[:limit], e["k"], progress=bar)
+    real, shown, bar = j.real[-1].features, j.shown, _bar("precision and recall" if what else "")
+    fakes = fake[-1].features[:limit]
+    found = manifold.precision_recall(real[shown], fakes, e["k"], progress=bar, real_radii=j.radii)
     results |= {name: getattr(found, name) for name in ("precision", "recall", "density", "coverage")}
     results |= {"manifold_real": len(shown), "manifold_fake": min(limit, count), "k": e["k"]}
     judged = dataclasses.replace(judged, manifolds=found, shown=shown)

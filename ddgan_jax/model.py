@@ -45,7 +45,7 @@ class Sampler:
     """Draws uint8 images or points by index from a built method; compiled once a chunk size."""
 
     def __init__(self, built: Built, batch_size: int, posterior: str = "gaussian"):
-        """Draw `batch_size` images at once on each of this process's devices."""
+        """Draw up to `batch_size` images at once on each device."""
         self._draw = _mapped_sample(built, posterior)
         self._batch_size = max(1, batch_size)
         self._num_classes = built.num_classes
@@ -53,36 +53,46 @@ class Sampler:
     def chunks(self, params: Any, seed: int, num: int, labels: np.ndarray | None = None) -> Iterator[np.ndarray]:
         """Images 0..num-1, uint8 [n, H, W, C], or points [n, d], chunk by chunk; sample i from (seed, i) alone.
 
-        If the method is class-conditional, of classes `labels` [num]. Halves its batch where memory ends.
+        If the method is class-conditional, of classes `labels` [num]. Where several processes share the work, a chunk
+        is this one's part of a round (`parallel.rounds`). Halves its batch where memory ends.
         """
-        params, devices, done = parallel.replicate_local(params), jax.local_device_count(), 0
+        params = parallel.replicate_local(params)
         if labels is None:
             labels = default_labels(self._num_classes, np.arange(num))
-        while done < num:
-            size = min(self._batch_size, -(-num // devices))
-            indices = np.arange(done, done + devices * size, dtype=np.int32).reshape(devices, size)
-            y = None if labels is None else labels[np.minimum(indices, num - 1)]
+        for indices, count in parallel.rounds(num, self._batch_size):
+            chunk = self._part(params, seed, indices, labels)
+            yield chunk[:count] if parallel.num_processes() == 1 else chunk
+
+    def _part(self, params: Any, seed: int, indices: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
+        """Images `indices` [n], by all devices of this process."""
+        devices = jax.local_device_count()
+        mapped = indices.astype(np.int32).reshape(devices, -1)
+        size = min(self._batch_size, mapped.shape[1])
+        parts = []
+        for start in range(0, mapped.shape[1], size):
+            part = mapped[:, np.minimum(np.arange(start, start + size), mapped.shape[1] - 1)]
             try:
-                chunk = np.asarray(self._draw(params, np.uint32(seed), indices, y))
+                parts.append(
+                    np.asarray(self._draw(params, np.uint32(seed), part, None if labels is None else labels[part]))
+                )
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error) or size == 1:
                     raise
                 self._batch_size = size // 2
-                continue
-            chunk = chunk.reshape(-1, *chunk.shape[2:])[: num - done]
-            done += len(chunk)
-            yield chunk
+                return self._part(params, seed, indices, labels)
+        drawn = np.concatenate(parts, axis=1)[:, : mapped.shape[1]]
+        return drawn.reshape(-1, *drawn.shape[2:])
 
     def __call__(
         self, params: Any, seed: int, num: int, labels: np.ndarray | None = None, progress: bool = False
     ) -> np.ndarray:
-        """The same in one array."""
+        """The same in one array, in every process."""
         images = []
         with tqdm(total=num, unit="img", desc="sampling", disable=None if progress else True) as bar:
             for chunk in self.chunks(params, seed, num, labels):
-                images.append(chunk)
-                bar.update(len(chunk))
-        return np.concatenate(images)
+                images.append(parallel.gather_rows(chunk))
+                bar.update(min(len(images[-1]), num - bar.n))
+        return np.concatenate(images)[:num]
 
 
 # --- Compiled once for a model, its shapes, and the static arguments in front --------------------------------------
@@ -343,7 +353,7 @@ def load(path: str | os.PathLike, num_steps: int = 4, **hints: Any) -> Model:
     path = os.fspath(path)
     if path.endswith(".pth"):
         return _load_reference(path, num_steps, hints)
-    params, config, step = checkpoint.restore_ema(path)
+    params, config, step = parallel.from_primary(lambda: checkpoint.restore_ema(path))
     built = build(config)
     checkpoint.check_like(params, jax.eval_shape(built.init_gen, jax.random.key(0)), f"the checkpoint in {path}")
     return Model(params, built, config, step)
@@ -351,7 +361,7 @@ def load(path: str | os.PathLike, num_steps: int = 4, **hints: Any) -> Model:
 
 def _load_reference(path: str, num_steps: int, hints: dict[str, Any]) -> Model:
     """A model of the reference, in a configuration of ours; what only training needs is filled with the defaults."""
-    found = torch_files.read(path, **hints)
+    found = parallel.from_primary(lambda: torch_files.read(path, **hints))
     args = found.args | hints
     if "image_size" not in args:
         raise UserError(f"{path} does not tell the size of its images: name it, image_size=32")

@@ -9,11 +9,16 @@ import collections
 import contextlib
 import gc
 import itertools
+import json
+import math
 import os
+import pickle
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +26,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ddgan_jax.errors import UserError
+from ddgan_jax import cluster
+from ddgan_jax.errors import Fault, UserError
 
 AXIS = "batch"
+T = TypeVar("T")
 
 
 def map_step(step: Callable, devices: Any = None) -> Any:
@@ -58,6 +65,47 @@ def collector_paused() -> Iterator[None]:
             gc.enable()
 
 
+class Stop:
+    """Runs the steps of a loop, and says after which one it is to stop: after the same in every process.
+
+    The processes tell each other with their gradients: the flags of all are added up in each step, and read two steps
+    later, when that step is done, so that the devices never wait. No process runs further ahead of them than that.
+    """
+
+    AHEAD = 2
+
+    def __init__(self) -> None:
+        """Not yet."""
+        self.now = False
+        self._pending: collections.deque = collections.deque()
+        self._flags = [split(np.full(jax.local_device_count(), flag, np.float32)) for flag in (0, 1)]
+
+    def step(self, run: Callable, state: Any, batch: Any, flag: Callable[[], bool]) -> tuple[Any, Any]:
+        """run(state, batch) -> (state, metrics); `flag` says whether this process wants to stop."""
+        state, metrics = run(state, (batch, self._flags[flag()]))
+        self._pending.append(metrics.pop("stop"))
+        if len(self._pending) > self.AHEAD:
+            self.now = bool(np.asarray(self._pending.popleft()) > 0)
+        if jax.process_count() == 1:  # there is nobody to wait for
+            self.now = flag()
+        return state, metrics
+
+    @classmethod
+    def watched(cls, step: Callable) -> Callable:
+        """A step of a replica that takes a flag beside its batch, and adds up those of all."""
+
+        def run(state: Any, inputs: tuple[Any, jax.Array]) -> tuple[Any, Any]:
+            batch, flag = inputs
+            state, metrics = step(state, batch)
+            return state, metrics | {"stop": jax.lax.psum(flag[0], AXIS)}
+
+        return run
+
+    def compile(self, steps: Iterable[Callable], state: Any, batch: Any) -> list[Future]:
+        """`compile_steps` of steps that are run by `step`."""
+        return compile_steps(map(self.watched, steps), state, (batch, self._flags[0]))
+
+
 def compile_steps(steps: Iterable[Callable], state: Any, batch: Any) -> list[Future]:
     """`map_step` of each, compiled for a `replicate`d state and a `split` batch: they take arrays of all processes.
 
@@ -80,8 +128,13 @@ def _sharding(*axes: str) -> NamedSharding:
 
 
 def replicate(tree: Any) -> Any:
-    """Arrays of this process -> arrays on every device of every process."""
-    return jax.device_put(tree, _sharding())
+    """Host arrays, the same in every process -> arrays on every device of every process.
+
+    `device_put` would compare every array over all processes, which takes minutes where they are many.
+    """
+    if jax.process_count() == 1:
+        return jax.device_put(tree, _sharding())
+    return jax.tree.map(lambda x: jax.make_array_from_callback(np.shape(x), _sharding(), lambda _: x), tree)
 
 
 def split(batch: Any) -> Any:
@@ -118,6 +171,22 @@ def mean(tree: Any, axis_name: str | None) -> Any:
     return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
 
 
+def gather_neighbours(x: jax.Array, axis_name: str | None, multiple: int) -> tuple[jax.Array, jax.Array | int]:
+    """Inside a replica: (rows [m b, ...] of m neighbouring replicas, where its own [b, ...] begin among them).
+
+    m is the smallest number for which m b is a multiple of `multiple` (or of the whole batch, if that is smaller), so
+    1, without any communication, where b is one already.
+    """
+    replicas = 1 if axis_name is None else jax.lax.axis_size(axis_name)
+    multiple = min(multiple, replicas * x.shape[0])
+    m = multiple // math.gcd(multiple, x.shape[0])
+    if m == 1 or replicas % m:
+        return x, 0
+    groups = [list(range(i, i + m)) for i in range(0, replicas, m)]
+    rows = jax.lax.all_gather(x, axis_name, axis_index_groups=groups, tiled=True)
+    return rows, jax.lax.axis_index(axis_name) % m * x.shape[0]
+
+
 def gather(x: jax.Array, axis_name: str | None) -> jax.Array:
     """Inside a replica: the rows [b, ...] of all replicas, [B, ...], in the order of the global batch."""
     return x if axis_name is None else jax.lax.all_gather(x, axis_name, tiled=True)
@@ -138,30 +207,186 @@ def example_keys(key: jax.Array, indices: jax.Array) -> jax.Array:
 
 
 def initialize() -> None:
-    """Join the other processes, if there are any: on a TPU pod unasked, elsewhere as the environment says.
+    """Join the other processes that the launcher of this one started, if there are any; see cluster.py.
 
-    JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID name the group. Call it before anything
-    touches a device. Raises UserError if only some of the three are set.
+    Call it before anything touches a device. Raises UserError if there are others and it cannot join them.
     """
-    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    given = [name for name in names if os.environ.get(name)]
-    if given and len(given) < len(names):
-        raise UserError(f"several processes need {', '.join(names)}, but only {', '.join(given)} is set")
-    if given:
-        address, count, index = (os.environ[name] for name in names)
-        if not (count.isdigit() and index.isdigit() and int(index) < int(count)):
-            raise UserError(f"JAX_PROCESS_ID={index} must be a number below JAX_NUM_PROCESSES={count}")
-        jax.distributed.initialize(address, int(count), int(index))
-        barrier()
-    elif "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
-        jax.distributed.initialize()
-        barrier()
+    from jax._src import cloud_tpu_init  # what JAX itself goes by; there is no public name for it
+
+    gpus = 0 if cloud_tpu_init.running_in_cloud_tpu_vm else cluster.visible_gpus(os.environ)
+    arguments = cluster.arguments(os.environ, cloud_tpu_init.running_in_cloud_tpu_vm, gpus)
+    if arguments is None:
+        return
+    if "coordinator_address" in arguments:
+        arguments["cluster_detection_method"] = "deactivate"  # everything is given
+    try:
+        jax.distributed.initialize(**arguments)
+    except Exception as error:
+        if _no_metadata(error):
+            print(
+                "note: this TPU is on no Cloud TPU VM that says which hosts belong together: it runs alone", flush=True
+            )
+            return
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"this process could not join the others: {reason}; {cluster.BY_HAND}") from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX has taken it for a service of its own, which ends nothing
+    barrier()
+
+
+def _no_metadata(error: BaseException) -> bool:
+    """Did JAX ask the metadata server of Cloud TPU VMs, where there is none?"""
+    return type(error).__module__.startswith("requests") and "metadata" in str(error)
+
+
+# --- Processes: what they tell each other -------------------------------------------------------------------------
+# Small things go through the store of JAX's coordination service, which waits for as long as it takes, and fails where
+# a process has died; a collective of devices may give up after 30 s where its processes do not come at once.
+
+_DAY = 24 * 60 * 60 * 1000  # ms
+_calls = itertools.count()
+_apart = False
+
+
+def num_processes() -> int:
+    """How many processes do this job together: all that were joined, or 1 within `apart`."""
+    return 1 if _apart else jax.process_count()
+
+
+def process_index() -> int:
+    """The index of this one among them."""
+    return 0 if _apart else jax.process_index()
+
+
+def is_primary() -> bool:
+    """Is this process 0, the only one that writes?"""
+    return jax.process_index() == 0
+
+
+def _client() -> Any:
+    from jax._src import distributed  # as Orbax does; there is no public name for it
+
+    return distributed.global_state.client
+
+
+def exchange(value: Any) -> list[Any]:
+    """Small JSON values of all processes, in their order, in each of them."""
+    if num_processes() == 1:
+        return [value]
+    name, client = f"ddgan_jax/{next(_calls)}", _client()
+    client.key_value_set(f"{name}/{jax.process_index()}", json.dumps(value))
+    return [json.loads(client.blocking_key_value_get(f"{name}/{i}", _DAY)) for i in range(jax.process_count())]
 
 
 def barrier() -> None:
-    """Wait for the other processes. Where they meet for the first time in a program, they give up after 30 s."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("barrier")
+    """Wait for the other processes, for a day if need be."""
+    exchange(None)
+
+
+def _attempt(action: Callable[[], T]) -> tuple[T | None, list[str]]:
+    """(what it returns, []), or (None, [kind of error, message])."""
+    try:
+        return action(), []
+    except (UserError, Fault) as error:
+        return None, [type(error).__name__, str(error)]
+
+
+def _error(outcome: list[str], prefix: str = "") -> Exception:
+    kind, message = outcome
+    return {"UserError": UserError, "Fault": Fault}.get(kind, Fault)(prefix + message)
+
+
+def everywhere(action: Callable[[], T]) -> T:
+    """`action()` in every process. Where it raises UserError or Fault in one, all raise that of the first such."""
+    if num_processes() == 1:
+        return action()
+    made, outcome = _attempt(action)
+    for index, other in enumerate(exchange(outcome)):
+        if other:
+            raise _error(other, f"process {index}: ")
+    return made  # type: ignore[return-value]
+
+
+def from_primary(action: Callable[[], T]) -> T:
+    """What `action()` returns in process 0, in every process; its UserError or Fault is raised in all."""
+    if num_processes() == 1:
+        return action()
+    made, outcome = _attempt(lambda: _alone(action)) if is_primary() else (None, [])
+    name, client = f"ddgan_jax/{next(_calls)}", _client()
+    content = pickle.dumps(made) if is_primary() else b""
+    if is_primary():
+        client.key_value_set(name, json.dumps([outcome, len(content)]))
+    outcome, size = json.loads(client.blocking_key_value_get(name, _DAY))
+    if outcome:
+        raise _error(outcome)
+    return pickle.loads(_broadcast(content, size))
+
+
+def by_primary(action: Callable[[], Any]) -> None:
+    """Do it in process 0, while the others wait; its UserError or Fault is raised in all."""
+    from_primary(lambda: action() and None)
+
+
+def _alone(action: Callable[[], T]) -> T:
+    with apart():
+        return action()
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """What is done within is done by this process alone, with its own devices: it does not wait for others."""
+    global _apart
+    before, _apart = _apart, True
+    try:
+        yield
+    finally:
+        _apart = before
+
+
+def _broadcast(content: bytes, size: int) -> bytes:
+    """`size` bytes of process 0, in every process, by its devices; in parts, which do not fill their memory."""
+    part = min(max(size, 1), 2**26)
+    received = []
+    for start in range(0, size, part):
+        row = np.zeros(-(-part // 4) * 4, np.uint8)
+        mine = np.frombuffer(content[start : start + part], np.uint8)
+        row[: len(mine)] = mine
+        received.append(np.asarray(multihost_utils.broadcast_one_to_all(row.view(np.uint32))).view(np.uint8)[:part])
+    return np.concatenate(received).tobytes()[:size] if received else b""
+
+
+def agree(facts: dict[str, Any]) -> None:
+    """UserError, in every process, unless all have the same facts, {name: JSON value}; it names what differs."""
+    others = exchange(facts)
+    for index, theirs in enumerate(others):
+        for name in sorted(others[0].keys() | theirs.keys()):
+            if theirs.get(name) != others[0].get(name):
+                raise UserError(
+                    f"the processes do not train the same: {name} is {others[0].get(name)} in process 0 and "
+                    f"{theirs.get(name)} in process {index}: give each the same command, data and versions"
+                )
+
+
+def any_process(flag: bool) -> bool:
+    """Has any process set its flag? Every process must ask at the same point."""
+    return any(exchange(bool(flag)))
+
+
+def gather_rows(tree: Any) -> Any:
+    """Host arrays [n, ...] of this process -> those of all processes, [processes n, ...], in their order."""
+    return tree if num_processes() == 1 else multihost_utils.process_allgather(tree, tiled=True)
+
+
+def lost_others(error: BaseException) -> bool:
+    """Is this what a collective or the coordination service raises where another process has ended?"""
+    return (
+        jax.distributed.is_initialized()
+        and isinstance(error, jax.errors.JaxRuntimeError)
+        and any(
+            sign in str(error)
+            for sign in ("Gloo", "NCCL", "coordination service", "Connection", "UNAVAILABLE", "heartbeat")
+        )
+    )
 
 
 def leave(exit_code: int) -> None:
@@ -172,21 +397,7 @@ def leave(exit_code: int) -> None:
         os._exit(exit_code)
 
 
-def is_primary() -> bool:
-    """Is this process 0, the only one that writes?"""
-    return jax.process_index() == 0
-
-
-def from_primary(tree: Any) -> Any:
-    """Host arrays of process 0, in every process."""
-    return tree if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(tree)
-
-
-def any_process(flag: bool) -> bool:
-    """Has any process set its flag? Every process must ask at the same step."""
-    if jax.process_count() == 1:
-        return flag
-    return bool(np.any(multihost_utils.process_allgather(np.int32(flag))))
+# --- What every process does with its own devices -----------------------------------------------------------------
 
 
 def map_local(function: Callable, in_axes: tuple[int | None, ...]) -> Callable:
@@ -197,3 +408,15 @@ def map_local(function: Callable, in_axes: tuple[int | None, ...]) -> Callable:
 def replicate_local(tree: Any) -> Any:
     """Arrays on every device of this process, for what `map_local` does not split."""
     return jax.device_put(tree, NamedSharding(Mesh(np.array(jax.local_devices()), (AXIS,)), PartitionSpec()))
+
+
+def rounds(total: int, per_device: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Rounds in which all devices share the items 0..total-1: (indices of this process's part [n], items of the round).
+
+    n is `per_device` times this process's devices in every round; in the last one indices beyond the end are the last
+    item again, and their results are to be dropped. `gather_rows` puts the parts together.
+    """
+    mine = min(per_device, -(-total // (num_processes() * jax.local_device_count()))) * jax.local_device_count()
+    for start in range(0, total, mine * num_processes()):
+        first = start + process_index() * mine
+        yield np.minimum(np.arange(first, first + mine), total - 1), min(mine * num_processes(), total - start)

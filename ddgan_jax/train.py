@@ -4,13 +4,17 @@ The step is the only clock. Run the same command again and it goes on from the n
 the numbers that an unbroken run would have had.
 """
 
+import contextlib
+import hashlib
 import itertools
 import json
 import math
+import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,8 +25,8 @@ from tqdm import tqdm
 from ddgan_jax import figures, parallel
 from ddgan_jax.build import Built, build, check_batch, labels_of, open_data, settle
 from ddgan_jax.data.batches import batches, like_real
-from ddgan_jax.data.sources import Data
-from ddgan_jax.errors import Fault, UserError
+from ddgan_jax.data.sources import Data, fingerprint
+from ddgan_jax.errors import Fault, Interrupted, UserError
 from ddgan_jax.judge import RANKED_BY, judge, open_judge
 from ddgan_jax.model import Sampler
 from ddgan_jax.storage import checkpoint, paths
@@ -59,11 +63,15 @@ def summarise(window: list[Metrics]) -> dict[str, float]:
     return dict(sorted(summary.items()))
 
 
-def check_finite(first_step: int, window: list[Metrics], safe: int | None) -> None:
-    """Raise Fault that names the first step and quantity of the window that is not finite."""
+def check_finite(first_step: int, window: list[Metrics], intact: Callable[[], int | None]) -> None:
+    """Raise Fault that names the first step and quantity of the window that is not finite, and what `intact` says.
+
+    `intact` is only asked in process 0, of the step of the newest checkpoint that is there.
+    """
     for i, metrics in enumerate(window):
         for name, value in sorted(metrics.items()):
             if not np.all(np.isfinite(value)):
+                safe = parallel.from_primary(intact)
                 raise Fault(
                     f"{name} is not finite at step {first_step + i}: "
                     + (f"the checkpoint of step {safe} is good" if safe is not None else "there is no checkpoint yet")
@@ -72,28 +80,50 @@ def check_finite(first_step: int, window: list[Metrics], safe: int | None) -> No
 
 # --- Signals ----------------------------------------------------------------------------------------------------
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last as SLURM's --signal=USR1@60 sends it
+AGAIN = 1.0  # s; launchers send a signal to the process and to its group, which is one signal twice
+
 
 class Interrupt:
-    """Set by the first SIGTERM or SIGINT; the second ends the process at once. Listens inside a `with`."""
+    """Listens for SIGNALS inside a `with`. The first raises Interrupted at once, or within `held` is only noted.
+
+    Another one, a second later or more, ends the process at once.
+    """
 
     def __init__(self) -> None:
         """Nothing has come yet."""
         self.signal = ""
+        self._time = 0.0
+        self._held = False
 
     def __enter__(self) -> "Interrupt":
         self._before = {}
         if threading.current_thread() is threading.main_thread():  # no other thread may listen
-            self._before = {number: signal.signal(number, self._first) for number in (signal.SIGTERM, signal.SIGINT)}
+            self._before = {number: signal.signal(number, self._come) for number in SIGNALS}
         return self
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _first(self, number: int, frame: Any) -> None:
-        self.signal = signal.Signals(number).name
-        for other in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(other, signal.SIG_DFL)
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """What is done within goes on when a signal comes, and is to look at `signal`."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+
+    def _come(self, number: int, frame: Any) -> None:
+        if self.signal:
+            if time.monotonic() - self._time > AGAIN:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
+        self.signal, self._time = signal.Signals(number).name, time.monotonic()
+        if not self._held:
+            raise Interrupted(f"{self.signal}: nothing was lost; run the same command to go on")
 
 
 # --- The job ----------------------------------------------------------------------------------------------------
@@ -134,12 +164,12 @@ def with_networks_of(path: str, state: Any) -> Any:
 class Steps:
     """The compiled steps, with R1 and without, each waited for when it is first asked for."""
 
-    def __init__(self, built: Built, state: Any, batch: Any, r1_every: int):
+    def __init__(self, built: Built, stop: parallel.Stop, state: Any, batch: Any, r1_every: int):
         """Begin to compile."""
         self._start = time.time()
         one = r1_every == 1 or built.method.objective == "gaussian"  # R1 in every step, or in none
         kinds = [True] if one else [True, False]
-        futures = parallel.compile_steps(map(built.step, kinds), state, batch)
+        futures = stop.compile(map(built.step, kinds), state, batch)
         self._futures = dict(zip(kinds, futures, strict=True))
         self._announced: set[bool] = set()
         if jax.process_count() > 1:  # none may wait in a step for another that still compiles
@@ -190,56 +220,71 @@ def train(config: Any, workdir: str, data: Data | None = None) -> Any:
     `data` is trained on instead of what `config.data` names, for instance `Data(images)` of an array in memory.
 
     Leaves checkpoints/, config.json, metrics.jsonl, results.json, curves.png, samples/ and tensorboard/. Raises
-    UserError for settings that cannot be, Fault where something outside went wrong.
+    UserError for settings that cannot be, Fault where something outside went wrong, and Interrupted after SIGTERM,
+    SIGINT or SIGUSR1 to any process, with the step at which it came saved.
     """
     with Interrupt() as interrupt:
         return _train(config, workdir, data, interrupt)
 
 
-def _train(config: Any, workdir: str, opened: Data | None, interrupt: Interrupt) -> Any:
-    started = time.time()
-    settings, chosen = settle(config, opened)  # the networks and the length depend on the data
+def _open(config: Any, opened: Data | None) -> tuple[dict[str, Any], Built, Data]:
+    """(settings, method, data) of a run. The data is decoded when it fits the rest. UserErrors as of `train`."""
+    settings, chosen = settle(config, opened)
     data = settings["data"]
     built = build(settings)
+    check_batch(built.batch_size, settings["train"]["accumulate"])
     for sentence in chosen:
         say(sentence)
-    train_, log_, eval_ = settings["train"], settings["log"], settings["eval"]
-    num_steps, path = train_["num_steps"], paths.path(workdir)
-    per_device = check_batch(built.batch_size)
-    primary = parallel.is_primary()
-    if primary:
-        open_workdir(path, settings)
     opened = opened or open_data(settings)
-    images = opened.images
-    if images.shape[1:] != built.image_shape:
+    if opened.images.shape[1:] != built.image_shape:
         raise UserError(
-            f"dataset {data['name']} has examples of {list(images.shape[1:])}, but model.network="
+            f"dataset {data['name']} has examples of {list(opened.images.shape[1:])}, but model.network="
             f"{settings['model']['network']} is built for {list(built.image_shape)}: choose another network or dataset"
         )
-    labels = labels_of(opened, built.num_classes, data["name"])
-    make = jax.jit(built.init_state, compiler_options=parallel.compiler_options(runs_once=True))
-    shapes = jax.eval_shape(make)
-    overview(built, shapes, per_device, opened)
+    return settings, built, opened
 
-    # The state is restored or initialised, never both.
-    keep = settings["checkpoint"]
-    checkpoints = checkpoint.Checkpoints(workdir, keep["keep"], keep["keep_period"] or None) if primary else None
-    restored = checkpoints.restore_latest(shapes, say) if checkpoints else None
-    resumed = parallel.any_process(restored is not None)
-    with ThreadPoolExecutor() as background:  # the log imports TensorFlow for seconds, a new state is compiled as long
-        made = None if resumed else background.submit(lambda: jax.device_get(make()))
-        log = Log(path, settings, 0 if restored is None else int(restored.step)) if primary else None
-    if made is None:
-        blank = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-        host_state = parallel.from_primary(restored if primary else blank)
-    else:
-        host_state = made.result()
-        if train_["init_from"]:
-            host_state = with_networks_of(train_["init_from"], host_state) if primary else host_state
-            host_state = parallel.from_primary(host_state)
+
+def facts(settings: dict[str, Any], data: Data) -> dict[str, Any]:
+    """What all processes of a run must have the same of: the configuration, the data, the versions."""
+    local = ("data.dir", "data.path")  # where a machine has its copy
+    found = {f"config.{name}": value for name, value in _fields(settings).items() if name not in local}
+    found["the data"] = f"{len(data.images):,} examples, {fingerprint('', '', data.images)}"
+    if settings["model"]["num_classes"] and data.labels:
+        found["the labels"] = hashlib.sha256(np.ascontiguousarray(data.labels()).tobytes()).hexdigest()[:16]
+    return found | {"jax": jax.__version__, "devices": f"{jax.local_device_count()} x {jax.devices()[0].device_kind}"}
+
+
+def _train(config: Any, workdir: str, opened: Data | None, interrupt: Interrupt) -> Any:
+    started = time.time()
+    primary, path = parallel.is_primary(), paths.path(workdir)
+    settings, built, opened = parallel.everywhere(lambda: _open(config, opened))
+    if jax.process_count() > 1:
+        parallel.agree(facts(settings, opened))
+    train_, log_, eval_, keep = (settings[group] for group in ("train", "log", "eval", "checkpoint"))
+    num_steps = train_["num_steps"]
+    labels = labels_of(opened, built.num_classes, settings["data"]["name"])
+    shapes = jax.eval_shape(built.init_state)
+    checkpoints: checkpoint.Checkpoints | None = None
+    log: Log | None = None
+
+    def begin() -> Any:
+        """In process 0: the files of the run, and its state on the host, restored or initialised, never both."""
+        nonlocal checkpoints, log
+        open_workdir(path, settings)
+        overview(built, shapes, built.batch_size // jax.device_count(), opened)
+        checkpoints = checkpoint.Checkpoints(workdir, keep["keep"], keep["keep_period"] or None)
+        restored = checkpoints.restore_latest(shapes, say)
+        make = jax.jit(built.init_state, compiler_options=parallel.compiler_options(runs_once=True))
+        with ThreadPoolExecutor() as background:  # the log imports TensorFlow for seconds, making compiles as long
+            made = background.submit(lambda: jax.device_get(make())) if restored is None else None
+            log = Log(path, settings, 0 if restored is None else int(restored.step))
+        if made is None:
+            return restored
+        return with_networks_of(train_["init_from"], made.result()) if train_["init_from"] else made.result()
+
+    host_state = parallel.from_primary(begin)
     state = parallel.replicate(host_state)
     step = first = int(host_state.step)
-    safe = step if resumed else None
     if step >= num_steps:
         say(f"{workdir} has already finished its {num_steps} steps")
     elif step:
@@ -247,7 +292,7 @@ def _train(config: Any, workdir: str, opened: Data | None, interrupt: Interrupt)
 
     spent = log.seconds if log else 0.0  # before this run of the command
     own = batches(
-        images,
+        opened.images,
         global_batch=built.batch_size,
         seed=built.seed,
         start_step=step,
@@ -255,96 +300,120 @@ def _train(config: Any, workdir: str, opened: Data | None, interrupt: Interrupt)
         process_count=jax.process_count(),
         labels=labels,
     )
-    stream = parallel.prefetch(own)
+    stream, stop = parallel.prefetch(own), parallel.Stop()
     if step < num_steps:
         batch = next(stream)
-        steps = Steps(built, state, batch, train_["r1_every"])
+        steps = Steps(built, stop, state, batch, train_["r1_every"])
         stream = itertools.chain([batch], stream)
     draw = Sampler(built, settings["sample"]["batch_size"])
-    judge_ = open_judge(settings, opened) if primary and eval_["every"] else None
+    judge_ = open_judge(settings, opened) if eval_["every"] else None
     window: list[Metrics] = []
     mark, marked = time.time(), step
     bar = tqdm(total=num_steps, initial=step, unit="step", disable=None if primary else True, file=sys.stdout)
 
     def samples(name: str) -> None:
-        grid = figures.picture(draw(jax.device_get(state.ema_params), 0, settings["sample"]["grid"]))
-        figures.save_image(path / "samples" / name, grid)
+        images = draw(jax.device_get(state.ema_params), 0, settings["sample"]["grid"])
         if log:
+            grid = figures.picture(images)
+            figures.save_image(path / "samples" / name, grid)
             log.image(step, "samples", grid)
 
     def evaluation() -> dict[str, float]:
+        """The measures, {} in all processes but the first; Interrupted within a chunk of a signal."""
         count = eval_["online_samples"]
         asked = like_real(labels, count)
-        chunks = draw.chunks(jax.device_get(state.ema_params), 0, count, asked)
-        found = judge(judge_, chunks, count, labels=asked).results  # type: ignore[arg-type]
-        return {f"eval/{name}": float(value) for name, value in found.items()}
+        chunks = until(interrupt, draw.chunks(jax.device_get(state.ema_params), 0, count, asked))
+        judged = judge(judge_, chunks, count, labels=asked)  # type: ignore[arg-type]
+        return {f"eval/{name}": float(value) for name, value in judged.results.items()} if judged else {}
 
-    while step < num_steps:
-        batch = next(stream)
-        asked = time.time()
-        run = steps(step % train_["r1_every"] == 0)
-        if (waited := time.time() - asked) > 0.1:  # for the compiler: the time to go is that of steps
-            mark += waited
-            bar.unpause()
-        state, metrics = run(state, batch)
-        window.append(metrics)
-        step += 1
-        bar.update()
-        if step - first <= 3:
-            jax.block_until_ready(metrics)
-            say(f"step {step} done, {time.time() - started:.1f} s after the start")
+    def intact() -> int | None:
+        """The step of the newest checkpoint, once the one that is being written is there."""
+        if checkpoints:
+            checkpoints.wait()
+        return checkpoints.steps()[-1] if checkpoints and checkpoints.steps() else None
 
-        # Several processes must agree on the step at which they stop; they ask each other when they log.
-        stop = (jax.process_count() == 1 or step % log_["every"] == 0) and parallel.any_process(bool(interrupt.signal))
-        every = {"log": log_["every"], "save": keep["every"], "eval": eval_["every"], "samples": log_["samples_every"]}
-        due = {name: number > 0 and step % number == 0 for name, number in every.items()}
-        last = step == num_steps or stop
-        if due["log"] or due["save"] or due["eval"] or last:
-            window = jax.device_get(window)
-            check_finite(step - len(window), window, safe)
-            seconds, mark_step = time.time() - mark, step - marked
-            values = summarise(window)
-            values |= {"images_per_second": mark_step * built.batch_size / max(seconds, 1e-9)}
-            window, mark, marked = [], time.time(), step
-            if due["eval"] and judge_:
-                values |= evaluation()
+    with interrupt.held():
+        while step < num_steps:
+            batch = next(stream)
+            asked_at = time.time()
+            run = steps(step % train_["r1_every"] == 0)
+            if (waited := time.time() - asked_at) > 0.1:  # for the compiler: the time to go is that of steps
+                mark += waited
+                bar.unpause()
+            state, metrics = stop.step(run, state, batch, lambda: bool(interrupt.signal))
+            window.append(metrics)
+            step += 1
+            bar.update()
+            if step - first <= 3:
+                jax.block_until_ready(metrics)
+                say(f"step {step} done, {time.time() - started:.1f} s after the start")
+
+            every = {
+                "log": log_["every"],
+                "save": keep["every"],
+                "eval": eval_["every"],
+                "samples": log_["samples_every"],
+            }
+            due = {name: number > 0 and step % number == 0 for name, number in every.items()}
+            last = step == num_steps or stop.now
+            if due["log"] or due["save"] or due["eval"] or last:
+                window = jax.device_get(window)
+                check_finite(step - len(window), window, intact)
+                seconds, mark_step = time.time() - mark, step - marked
+                values = summarise(window)
+                values |= {"images_per_second": mark_step * built.batch_size / max(seconds, 1e-9)}
+                window, mark, marked = [], time.time(), step
+                if due["eval"] and judge_ and not stop.now:
+                    try:
+                        values |= evaluation()
+                    except Interrupted:
+                        stop.now = True
+                    mark = time.time()
+                if log:
+                    log.scalars(step, values | {"seconds": spent + time.time() - started})
+                    eta = (num_steps - step) * seconds / max(mark_step, 1)
+                    parts = [f"{name[0].upper()} {values[name]:.3f}" for name in ("d_loss", "g_loss") if name in values]
+                    line = " ".join([*parts, f"{values['images_per_second']:.0f} images/s"])
+                    bar.set_postfix_str(line)
+                    if bar.disable:
+                        say(f"step {step}/{num_steps}: {line}, {clock(eta)} to go")
+            if (due["save"] or due["eval"] or last or stop.now) and checkpoints and log:
+                log.flush()
+                checkpoints.save(step, state, settings)
+                ranked_by = f"eval/{RANKED_BY[eval_['features']]}"
+                if ranked_by in values and checkpoints.offer(step, ranked_by, values[ranked_by]):
+                    say(f"step {step} is the best so far: {ranked_by} {values[ranked_by]:.4g}")
+            if stop.now:
+                break
+            if due["samples"] and not last:
+                samples(f"step_{step:07d}.png")
                 mark = time.time()
-            if log:
-                log.scalars(step, values | {"seconds": spent + time.time() - started})
-                eta = (num_steps - step) * seconds / max(mark_step, 1)
-                parts = [f"{name[0].upper()} {values[name]:.3f}" for name in ("d_loss", "g_loss") if name in values]
-                line = " ".join([*parts, f"{values['images_per_second']:.0f} images/s"])
-                bar.set_postfix_str(line)
-                if bar.disable:
-                    say(f"step {step}/{num_steps}: {line}, {clock(eta)} to go")
-        if (due["save"] or due["eval"] or last) and checkpoints and log:
-            log.flush()
-            checkpoints.save(step, state, settings)
-            safe = step
-            ranked_by = f"eval/{RANKED_BY[eval_['features']]}"
-            if due["eval"] and checkpoints.offer(step, ranked_by, values[ranked_by]):
-                say(f"step {step} is the best so far: {ranked_by} {values[ranked_by]:.4g}")
-        if stop:
-            break
-        if primary and due["samples"] and not last:
-            samples(f"step_{step:07d}.png")
-            mark = time.time()
 
-    bar.close()
-    if checkpoints:
-        checkpoints.close()
-    if primary and not interrupt.signal:
-        samples("final.png")
+        bar.close()
+        if checkpoints:
+            checkpoints.close()
+        came = [name for name in parallel.exchange(interrupt.signal) if name]  # and know that the checkpoint is there
+    if stop.now and step < num_steps:
+        if log:
+            log.close()
+        raise Interrupted(f"{came[0]}: saved step {step} in {workdir}; run the same command to go on")
+    samples("final.png")
+    if log:
         figures.curves(path / "metrics.jsonl", path / "curves.png")
         if first < num_steps or not paths.exists(path / "results.json"):  # one that had finished stays as it was
             write_results(path, step, first, spent + time.time() - started)
-    if log:
         log.close()
-    if interrupt.signal:
-        say(f"{interrupt.signal}: saved step {step} in {workdir}; run the same command to go on")
-    else:
-        say(f"finished {num_steps} steps in {clock(time.time() - started)}: see {path / 'samples' / 'final.png'}")
+    parallel.barrier()  # none leaves while process 0 still draws
+    say(f"finished {num_steps} steps in {clock(time.time() - started)}: see {path / 'samples' / 'final.png'}")
     return state
+
+
+def until(interrupt: Interrupt, chunks: Iterator[Any]) -> Iterator[Any]:
+    """The chunks, until a signal has come to any process: then Interrupted, in all of them at the same chunk."""
+    for chunk in chunks:
+        if parallel.any_process(bool(interrupt.signal)):
+            raise Interrupted(interrupt.signal)
+        yield chunk
 
 
 def write_results(workdir: Path, step: int, resumed_from: int, seconds: float) -> None:

@@ -80,7 +80,7 @@ class Method:
     """What a step is made of: the networks as callables, the schedule, and the constants of training."""
 
     gen: Callable[..., Any]  # (params, x_{t+1}, t, z[, dropout_keys][, y=labels]) -> x0_hat
-    disc: Callable[..., Any]  # (params, x_t, t, x_{t+1}[, y=labels]) -> logits [B]
+    disc: Callable[..., Any]  # (params, x_t, t, x_{t+1}[, y=labels][, axis_name=...]) -> logits [B]
     schedule: Schedule
     optimizer: optax.GradientTransformation
     lr_g: Callable[[Array], Array]  # step -> learning rate
@@ -92,6 +92,7 @@ class Method:
     dropout: bool = False  # does gen take dropout keys?
     objective: str = "adversarial"  # one of OBJECTIVES
     paths: losses.Paths | None = None  # train G by (4) instead of (3)
+    accumulate: int = 1  # parts of a batch that are taken one after the other, for the memory of one
     scale: float = 1.0  # x_0 = scale * data, for points
     mismatched: float = 0.0  # weight of the mismatched pairs in D's loss; 0: none
     moment: float = 0.0  # weight of (6) in G's loss; 0: without
@@ -103,9 +104,13 @@ def to_x0(images: Array, scale: float = 1.0) -> Array:
     return images.astype(jnp.float32) / 127.5 - 1 if images.dtype == jnp.uint8 else images * scale
 
 
-def bind(network: Callable[..., Any], params: Params, y: Array | None = None) -> Callable[..., Any]:
-    """A network of a Method with its parameters, and with the labels [B] of its examples if it is conditional."""
-    return partial(network, params) if y is None else partial(network, params, y=y)
+def bind(
+    network: Callable[..., Any], params: Params, y: Array | None = None, axis_name: str | None = None
+) -> Callable[..., Any]:
+    """A network of a Method with its parameters, the labels [B] of its examples if it is conditional, and for D, which
+    compares examples, the name of the axis of the replicas that they lie on."""
+    given = {"y": y, "axis_name": axis_name}
+    return partial(network, params, **{name: value for name, value in given.items() if value is not None})
 
 
 def fake_pair(
@@ -136,15 +141,34 @@ def _generate(method: Method, gen_params: Params, x_tp1: Array, t: Array, draws:
     return bind(method.gen, gen_params, y)(x_tp1, t, draws.z, *keys)
 
 
-def mismatched_pair(
-    method: Method, x0: Array, x_tp1: Array, draws: PhaseDraws, axis_name: str | None
-) -> tuple[Array, Array]:
-    """(x_t', w) of (1'): x_t' ~ q(x_t | x_{t+1}, x_0') [B, *d] with the x_0' of the example before, and its weight [B].
+def mismatched_pair(method: Method, other_x0: Array, x_tp1: Array, draws: PhaseDraws) -> tuple[Array, Array]:
+    """(x_t', w) of (1'): x_t' ~ q(x_t | x_{t+1}, x_0') [B, *d] with the x_0' of another example, and its weight [B].
 
     The weight is 0 at t = T - 1, whose x_{t+1} is noise: it belongs to every image.
     """
-    x_t = sample_posterior(method.schedule, parallel.previous(x0, axis_name), x_tp1, draws.t, draws.noise_posterior)
+    x_t = sample_posterior(method.schedule, other_x0, x_tp1, draws.t, draws.noise_posterior)
     return x_t, method.mismatched * (draws.t < method.schedule.num_steps - 1)
+
+
+def in_parts(
+    gradients: Callable[[Any], tuple[Params, losses.Parts]], examples: Any, num: int
+) -> tuple[Params, losses.Parts]:
+    """`gradients(examples)` -> (gradients of a mean, parts [B]) from `num` equal parts of them, one after the other.
+
+    `examples` is a tree of arrays [B, ...], or None. The results are those of the whole to rounding, in the memory that
+    one part takes.
+    """
+    if num == 1:
+        return gradients(examples)
+    split = jax.tree.map(lambda x: x.reshape(num, -1, *x.shape[1:]), examples)
+    shapes = jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], split))[0]
+
+    def add(total: Params, part: Any) -> tuple[Params, losses.Parts]:
+        found, parts = gradients(part)
+        return jax.tree.map(jnp.add, total, found), parts
+
+    total, parts = jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), split)
+    return jax.tree.map(lambda g: g / num, total), jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), parts)
 
 
 def d_gradients(
@@ -157,15 +181,22 @@ def d_gradients(
     axis_name: str | None = None,
 ) -> tuple[Params, losses.Parts]:
     """Phase 1: gradients of D's parameters, and the parts of its loss."""
-    x_t, fake_x_t, x_tp1, _ = fake_pair(method, state.gen_params, x0, draws, y)
     r1_gamma = method.r1_gamma if with_r1 else None
     with_mismatched = method.mismatched and method.schedule.num_steps > 1
-    mismatched = mismatched_pair(method, x0, x_tp1, draws, axis_name) if with_mismatched else None
+    before = parallel.previous(x0, axis_name) if with_mismatched else None
 
-    def loss(params: Params) -> tuple[Array, losses.Parts]:
-        return losses.d_loss(bind(method.disc, params, y), x_t, draws.t, x_tp1, fake_x_t, r1_gamma, mismatched)
+    def gradients(examples: Any) -> tuple[Params, losses.Parts]:
+        x0, draws, y, before = examples
+        x_t, fake_x_t, x_tp1, _ = fake_pair(method, state.gen_params, x0, draws, y)
+        mismatched = None if before is None else mismatched_pair(method, before, x_tp1, draws)
 
-    return jax.grad(loss, has_aux=True)(state.disc_params)
+        def loss(params: Params) -> tuple[Array, losses.Parts]:
+            disc = bind(method.disc, params, y, axis_name)
+            return losses.d_loss(disc, x_t, draws.t, x_tp1, fake_x_t, r1_gamma, mismatched)
+
+        return jax.grad(loss, has_aux=True)(state.disc_params)
+
+    return in_parts(gradients, (x0, draws, y, before), method.accumulate)
 
 
 def g_gradients(
@@ -178,26 +209,31 @@ def g_gradients(
     axis_name: str | None = None,
 ) -> tuple[Params, losses.Parts]:
     """Phase 2: gradients of G's parameters through D, whose own get none, and the parts of its loss."""
+    before = parallel.previous(draws.z, axis_name) if method.moment else None
 
-    def loss(params: Params) -> tuple[Array, losses.Parts]:
-        if method.objective == "gaussian":
-            return losses.squared_error(x0, predict(method, params, x0, draws, y)[2])
-        x_t, fake_x_t, x_tp1, x0_hat = fake_pair(method, params, x0, draws, y)
-        disc = bind(method.disc, state.disc_params, y)
-        if method.paths is None:
-            total, parts = losses.g_loss(disc, fake_x_t, draws.t, x_tp1)
-        else:
-            assert path_key is not None
-            gather = partial(parallel.gather, axis_name=axis_name)
-            total, parts = losses.rpsw_loss(disc, x_t, draws.t, x_tp1, fake_x_t, path_key, method.paths, gather)
-        if method.moment:
-            other_draws = draws.replace(z=parallel.previous(draws.z, axis_name))
-            other_x0_hat = _generate(method, params, x_tp1, draws.t, other_draws, y)
-            moment, moment_parts = losses.moment_reconstruction(x0, x0_hat, other_x0_hat)
-            total, parts = total + method.moment * moment, parts | moment_parts
-        return total, parts
+    def gradients(examples: Any) -> tuple[Params, losses.Parts]:
+        x0, draws, y, before = examples
 
-    return jax.grad(loss, has_aux=True)(state.gen_params)
+        def loss(params: Params) -> tuple[Array, losses.Parts]:
+            if method.objective == "gaussian":
+                return losses.squared_error(x0, predict(method, params, x0, draws, y)[2])
+            x_t, fake_x_t, x_tp1, x0_hat = fake_pair(method, params, x0, draws, y)
+            disc = bind(method.disc, state.disc_params, y, axis_name)
+            if method.paths is None:
+                total, parts = losses.g_loss(disc, fake_x_t, draws.t, x_tp1)
+            else:
+                assert path_key is not None
+                gather = partial(parallel.gather, axis_name=axis_name)
+                total, parts = losses.rpsw_loss(disc, x_t, draws.t, x_tp1, fake_x_t, path_key, method.paths, gather)
+            if before is not None:
+                other_x0_hat = _generate(method, params, x_tp1, draws.t, draws.replace(z=before), y)
+                moment, moment_parts = losses.moment_reconstruction(x0, x0_hat, other_x0_hat)
+                total, parts = total + method.moment * moment, parts | moment_parts
+            return total, parts
+
+        return jax.grad(loss, has_aux=True)(state.gen_params)
+
+    return in_parts(gradients, (x0, draws, y, before), method.accumulate)
 
 
 def update_d(

@@ -10,15 +10,15 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 # Within the models, convolution.py and then layers.py are the lower ones.
 RANKS = {
-    0: "errors storage materialize diffusion state parallel torch_weights figures data metrics models.convolution "
-    "models.layers",
+    0: "errors storage cluster materialize diffusion state parallel torch_weights figures data metrics "
+    "models.convolution models.layers",
     1: "losses sampling storage.log torch_files models.generator models.discriminator models.mlp",
     2: "automatic train_step",
     3: "build",
     4: "model judge",
     5: "generate evaluate train",
 }
-BELOW_ALL = ("errors", "materialize", "storage.paths")
+BELOW_ALL = ("errors", "materialize", "cluster", "storage.paths")
 RANK_OF = {module: rank for rank, modules in RANKS.items() for module in modules.split()}
 NOT_IN_CORE = ("tensorflow", "tensorflow_datasets", "clu", "ml_collections")
 FILES = sorted(path for path in (ROOT / "ddgan_jax").rglob("*.py") if path.name != "__init__.py")

@@ -432,6 +432,11 @@ def test_numbers_for_so_many_images(size, num_images, devices, batch, steps):
     build(settled)
 
 
+def test_a_batch_that_is_taken_in_parts():
+    """Each part of a device's batch holds whole groups of four."""
+    assert [automatic.batch_size(2_000, 64, devices, 4) for devices in (1, 2, 3, 8)] == [64, 64, 48, 128]
+
+
 def test_what_is_said_and_that_flags_win():
     config = as_dict(image_folder_config())
     config["data"]["image_size"] = 64

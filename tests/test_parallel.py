@@ -6,12 +6,15 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
+import pytest
 
-from ddgan_jax import parallel
+from ddgan_jax import build, parallel
+from ddgan_jax.errors import UserError
 
 SCRIPT = """
-import json
+import dataclasses, json
 import jax, jax.numpy as jnp, numpy as np
 from test_generator import random_params
 from test_train_step import method_of
@@ -72,6 +75,34 @@ worst["paths"] = largest(one.gen_params, jax.tree.map(np.asarray, four.gen_param
 worst["paths_moved"] = largest(one.gen_params, params[0])
 worst["mismatched"] = largest(one.disc_params, jax.tree.map(np.asarray, four.disc_params))
 worst["mismatched_moved"] = largest(one.disc_params, params[1])
+
+# Where four neighbours lie on two devices (6 images each), or on four (1 each), D exchanges what it compares; and a
+# batch taken in parts gives what the whole one gives.
+generator = Generator(nf=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(), nz=6, z_emb_dim=8, n_mlp=1,
+                      image_channels=1)
+disc = Discriminator(ngf=4, t_emb_dim=8, **preset(8))
+x, t = jnp.zeros((4, 8, 8, 1)), jnp.zeros(4, jnp.int32)
+d_params = jax.jit(lambda k: disc.init(k, x, t, x)["params"])(jax.random.key(1))
+make = jax.jit(lambda g, d: state_lib.create(g, d, method.optimizer))
+for name, size, parts, options in (
+    ("straddle_4", 4, 1, {}), ("straddle_24", 24, 1, dict(mismatched=0.5, moment=0.5)),
+    ("parts", 32, 2, dict(moment=0.5)), ("parts_mismatched", 32, 2, dict(mismatched=0.5)),
+):
+    method = method_of(generator, disc, r1_gamma=1.0, **options)
+    images = np.random.default_rng(0).integers(0, 256, (3, size, 8, 8, 1), np.uint8)
+    one, one_metrics = train(
+        lambda r1: jax.jit(ts.make_train_step(method, 0, r1)), make(random_params(generator, 8), d_params), lambda x: x
+    )
+    split = dataclasses.replace(method, accumulate=parts)
+    four, four_metrics = train(
+        lambda r1: parallel.map_step(ts.make_train_step(split, 0, r1, parallel.AXIS)),
+        parallel.replicate(make(random_params(generator, 8), d_params)), parallel.split,
+    )
+    moved = make(random_params(generator, 8), d_params)
+    worst[name] = max(largest(getattr(one, n), jax.tree.map(np.asarray, getattr(four, n)))
+                      for n in ("gen_params", "disc_params"))
+    worst[f"{name}_moved"] = min(largest(getattr(one, n), getattr(moved, n)) for n in ("gen_params", "disc_params"))
+    worst[f"{name}_metrics"] = largest(one_metrics, jax.tree.map(np.asarray, four_metrics))
 print(json.dumps(worst))
 """
 
@@ -94,8 +125,59 @@ def test_one_replica_equals_four():
     assert worst["moved"] > 1e-4
     assert worst["gen_params"] < 1e-5 and worst["ema_params"] < 1e-5 and worst["disc_params"] < 1e-5
     assert worst["metrics"] < 1e-3
-    for name in ("paths", "mismatched"):
-        assert worst[f"{name}_moved"] > 1e-4 and worst[name] < 1e-5
+    for name in ("paths", "mismatched", "straddle_4", "straddle_24", "parts", "parts_mismatched"):
+        assert worst[f"{name}_moved"] > 1e-4 and worst[name] < 1e-5, name
+        assert worst.get(f"{name}_metrics", 0) < 1e-3, name
+
+
+@pytest.mark.parametrize(
+    "batch, accumulate, devices, message",
+    [
+        (256, 1, 256, ""),
+        (64, 1, 64, ""),
+        (32, 1, 8, ""),
+        (24, 1, 4, ""),
+        (4, 1, 4, ""),
+        (32, 4, 2, ""),
+        (3, 1, 1, ""),
+        (64, 1, 256, "train.batch_size=64 is smaller than the 256 devices: choose a multiple of 256, or show"),
+        (6, 1, 1, "does not divide by 1 device and into groups of 4 images, .*: choose a multiple of 4"),
+        (36, 1, 8, "does not divide by 8 devices and into groups of 4 images, .*: choose a multiple of 8"),
+        (32, 3, 2, "train.accumulate=3 does not cut the 16 images of a device .*: choose 1 or 2 or 4"),
+        (8, 2, 8, "train.accumulate=2 does not cut the 1 images of a device into equal parts .*: choose 1"),
+    ],
+)
+def test_batches_that_devices_can_share(batch, accumulate, devices, message, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    if not message:
+        assert build.check_batch(batch, accumulate) == batch // devices
+        return
+    with pytest.raises(UserError, match=message):
+        build.check_batch(batch, accumulate)
+
+
+def test_rounds_cover_every_item_once(monkeypatch):
+    """Of 3 processes with one device each: their parts, put one after the other, are the items in order."""
+    monkeypatch.setattr(parallel, "num_processes", lambda: 3)
+    shares = []
+    for index in range(3):
+        monkeypatch.setattr(parallel, "process_index", lambda index=index: index)
+        shares.append(list(parallel.rounds(50, 4)))
+    items = []
+    for parts in zip(*shares, strict=True):
+        together = np.concatenate([indices for indices, _ in parts])
+        items += list(together[: parts[0][1]])
+        assert len(together) == 12 and len({count for _, count in parts}) == 1
+    assert items == list(range(50))
+
+
+def test_facts_that_differ_are_named(monkeypatch):
+    facts = {"config.seed": 0, "the data": "1,797 examples, abc"}
+    monkeypatch.setattr(parallel, "exchange", lambda mine: [mine, mine | {"the data": "1,797 examples, abd"}])
+    with pytest.raises(UserError, match=r"the data is 1,797 examples, abc in process 0 and .* abd in process 1"):
+        parallel.agree(facts)
+    monkeypatch.setattr(parallel, "exchange", lambda mine: [mine, dict(mine)])
+    parallel.agree(facts)
 
 
 def test_prefetch_changes_neither_order_nor_content():

@@ -24,7 +24,7 @@ from ddgan_jax.models.mlp import PointDiscriminator, PointGenerator
 def method_of(generator, discriminator, **options):
     defaults = dict(
         gen=lambda params, *args: generator.apply({"params": params}, *args),
-        disc=lambda params, *args: discriminator.apply({"params": params}, *args),
+        disc=lambda params, *args, **names: discriminator.apply({"params": params}, *args, **names),
         schedule=Schedule.create(4),
         optimizer=state_lib.adam(),
         lr_g=state_lib.constant_schedule(1.6e-4),
@@ -301,7 +301,7 @@ def test_mismatched_pairs_are_of_the_image_before():
     draws = ts.draw(jax.random.key(0), jnp.arange(8), 4, (2,), 1, False).d
     draws = draws.replace(t=jnp.arange(8) % 4, noise_posterior=jnp.zeros((8, 2)))
     x_t, fake_x_t, x_tp1, _ = ts.fake_pair(method, state.gen_params, x0, draws)
-    other, weight = ts.mismatched_pair(method, x0, x_tp1, draws, None)
+    other, weight = ts.mismatched_pair(method, jnp.roll(x0, 1, axis=0), x_tp1, draws)
     np.testing.assert_array_equal(weight, [0.5, 0.5, 0.5, 0, 0.5, 0.5, 0.5, 0])
     schedule = method.schedule
     coef1, coef2 = (c[draws.t][:, None] for c in (schedule.posterior_mean_coef1, schedule.posterior_mean_coef2))

@@ -213,12 +213,29 @@ def _inside(fake, real, fake_radii, real_radii, fake_count, real_count):
     return in_real.sum(axis=1), in_real.any(axis=0), in_fake.any(axis=0), pairs
 
 
+def radii(x: ArrayLike, k: int = 3, block: int = BLOCK, progress: Progress = iter) -> np.ndarray:
+    """The squared distance of each row of x [N, D] to its k-th nearest other one, float64 [N]: the radii of a manifold.
+
+    Raises UserError for k < 1, k rows or fewer, NaN or infinity.
+    """
+    if k < 1:
+        raise UserError(f"precision and recall need at least 1 neighbour, not k={k}")
+    x = as_features(x, "the features", k + 1)
+    return _neighbours(x, x, k, _even(block, len(x)), progress, same=True)[1][:, -1]
+
+
 def precision_recall(
-    real: ArrayLike, fake: ArrayLike, k: int = 3, block: int = BLOCK, progress: Progress = iter
+    real: ArrayLike,
+    fake: ArrayLike,
+    k: int = 3,
+    block: int = BLOCK,
+    progress: Progress = iter,
+    real_radii: np.ndarray | None = None,
 ) -> Manifold:
     """Precision, recall, density and coverage of fake [M, D] against real [N, D], equations (1) and (2).
 
-    `block` rows at a time; it costs memory, and does not change the result. Raises UserError for k < 1, sets of k
+    `real_radii` are `radii(real, k)`, if they are known already. `block` rows at a time; it costs memory, and does not
+    change the result. Raises UserError for k < 1, sets of k
     samples or fewer, NaN, infinity, or different widths.
     """
     if k < 1:
@@ -227,16 +244,17 @@ def precision_recall(
     check_widths(real, fake)
     block = _even(block, max(len(real), len(fake)))
     # Each set about its own mean: the fakes of a collapsed generator lie closer to each other than to anything else.
-    real_radii, fake_radii = (_neighbours(x, x, k, block, progress, same=True)[1][:, -1] for x in (real, fake))
+    real_radii = radii(real, k, block, progress) if real_radii is None else real_radii
+    fake_radii = radii(fake, k, block, progress)
     fakes, reals = _sets(fake, real, block)
     balls = np.zeros(len(fake), np.int64)
     recalled, covered = np.zeros(len(real), bool), np.zeros(len(real), bool)
     for i in progress(fakes.starts):
-        rows, radii = jnp.asarray(fakes.rows(i)), fakes.radii(fake_radii, i)
+        rows, own = jnp.asarray(fakes.rows(i)), fakes.radii(fake_radii, i)
         for j in reals.starts:
             counts = min(fakes.block, len(fake) - i), min(reals.block, len(real) - j)
             held, covers, recalls, pairs = map(
-                np.asarray, _inside(rows, reals.rows(j), radii, reals.radii(real_radii, j), *counts)
+                np.asarray, _inside(rows, reals.rows(j), own, reals.radii(real_radii, j), *counts)
             )
             balls[i : i + counts[0]] += held[: counts[0]]
             covered[j : j + counts[1]] |= covers[: counts[1]]

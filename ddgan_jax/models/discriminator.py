@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from ddgan_jax import parallel
 from ddgan_jax.errors import UserError
 from ddgan_jax.models import layers
 from ddgan_jax.models.layers import Dtype
@@ -59,27 +60,30 @@ class Stage(nn.Module):
         return layers.merge(x, h, rescale=True)
 
 
-def minibatch_stddev(x: jax.Array) -> jax.Array:
+def minibatch_stddev(x: jax.Array, axis_name: str | None = None) -> jax.Array:
     """[B, H, W, C] -> [B, H, W, C+1]: the mean standard deviation over groups of 4 neighbours in the batch.
 
-    Neighbours, so that a batch split over devices by fours keeps its groups. Raises UserError unless B is 1, 2, 3
-    or a multiple of 4. A group of one has the constant 1e-4, the square root of the 1e-8 that keeps it smooth.
+    The batch is that of all replicas along `axis_name`: where 4 does not divide a replica's part of it, a group lies on
+    up to 4 neighbouring replicas, which then exchange their features. Raises UserError unless the whole batch is 1, 2,
+    3 or a multiple of 4. A group of one has the constant 1e-4, the square root of the 1e-8 that keeps it smooth.
     """
-    b, height, width, c = x.shape
-    group = min(b, STDDEV_GROUP)
-    if b % group:
+    rows, first = parallel.gather_neighbours(x.astype(jnp.float32), axis_name, STDDEV_GROUP)
+    group = min(len(rows), STDDEV_GROUP)
+    if len(rows) % group:
         raise UserError(
-            f"the discriminator compares groups of {STDDEV_GROUP} images: a batch of {b} is no multiple of it"
+            f"the discriminator compares groups of {STDDEV_GROUP} images: a batch of {len(rows)} is no multiple of it"
         )
-    variance = jnp.var(x.astype(jnp.float32).reshape(b // group, group, height, width, c), axis=1)
-    stddev = jnp.mean(jnp.sqrt(variance + 1e-8), axis=(1, 2, 3))
-    feature = jnp.broadcast_to(jnp.repeat(stddev, group)[:, None, None, None], (b, height, width, 1))
+    variance = jnp.var(rows.reshape(len(rows) // group, group, *x.shape[1:]), axis=1)
+    stddev = jnp.repeat(jnp.mean(jnp.sqrt(variance + 1e-8), axis=(1, 2, 3)), group)
+    own = stddev if len(rows) == len(x) else jax.lax.dynamic_slice_in_dim(stddev, first, len(x))
+    feature = jnp.broadcast_to(own[:, None, None, None], (*x.shape[:3], 1))
     return jnp.concatenate([x, feature.astype(x.dtype)], axis=-1)
 
 
 class Discriminator(nn.Module):
     """D(x_t [B,H,W,C], t [B], x_{t+1} [B,H,W,C]) -> logits [B] float32. The defaults are the paper's for CIFAR-10.
 
+    `axis_name` is that of the replicas which share a batch (`minibatch_stddev`).
     With `num_classes` it takes labels `y` [B] int32 too, and adds their projection on the last features to the logit
     (Miyato and Koyama, "cGANs with Projection Discriminator", equation 4).
     """
@@ -93,7 +97,14 @@ class Discriminator(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x_t: jax.Array, t: jax.Array, x_tp1: jax.Array, y: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        x_t: jax.Array,
+        t: jax.Array,
+        x_tp1: jax.Array,
+        y: jax.Array | None = None,
+        axis_name: str | None = None,
+    ) -> jax.Array:
         def dense(features: int, name: str, dtype: Dtype = self.dtype) -> nn.Dense:
             return nn.Dense(features, kernel_init=layers.init_out(), dtype=dtype, name=name)
 
@@ -111,7 +122,7 @@ class Discriminator(nn.Module):
                 )
             h = Stage(round(width * self.ngf), downsample, self.dtype, name=f"stage_{i}")(h, t_emb)
 
-        h = minibatch_stddev(h)
+        h = minibatch_stddev(h, axis_name)
         scale = 0.0 if self.zero_final else 1.0
         h = layers.conv(h.shape[-1] - 1, 3, self.dtype, "conv_out", layers.init_out(scale))(h)
         h = jnp.sum(layers.leaky_relu(h).astype(jnp.float32), axis=(1, 2))

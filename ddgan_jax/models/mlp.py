@@ -54,7 +54,7 @@ class PointGenerator(nn.Module):
 
 
 class PointDiscriminator(nn.Module):
-    """D(x_t [B,d], t [B], x_{t+1} [B,d]) -> logits [B] float32."""
+    """D(x_t [B,d], t [B], x_{t+1} [B,d]) -> logits [B] float32; it compares no examples, on whatever axis they lie."""
 
     width: int = 128
     depth: int = 4
@@ -64,7 +64,7 @@ class PointDiscriminator(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x_t: jax.Array, t: jax.Array, x_tp1: jax.Array) -> jax.Array:
+    def __call__(self, x_t: jax.Array, t: jax.Array, x_tp1: jax.Array, axis_name: str | None = None) -> jax.Array:
         t_emb = layers.sinusoidal_embedding(t, self.t_emb_dim)
         x_t, x_tp1 = (_see(x, self.levels, k, self.octaves) for x, k in ((x_t, t), (x_tp1, t + 1)))
         return _mlp([x_t, t_emb, x_tp1], self.width, self.depth, 1, self.dtype)[:, 0]

@@ -7,6 +7,7 @@ without TensorFlow.
 import contextlib
 import importlib.util
 import io
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -38,6 +39,8 @@ def path(given: Given) -> epath.Path:
         raise UserError(f"{text}: a path in a bucket is gs://bucket/name")
     if importlib.util.find_spec("gcsfs") is None:
         raise UserError(f"{text} is in a bucket, which needs gcsfs: run `pip install gcsfs`")
+    for name in ("gcsfs", "google.auth"):  # they warn of every way to credentials that they try before the right one
+        logging.getLogger(name).setLevel(logging.ERROR)
     return epath.Path(text)
 
 

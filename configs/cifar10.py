@@ -15,11 +15,11 @@ def get_config(variant: str = "paper") -> ConfigDict:
 
     config.data = ConfigDict()
     config.data.name = "cifar10"  # of tfds, or one of ours: the table in README.md
-    config.data.path = ""  # of 'image_folder' and 'lsun_church': a folder, a zip or an LMDB
+    config.data.path = ""  # of 'image_folder' and 'lsun_church': a folder, a zip or an LMDB; also gs://
     config.data.max_bad_share = 0.01  # of such a folder: the share of files that may be skipped as damaged
     config.data.split = "train"  # or a part: 'train[:90%]'
     config.data.dir = ""  # of tfds and of prepared copies; '' is the default of tfds, ~/tensorflow_datasets
-    config.data.image_size = 32  # 0: what the images have
+    config.data.image_size = 32  # 0: what the images have; of a folder, at most 256
     config.data.channels = 3  # likewise
     config.data.in_memory_mib = 2048  # larger sets are decoded as they are read
     config.data.flip = True  # mirror half of the images (released code)
@@ -54,8 +54,8 @@ def get_config(variant: str = "paper") -> ConfigDict:
 
     config.train = ConfigDict()
     config.train.init_from = ""  # a workdir or checkpoint whose networks a new run begins with, such as for other data
-    config.train.num_steps = 351_000  # 1800 epochs (paper) of 195 steps
-    config.train.batch_size = 256  # 4 GPUs x 64 (paper); global
+    config.train.num_steps = 351_000  # 1800 epochs (paper) of 195 steps; 0: chosen for the number of images
+    config.train.batch_size = 256  # 4 GPUs x 64 (paper); global; 0: chosen for the number of images
     config.train.accumulate = 1  # parts that each device takes its batch in, one after the other, for less memory
     config.train.lr_g = 1.6e-4  # (paper)
     config.train.lr_d = 1.25e-4  # (paper)
@@ -64,7 +64,7 @@ def get_config(variant: str = "paper") -> ConfigDict:
     config.train.lr_min = 1e-5  # released code
     config.train.lr_min_d = 0.0  # of the discriminator; 0: lr_min (released code)
     config.train.d_lead = 0.0  # above 0: G waits for D, its rate is whole where D's loss is so far below 2 ln 2
-    config.train.steps_per_epoch = 195  # 50,000 // 256: the learning rate moves once an epoch (released code)
+    config.train.steps_per_epoch = 195  # 50,000 // 256: the learning rate moves once an epoch (released code); 0: that
     config.train.adam_b1 = 0.5  # (paper)
     config.train.adam_b2 = 0.9  # (paper)
     config.train.r1_gamma = 0.02  # R1 coefficient (paper)
@@ -79,14 +79,14 @@ def get_config(variant: str = "paper") -> ConfigDict:
     config.loss.kappa = 50.0  # of 'rpsw': their concentration about the paths
 
     config.checkpoint = ConfigDict()
-    config.checkpoint.every = 5_000  # steps
+    config.checkpoint.every = 5_000  # steps; None: about a fiftieth of all
     config.checkpoint.keep = 3  # the last ones
     config.checkpoint.keep_period = 50_000  # and for good every one whose step this divides; 0: none
 
     config.log = ConfigDict()
     config.log.every = 100  # steps between two lines of metrics
     config.log.tensorboard = True
-    config.log.samples_every = 5_000  # steps between two grids of samples
+    config.log.samples_every = 5_000  # steps between two grids of samples; None: about a fiftieth of all
 
     config.sample = ConfigDict()
     config.sample.batch_size = 64  # images drawn at once on a device; halved where memory runs out

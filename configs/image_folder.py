@@ -1,10 +1,12 @@
-"""Your own images: `--config=configs/image_folder.py --config.data.path=DIR`, a folder or a zip.
+"""Your own images: `--config=configs/image_folder.py --config.data.path=DIR`, a folder or a zip, also gs://.
 
 Variants: 'paper' (the networks of CIFAR-10, for 32 to 64 px), 'large' (of CelebA-HQ, for 128 and 256 px), 'small'
-(for 32 px and an hour or two on a CPU core; judged in a classifier's features, so of one folder a class), 'smoke'.
+(at 32 px, for an hour or two on a CPU core; judged in a classifier's features while training, if there is one folder a
+class), 'smoke'.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from configs.celeba_hq_256 import get_config as celeba
 from configs.cifar10 import apply_variant, small
@@ -12,14 +14,17 @@ from configs.cifar10 import get_config as cifar10
 
 
 def get_config(variant: str = "paper") -> ConfigDict:
-    """Size and channels are those of the images unless `--config.data.image_size` and `.channels` name others."""
+    """The size, the batch and the number of steps are chosen for the images, unless flags name others."""
     config = celeba() if variant == "large" else cifar10()
-    config.data.update(name="image_folder", image_size=0, channels=0)
+    config.data.update(name="image_folder", split="train", image_size=0, channels=0)
+    config.train.update(num_steps=0, batch_size=0, steps_per_epoch=0)  # ddgan_jax/automatic.py says how
+    config.checkpoint.every, config.log.samples_every = placeholder(int), placeholder(int)
     if variant == "large":
         config.diffusion.num_steps = 4
         return config
     if variant == "small":
-        small(config)
+        small(config)  # with its own number of steps: a CPU allows no more, for however many images
+        config.data.image_size = 32
         config.eval.update(features="classifier", num_samples=10_000, reference_samples=10_000, manifold_samples=5_000)
         config.eval.update(every=1_000, online_samples=2_000)
         return config

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddgan_jax import parallel, state, train_step
+from ddgan_jax import automatic, parallel, state, train_step
 from ddgan_jax.data import sources
 from ddgan_jax.diffusion import Schedule
 from ddgan_jax.errors import UserError
@@ -83,10 +83,31 @@ def _plain(value: Any) -> Any:
 
 def open_data(config: Any) -> sources.Data:
     """The images or points that `config.data` names. UserError if they are not there or do not fit."""
-    fields = dict(as_dict(config)["data"])
-    for name in ("flip", "scale"):  # on the device
-        del fields[name]
-    return sources.open_data(**fields)
+    return sources.open_data(**_of_data(as_dict(config)))
+
+
+def _of_data(c: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `sources.open_data` and `sources.look`."""
+    return {name: value for name, value in c["data"].items() if name not in ("flip", "scale")}  # on the device
+
+
+def settle(config: Any, data: sources.Data | None = None) -> tuple[dict[str, Any], list[str]]:
+    """The settings of a run with everything that they leave to the data, and what to say about it, a sentence each.
+
+    The data is looked at, not decoded, so that `build` can refuse what does not go together before the work begins;
+    `data` is used instead of what `config.data` names. UserError if the data is not there or does not fit.
+    """
+    c = as_dict(config)
+    if not automatic.leaves_open(c):
+        return c, []
+    if data is None:
+        seen = sources.look(**_of_data(c))
+    else:
+        seen = sources.Look(len(data.images), tuple(data.images.shape[1:]), data.labels is not None)
+    if len(seen.shape) == 3:
+        c["data"]["image_size"] = c["data"]["image_size"] or seen.shape[0]
+        c["data"]["channels"] = c["data"]["channels"] or seen.shape[2]
+    return automatic.choose(c, seen.num_examples, seen.labelled, jax.device_count())
 
 
 def labels_of(data: sources.Data, num_classes: int, name: str) -> np.ndarray | None:

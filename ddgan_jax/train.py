@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ddgan_jax import figures, parallel
-from ddgan_jax.build import Built, as_dict, build, check_batch, labels_of, open_data
+from ddgan_jax.build import Built, build, check_batch, labels_of, open_data, settle
 from ddgan_jax.data.batches import batches, like_real
 from ddgan_jax.data.sources import Data, fingerprint
 from ddgan_jax.errors import Fault, Interrupted, UserError
@@ -227,21 +227,21 @@ def train(config: Any, workdir: str, data: Data | None = None) -> Any:
         return _train(config, workdir, data, interrupt)
 
 
-def _open(settings: dict[str, Any], opened: Data | None) -> tuple[Built, Data]:
-    """(method, data) of a run; what follows from the data is set in the `settings`. UserErrors as of `train`."""
+def _open(config: Any, opened: Data | None) -> tuple[dict[str, Any], Built, Data]:
+    """(settings, method, data) of a run. The data is decoded when it fits the rest. UserErrors as of `train`."""
+    settings, chosen = settle(config, opened)
     data = settings["data"]
-    if 0 in (data["image_size"], data["channels"]):  # the networks depend on what the images have
-        opened = opened or open_data(settings)
-        data["image_size"], data["channels"] = opened.images.shape[2:]
     built = build(settings)
     check_batch(built.batch_size, settings["train"]["accumulate"])
+    for sentence in chosen:
+        say(sentence)
     opened = opened or open_data(settings)
     if opened.images.shape[1:] != built.image_shape:
         raise UserError(
             f"dataset {data['name']} has examples of {list(opened.images.shape[1:])}, but model.network="
             f"{settings['model']['network']} is built for {list(built.image_shape)}: choose another network or dataset"
         )
-    return built, opened
+    return settings, built, opened
 
 
 def facts(settings: dict[str, Any], data: Data) -> dict[str, Any]:
@@ -256,9 +256,8 @@ def facts(settings: dict[str, Any], data: Data) -> dict[str, Any]:
 
 def _train(config: Any, workdir: str, opened: Data | None, interrupt: Interrupt) -> Any:
     started = time.time()
-    settings = as_dict(config)
     primary, path = parallel.is_primary(), paths.path(workdir)
-    built, opened = parallel.everywhere(lambda: _open(settings, opened))
+    settings, built, opened = parallel.everywhere(lambda: _open(config, opened))
     if jax.process_count() > 1:
         parallel.agree(facts(settings, opened))
     train_, log_, eval_, keep = (settings[group] for group in ("train", "log", "eval", "checkpoint"))

@@ -13,7 +13,7 @@ RANKS = {
     0: "errors storage cluster materialize diffusion state parallel torch_weights figures data metrics "
     "models.convolution models.layers",
     1: "losses sampling storage.log torch_files models.generator models.discriminator models.mlp",
-    2: "train_step",
+    2: "automatic train_step",
     3: "build",
     4: "model judge",
     5: "generate evaluate train",

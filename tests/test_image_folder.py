@@ -10,12 +10,19 @@ import zlib
 
 import numpy as np
 import pytest
-from commands import python
-from PIL import Image
+from commands import python, run
+from PIL import Image, ImageFile
+from test_configs import get_config
 
+from configs.image_folder import get_config as image_folder_config
+from ddgan_jax import automatic
+from ddgan_jax.build import as_dict, build, settle
+from ddgan_jax.build import open_data as build_open_data
 from ddgan_jax.data import decoding, image_folder
-from ddgan_jax.data.sources import open_data
-from ddgan_jax.errors import UserError
+from ddgan_jax.data.sources import Data, open_data
+from ddgan_jax.errors import Fault, UserError
+from ddgan_jax.judge import open_judge
+from ddgan_jax.train import train
 
 
 def noise(width, height, seed=0):
@@ -63,13 +70,51 @@ def test_a_second_start_reads_the_copy_and_a_change_makes_a_new_one(tmp_path, mo
 
 
 @pytest.mark.parametrize(
-    "sizes, expected", [([(40, 40), (36, 50), (500, 41)], 32), ([(8, 8)], 8), ([(64, 100), (9, 9), (70, 64)], 64)]
+    "sizes, expected",
+    [
+        ([(40, 40), (36, 50), (500, 41)], 32),
+        ([(8, 8)], 8),
+        ([(64, 100), (9, 9), (70, 64)], 64),
+        ([(255, 300)], 128),
+        ([(700, 600)], 256),
+    ],
 )
 def test_size_from_the_images(tmp_path, sizes, expected):
-    """The largest power of two not above the median shorter side."""
+    """The largest power of two not above the median shorter side, and at most 256."""
     for i, (width, height) in enumerate(sizes):
         save(tmp_path / "in" / f"{i}.png", noise(width, height))
+    seen = image_folder.look(str(tmp_path / "in"), 0, 0, str(tmp_path / "cache"))
+    assert seen == (len(sizes), expected, 3, [""])
     assert open_folder(tmp_path / "in", tmp_path / "cache")[0].shape == (len(sizes), expected, expected, 3)
+
+
+def test_a_larger_size_is_asked_for(tmp_path):
+    save(tmp_path / "in" / "a.png", noise(520, 530))
+    assert open_folder(tmp_path / "in", tmp_path / "cache", size=512)[0].shape == (1, 512, 512, 3)
+
+
+def test_looking_decodes_nothing_and_is_remembered(tmp_path, monkeypatch):
+    """Headers alone: also those behind a long comment, and of files whose pixels are damaged."""
+    for i in range(4):
+        save(tmp_path / "in" / "ab"[i % 2] / f"{i}.jpg", noise(70, 300, i), comment=b"x" * 60_000 * (i % 2))
+    save(tmp_path / "in" / "a" / "long.jpg", noise(70, 300), icc_profile=b"x" * 200_000)
+    buffer = io.BytesIO()
+    Image.fromarray(noise(64, 64)).save(buffer, "JPEG")
+    (tmp_path / "in" / "cut.jpg").write_bytes(buffer.getvalue()[:-400])
+    (tmp_path / "in" / "text.png").write_text("I am not an image")
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("decoded"))
+    seen = image_folder.look(str(tmp_path / "in"), 0, 0, str(tmp_path / "cache"))
+    assert seen == (6, 64, 3, ["", "a", "b"])
+    assert not [path for path in (tmp_path / "cache" / "image_folder").iterdir() if path.is_dir()]
+    monkeypatch.setattr(image_folder, "look_at", lambda *_: pytest.fail("looked again"))
+    assert image_folder.look(str(tmp_path / "in"), 32, 1, str(tmp_path / "cache")) == (6, 32, 1, ["", "a", "b"])
+
+
+def test_no_file_is_an_image(tmp_path):
+    for name in ("a.png", "b.png"):
+        save(tmp_path / "in" / name, noise(1, 1))
+    with pytest.raises(UserError, match=r"2 of 2 files in .* were skipped \(the first, a.png: 1x1 pixels are too few"):
+        open_folder(tmp_path / "in", tmp_path / "cache")
 
 
 def test_the_centre_is_cut_out_and_shrunk_without_aliasing(tmp_path):
@@ -302,7 +347,9 @@ def test_two_at_once_and_one_that_was_killed(tmp_path):
     assert [path.name.split(".")[0] for path in cache.iterdir() if path.is_dir()] == ["incomplete"]
     children = [python(OPEN, folder, cache.parent, "whole") for _ in range(2)]
     outputs = [child.communicate(timeout=60) for child in children]
-    assert sorted(out for out, _ in outputs) == [f"(50, 64, 64, 3) {total} {n}\n" for n in (0, 50)], outputs
+    found = sorted(out.splitlines()[-1] for out, _ in outputs)
+    assert found == [f"(50, 64, 64, 3) {total} {n}" for n in (0, 50)], outputs
+    assert sum("preparing the 50 files" in out and f"in {cache}/" in out for out, _ in outputs) == 1
     (copy,) = (path for path in cache.iterdir() if path.is_dir())
     assert not copy.name.startswith("incomplete")
 
@@ -312,3 +359,195 @@ def test_no_room_for_the_copy(tmp_path):
     (tmp_path / "cache").write_text("a file where the folder should be")
     with pytest.raises(UserError, match=r"cannot be written to .*; set data.dir"):
         open_folder(tmp_path / "in", tmp_path / "cache")
+
+
+# --- What the number of images decides ------------------------------------------------------------------------------
+
+
+def settings_of(path, variant="paper", **fields):
+    """The configuration of a folder whose copies lie beside it, with `fields` such as data__image_size=8."""
+    config = image_folder_config(variant)
+    config.data.update(path=str(path), dir=str(path.parent / "cache"))
+    for name, value in fields.items():
+        group, _, field = name.partition("__")
+        config[group][field] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    "variant, pixels, fields, message",
+    [
+        ("paper", 24, {"data__image_size": 2048}, "8 to 1024 px, not 2048"),
+        ("paper", 24, {"data__image_size": 12}, "data.image_size=12 does not halve 3 times"),
+        ("paper", 24, {"data__image_size": 12, "data__channels": 3}, "data.image_size=12 does not halve 3 times"),
+        ("paper", 24, {"data__image_size": 4, "generator__ch_mult": (1, 2)}, "8 to 1024 px, not 4"),
+        ("paper", 7, {"generator__ch_mult": (1, 2)}, "8 to 1024 px, not 4"),
+        ("large", 24, {}, "data.image_size=16 does not halve 5 times"),
+        ("small", 24, {"data__image_size": 30}, "data.image_size=30 does not halve 2 times"),
+    ],
+)
+def test_a_size_that_no_network_takes_is_refused_before_anything_is_decoded(
+    tmp_path, monkeypatch, variant, pixels, fields, message
+):
+    save(tmp_path / "in" / "a.png", noise(pixels, pixels))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(UserError, match=message):
+        train(settings_of(tmp_path / "in", variant, **fields), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "size, num_images, devices, batch, steps",
+    [
+        (32, 10, 1, 8, 50_000),
+        (32, 10, 8, 8, 50_000),
+        (64, 300, 1, 32, 50_000),
+        (64, 300, 8, 32, 50_000),
+        (64, 2_000, 1, 64, 56_250),
+        (64, 2_000, 8, 64, 56_250),
+        (64, 2_000, 3, 60, 60_000),
+        (64, 2_000, 128, 128, 50_000),
+        (32, 50_000, 1, 256, 351_562),  # the paper's CIFAR-10: 351,000 steps of 256
+        (32, 50_000, 8, 256, 351_562),
+        (256, 27_000, 1, 32, 675_000),  # the paper's CelebA-HQ: 675,000 of 32
+        (256, 50_000, 8, 32, 1_250_000),
+        (256, 1_000_000, 1, 32, 1_875_000),
+        (32, 1_000_000, 1, 256, 351_562),
+        (32, 1_000_000, 8, 256, 351_562),
+        (512, 50_000, 1, 16, 2_500_000),
+    ],
+)
+def test_numbers_for_so_many_images(size, num_images, devices, batch, steps):
+    config = as_dict(image_folder_config("large" if size > 64 else "paper"))
+    config["data"].update(image_size=size, channels=3)
+    settled, (said,) = automatic.choose(config, num_images, False, devices)
+    assert (settled["train"]["batch_size"], settled["train"]["num_steps"]) == (batch, steps)
+    assert batch % 4 == 0 and batch % devices == 0
+    assert settled["train"]["steps_per_epoch"] == max(num_images // batch, 1)
+    assert settled["checkpoint"]["every"] == settled["log"]["samples_every"]
+    assert 1_000 <= settled["checkpoint"]["every"] <= 5_000 and 50_000 % settled["checkpoint"]["every"] == 0
+    assert f"{num_images:,} images: {size} px, batch {batch}, {steps:,} steps (" in said
+    again, silence = automatic.choose(settled, num_images, False, devices)
+    assert again == settled and silence == []
+    build(settled)
+
+
+def test_a_batch_that_is_taken_in_parts():
+    """Each part of a device's batch holds whole groups of four."""
+    assert [automatic.batch_size(2_000, 64, devices, 4) for devices in (1, 2, 3, 8)] == [64, 64, 48, 128]
+
+
+def test_what_is_said_and_that_flags_win():
+    config = as_dict(image_folder_config())
+    config["data"]["image_size"] = 64
+    assert automatic.choose(config, 2_000, False, 1)[1] == [
+        "2,000 images: 64 px, batch 64, 56,250 steps (1,800 epochs), chosen for this number of images; "
+        "--config.train.num_steps and --config.train.batch_size name others"
+    ]
+    config["train"]["batch_size"], config["checkpoint"]["every"] = 16, 7
+    settled, (said,) = automatic.choose(config, 2_000, False, 1)
+    assert settled["train"]["num_steps"] == 225_000 and settled["train"]["steps_per_epoch"] == 125
+    assert settled["checkpoint"]["every"] == 7 and settled["log"]["samples_every"] == 2_500
+    assert said.endswith("--config.train.num_steps names another")
+    config["train"].update(num_steps=1_000, steps_per_epoch=1)
+    settled, said = automatic.choose(config, 2_000, False, 1)
+    assert settled["train"] == config["train"] and said == [] and settled["log"]["samples_every"] == 500
+
+
+def test_settled_for_the_images_of_a_split_and_the_same_when_asked_again(tmp_path):
+    for i in range(40):
+        save(tmp_path / "in" / f"{i}.png", noise(20, 17, i))
+    config = settings_of(tmp_path / "in", data__split="train[:50%]")
+    settled, (said,) = settle(config)
+    assert said.startswith("20 images: 16 px, batch 16, 50,000 steps (40,000 epochs)")
+    assert (settled["data"]["image_size"], settled["data"]["channels"]) == (16, 3)
+    assert settle(config)[0] == settled
+    images = build_open_data(settled).images
+    assert images.shape == (20, 16, 16, 3) and settle(config)[0] == settled
+    given = settle(settings_of(tmp_path / "in"), Data(images))[0]
+    assert given["train"] == settled["train"] and given["data"]["image_size"] == 16
+
+
+def test_other_sets_are_settled_too():
+    """Of tfds, made up, and points; whatever leaves nothing open is not looked at."""
+    for name, size, batch in (("synthetic", 8, 256), ("gaussians", 1, 256)):
+        config = as_dict(get_config("gaussians" if name == "gaussians" else "cifar10", "smoke"))
+        config["train"].update(num_steps=0, batch_size=0, steps_per_epoch=0)
+        settled, (said,) = settle(config)
+        assert settled["train"]["num_steps"] >= 50_000 and settled["train"]["batch_size"] <= batch
+        assert settled["data"]["image_size"] == size and ("px" in said) == (name == "synthetic")
+    config = as_dict(get_config("cifar10"))  # which is not there
+    assert settle(config) == (config, [])
+
+
+@pytest.mark.parametrize("variant", ["paper", "large", "small"])
+def test_a_flat_folder_is_not_judged_by_its_classes(tmp_path, variant):
+    """Training does without; an evaluation that is asked for does not."""
+    for i in range(4):
+        save(tmp_path / "in" / f"{i}.png", noise(64, 64, i))
+    config = settings_of(tmp_path / "in", variant, eval__every=10, eval__features="classifier")
+    settled, said = settle(config)
+    assert settled["eval"]["every"] == 0
+    assert said[-1].startswith("no evaluation while training: eval.features=classifier learns the classes")
+    with pytest.raises(UserError, match=r"eval.features=classifier needs labels, and image_folder has none"):
+        open_judge(settled)
+    (tmp_path / "in" / "ant").mkdir()
+    (tmp_path / "in" / "0.png").rename(tmp_path / "in" / "ant" / "0.png")
+    assert settle(config)[0]["eval"]["every"] == 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["paper", "large", "small"])
+def test_every_variant_trains_on_a_flat_folder(tmp_path, variant):
+    for i in range(12):
+        save(tmp_path / "in" / f"{i}.png", noise(40, 33, i))
+    small = ["generator.nf=8", "generator.num_res_blocks=1", "generator.nz=8", "discriminator.ngf=8"]
+    some = ["train.num_steps=4", "checkpoint.every=2", "sample.grid=4", "log.tensorboard=False"]
+    where = [f"data.path={tmp_path}/in", f"data.dir={tmp_path}/cache"]
+    flags = [f"--config.{flag}" for flag in (*small, *some, *where)]
+    for _ in range(2):
+        result = run(f"--config=configs/image_folder.py:{variant}", f"--workdir={tmp_path}/run", *flags)
+        assert result.returncode == 0, result.stderr
+        assert ("no evaluation while training" in result.stdout) == (variant == "small")
+    assert "has already finished its 4 steps" in result.stdout and "note:" not in result.stdout
+    kept = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert kept["train"]["batch_size"] == (32 if variant == "small" else 8) and kept["data"]["image_size"] == 32
+    assert (tmp_path / "run" / "samples" / "final.png").exists()
+
+
+@pytest.mark.parametrize(
+    "seconds, steps, expected",
+    [
+        (0.2133, 56_250, "about 3 h 20 min for 56,250 steps"),
+        (0.001, 7_000, "about 1 min for 7,000 steps"),
+        (1.0, 351_562, "about 4 d 1 h for 351,562 steps"),
+        (1.0, 5_399, "about 1 h 30 min for 5,399 steps"),
+    ],
+)
+def test_expected_time(seconds, steps, expected):
+    assert automatic.expected_time(seconds, steps) == expected
+
+
+# --- Paths elsewhere ------------------------------------------------------------------------------------------------
+
+
+def test_a_path_elsewhere(tmp_path):
+    with pytest.raises(UserError, match="paths are local or gs://bucket/name, not https://"):
+        open_folder("https://example.org/photos.zip", tmp_path / "cache")
+
+
+def test_a_network_that_fails_is_no_reason_to_skip_a_file(tmp_path, monkeypatch):
+    """A Fault, and nothing that a later start would believe."""
+    save(tmp_path / "in" / "a.png", noise(8, 8))
+    with zipfile.ZipFile(tmp_path / "in.zip", "w") as file:
+        file.write(tmp_path / "in" / "a.png", "a.png")
+
+    def fail(*_):
+        raise ConnectionError("no network")
+
+    zipped = image_folder._Zip
+    monkeypatch.setattr(zipped, "read", fail)
+    monkeypatch.setattr(zipped, "remote", property(lambda _: True, lambda *_: None), raising=False)
+    with pytest.raises(Fault, match=r"a.png in the bucket cannot be read: ConnectionError no network; run the same"):
+        open_folder(tmp_path / "in.zip", tmp_path / "cache")
+    assert not [path for path in (tmp_path / "cache" / "image_folder").iterdir() if path.is_dir()]

@@ -1,6 +1,8 @@
 """From the bytes of one image file to uint8 pixels: upright, grey or RGB, cropped and resized as a person expects."""
 
+import contextlib
 import io
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,24 +13,48 @@ MAX_PIXELS = 100_000_000  # of one file: beyond it is more likely an attack on t
 
 def open_image(content: bytes) -> Any:
     """The first frame of an image file as Pillow reads it, upright; ValueError with the reason if it is none."""
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
-    if not content:
-        raise ValueError("it is empty")
-    try:
-        image = Image.open(io.BytesIO(content))
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS:,}")
-        if min(image.size) < MIN_SIDE:
-            raise ValueError(f"{image.width}x{image.height} pixels are too few")
+    with _reasons():
+        image = _open(content)
         image.load()
         ImageOps.exif_transpose(image, in_place=True)  # else it copies every image
         return image
+
+
+def look_at(head: bytes) -> tuple[int, bool]:
+    """(shorter side, is it grey?) of an image file from its first bytes, without decoding; ValueError as above."""
+    with _reasons():
+        image = _open(head)
+        return min(image.size), is_grey(image)
+
+
+def _open(content: bytes) -> Any:
+    """What the header says: Pillow decodes nothing before it has to."""
+    from PIL import Image
+
+    if not content:
+        raise ValueError("it is empty")
+    image = Image.open(io.BytesIO(content))
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS:,}")
+    if min(image.size) < MIN_SIDE:
+        raise ValueError(f"{image.width}x{image.height} pixels are too few")
+    return image
+
+
+@contextlib.contextmanager
+def _reasons() -> Iterator[None]:
+    """What Pillow raises for broken files, as a ValueError with the reason."""
+    from PIL import Image
+
+    try:
+        yield
     except Image.DecompressionBombError as error:
         raise ValueError(f"it claims more than {MAX_PIXELS:,} pixels") from error
     except Image.UnidentifiedImageError as error:
         raise ValueError("it is not an image that Pillow can read") from error
-    except (OSError, SyntaxError, EOFError) as error:  # what Pillow raises for broken files
+    except (OSError, SyntaxError, EOFError) as error:
         raise ValueError(f"it is damaged ({error})") from error
 
 

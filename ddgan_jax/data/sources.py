@@ -23,8 +23,10 @@ from tqdm import tqdm
 from ddgan_jax.data import decoding, image_folder
 from ddgan_jax.data.batches import batch_indices
 from ddgan_jax.errors import Fault, UserError
+from ddgan_jax.storage import paths
 
 EMBEDDED = {"digits": "1,797", "mnist_5k": "5,000"}  # images; see builders.py
+FOLDERS = ("image_folder", "lsun_church")
 SYNTHETIC_IMAGES = 256
 STACKED_IMAGES = 120_000  # as in the released code: two passes over the 60,000 of MNIST
 NUM_POINTS = 100_000
@@ -68,7 +70,7 @@ def open_data(
     if name == "gaussians":
         return Data(gaussians())
     data_dir = directory(dir)
-    if name in ("image_folder", "lsun_church"):
+    if name in FOLDERS:
         return _open_folder(name, split, data_dir, image_size, channels, path, max_bad_share)
     stacked = name.startswith("stacked_")
     try:
@@ -80,6 +82,36 @@ def open_data(
         raise UserError(f"dataset {name} needs {error.name}: run `pip install {needed}`") from error
     data = dataclasses.replace(data, images=_in_memory(data.images, in_memory_mib))
     return _stack(name, data, image_size, channels) if stacked else data
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """What is known of a set before its images are decoded."""
+
+    num_examples: int  # of a folder, the files that have the header of an image
+    shape: tuple[int, ...]  # of one: [H, W, C], or [d]
+    labelled: bool
+
+
+def look(
+    name: str,
+    split: str = "train",
+    dir: str = "",
+    image_size: int = 0,
+    channels: int = 0,
+    path: str = "",
+    max_bad_share: float = 0.01,
+    in_memory_mib: int = 2048,
+) -> Look:
+    """What `open_data` of the same arguments will be, without decoding it: of a folder, from headers alone."""
+    if name not in FOLDERS:
+        data = open_data(name, split, dir, image_size, channels, in_memory_mib=0)
+        return Look(len(data.images), tuple(data.images.shape[1:]), data.labels is not None)
+    data_dir = directory(dir)
+    path = path or _default_path(name, data_dir)
+    seen = image_folder.look(path, image_size, channels, paths.cache_dir(data_dir))
+    count = len(range(seen.num_images)[_part(split, seen.num_images)])
+    return Look(count, (seen.size, seen.size, seen.channels), len(seen.classes) > 1)
 
 
 def fingerprint(name: str, split: str, images: Any) -> str:
@@ -286,17 +318,26 @@ def _in_memory(images: Any, limit_mib: int) -> Any:
 def _open_folder(
     name: str, split: str, data_dir: str, image_size: int, channels: int, path: str, max_bad_share: float
 ) -> Data:
-    if name == "lsun_church" and not path:
-        path = os.path.join(data_dir, "lsun", "church_outdoor_train_lmdb")
-        if not os.path.exists(path):
-            raise UserError(
-                "dataset lsun_church needs data.path, a folder of images or LSUN's church_outdoor_train_lmdb, which "
-                "the project fyu/lsun on GitHub downloads (`python3 download.py -c church_outdoor`); "
-                f"without data.path it is looked for as {path}"
-            )
-    images, labels, classes = image_folder.open_folder(path, image_size, channels, data_dir, max_bad_share)
+    cache_dir = paths.cache_dir(data_dir)
+    images, labels, classes = image_folder.open_folder(
+        path or _default_path(name, data_dir), image_size, channels, cache_dir, max_bad_share
+    )
     part = _part(split, len(images))
     return Data(images[part], (lambda: labels[part]) if len(classes) > 1 else None, tuple(classes))
+
+
+def _default_path(name: str, data_dir: str) -> str:
+    """Where a folder is looked for that data.path does not name. UserError if it is not there."""
+    if name != "lsun_church":
+        return ""
+    path = os.path.join(data_dir, "lsun", "church_outdoor_train_lmdb")
+    if not os.path.exists(path):
+        raise UserError(
+            "dataset lsun_church needs data.path, a folder of images or LSUN's church_outdoor_train_lmdb, which "
+            "the project fyu/lsun on GitHub downloads (`python3 download.py -c church_outdoor`); "
+            f"without data.path it is looked for as {path}"
+        )
+    return path
 
 
 def _part(split: str, num_images: int) -> slice:

@@ -75,6 +75,34 @@ def exists(file: Given) -> bool:
         return epath.Path(file).exists()
 
 
+def read_start(file: Given, size: int) -> bytes:
+    """The first `size` bytes of a file, or all of a smaller one; of a bucket no more is fetched. OSError as `read`."""
+    if is_remote(file):
+        with os_errors(file):
+            return _bucket_files().cat_file(os.fspath(file), start=0, end=size)
+    with open(file, "rb") as opened:
+        return opened.read(size)
+
+
+def files_below(folder: Given) -> dict[str, tuple[int, str]]:
+    """{name: (size, time of the last change)} of all files below a folder of a bucket, in one listing.
+
+    OSError where the bucket does not answer.
+    """
+    with os_errors(folder):
+        found = _bucket_files().find(os.fspath(folder), detail=True)
+    prefix = os.fspath(folder).removeprefix("gs://").rstrip("/") + "/"
+    files = {name.removeprefix(prefix): info for name, info in found.items() if name.startswith(prefix)}
+    return {name: (int(info["size"]), str(info.get("updated", ""))) for name, info in files.items()}
+
+
+def _bucket_files() -> Any:
+    """The file system of gs:// paths, the one that epath has: it keeps one for the same arguments."""
+    import fsspec
+
+    return fsspec.filesystem("gcs", finalize_on_close=True)
+
+
 def write(file: Given, content: str | bytes | Callable[[IO[bytes]], Any]) -> None:
     """Write a file, so that at any moment it is the old one or the new one; its folder is made.
 

@@ -1,0 +1,109 @@
+"""What a configuration leaves to the data: the batch and the number of steps for so many images of such a size.
+
+A pure function of the settings and what is known of the data, so that a run that goes on finds the same numbers.
+"""
+
+import copy
+import math
+from typing import Any
+
+from ddgan_jax.models.discriminator import STDDEV_GROUP
+
+# What the paper trains in all: CIFAR-10, 32 px, 1,800 epochs of 50,000 images; at 256 px CelebA-HQ, 800 epochs of
+# 27,000, and LSUN Church, 500 epochs of 120,000.
+EPOCHS, MOST_IMAGES = 1_800, 90_000_000
+LARGE, EPOCHS_LARGE, MOST_IMAGES_LARGE = 64, 800, 60_000_000  # of images above LARGE px
+# Five times what the moving average of the generator (ema_decay = 0.9999) remembers: it has forgotten the weights that
+# it began with. A few hundred images are shown more often for it.
+LEAST_STEPS = 50_000
+# The paper's batches are 256 at 32 px and 32 to 64 at 256 px: their product with the size is about this.
+BATCH_TIMES_SIZE, MOST_BATCH = 8_192, 256
+LEAST_BATCH = 32  # for few images, which LEAST_STEPS alone would give a smaller one; the paper's smallest
+SAVES = 50  # checkpoints and grids of samples in a run, where they are not named
+SAVE_EVERY = (500, 1_000, 2_500, 5_000)  # steps between two; each divides checkpoint.keep_period
+
+
+def leaves_open(config: dict[str, Any]) -> bool:
+    """Is there anything that depends on the data? Else nobody needs to look at it."""
+    data, train = config["data"], config["train"]
+    numbers = data["image_size"], data["channels"], train["num_steps"], train["batch_size"], train["steps_per_epoch"]
+    every = config["checkpoint"]["every"], config["log"]["samples_every"]
+    return 0 in numbers or None in every or bool(why_not_judged(config, labelled=False))
+
+
+def choose(config: dict[str, Any], num_images: int, labelled: bool, devices: int) -> tuple[dict[str, Any], list[str]]:
+    """The settings with everything chosen that they leave to the data, and what to say about it, a sentence each.
+
+    `config` is that of `build.as_dict`, with the image size of the data. `train.num_steps`, `train.batch_size` and
+    `train.steps_per_epoch` are chosen where they are 0, `checkpoint.every` and `log.samples_every` where they are None.
+    Evaluation while training is left out where the data has not what it needs.
+    """
+    c = copy.deepcopy(config)
+    train, size = c["train"], c["data"]["image_size"]
+    count = max(num_images, 1)
+    chosen = [name for name in ("num_steps", "batch_size") if not train[name]]
+    train["batch_size"] = train["batch_size"] or batch_size(count, size, devices, train["accumulate"])
+    train["num_steps"] = train["num_steps"] or num_steps(count, size, train["batch_size"])
+    train["steps_per_epoch"] = train["steps_per_epoch"] or max(count // max(train["batch_size"], 1), 1)
+    often = max((n for n in SAVE_EVERY if n * SAVES <= train["num_steps"]), default=SAVE_EVERY[0])
+    for group, name in (("checkpoint", "every"), ("log", "samples_every")):
+        if c[group][name] is None:
+            c[group][name] = often
+    said = []
+    if chosen:
+        epochs = train["num_steps"] * train["batch_size"] / count
+        flags = " and ".join(f"--config.train.{name}" for name in chosen)
+        said.append(
+            f"{num_images:,} images: {f'{size} px, ' if size > 1 else ''}batch {train['batch_size']}, "
+            f"{train['num_steps']:,} steps ({epochs:,.{0 if epochs >= 10 else 1}f} epochs), chosen for this number of "
+            f"images; {flags} name{'s' * (len(chosen) == 1)} {'another' if len(chosen) == 1 else 'others'}"
+        )
+    if why := why_not_judged(c, labelled):
+        c["eval"]["every"] = 0
+        said.append(f"no evaluation while training: {why}")
+    return c, said
+
+
+def images_in_all(num_images: int, image_size: int) -> int:
+    """As many epochs as the paper's, and no more images than it shows."""
+    large = image_size > LARGE
+    return min(num_images * (EPOCHS_LARGE if large else EPOCHS), MOST_IMAGES_LARGE if large else MOST_IMAGES)
+
+
+def batch_size(num_images: int, image_size: int, devices: int, accumulate: int = 1) -> int:
+    """The largest power of two that leaves LEAST_STEPS, but at least 32; at most the paper's, and no more than there
+    are images. A multiple of what `build.check_batch` asks for, so at least that."""
+    enough = max(images_in_all(num_images, image_size) // LEAST_STEPS, LEAST_BATCH)
+    papers = min(BATCH_TIMES_SIZE // max(image_size, 1), MOST_BATCH)
+    largest = 2 ** int(math.log2(max(min(enough, papers, num_images), 1)))
+    unit = devices * accumulate * STDDEV_GROUP if accumulate > 1 else math.lcm(STDDEV_GROUP, devices)
+    return max(largest // unit, 1) * unit
+
+
+def num_steps(num_images: int, image_size: int, batch: int) -> int:
+    """The steps that show `images_in_all`, and at least LEAST_STEPS."""
+    return max(images_in_all(num_images, image_size) // batch, LEAST_STEPS)
+
+
+def why_not_judged(config: dict[str, Any], labelled: bool) -> str:
+    """Why samples cannot be judged while training on this data, or ''."""
+    name, judged = config["data"]["name"], config["eval"]
+    if not judged["every"] or judged["features"] != "classifier" or labelled or name.startswith("stacked_"):
+        return ""  # StackedMNIST is judged by the digits that it is made of
+    return (
+        f"eval.features=classifier learns the classes of the images, and {name} has none; put the images of each class "
+        "into a folder of its own, or set eval.features=inception"
+    )
+
+
+def expected_time(seconds_per_step: float, steps: int) -> str:
+    """'about 3 h 20 min for 56,250 steps'."""
+    minutes = round(seconds_per_step * steps / 60)
+    days, hours = divmod(minutes // 60, 24)
+    if days:
+        text = f"{days} d {hours} h"
+    elif hours:
+        text = f"{hours} h {minutes % 60} min"
+    else:
+        text = f"{max(minutes, 1)} min"
+    return f"about {text} for {steps:,} steps"

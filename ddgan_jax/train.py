@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from ddgan_jax import figures, parallel
+from ddgan_jax import automatic, figures, parallel
 from ddgan_jax.build import Built, build, check_batch, labels_of, open_data, settle
 from ddgan_jax.data.batches import batches, like_real
 from ddgan_jax.data.sources import Data, fingerprint
@@ -347,6 +347,8 @@ def _train(config: Any, workdir: str, opened: Data | None, interrupt: Interrupt)
             if step - first <= 3:
                 jax.block_until_ready(metrics)
                 say(f"step {step} done, {time.time() - started:.1f} s after the start")
+            if step - first == 3:
+                say(automatic.expected_time(time.time() - asked_at - waited, num_steps - step))
 
             every = {
                 "log": log_["every"],

@@ -106,8 +106,8 @@ def _bucket_files() -> Any:
 def write(file: Given, content: str | bytes | Callable[[IO[bytes]], Any]) -> None:
     """Write a file, so that at any moment it is the old one or the new one; its folder is made.
 
-    `content` may be a function that writes into an open binary file. OSError if it cannot be written: the old file is
-    still there.
+    `content` may be a function that writes into an open binary file. OSError, which names the file, if it cannot be
+    written: the old file is still there.
     """
     target = epath.Path(file)
     if callable(content):
@@ -116,10 +116,18 @@ def write(file: Given, content: str | bytes | Callable[[IO[bytes]], Any]) -> Non
         content = buffer.getvalue()
     elif isinstance(content, str):
         content = content.encode()
-    if is_remote(target):  # there, a file appears when it is whole
-        with os_errors(target):
-            target.write_bytes(content)
-        return
+    try:
+        if is_remote(target):  # there, a file appears when it is whole
+            with os_errors(target):
+                target.write_bytes(content)
+        else:
+            _write_local(target, content)
+    except OSError as error:
+        reason = error.strerror or str(error).strip().splitlines()[0]
+        raise OSError(f"{target} cannot be written: {reason}") from error
+
+
+def _write_local(target: epath.Path, content: bytes) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.parent / f".{target.name}.{os.getpid()}.tmp"
     try:
@@ -143,9 +151,8 @@ def move_folder(source: Given, target: Given) -> None:
             new.parent.mkdir(parents=True, exist_ok=True)
             old.rename(new)
             return
-        for folder, _, names in old.walk():
-            for name in names:
-                write(new / str(folder / name).removeprefix(f"{old}/"), (folder / name).read_bytes())
+        for name in files_below(old):
+            write(new / name, (old / name).read_bytes())
         old.rmtree()
 
 

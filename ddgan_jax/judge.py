@@ -216,7 +216,7 @@ def _write(path: Path, write: Callable[[Any], None]) -> None:
     try:
         paths.write(path, write)
     except OSError as error:
-        print(f"note: {path} cannot be kept for the next time: {error}", flush=True)
+        print(f"note: {error}; it will be computed again", flush=True)
 
 
 # --- The judge ----------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ was damaged later.
 """
 
 import json
+import logging
 import math
 import os
 import zlib
@@ -98,6 +99,11 @@ def best(workdir: Path) -> dict[str, Any]:
         return {}
 
 
+def _untold(record: logging.LogRecord) -> bool:
+    """Orbax logs the traceback of what goes wrong in the background, and raises it again, which is told as a Fault."""
+    return not (record.exc_info and "orbax" in record.pathname)
+
+
 class Checkpoints:
     """The checkpoints of one run, for process 0; `close` waits for the last save."""
 
@@ -116,6 +122,7 @@ class Checkpoints:
             create=False,  # Orbax does not create directories for a part of the processes
         )
         self.directory.mkdir(parents=True, exist_ok=True)
+        logging.getLogger("absl").addFilter(_untold)
         self._manager = ocp.CheckpointManager(self.directory, options=self._options)
 
     def close(self) -> None:

@@ -104,4 +104,4 @@ class Log:
         try:
             yield
         except OSError as error:
-            raise Fault(f"{self.path} cannot be written: {error}; the checkpoints are intact") from error
+            raise Fault(f"{error}; the checkpoints are intact") from error

@@ -7,7 +7,6 @@ def test_it(bucket): run(..., f"--workdir={bucket.url}/run", env=bucket.env)
 
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ import urllib.request
 from typing import NamedTuple
 
 import pytest
-from commands import ROOT
+from commands import ROOT, free_port
 
 
 class Bucket(NamedTuple):
@@ -43,13 +42,6 @@ class Bucket(NamedTuple):
         """The names of all files below a folder of the bucket."""
         script = "import gcsfs\nprint('\\n'.join(gcsfs.GCSFileSystem().find(sys.argv[1])))"
         return [f"gs://{line}" for line in self.python(script, f"{self.url}/{below}").split()]
-
-
-def free_port() -> int:
-    """A port of loopback that nothing listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def start(folder: pathlib.Path, name: str = "bkt") -> Bucket:

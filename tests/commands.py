@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 
@@ -31,3 +32,48 @@ def python(script: str, *arguments) -> subprocess.Popen:
     """Start lines of Python in the root of the project."""
     command = [sys.executable, "-c", script, *map(str, arguments)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def free_port() -> int:
+    """A port of loopback that nothing listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def start_group(count, *arguments, devices=1, own=None, script=""):
+    """Start main.py in `count` processes that are joined over loopback, with so many CPU devices each.
+
+    `own` are further arguments of single ones, {index: [...]}; `script`, lines of Python, runs before in each.
+    """
+    address, started = f"127.0.0.1:{free_port()}", []
+    for index in range(count):
+        group = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(index)}
+        env = os.environ | (group if count > 1 else {})
+        env |= {"JAX_PLATFORMS": "cpu"}
+        env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+        argv, options = command(*arguments, *(own or {}).get(index, []), env=env)
+        if script:
+            argv[1:2] = ["-c", f"{script}\nimport sys, main\nsys.argv[0] = 'main.py'\nsys.exit(main.main())"]
+        started.append(subprocess.Popen(argv, **options, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+    return started
+
+
+def ends(processes, timeout=900):
+    """[(exit code, output)] of started processes."""
+    try:
+        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
+
+
+def read_until(process, text):
+    """Read the output of a process up to a line with `text`."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if text in line:
+            return
+    raise AssertionError(f"{text!r} was never printed:\n{''.join(lines)}")

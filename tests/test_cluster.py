@@ -7,8 +7,7 @@ import sys
 import threading
 
 import pytest
-from buckets import free_port
-from commands import ROOT
+from commands import ROOT, free_port
 
 from ddgan_jax import cluster
 from ddgan_jax.errors import UserError

@@ -1,0 +1,241 @@
+"""Real processes, joined over loopback: every mode, and what happens when one is killed, signalled, or differs."""
+
+import json
+import signal
+import time
+
+import numpy as np
+import pytest
+from commands import POINTS, SMOKE, ends, free_port, python, read_until, run, start_group
+
+from ddgan_jax.storage import checkpoint
+
+ENDLESS = [
+    "--config.train.num_steps=1000000",
+    "--config.checkpoint.every=1000000",
+    "--config.log.every=100000",
+    "--config.log.samples_every=0",
+]
+QUIET = "--config.log.tensorboard=False"
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return f"--compilation_cache={tmp_path_factory.mktemp('cache')}"
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, cache):
+    """The workdir of a run of one process and one device that evaluates on the way."""
+    workdir = tmp_path_factory.mktemp("alone")
+    result = run(POINTS, f"--workdir={workdir}", QUIET, "--config.eval.every=4", cache)
+    assert result.returncode == 0, result.stderr
+    return workdir
+
+
+def succeed(processes):
+    codes, outputs = zip(*ends(processes), strict=True)
+    assert not any(codes), "\n\n".join(outputs)
+    return outputs
+
+
+def metrics_of(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_train_and_evaluate_as_one(alone, cache, tmp_path):
+    """On-line evaluation included: process 0 alone speaks and writes, and the numbers are those of one device."""
+    arguments = POINTS, f"--workdir={tmp_path}", QUIET, "--config.eval.every=4", cache
+    outputs = succeed(start_group(2, *arguments, devices=2))
+    assert "2 processes x 2 devices x 4" in outputs[0] and "finished 8 steps" in outputs[0]
+    assert not any("step" in line for line in outputs[1].splitlines() if "Gloo" not in line), outputs[1]
+    ours, theirs = (checkpoint.read(checkpoint.find(str(path)))[0] for path in (tmp_path, alone))
+    for name, array in ours.items():
+        largest = np.abs(theirs[name]).max() if "_opt/" in name else 0
+        np.testing.assert_allclose(array, theirs[name], rtol=0, atol=1e-5 * max(1, largest), err_msg=name)
+    for a, b in zip(metrics_of(tmp_path), metrics_of(alone), strict=True):
+        assert a.keys() == b.keys() and a["step"] == b["step"]
+        for name in a.keys() - {"seconds", "images_per_second"}:
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-3, nan_ok=True), name
+
+
+@pytest.mark.parametrize("count, devices", [(2, 1), pytest.param(4, 2, marks=pytest.mark.slow)])
+def test_they_sample_and_evaluate_as_one_and_write_once(alone, count, devices, cache, tmp_path):
+    of_one = tmp_path / "one.npz"
+    assert run(POINTS, "--mode=sample", f"--workdir={alone}", "--num_samples=301", f"--out={of_one}").returncode == 0
+    out = tmp_path / "many.npz"
+    sample = POINTS, "--mode=sample", f"--workdir={alone}", "--num_samples=301", f"--out={out}", cache
+    outputs = succeed(start_group(count, *sample, devices=devices))
+    assert ["sample of step 8" in output for output in outputs] == [True, *[False] * (count - 1)]
+    np.testing.assert_array_equal(np.load(out)["images"], np.load(of_one)["images"])
+    results = []
+    for processes, folder in ((1, "a"), (count, "b")):
+        judge = (
+            POINTS,
+            "--mode=evaluate",
+            f"--workdir={alone}",
+            "--num_samples=500",
+            f"--out={tmp_path / folder}",
+            cache,
+        )
+        outputs = succeed(start_group(processes, *judge, devices=devices))
+        assert not any("written" in output for output in outputs[1:])
+        results.append(json.loads((tmp_path / folder / "results.json").read_text()))
+    for name in ("modes", "high_quality", "total_variation", "num_samples"):
+        assert results[0][name] == results[1][name]
+    assert results[1]["sampling"]["devices"] == f"{count * devices} x cpu"
+
+
+@pytest.mark.slow
+def test_images_are_judged_as_by_one(cache, tmp_path):
+    """With a feature network and real images, which all devices share: a classifier of digits."""
+    digits = [SMOKE, "--config.data.name=digits", f"--config.data.dir={tmp_path / 'data'}", QUIET, cache]
+    judged = ["--config.eval.every=4", "--config.eval.features=classifier"]
+    results = []
+    for count in (1, 2):
+        workdir = tmp_path / str(count)
+        succeed(start_group(count, *digits, *judged, f"--workdir={workdir}"))
+        succeed(start_group(count, *digits, "--mode=evaluate", f"--workdir={workdir}", "--num_samples=100"))
+        results.append(json.loads((workdir / "evaluation" / "8" / "results.json").read_text()))
+        for cached in (tmp_path / "data" / "evaluation").glob("features-*"):
+            cached.unlink()  # two processes compute the real images' features again
+    one, two = results
+    for name in ("classifier_frechet", "precision", "recall", "density", "coverage", "kl", "modes"):
+        assert one[name] == pytest.approx(two[name], rel=1e-3), name
+
+
+@pytest.mark.slow
+def test_every_other_mode_is_done_by_process_0(alone, cache, tmp_path):
+    """Also where only its machine has the workdir."""
+    for mode, out in (("vary", "v.png"), ("interpolate", "i.gif"), ("export", "s.bin")):
+        here = [POINTS, f"--mode={mode}", f"--workdir={alone}", f"--out={tmp_path / out}", cache]
+        outputs = succeed(start_group(2, *here, own={1: [f"--workdir={tmp_path / 'nothing'}"]}))
+        assert (tmp_path / out).exists() and f"{mode} of step 8" in outputs[0] and mode not in outputs[1]
+    out = f"--out={tmp_path / 's.npz'}"
+    nothing = {1: [f"--workdir={tmp_path / 'nothing'}"]}
+    succeed(start_group(2, POINTS, "--mode=sample", f"--workdir={alone}", out, cache, own=nothing))
+    assert np.load(tmp_path / "s.npz")["images"].shape == (64, 2)
+    samples = [POINTS, "--mode=evaluate", f"--samples={tmp_path / 's.npz'}", f"--out={tmp_path / 'judged'}"]
+    succeed(start_group(2, *samples, cache))
+    assert (tmp_path / "judged" / "results.json").exists()
+
+
+def test_a_mistake_ends_all_with_one_sentence_each(cache, tmp_path):
+    start = time.time()
+    for code, output in ends(start_group(2, POINTS, "--mode=sample", f"--workdir={tmp_path}", cache)):
+        assert code == 2 and f"error: there is no checkpoint in {tmp_path}" in output and "Traceback" not in output
+    assert time.time() - start < 60
+
+
+@pytest.mark.parametrize("signalled, number", [(1, signal.SIGTERM), (0, signal.SIGUSR1)])
+def test_a_signal_to_one_stops_all_at_one_step_within_two_seconds(signalled, number, cache, tmp_path):
+    """Whatever log.every says; the same signal twice at once is one; the run then goes on."""
+    processes = start_group(2, POINTS, f"--workdir={tmp_path}", QUIET, cache, *ENDLESS)
+    read_until(processes[0], "step 3 done")
+    start = time.time()
+    for _ in range(2):
+        processes[signalled].send_signal(number)
+    found = ends(processes)
+    assert time.time() - start < 2 + 1.5  # 1.5 s for the interpreters to end
+    saved = [line for _, output in found for line in output.splitlines() if "saved step" in line]
+    assert [code for code, _ in found] == [75, 75] and len(saved) == 2 and saved[0] == saved[1]
+    (step,) = [int(path.name) for path in (tmp_path / "checkpoints").iterdir()]
+    assert saved[0] == f"{number.name}: saved step {step} in {tmp_path}; run the same command to go on"
+    assert not (tmp_path / "results.json").exists() and "finished" not in found[0][1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_one_that_is_killed_ends_all(killed, cache, tmp_path):
+    """The others say so, and a new start goes on from the last checkpoint."""
+    arguments = POINTS, f"--workdir={tmp_path}", QUIET, cache
+    processes = start_group(2, *arguments, "--config.train.num_steps=1000000", "--config.checkpoint.every=4")
+    read_until(processes[0], "step 10/")
+    start = time.time()
+    processes[killed].kill()
+    found = ends(processes)
+    code, output = found[1 - killed]
+    assert code not in (0, 2, 75) and time.time() - start < 150, output
+    assert code < 0 or "stopped: another process of this job is gone" in output, output
+    step = int(checkpoint.find(str(tmp_path)).name)
+    outputs = succeed(start_group(2, *arguments, f"--config.train.num_steps={step + 2}"))
+    assert f"going on from step {step}" in outputs[0]
+
+
+def test_settings_and_data_that_differ_are_told_before_the_first_step(cache, tmp_path):
+    own = {1: ["--config.train.lr_g=0.5"]}
+    for code, output in ends(start_group(2, POINTS, f"--workdir={tmp_path}", QUIET, cache, own=own)):
+        assert code == 2 and "config.train.lr_g is 0.001 in process 0 and 0.5 in process 1" in output, output
+    assert not (tmp_path / "config.json").exists()
+
+
+@pytest.mark.slow
+def test_data_that_differs_or_is_missing_in_one_stops_all(cache, tmp_path):
+    from PIL import Image
+
+    for name, seed in (("a", 0), ("b", 1)):
+        (tmp_path / name).mkdir()
+        for i in range(20):
+            pixels = np.random.default_rng(seed * 100 + i).integers(0, 256, (8, 8, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / name / f"{i}.png")
+    folder = ["--config=configs/cifar10.py:smoke", "--config.data.name=image_folder", f"--workdir={tmp_path / 'run'}"]
+    folder += [QUIET, cache, f"--config.data.path={tmp_path / 'a'}", f"--config.data.dir={tmp_path / 'copies'}"]
+    for code, output in ends(start_group(2, *folder, own={1: [f"--config.data.path={tmp_path / 'b'}"]})):
+        assert code == 2 and "the processes do not train the same: the data is 20 examples" in output, output
+    for code, output in ends(start_group(2, *folder, own={1: [f"--config.data.path={tmp_path / 'nothing'}"]})):
+        assert code == 2 and "process 1: data.path=" in output and "does not exist" in output, output
+
+
+@pytest.mark.slow
+def test_a_slow_end_of_process_0_is_waited_for(cache, tmp_path):
+    """It draws for 45 s, longer than a collective waits; nobody leaves before, and all end well."""
+    script = """
+import time
+from ddgan_jax import figures, parallel
+draw = figures.curves
+def slowly(*arguments):
+    time.sleep(45)
+    draw(*arguments)
+figures.curves = slowly
+"""
+    outputs = succeed(start_group(2, POINTS, f"--workdir={tmp_path}", QUIET, cache, script=script))
+    assert "finished 8 steps" in outputs[0] and (tmp_path / "curves.png").exists()
+
+
+@pytest.mark.slow
+def test_a_signal_ends_other_modes_too(alone, tmp_path):
+    """Once joined, JAX would take SIGTERM for a service of its own, and go on."""
+    script = f"""
+import os
+os.environ |= {{"JAX_COORDINATOR_ADDRESS": "127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}}
+from ddgan_jax import parallel
+import time
+parallel.initialize()
+print("joined", flush=True)
+time.sleep(60)
+"""
+    process = python(script)
+    assert process.stdout.readline() == "joined\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=5) == -signal.SIGTERM
+    process.communicate()
+
+
+def test_the_state_is_placed_without_a_comparison(tmp_path):
+    """`device_put` of many small arrays over processes takes seconds: each is compared with those of the others."""
+    script = """
+import time
+import jax, numpy as np
+from ddgan_jax import parallel
+tree = {str(i): np.full((3, 5), i, np.float32) for i in range(1000)}
+parallel.initialize()
+parallel.replicate({"0": tree["0"]})
+start = time.time()
+placed = jax.block_until_ready(parallel.replicate(tree))
+assert all(x.sharding.is_fully_replicated for x in placed.values())
+print(time.time() - start, flush=True)
+raise SystemExit(parallel.barrier())
+"""
+    for code, output in ends(start_group(2, script=script)):
+        assert code == 0, output
+        assert float(next(line for line in output.splitlines() if "Gloo" not in line)) < 3

@@ -18,6 +18,7 @@ from ddgan_jax.data.sources import Data, open_data
 from ddgan_jax.errors import UserError
 from ddgan_jax.models.discriminator import Discriminator, preset
 from ddgan_jax.models.generator import Generator
+from ddgan_jax.storage import checkpoint
 
 CONDITIONAL = ("--config=configs/digits.py:smoke", "--config.data.name=digits", "--config.model.num_classes=10")
 
@@ -61,7 +62,6 @@ TOY = """
 import jax, jax.numpy as jnp, numpy as np, optax
 from ddgan_jax import parallel, state as state_lib, train_step
 from ddgan_jax.diffusion import Schedule
-from ddgan_jax.storage import checkpoint
 
 method = train_step.Method(
     gen=lambda params, x, t, z, y: params[y][:, None] + 0 * x,

@@ -1,5 +1,6 @@
-"""The notebook: its cells with a checkpoint from a bucket; and whole, in an environment that it furnishes itself."""
+"""The notebook: with a checkpoint from a bucket; and whole, in clean environments that it furnishes itself."""
 
+import datetime
 import json
 import os
 import shutil
@@ -9,8 +10,9 @@ import tomllib
 import zipfile
 
 import pytest
+from buckets import bucket  # noqa: F401
 from commands import ROOT
-from test_model import workdir_of
+from environments import ENVIRONMENTS, here, interpreter, of_day
 
 NOTEBOOK = ROOT / "colab" / "ddgan_jax.ipynb"
 PICTURES = {"samples", "samples_of_a_class", "trajectory", "vary", "edit"}
@@ -35,22 +37,59 @@ def test_it_is_committed_without_output():
         assert not cell.get("outputs") and cell.get("execution_count") is None
 
 
-def test_a_checkpoint_from_a_bucket(tmp_path):
-    """All cells but the first, for an unconditional model; `gcloud` is a stand-in that copies from a folder."""
-    bucket, tools = tmp_path / "bucket", tmp_path / "tools"
-    workdir_of(bucket / "run")
-    tools.mkdir()
-    copy = f'#!/bin/sh\ntest "$1 $2 $3" = "storage cp --recursive" && cp -r "{bucket}/${{4#gs://bucket/}}" "$5"\n'
-    (tools / "gcloud").write_text(copy)
-    (tools / "gcloud").chmod(0o755)
-    script = ["import pathlib, subprocess, sys", *cells()[1:]]
-    script[1] = script[1].replace('CHECKPOINT = ""', 'CHECKPOINT = "gs://bucket/run/"')
-    env = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", "\n".join(script)]
-    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+def run_cells(code, folder, env):
+    """Run code of cells in a plain process, in `folder`."""
+    command = [sys.executable, "-c", "\n".join(code)]
+    env = os.environ | env
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+
+
+def test_a_checkpoint_from_a_bucket(tmp_path, bucket):  # noqa: F811
+    """All cells but the first, for an unconditional model that lies in a bucket and is read from there."""
+    env = bucket.env | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    save = f"from test_model import workdir_of\nworkdir_of('{bucket.url}/notebook')"
+    result = run_cells([save], tmp_path, env)
+    assert result.returncode == 0, result.stderr
+    code = ["import pathlib, subprocess, sys", *cells()[1:]]
+    code[1] = code[1].replace('CHECKPOINT = ""', f'CHECKPOINT = "{bucket.url}/notebook/"')
+    result = run_cells(code, tmp_path, env)
     assert result.returncode == 0, result.stderr
     assert "step 7: images of 8x8x1 in 4 network calls, no classes" in result.stdout
     check_results(tmp_path)
+
+
+def test_it_asks_for_the_project(tmp_path):
+    """Outside of a checkout, as in Colab, the first cell ends in a sentence before anything is installed."""
+    result = run_cells(cells()[:1], tmp_path, {})
+    assert "Stop: Set SOURCE" in result.stderr.strip().splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_it_tells_what_does_not_fit(tmp_path):
+    """A project that needs a JAX that is not installed is refused; JAX is not replaced."""
+    wheel = tmp_path / "ddgan_jax-9-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        about = "Metadata-Version: 2.1\nName: ddgan_jax\nVersion: 9\nRequires-Dist: jax>=99\n"
+        archive.writestr("ddgan_jax-9.dist-info/METADATA", about)
+        archive.writestr(
+            "ddgan_jax-9.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        archive.writestr("ddgan_jax-9.dist-info/RECORD", "")
+    code = cells()[0].replace('SOURCE = ""', f'SOURCE = "{wheel}"')
+    result = run_cells([code], tmp_path, {"PIP_NO_INDEX": "1"})
+    assert "Stop: The project does not fit" in result.stderr.strip().splitlines()[-1]
+    assert "ddgan-jax" in result.stdout and "jax>=99" in result.stdout
+
+
+def test_one_environment_a_day():
+    """Both in two days whatever the machine has, all on Sundays, never none."""
+    monday = datetime.date(2026, 8, 3)
+    days = [monday + datetime.timedelta(i) for i in range(7)]
+    both = ["colab", "newest"]
+    assert [of_day(day, both) for day in days[:2]] == [["newest"], ["colab"]]
+    assert of_day(days[6], both) == of_day(monday, both, everything=True) == both
+    for found in (["colab"], ["newest"], ["present"]):
+        assert all(of_day(day, found) == found for day in days)
 
 
 def test_what_is_installed_is_what_requirements_name():
@@ -70,31 +109,61 @@ nbformat.write(notebook, sys.argv[1] + "/done.ipynb")
 """
 
 
+USE_AFTERWARDS = """
+import sys, flax, jax, numpy as np, ddgan_jax
+model = ddgan_jax.load(sys.argv[1])
+call = jax.export.deserialize(bytearray(model.export())).call
+images = np.asarray(model.to_images(call(np.uint32(3), np.arange(10, dtype=np.int32), np.arange(10, dtype=np.int32))))
+assert np.abs(images.astype(int) - model.sample(10, seed=3)).max() <= 1
+print(jax.__version__, flax.__version__)
+"""
+
+
 @pytest.mark.slow
-def test_the_whole_notebook_in_an_environment_of_its_own(tmp_path):
-    """A clean kernel, with nothing but ipykernel: the notebook installs, trains on the digits and shows everything."""
+@pytest.mark.parametrize("name", ENVIRONMENTS)
+def test_the_whole_notebook(tmp_path, name):
+    """A clean kernel of the environment: the notebook installs, trains on the digits and shows everything."""
+    environment = ENVIRONMENTS[name]
+    base = interpreter(environment.python)
+    if base is None:
+        pytest.skip(f"there is no python{environment.python} on PATH, nor among pyenv's versions")
+    if name == "present" and name not in here():
+        pytest.skip(f"there is an interpreter for: {', '.join(here())}")
     for part in ("ddgan_jax", "configs", "colab"):
         shutil.copytree(ROOT / part, tmp_path / "project" / part, ignore=shutil.ignore_patterns("__pycache__"))
     for part in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / part, tmp_path / "project" / part)
     folder = tmp_path / "project" / "colab"
     python = tmp_path / "venv" / "bin" / "python"
-    run = lambda *command: subprocess.run(command, check=True, capture_output=True, text=True).stdout  # noqa: E731
-    run(sys.executable, "-m", "venv", str(tmp_path / "venv"))
-    run(python, "-m", "pip", "install", "--quiet", "ipykernel")
+
+    def run(*command):
+        result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    def installed():
+        return set(run(python, "-m", "pip", "list", "--format=freeze").lower().split())
+
+    run(base, "-m", "venv", str(tmp_path / "venv"))
+    run(python, "-m", "pip", "install", "--quiet", *environment.preinstalled)
     run(python, "-m", "ipykernel", "install", "--prefix", str(tmp_path / "venv"), "--name", "clean")
+    before = installed()
     env = os.environ | {"JUPYTER_PATH": str(tmp_path / "venv" / "share" / "jupyter")}
     env.pop("XLA_FLAGS", None)
     result = subprocess.run([sys.executable, "-c", EXECUTE, str(folder)], env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    installed = run(python, "-m", "pip", "list").lower()
-    assert "ddgan" in installed and "flax" in installed
-    for name in ("tensorflow", "tensorboard", "clu ", "torch"):
-        assert name not in installed
+    after = installed()
+    assert before <= after, f"replaced: {before - after}"
+    names = {line.partition("==")[0].replace("-", "_") for line in after}
+    assert {"ddgan_jax", "flax", "gcsfs"} <= names
+    assert not names & {"tensorflow", "tensorflow_cpu", "tensorboard", "clu", "torch"}
     outputs = [o for cell in json.loads((folder / "done.ipynb").read_text())["cells"] for o in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == len(PICTURES)
     text = "".join("".join(output.get("text", "")) for output in outputs)
     assert "finished 1000 steps" in text and "images of 8x8x1 in 4 network calls, 10 classes" in text
     check_results(folder)
+    versions = run(python, "-c", USE_AFTERWARDS, folder / "ddgan_jax_results" / "digits").split()[-2:]
+    if name == "colab":
+        assert versions == ["0.7.2", "0.11.2"]
     results = json.loads((folder / "ddgan_jax_results" / "digits" / "results.json").read_text())
-    print(f"trained in {results['seconds']} s")
+    print(f"trained in {results['seconds']} s, jax {versions[0]}, flax {versions[1]}\n" + " ".join(sorted(after)))

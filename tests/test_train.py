@@ -16,6 +16,7 @@ from PIL import Image
 
 from ddgan_jax import train
 from ddgan_jax.errors import Fault, Interrupted
+from ddgan_jax.storage import checkpoint
 
 
 @pytest.mark.parametrize(
@@ -260,7 +261,6 @@ def test_samples_do_not_depend_on_batch_or_devices(unbroken, tmp_path):
         script = f"""
 import numpy as np
 from ddgan_jax.model import Sampler, load
-from ddgan_jax.storage import checkpoint
 model = load({str(unbroken)!r})
 np.savez({str(out)!r}, images=Sampler(model.built, {batch})(model.params, 0, 100))
 """

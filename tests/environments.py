@@ -1,0 +1,62 @@
+"""Where the notebook is tested: with Colab's versions, and with the newest ones.
+
+`python tests/environments.py` prints those of today, for `pytest -k`.
+"""
+
+import datetime
+import functools
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+from typing import NamedTuple
+
+
+class Environment(NamedTuple):
+    """A version of Python, and what is installed before the notebook's first cell runs."""
+
+    python: str
+    preinstalled: tuple[str, ...]
+
+
+ENVIRONMENTS = {
+    "colab": Environment("3.12", ("jax==0.7.2", "flax==0.11.2", "numpy==2.0.2", "scikit-learn", "ipykernel")),
+    "newest": Environment("3.13", ("ipykernel",)),
+    "present": Environment(f"{sys.version_info[0]}.{sys.version_info[1]}", ("ipykernel",)),
+}
+
+
+@functools.cache
+def interpreter(version: str) -> str | None:
+    """A Python of this version that can make environments: this one, one on PATH, or one of pyenv's; or None."""
+    roots = [os.environ.get("PYENV_ROOT"), pathlib.Path.home() / ".pyenv"]
+    if shutil.which("pyenv"):
+        roots.append(subprocess.run(["pyenv", "root"], capture_output=True, text=True).stdout.strip())
+    of_pyenv = [
+        path for root in roots if root for path in sorted(pathlib.Path(root).glob(f"versions/{version}.*/bin/python"))
+    ]
+    check = f"import ensurepip, sys, venv; assert '%d.%d' % sys.version_info[:2] == '{version}'"
+    for candidate in (sys.executable, shutil.which(f"python{version}"), *of_pyenv):
+        # pyenv puts a python3.12 on PATH even where it only says that another version is chosen.
+        if candidate and not subprocess.run([candidate, "-c", check], capture_output=True).returncode:
+            return str(candidate)
+    return None
+
+
+def here() -> list[str]:
+    """The environments that this machine can make; the present interpreter's only if there is no other."""
+    found = [name for name in ("colab", "newest") if interpreter(ENVIRONMENTS[name].python)]
+    return found or ["present"]
+
+
+def of_day(day: datetime.date, found: list[str], everything: bool = False) -> list[str]:
+    """Those of `found` that are tested on a day: Colab's on even days of the year, else the newest; on Sundays all."""
+    if everything or day.isoweekday() == 7:
+        return found
+    wanted = "newest" if day.timetuple().tm_yday % 2 else "colab"
+    return [wanted] if wanted in found else found[:1]
+
+
+if __name__ == "__main__":
+    print(" or ".join(of_day(datetime.date.today(), here(), os.environ.get("CI_ALL") == "1")))

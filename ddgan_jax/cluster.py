@@ -59,6 +59,12 @@ def launched(env: Mapping[str, str]) -> Group | None:
     return None
 
 
+def unused_tasks(env: Mapping[str, str]) -> int:
+    """The tasks of a SLURM job with several, of which this process is none; else 0."""
+    tasks = _number(env, "SLURM_NTASKS") or 0
+    return tasks if tasks > 1 and launched(env) is None else 0
+
+
 def local_gpus(group: Group, env: Mapping[str, str], gpus: int) -> list[int] | None:
     """The GPUs of this process, of the `gpus` that it sees; None where it sees none, or JAX_LOCAL_DEVICE_IDS says.
 

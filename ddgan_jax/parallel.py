@@ -216,6 +216,8 @@ def initialize() -> None:
     gpus = 0 if cloud_tpu_init.running_in_cloud_tpu_vm else cluster.visible_gpus(os.environ)
     arguments = cluster.arguments(os.environ, cloud_tpu_init.running_in_cloud_tpu_vm, gpus)
     if arguments is None:
+        if tasks := cluster.unused_tasks(os.environ):
+            print(f"note: SLURM gave this job {tasks} tasks, but `srun` did not start this process: it runs alone")
         return
     if "coordinator_address" in arguments:
         arguments["cluster_detection_method"] = "deactivate"  # everything is given

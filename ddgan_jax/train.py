@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from ddgan_jax import automatic, figures, parallel
+from ddgan_jax import automatic, cluster, figures, parallel
 from ddgan_jax.build import Built, build, check_batch, labels_of, open_data, settle
 from ddgan_jax.data.batches import batches, like_real
 from ddgan_jax.data.sources import Data, fingerprint
@@ -208,6 +208,8 @@ def overview(built: Built, shapes: Any, per_device: int, data: Data) -> None:
         f"{jax.process_count()} processes x {jax.local_device_count()} devices x {per_device} "
         f"on {jax.devices()[0].device_kind}"
     )
+    if jax.default_backend() == "cpu" and cluster.visible_gpus(os.environ):
+        say("note: JAX does not see this machine's NVIDIA GPUs: `pip install -U 'jax[cuda13]'`, or jax[cuda12]")
     if built.num_classes:
         named = [f"{i} {name}" for i, name in enumerate(data.classes) if name != str(i)]
         names = f": {', '.join(named[:20])}{', ...' * (len(named) > 20)}" if named else ""

@@ -96,6 +96,12 @@ def test_processes_that_cannot_find_each_other_are_refused(env, gpus, message, m
         cluster.arguments(env, False, gpus)
 
 
+def test_a_process_that_srun_did_not_start_says_so():
+    batch = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_PROCID": "0"}
+    assert cluster.unused_tasks(batch) == 2
+    assert not cluster.unused_tasks(SRUN) and not cluster.unused_tasks({"SLURM_NTASKS": "1"})
+
+
 def test_visible_gpus():
     assert cluster.visible_gpus({"CUDA_VISIBLE_DEVICES": "0,3"}) == 2
     assert cluster.visible_gpus({"CUDA_VISIBLE_DEVICES": ""}) == 0

@@ -196,10 +196,12 @@ def _find(name: str, data_dir: str) -> Any:
 
 
 def _find_or_prepare(name: str, data_dir: str) -> Any:
-    """The tfds builder of a dataset in `data_dir`; those that are embedded in a package are written there."""
+    """The tfds builder of a dataset in `data_dir`; those that are embedded in a package are written there, or on this
+    machine if that is in a bucket."""
     builder, manual = _find(name, data_dir)
     if builder is None and name in EMBEDDED:
-        builder = _prepare(name, data_dir)
+        here = paths.cache_dir(data_dir)
+        builder = (_find(name, here)[0] if here != data_dir else None) or _prepare(name, here)
     if builder is not None:
         return builder
     by_hand = f" --manual_dir=DIR {CLI_NEEDS}, where DIR is for what you have to download: {manual}"

@@ -286,11 +286,13 @@ def barrier() -> None:
 
 
 def _attempt(action: Callable[[], T]) -> tuple[T | None, list[str]]:
-    """(what it returns, []), or (None, [kind of error, message])."""
+    """(what it returns, []), or (None, [kind of error, message]) if that is one of the sentences that people are told."""
     try:
         return action(), []
     except (UserError, Fault) as error:
         return None, [type(error).__name__, str(error)]
+    except OSError as error:  # of a disk or a bucket
+        return None, ["Fault", str(error)]
 
 
 def _error(outcome: list[str], prefix: str = "") -> Exception:

@@ -2,14 +2,16 @@
 
 import http.server
 import os
+import signal
 import subprocess
 import sys
 import threading
 
+import jax
 import pytest
 from commands import ROOT, free_port
 
-from ddgan_jax import cluster
+from ddgan_jax import cluster, parallel
 from ddgan_jax.errors import UserError
 
 SRUN = {
@@ -106,6 +108,25 @@ def test_visible_gpus():
     assert cluster.visible_gpus({"CUDA_VISIBLE_DEVICES": "0,3"}) == 2
     assert cluster.visible_gpus({"CUDA_VISIBLE_DEVICES": ""}) == 0
     assert cluster.visible_gpus({"CUDA_VISIBLE_DEVICES": "-1"}) == 0
+
+
+@pytest.mark.parametrize("env, gpus", [(SRUN, 8), (MPIRUN, 2), (BY_HAND, 0), ({}, 8)])
+def test_initialize_is_called_with_that(env, gpus, monkeypatch):
+    called = []
+    monkeypatch.setattr(cluster, "visible_gpus", lambda env: gpus)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: called.append(arguments))
+    monkeypatch.setattr(parallel, "barrier", lambda: None)
+    for name in [name for name in os.environ if name.startswith(("SLURM", "OMPI", "JAX_", "PMI"))]:
+        monkeypatch.delenv(name)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    before = signal.getsignal(signal.SIGTERM)
+    parallel.initialize()
+    signal.signal(signal.SIGTERM, before)
+    expected = cluster.arguments(env, False, gpus)
+    if expected and "coordinator_address" in expected:
+        expected["cluster_detection_method"] = "deactivate"
+    assert called == ([expected] if expected is not None else [])
 
 
 JOIN = """

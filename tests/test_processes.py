@@ -104,6 +104,48 @@ def test_images_are_judged_as_by_one(cache, tmp_path):
         assert one[name] == pytest.approx(two[name], rel=1e-3), name
 
 
+LSUN = "--config=configs/lsun_church_256.py:smoke"
+
+
+@pytest.mark.slow
+def test_the_papers_batch_is_the_same_on_1_8_and_64_devices(cache, tmp_path):
+    """LSUN Church's 64 images: 64, 8 and 1 a device; in the last case groups of four lie on four devices."""
+    found = {}
+    for devices in (1, 8, 64):
+        workdir = tmp_path / str(devices)
+        arguments = LSUN, f"--workdir={workdir}", "--config.train.batch_size=64", QUIET, cache
+        (output,) = succeed(start_group(1, *arguments, devices=devices))
+        assert f"1 processes x {devices} devices x {64 // devices}" in output
+        found[devices] = checkpoint.read(checkpoint.find(str(workdir)))[0]
+    for devices in (8, 64):
+        for name, array in found[devices].items():
+            expected = found[1][name]
+            largest = np.abs(expected).max() if "_opt/" in name else 0
+            np.testing.assert_allclose(array, expected, rtol=0, atol=1e-5 * max(1, largest), err_msg=name)
+
+
+@pytest.mark.slow
+def test_256_devices_train_the_papers_batch(cache, tmp_path):
+    """CIFAR-10's 256 images, one a device."""
+    cifar = ["--config=configs/cifar10.py:smoke", "--config.train.batch_size=256", "--config.train.num_steps=2"]
+    (output,) = succeed(start_group(1, *cifar, f"--workdir={tmp_path}", QUIET, cache, devices=256))
+    assert "1 processes x 256 devices x 1" in output and "finished 2 steps" in output
+
+
+@pytest.mark.slow
+def test_a_batch_in_parts_trains_as_the_whole_one(cache, tmp_path):
+    found = []
+    for parts in (1, 4):
+        arguments = "--config.train.batch_size=32", f"--config.train.accumulate={parts}", QUIET, cache
+        workdir = tmp_path / str(parts)
+        result = run("--config=configs/cifar10.py:smoke", f"--workdir={workdir}", *arguments)
+        assert result.returncode == 0, result.stderr
+        found.append(checkpoint.read(checkpoint.find(str(workdir)))[0])
+    for name, array in found[1].items():
+        largest = np.abs(found[0][name]).max() if "_opt/" in name else 0
+        np.testing.assert_allclose(array, found[0][name], rtol=0, atol=1e-5 * max(1, largest), err_msg=name)
+
+
 @pytest.mark.slow
 def test_every_other_mode_is_done_by_process_0(alone, cache, tmp_path):
     """Also where only its machine has the workdir."""

@@ -21,7 +21,7 @@ import ddgan_jax
 from ddgan_jax.errors import Fault
 
 ROOT = pathlib.Path(__file__).parent.parent
-RESULTS = ROOT / "experiments" / "results"
+RESULTS = ROOT / "docs" / "results"
 SEEDS = (0, 1, 2)
 INIT_FROM = "--config.train.init_from="
 

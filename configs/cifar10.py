@@ -8,13 +8,14 @@ from ml_collections import ConfigDict
 
 def get_config(variant: str = "paper") -> ConfigDict:
     """The paper's setting: FID 3.75, IS 9.63, recall 0.57 with four network calls an image."""
+    # --8<-- [start:fields]  (docs/configuration.md shows what is between these two lines)
     config = ConfigDict()
     config.seed = 0  # of weights, noise, and the order of the images
     config.objective = "adversarial"  # or for comparison 'gaussian': x_0 by squared error; 'one_shot': a GAN whose
     # discriminator sees diffused images
 
     config.data = ConfigDict()
-    config.data.name = "cifar10"  # of tfds, or one of ours: the table in README.md
+    config.data.name = "cifar10"  # of tfds, or one of ours: the table in docs/data.md
     config.data.path = ""  # of 'image_folder' and 'lsun_church': a folder, a zip or an LMDB; also gs://
     config.data.max_bad_share = 0.01  # of such a folder: the share of files that may be skipped as damaged
     config.data.split = "train"  # or a part: 'train[:90%]'
@@ -104,6 +105,7 @@ def get_config(variant: str = "paper") -> ConfigDict:
     config.eval.vgg_weights = ""  # '' is vgg16-397923af.pth in data.dir
     config.eval.every = 0  # steps between two evaluations while training; 0: none
     config.eval.online_samples = 1_000  # that such an evaluation draws
+    # --8<-- [end:fields]
 
     return apply_variant(config, variant)
 

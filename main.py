@@ -1,4 +1,4 @@
-"""Denoising Diffusion GANs: `python main.py` trains on digits; see --help for the flags and README.md for the rest."""
+"""Denoising Diffusion GANs: `python main.py` trains on digits; see --help for the flags and docs/ for the rest."""
 
 import functools
 import sys
@@ -18,7 +18,7 @@ flags.DEFINE_string("checkpoint", None, "Sample or evaluate this checkpoint or w
 flags.DEFINE_string(
     "samples", None, "Evaluate these images, an .npz with one array or a folder, instead of a checkpoint."
 )
-flags.DEFINE_string("out", None, "Where the result goes; README.md says what each mode writes.")
+flags.DEFINE_string("out", None, "Where the result goes; docs/editing.md says what each mode writes.")
 flags.DEFINE_integer("num_samples", None, "How many images to sample (64) or evaluate (config.eval.num_samples).")
 flags.DEFINE_integer("sample_seed", 0, "Image i depends on this and on i alone.")
 flags.DEFINE_integer("label", None, "Class of the images of a class-conditional model; all in turn if not given.")

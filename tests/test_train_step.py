@@ -81,7 +81,7 @@ def test_four_steps_equal_reference():
     update = jax.jit(lambda s, x, d, r1: ts.update(method, s, x, d, r1), static_argnums=3)
 
     # Adam moves by lr g / |g|, whatever |g| is: where a gradient is as small as the rounding of the largest one in its
-    # array (6.4e-6 of it, see README), a step may go anywhere in between, and only there.
+    # array (6.4e-6 of it, see docs/parity.md), a step may go anywhere in between, and only there.
     slack = {"G": {}, "D": {}}
 
     def compare_gradients(network, step, grads):

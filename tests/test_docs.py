@@ -1,0 +1,155 @@
+"""README and docs: links lead somewhere, flags and fields exist, tables are those of the results, the API is whole."""
+
+import ast
+import importlib
+import inspect
+import json
+import pathlib
+import re
+
+import pytest
+
+from ddgan_jax.diffusion import Schedule
+from ddgan_jax.models.discriminator import Discriminator
+from ddgan_jax.models.generator import Generator
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in PAGES}
+# Flags of our other commands, and of other programs (those of XLA begin with xla_).
+OTHER_FLAGS = set(
+    "at_once path batch topology largest "  # experiments, benchmarks
+    "help file_format manual_dir logdir strict "  # any command, tfds, TensorBoard, mkdocs
+    "accelerator-type command python recurse spot version worker zone "  # gcloud, uv
+    "gpus-per-node gpus-per-task nodes ntasks-per-node open-mode requeue signal time".split()  # SLURM
+)
+API = {
+    name: path
+    for path in sorted((ROOT / "docs" / "api").glob("*.md"))
+    for name in re.findall(r"^::: (\S+)", path.read_text(), re.MULTILINE)
+}
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted((ROOT / "ddgan_jax").rglob("*.py"))
+}
+
+
+def test_the_readme_is_short_and_has_the_two_commands():
+    text = TEXTS["README.md"]
+    assert len(text.splitlines()) <= 150
+    for requirements, command in (("requirements.txt", "main.py"), ("requirements-dev.txt", "-m pytest")):
+        block = f".venv/bin/pip install -r {requirements} && .venv/bin/python {command}"
+        assert f"```\npython3 -m venv .venv && {block}\n```" in text
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", TEXTS[page]):
+        if not link.startswith(("http://", "https://", "#")):
+            target = (ROOT / page).parent / link.partition("#")[0]
+            assert target.exists(), f"{page}: {link}"
+    for included in re.findall(r'^--8<-- "([^"]+)"', TEXTS[page], re.MULTILINE):
+        file, _, section = included.partition(":")
+        assert (ROOT / file).exists(), f"{page}: {included}"
+        assert not section or f"[start:{section}]" in (ROOT / file).read_text(), f"{page}: {included}"
+
+
+def known_flags() -> set[str]:
+    """Those of main.py, but for the fields of a configuration."""
+    calls = (node for node in ast.walk(ast.parse((ROOT / "main.py").read_text())) if isinstance(node, ast.Call))
+    defined = (call.args[0] for call in calls if ast.unparse(call.func).partition(".DEFINE_")[1] and call.args)
+    return {name.value for name in defined if isinstance(name, ast.Constant)}
+
+
+def known_fields() -> set[str]:
+    """'train', 'train.lr_g', ... of all configurations, and what else the networks and the schedule take."""
+
+    def fields(config, prefix=""):
+        for name, value in config.items():
+            yield prefix + name
+            if hasattr(value, "items"):
+                yield from fields(value, f"{prefix}{name}.")
+
+    found = set()
+    for path in sorted((ROOT / "configs").glob("*.py")):
+        found |= set(fields(importlib.import_module(f"configs.{path.stem}").get_config()))
+    for group, made in (("generator", Generator), ("discriminator", Discriminator), ("diffusion", Schedule.create)):
+        found |= {f"{group}.{name}" for name in inspect.signature(made).parameters}
+    return found
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_flags_and_fields_exist(page):
+    flags = set(re.findall(r"(?<![\w-])--(?!config\.)([a-zA-Z][\w-]*)", TEXTS[page]))
+    unknown = {name for name in flags - known_flags() - OTHER_FLAGS if not name.startswith("xla_")}
+    assert not unknown, f"{page}: --{', --'.join(unknown)}"
+    named = set(re.findall(r"\bconfig\.([a-z]\w*(?:\.[a-z]\w*)?)", TEXTS[page])) - {"json"}
+    assert named <= known_fields(), f"{page}: config.{', config.'.join(named - known_fields())}"
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_files_that_are_named_exist(page):
+    """Those of the package, of configs/ and so on; `:VARIANT` of a configuration is one that it has."""
+    folders = "ddgan_jax|configs|tests|experiments|benchmarks|colab|docs"
+    for name, variant in re.findall(rf"(?<![\w/.])((?:{folders})/[\w/]+\.\w+)(?::(\w+))?", TEXTS[page]):
+        assert (ROOT / name).exists(), f"{page}: {name}"
+        if variant and name.startswith("configs/") and variant != "fields":
+            importlib.import_module(name.removesuffix(".py").replace("/", ".")).get_config(variant)
+    for name in re.findall(r"python -m ((?:ddgan_jax|experiments|benchmarks)\.\w+)", TEXTS[page]):
+        assert (ROOT / name.replace(".", "/")).with_suffix(".py").exists(), f"{page}: {name}"
+
+
+def test_presets_are_those_of_the_configurations():
+    rows = re.findall(r"^\| `(configs/\S+)` \|.*", TEXTS["docs/configuration.md"], re.MULTILINE)
+    assert {row.partition(":")[0] for row in rows} == {
+        f"configs/{path.name}" for path in (ROOT / "configs").glob("*.py")
+    }
+    for line in TEXTS["docs/configuration.md"].splitlines():
+        if not line.startswith("| `configs/"):
+            continue
+        name, _, steps_of_denoising, batch, steps, _ = (cell.strip() for cell in line.strip("|").split("|"))
+        file, _, variant = name.strip("`").partition(":")
+        get_config = importlib.import_module(file.removesuffix(".py").replace("/", ".")).get_config
+        config = get_config(variant) if variant else get_config()
+        written = [0 if cell == "chosen" else int(cell.replace(",", "")) for cell in (steps_of_denoising, batch, steps)]
+        assert written == [config.diffusion.num_steps, config.train.batch_size, config.train.num_steps], name
+
+
+def test_the_results_in_the_readme_are_those_that_are_committed():
+    results = json.loads((ROOT / "docs" / "results" / "trilemma" / "results.json").read_text())
+    rows = {
+        (row["data"], row["method"]): [
+            f"{row['quality']:.2f}",
+            f"{row['coverage']:.2f}",
+            f"{row['seconds_per_100']:.2g}",
+        ]
+        for row in results["rows"]
+    }
+    lines = [line for line in TEXTS["README.md"].splitlines() if line.startswith(("| 25 Gaussians", "| digits"))]
+    assert len(lines) >= 4
+    for line in lines:
+        data, method, calls, *numbers = (cell.strip() for cell in line.strip("|").split("|"))
+        assert rows[data, method] == numbers, line
+        assert f"T = {calls}" in method, line
+
+
+def test_every_public_name_is_on_a_page_of_the_api():
+    """A page has a module, or a package with all modules in it (but for the whole of ddgan_jax, which is the index)."""
+    assert set(API) <= set(MODULES), f"not in the package: {set(API) - set(MODULES)}"
+    packages = tuple(f"{name}." for name in API if name != "ddgan_jax")
+    for module, path in MODULES.items():
+        public = [
+            node.name
+            for node in ast.parse(path.read_text()).body
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+        ]
+        assert not public or module in API or module.startswith(packages), (
+            f"docs/api has not {module}.{public[0]}: add `::: {module}`, or its package, to a page there"
+        )
+
+
+def test_the_api_has_pages_in_the_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    for path in (ROOT / "docs").rglob("*.md"):
+        name = str(path.relative_to(ROOT / "docs"))
+        assert path.name == "table.md" or re.search(rf"[ :-] {re.escape(name)}$", navigation, re.MULTILINE), name

@@ -109,11 +109,15 @@ LSUN = "--config=configs/lsun_church_256.py:smoke"
 
 @pytest.mark.slow
 def test_the_papers_batch_is_the_same_on_1_8_and_64_devices(cache, tmp_path):
-    """LSUN Church's 64 images: 64, 8 and 1 a device; in the last case groups of four lie on four devices."""
+    """LSUN Church's 64 images: 64, 8 and 1 a device; in the last case groups of four lie on four devices.
+
+    After one step, with R1: D's gradients are large here, and what is rounded otherwise in one step grows in the next.
+    """
     found = {}
     for devices in (1, 8, 64):
         workdir = tmp_path / str(devices)
         arguments = LSUN, f"--workdir={workdir}", "--config.train.batch_size=64", QUIET, cache
+        arguments += "--config.train.num_steps=1", "--config.train.r1_every=1"
         (output,) = succeed(start_group(1, *arguments, devices=devices))
         assert f"1 processes x {devices} devices x {64 // devices}" in output
         found[devices] = checkpoint.read(checkpoint.find(str(workdir)))[0]

@@ -286,7 +286,7 @@ def barrier() -> None:
 
 
 def _attempt(action: Callable[[], T]) -> tuple[T | None, list[str]]:
-    """(what it returns, []), or (None, [kind of error, message]) if that is one of the sentences that people are told."""
+    """(what it returns, []), or (None, [kind of error, message]) for what people are told in a sentence."""
     try:
         return action(), []
     except (UserError, Fault) as error:

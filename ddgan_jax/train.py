@@ -167,7 +167,7 @@ class Steps:
     def __init__(self, built: Built, stop: parallel.Stop, state: Any, batch: Any, r1_every: int):
         """Begin to compile."""
         self._start = time.time()
-        one = r1_every == 1 or built.method.objective == "gaussian"  # R1 in every step, or in none
+        one = r1_every == 1 or not built.method.objective.trains_disc  # R1 in every step, or in none
         kinds = [True] if one else [True, False]
         futures = stop.compile(map(built.step, kinds), state, batch)
         self._futures = dict(zip(kinds, futures, strict=True))

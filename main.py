@@ -103,8 +103,8 @@ def main() -> int:
         print(f"stopped: {error}", file=sys.stderr)
         code = 1
     except Interrupted as error:
-        print(error, flush=True)
-        code = flags.FLAGS.interrupted_exit_code
+        print(error)
+        parallel.leave(flags.FLAGS.interrupted_exit_code, at_once=True)
     except OSError as error:  # of a disk or a bucket
         print(f"stopped: {error}", file=sys.stderr)
         code = 1

@@ -121,21 +121,22 @@ def _published_networks(c: dict[str, Any]) -> list[Network]:
     """Inception, and VGG16 if its weights are there."""
     folder, given = sources.directory(c["data"]["dir"]), c["eval"]
 
-    def read(setting: str, module: Any) -> dict[str, np.ndarray]:
-        return _read_weights(_find_weights(setting, given[setting], module, folder), module)
+    def find(setting: str, module: Any) -> str:
+        return parallel.from_primary(lambda: _find_weights(setting, given[setting], module, folder))
 
-    state = parallel.from_primary(lambda: read("inception_weights", inception))
+    path = find("inception_weights", inception)
+    state = parallel.from_primary(lambda: _read_weights(path, inception))
     net = inception.Inception()
     networks = [_network("Inception 2015-12-05", lambda p, x: net.apply({"params": p}, x), inception.params(state))]
     try:
-        state = parallel.from_primary(lambda: read("vgg_weights", vgg))
+        path = find("vgg_weights", vgg)
     except UserError as error:
         if given["vgg_weights"]:
             raise
         if parallel.is_primary():
             print(f"without precision and recall: {error}", flush=True)
         return networks
-    other = vgg.VGG16()
+    state, other = parallel.from_primary(lambda: _read_weights(path, vgg)), vgg.VGG16()
 
     def apply(params: Any, images: Any) -> Any:
         features: Any = other.apply({"params": params}, images)

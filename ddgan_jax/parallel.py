@@ -393,21 +393,25 @@ def lost_others(error: BaseException) -> bool:
     )
 
 
-def leave(exit_code: int) -> None:
+def leave(exit_code: int, at_once: bool = False) -> None:
     """End this process at once if others work with it: at a usual exit it would wait for them, and they for it.
+
+    Or if that is asked for: it would wait for its threads too, which may compile for minutes.
 
     Process 0 is the last, if the others leave within 2 s too: without it they are aborted before they have spoken.
     """
+    if not (jax.distributed.is_initialized() or at_once):
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
     if jax.distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
         with contextlib.suppress(Exception):
             if is_primary():
                 for index in range(1, jax.process_count()):
                     _client().blocking_key_value_get(f"ddgan_jax/left/{index}", 2000)
             else:
                 _client().key_value_set(f"ddgan_jax/left/{jax.process_index()}", "left")
-        os._exit(exit_code)
+    os._exit(exit_code)
 
 
 # --- What every process does with its own devices -----------------------------------------------------------------

@@ -28,7 +28,10 @@ from ddgan_jax.storage import checkpoint
         (["--config=configs/digits.py:tiny"], "unknown variant 'tiny'"),
         ([SMOKE, "--mode=dream"], "unknown --mode=dream: it is one of train, sample, vary, edit, inpaint"),
         ([SMOKE, "now"], "unexpected argument 'now'"),
-        ([SMOKE, "--config.train.batch_size=6"], "train.batch_size=6 does not divide into a multiple of 4"),
+        (
+            [SMOKE, "--config.train.batch_size=6"],
+            "train.batch_size=6 does not divide by 1 device and into groups of 4 images",
+        ),
         ([SMOKE, "--config.data.image_size=9"], "data.image_size=9 does not halve"),
         ([SMOKE, "--config.diffusion.kind=geometric"], "not a diffusion"),
         ([SMOKE, "--config.model.dtype=float16"], "float32 or bfloat16"),

@@ -244,8 +244,9 @@ def precision_recall(
     check_widths(real, fake)
     block = _even(block, max(len(real), len(fake)))
     # Each set about its own mean: the fakes of a collapsed generator lie closer to each other than to anything else.
-    real_radii = radii(real, k, block, progress) if real_radii is None else real_radii
-    fake_radii = radii(fake, k, block, progress)
+    if real_radii is None:
+        real_radii = _neighbours(real, real, k, block, progress, same=True)[1][:, -1]
+    fake_radii = _neighbours(fake, fake, k, block, progress, same=True)[1][:, -1]
     fakes, reals = _sets(fake, real, block)
     balls = np.zeros(len(fake), np.int64)
     recalled, covered = np.zeros(len(real), bool), np.zeros(len(real), bool)

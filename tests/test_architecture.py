@@ -12,10 +12,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 RANKS = {
     0: "errors storage cluster materialize diffusion state parallel torch_weights figures data metrics "
     "models.convolution models.layers",
-    1: "objectives sampling storage.log torch_files models.generator models.discriminator models.mlp",
+    1: "objectives signals sampling storage.log torch_files models.generator models.discriminator models.mlp",
     2: "automatic train_step",
     3: "build",
-    4: "model judge",
+    4: "model judge progress",
     5: "generate evaluate train",
 }
 BELOW_ALL = ("errors", "materialize", "cluster", "storage.paths")

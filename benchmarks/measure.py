@@ -113,12 +113,12 @@ def phases(built: Built) -> tuple[Callable, Callable]:
     def d_part(with_r1: bool, state: Any, images: jax.Array) -> Any:
         x0 = train_step.to_x0(images, method.scale)
         draws = train_step.step_draws(method, built.seed, state.step, x0)
-        return train_step.update_d(method, state, x0, draws.d, with_r1)
+        return train_step.update_d(method, state, train_step.Phase(x0, draws.d), with_r1)
 
     def g_part(state: Any, images: jax.Array) -> Any:
         x0 = train_step.to_x0(images, method.scale)
         draws = train_step.step_draws(method, built.seed, state.step, x0)
-        return train_step.update_g(method, state, x0, draws.g, path_key=draws.path_key)
+        return train_step.update_g(method, state, train_step.Phase(x0, draws.g, key=draws.batch_key))
 
     return d_part, g_part
 

@@ -5,6 +5,7 @@ that lies beside a checkpoint. Importing this needs no ml_collections.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,10 +18,17 @@ from ddgan_jax import automatic, parallel, state, train_step
 from ddgan_jax.data import sources
 from ddgan_jax.diffusion import Schedule
 from ddgan_jax.errors import UserError
-from ddgan_jax.losses import Paths
 from ddgan_jax.models.discriminator import STDDEV_GROUP, Discriminator, preset
 from ddgan_jax.models.generator import Generator
 from ddgan_jax.models.mlp import PointDiscriminator, PointGenerator
+from ddgan_jax.objectives import Objective
+from ddgan_jax.objectives.ddgan import DDGAN
+from ddgan_jax.objectives.gaussian import Gaussian
+from ddgan_jax.objectives.mismatched import Mismatched
+from ddgan_jax.objectives.moment import Moment
+from ddgan_jax.objectives.one_shot import OneShot
+from ddgan_jax.objectives.pace import pace_of_g
+from ddgan_jax.objectives.rpsw import Paths, Rpsw
 from ddgan_jax.train_step import Method
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -41,7 +49,7 @@ class Built:
     @property
     def schedule(self) -> Schedule:
         """The coefficients of sampling: the diffusion's, or one step for a generator that was trained for one."""
-        return Schedule.create(1) if self.method.objective == "one_shot" else self.method.schedule
+        return Schedule.create(1) if self.method.objective.at_once else self.method.schedule
 
     def init_state(self) -> state.TrainState:
         """The state before the first step, a function of the seed alone. Jit it."""
@@ -158,6 +166,25 @@ def _mlp(
 NETWORKS: dict[str, Callable[..., tuple[Any, Any, tuple[int, ...]]]] = {"unet": _unet, "mlp": _mlp}
 
 
+OBJECTIVES: dict[str, Callable[[float], Any]] = {  # by R1's gamma
+    "adversarial": DDGAN,
+    "gaussian": lambda r1_gamma: Gaussian(),
+    "one_shot": OneShot,
+}
+
+
+def _objective(name: str, r1_gamma: float, loss: Mapping[str, Any]) -> Objective:
+    """The objective, with what the settings add to it."""
+    objective = OBJECTIVES[name](r1_gamma)
+    if not objective.trains_disc:
+        return objective
+    if loss["generator"] == "rpsw":
+        objective = Rpsw(objective, Paths(loss["projections"], loss["kappa"]))
+    if loss["mismatched"]:
+        objective = Mismatched(objective, loss["mismatched"])
+    return Moment(objective, loss["moment"]) if loss["moment"] else objective
+
+
 def build(config: Any) -> Built:
     """Build what `config` describes. Raises UserError for settings that do not go together."""
     c: Mapping[str, Any] = as_dict(config)
@@ -165,7 +192,7 @@ def build(config: Any) -> Built:
     for name, value, known in (
         ("model.network", c["model"]["network"], NETWORKS),
         ("model.dtype", c["model"]["dtype"], DTYPES),
-        ("objective", c["objective"], train_step.OBJECTIVES),
+        ("objective", c["objective"], OBJECTIVES),
         ("loss.generator", loss["generator"], ("nonsaturating", "rpsw")),
     ):
         if value not in known:
@@ -208,21 +235,17 @@ def build(config: Any) -> Built:
             static_argnames="axis_name",
         ),
         schedule=schedule,
+        objective=_objective(c["objective"], train["r1_gamma"], loss),
         optimizer=state.adam(train["adam_b1"], train["adam_b2"]),
         lr_g=rate(train["lr_g"], 0.0),
         lr_d=rate(train["lr_d"], train["lr_min_d"]),
         nz=generator.nz,
-        r1_gamma=train["r1_gamma"],
         ema_decay=train["ema_decay"],
+        pace=functools.partial(pace_of_g, d_lead=train["d_lead"]) if train["d_lead"] else None,
         flip=c["data"]["flip"],
         dropout=getattr(generator, "dropout", 0) > 0,
-        objective=c["objective"],
-        paths=Paths(loss["projections"], loss["kappa"]) if loss["generator"] == "rpsw" else None,
         accumulate=train["accumulate"],
         scale=scale,
-        mismatched=loss["mismatched"],
-        moment=loss["moment"],
-        d_lead=train["d_lead"],
     )
     x, t, z = jnp.zeros((1, *shape)), jnp.zeros(1, jnp.int32), jnp.zeros((1, generator.nz))
     labels = {"y": t} if num_classes else {}

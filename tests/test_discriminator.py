@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from conftest import Golden, close_to_largest, golden_inventory
 
-from ddgan_jax import losses
 from ddgan_jax.errors import UserError
 from ddgan_jax.models.discriminator import LARGE, SMALL, Discriminator, minibatch_stddev, preset
+from ddgan_jax.objectives import ddgan
 from ddgan_jax.torch_weights import discriminator_config, discriminator_params, discriminator_state_dict
 
 
@@ -36,7 +36,7 @@ def test_logits_and_gradients_equal_reference(kind):
 
     # `x` is the golden files' name for x_t, and `x_t` for x_{t+1}.
     def r1(params, x, t, x_t):
-        return losses.r1_penalty(lambda *a: disc.apply({"params": params}, *a), x, t, x_t, gamma)
+        return ddgan.r1_penalty(lambda *a: disc.apply({"params": params}, *a), x, t, x_t, gamma)
 
     def plain(params, x, t, x_t):
         return jnp.mean(jax.nn.softplus(-disc.apply({"params": params}, x, t, x_t)))

@@ -18,16 +18,20 @@ import dataclasses, json
 import jax, jax.numpy as jnp, numpy as np
 from test_generator import random_params
 from test_train_step import method_of
-from ddgan_jax import losses, parallel, state as state_lib, torch_weights as tw, train_step as ts
+from ddgan_jax import parallel, state as state_lib, torch_weights as tw, train_step as ts
 from ddgan_jax.models.discriminator import Discriminator, minibatch_stddev, preset
 from ddgan_jax.models.generator import Generator
 from ddgan_jax.models.mlp import PointDiscriminator, PointGenerator
+from ddgan_jax.objectives.ddgan import DDGAN
+from ddgan_jax.objectives.mismatched import Mismatched
+from ddgan_jax.objectives.moment import Moment
+from ddgan_jax.objectives.rpsw import Paths, Rpsw
 
 assert jax.device_count() == 4
 generator = Generator(nf=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,), nz=6, z_emb_dim=8, n_mlp=1,
                       image_channels=1, dropout=0.1)
 disc = Discriminator(ngf=4, t_emb_dim=8, **preset(8))
-method = method_of(generator, disc, flip=True, dropout=True, r1_gamma=1.0)
+method = method_of(generator, disc, flip=True, dropout=True, objective=DDGAN(1.0))
 x, t = jnp.zeros((4, 8, 8, 1)), jnp.zeros(4, jnp.int32)
 d_params = jax.jit(lambda k: disc.init(k, x, t, x)["params"])(jax.random.key(1))
 make = jax.jit(lambda g, d: state_lib.create(g, d, method.optimizer))
@@ -60,7 +64,7 @@ worst["metrics"] = max(float(np.abs(a - b).max()) for a, b in zip(
 
 # What one example takes of others (sliced Wasserstein distances, the image and the z before) is of the global batch.
 generator, disc = PointGenerator(width=16, depth=1), PointDiscriminator(width=16, depth=1)
-method = method_of(generator, disc, paths=losses.Paths(64, 5.0), mismatched=0.5, moment=0.5)
+method = method_of(generator, disc, objective=Moment(Mismatched(Rpsw(DDGAN(0.02), Paths(64, 5.0)), 0.5), 0.5))
 x, z = jnp.zeros((4, 2)), jnp.zeros((4, generator.nz))
 params = generator.init(jax.random.key(2), x, t, z)["params"], disc.init(jax.random.key(3), x, t, x)["params"]
 images = np.random.default_rng(1).normal(size=(3, 16, 2)).astype(np.float32)
@@ -84,9 +88,10 @@ disc = Discriminator(ngf=4, t_emb_dim=8, **preset(8))
 x, t = jnp.zeros((4, 8, 8, 1)), jnp.zeros(4, jnp.int32)
 d_params = jax.jit(lambda k: disc.init(k, x, t, x)["params"])(jax.random.key(1))
 make = jax.jit(lambda g, d: state_lib.create(g, d, method.optimizer))
-both = dict(mismatched=0.5, moment=0.5)
-for name, size, parts, options in (("straddle", 12, 1, {}), ("parts", 32, 2, both)):
-    method = method_of(generator, disc, r1_gamma=1.0, **options)
+for name, size, parts, objective in (
+    ("straddle", 12, 1, DDGAN(1.0)), ("parts", 32, 2, Moment(Mismatched(DDGAN(1.0), 0.5), 0.5))
+):
+    method = method_of(generator, disc, objective=objective)
     images = np.random.default_rng(0).integers(0, 256, (3, size, 8, 8, 1), np.uint8)
     one, one_metrics = train(
         lambda r1: jax.jit(ts.make_train_step(method, 0, r1)), make(random_params(generator, 8), d_params), lambda x: x

@@ -14,8 +14,9 @@ import pytest
 from commands import POINTS, ROOT, SMOKE, command, ends, python, run, start_group
 from PIL import Image
 
-from ddgan_jax import train
+from ddgan_jax import progress
 from ddgan_jax.errors import Fault, Interrupted
+from ddgan_jax.signals import Interrupt
 from ddgan_jax.storage import checkpoint
 
 
@@ -125,8 +126,8 @@ def test_a_loss_that_is_not_finite_is_named():
         {"d_loss": np.float32(1), "g_loss": np.float32("nan")},
     ]
     with pytest.raises(Fault, match="g_loss is not finite at step 11: the checkpoint of step 8 is good"):
-        train.check_finite(10, window, lambda: 8)
-    train.check_finite(10, window[:1], lambda: 8)
+        progress.check_finite(10, window, lambda: 8)
+    progress.check_finite(10, window[:1], lambda: 8)
 
 
 def test_summary_of_losses_by_t():
@@ -136,7 +137,7 @@ def test_summary_of_losses_by_t():
         {"d_loss_by_t": np.array([0.0, 3.0, 0]), "d_count_by_t": np.array([0.0, 1.0, 0])},
     ]
     window = [w | {"g_loss_by_t": w["d_loss_by_t"], "g_count_by_t": w["d_count_by_t"], "d_loss": 2.0} for w in window]
-    assert train.summarise(window) == {
+    assert progress.summarise(window) == {
         "d_loss": 2.0,
         "d_loss_t0": 2.0,
         "d_loss_t1": 2.0,
@@ -213,16 +214,16 @@ def test_interrupted_and_resumed_is_bit_identical(number, unbroken, cache, tmp_p
 
 def test_signals(tmp_path):
     """The first is noted, or ends what can be ended at once; the second counts a second later."""
-    with train.Interrupt() as interrupt:
+    with Interrupt() as interrupt:
         with interrupt.held():
             os.kill(os.getpid(), signal.SIGUSR1)
             os.kill(os.getpid(), signal.SIGTERM)  # at once: the same signal, from a launcher that sends it twice
             assert interrupt.signal == "SIGUSR1"
-    with train.Interrupt() as interrupt, pytest.raises(Interrupted, match="SIGINT: nothing was lost"):
+    with Interrupt() as interrupt, pytest.raises(Interrupted, match="SIGINT: nothing was lost"):
         os.kill(os.getpid(), signal.SIGINT)
     script = """
 import os, signal, time
-from ddgan_jax.train import Interrupt
+from ddgan_jax.signals import Interrupt
 with Interrupt() as interrupt, interrupt.held():
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(1.2)

@@ -19,6 +19,13 @@ from ddgan_jax.diffusion import Schedule
 from ddgan_jax.models.discriminator import Discriminator
 from ddgan_jax.models.generator import Generator
 from ddgan_jax.models.mlp import PointDiscriminator, PointGenerator
+from ddgan_jax.objectives import Before, PhaseDraws
+from ddgan_jax.objectives.ddgan import DDGAN
+from ddgan_jax.objectives.gaussian import Gaussian
+from ddgan_jax.objectives.mismatched import Mismatched
+from ddgan_jax.objectives.moment import Moment
+from ddgan_jax.objectives.one_shot import OneShot
+from ddgan_jax.objectives.pace import pace_of_g
 
 
 def method_of(generator, discriminator, **options):
@@ -30,15 +37,20 @@ def method_of(generator, discriminator, **options):
         lr_g=state_lib.constant_schedule(1.6e-4),
         lr_d=state_lib.constant_schedule(1.25e-4),
         nz=generator.nz,
-        r1_gamma=0.02,
+        objective=DDGAN(0.02),
         ema_decay=0.9,
     )
     return ts.Method(**(defaults | options))
 
 
+def pairs_of(method, state, x0, draws):
+    """What D is shown of real x_0."""
+    return method.objective.pairs(ts.context(method, state, ts.Phase(x0, draws)))
+
+
 def phase_draws(golden, prefix, order):
     images = {key: golden.nhwc(f"{prefix}{key}")[order] for key in ("noise_t", "noise_tp1", "noise_posterior")}
-    return ts.PhaseDraws(t=golden.ints(prefix + "t")[order], z=golden[prefix + "z"][order], **images)
+    return PhaseDraws(t=golden.ints(prefix + "t")[order], z=golden[prefix + "z"][order], **images)
 
 
 @pytest.mark.golden
@@ -67,7 +79,7 @@ def test_four_steps_equal_reference():
         schedule=Schedule.create(flags["num_timesteps"], "vp", flags["beta_min"], flags["beta_max"]),
         lr_g=state_lib.cosine_schedule(flags["lr_g"], 3, flags["num_epoch"]),
         lr_d=state_lib.cosine_schedule(flags["lr_d"], 3, flags["num_epoch"]),
-        r1_gamma=flags["r1_gamma"],
+        objective=DDGAN(flags["r1_gamma"]),
         ema_decay=flags["ema_decay"],
     )
     order = to_neighbours(flags["batch_size"])
@@ -75,9 +87,9 @@ def test_four_steps_equal_reference():
     state = state_lib.create(tw.generator_params(init_g), tw.discriminator_params(init_d), method.optimizer)
     names = {"G": json.loads(str(golden["param_names/G"])), "D": json.loads(str(golden["param_names/D"]))}
     exporters = {"G": tw.generator_state_dict, "D": tw.discriminator_state_dict, "ema": tw.generator_state_dict}
-    d_gradients = jax.jit(lambda s, x, d, r1: ts.d_gradients(method, s, x, d, r1), static_argnums=3)
-    g_gradients = jax.jit(lambda s, x, d: ts.g_gradients(method, s, x, d))
-    fake_pair = jax.jit(lambda s, x, d: ts.fake_pair(method, s.gen_params, x, d))
+    d_gradients = jax.jit(lambda s, x, d, r1: ts.d_gradients(method, s, ts.Phase(x, d), r1), static_argnums=3)
+    g_gradients = jax.jit(lambda s, x, d: ts.g_gradients(method, s, ts.Phase(x, d)))
+    pairs = jax.jit(lambda s, x, d: pairs_of(method, s, x, d))
     update = jax.jit(lambda s, x, d, r1: ts.update(method, s, x, d, r1), static_argnums=3)
 
     # Adam moves by lr g / |g|, whatever |g| is: where a gradient is as small as the rounding of the largest one in its
@@ -116,10 +128,10 @@ def test_four_steps_equal_reference():
 
         grads, parts = d_gradients(state, x0, draws.d, with_r1)
         compare_gradients("D", step, grads)
-        np.testing.assert_allclose(parts["real"][back], golden[f"step{step}/D_real"], atol=2e-5)
-        np.testing.assert_allclose(parts["fake"][back], golden[f"step{step}/D_fake"], atol=2e-5)
+        np.testing.assert_allclose(parts["d_real"][back], golden[f"step{step}/D_real"], atol=2e-5)
+        np.testing.assert_allclose(parts["d_fake"][back], golden[f"step{step}/D_fake"], atol=2e-5)
         if step == 0:
-            x_t, fake, x_tp1, _ = (x[back] for x in fake_pair(state, x0, draws.d))
+            x_t, fake, x_tp1, _ = (x[back] for x in pairs(state, x0, draws.d))
             np.testing.assert_allclose(x_t, golden.nhwc("step0/D/x_t"), atol=1e-5)
             np.testing.assert_allclose(x_tp1, golden.nhwc("step0/D/x_tp1"), atol=1e-5)
             np.testing.assert_allclose(fake, golden.nhwc("step0/D/x_pos_sample"), atol=2e-5)
@@ -131,8 +143,9 @@ def test_four_steps_equal_reference():
         np.testing.assert_allclose(
             metrics["d_loss"], golden[f"step{step}/errD_real"] + golden[f"step{step}/errD_fake"], rtol=1e-5
         )
-        np.testing.assert_allclose(jnp.mean(parts["real_loss"]), golden[f"step{step}/errD_real"], rtol=1e-5)
-        np.testing.assert_allclose(jnp.mean(parts["fake_loss"]), golden[f"step{step}/errD_fake"], rtol=1e-5)
+        real_loss, fake_loss = jax.nn.softplus(-parts["d_real"]), jax.nn.softplus(parts["d_fake"])
+        np.testing.assert_allclose(jnp.mean(real_loss), golden[f"step{step}/errD_real"], rtol=1e-5)
+        np.testing.assert_allclose(jnp.mean(fake_loss), golden[f"step{step}/errD_fake"], rtol=1e-5)
         if with_r1:
             np.testing.assert_allclose(metrics["r1"], golden[f"step{step}/grad_penalty"], rtol=1e-5)
         np.testing.assert_allclose(metrics["g_loss"], golden[f"step{step}/errG"], rtol=1e-5)
@@ -143,8 +156,8 @@ def test_four_steps_equal_reference():
         stepped_d = state.replace(disc_params=new_state.disc_params)  # G is trained against the new D
         grads, parts = g_gradients(stepped_d, x0, draws.g)
         compare_gradients("G", step, grads)
-        np.testing.assert_allclose(parts["fake"][back], golden[f"step{step}/G/output"], atol=2e-5)
-        _, fake, *_ = fake_pair(state, x0, draws.g)
+        np.testing.assert_allclose(parts["g_fake"][back], golden[f"step{step}/G/output"], atol=2e-5)
+        _, fake, *_ = pairs(state, x0, draws.g)
         np.testing.assert_allclose(fake[back], golden.nhwc(f"step{step}/G/x_pos_sample"), atol=2e-5)
 
         state = new_state
@@ -253,7 +266,7 @@ def linear(shape=(2,), **options):
         lr_g=state_lib.constant_schedule(0.1),
         lr_d=state_lib.constant_schedule(1.0),
         nz=1,
-        r1_gamma=0.0,
+        objective=DDGAN(0.0),
         ema_decay=0.0,
     )
     method = ts.Method(**(defaults | options))
@@ -282,8 +295,9 @@ def test_images_are_scaled_and_mirrored():
 def test_g_waits_for_a_discriminator_that_guesses():
     """Its learning rate falls with D's loss: whole at `d_lead` below 2 ln 2, nothing where D says 0 to everything."""
     losses = [0.0, 2 * np.log(2) - 0.5, 2 * np.log(2) - 0.2, 2 * np.log(2), 3.0]
-    np.testing.assert_allclose([float(ts.pace_of_g(jnp.float32(x), 0.5)) for x in losses], [1, 1, 0.4, 0, 0], atol=1e-6)
-    method, state = linear(d_lead=0.5, lr_d=state_lib.constant_schedule(0.1))
+    paces = [float(pace_of_g({"d_loss": jnp.float32(x)}, 0.5)) for x in losses]
+    np.testing.assert_allclose(paces, [1, 1, 0.4, 0, 0], atol=1e-6)
+    method, state = linear(pace=partial(pace_of_g, d_lead=0.5), lr_d=state_lib.constant_schedule(0.1))
     data = 1 + jax.random.normal(jax.random.key(0), (256, 2))
     step = jax.jit(ts.make_train_step(method, 0, False))
     waiting, metrics = step(state, data)  # of v = 0
@@ -296,19 +310,21 @@ def test_g_waits_for_a_discriminator_that_guesses():
 
 def test_mismatched_pairs_are_of_the_image_before():
     """x_t' ~ q(x_t | x_{t+1}, x_0'), with weight w, but 0 at t = T - 1; D's gradient is that of (1')."""
-    method, state = linear(schedule=Schedule.create(4), mismatched=0.5)
+    objective = Mismatched(DDGAN(0.0), 0.5)
+    method, state = linear(schedule=Schedule.create(4), objective=objective)
     x0 = jnp.stack([jnp.full(2, float(i)) for i in range(8)])
     draws = ts.draw(jax.random.key(0), jnp.arange(8), 4, (2,), 1, False).d
     draws = draws.replace(t=jnp.arange(8) % 4, noise_posterior=jnp.zeros((8, 2)))
-    x_t, fake_x_t, x_tp1, _ = ts.fake_pair(method, state.gen_params, x0, draws)
-    other, weight = ts.mismatched_pair(method, jnp.roll(x0, 1, axis=0), x_tp1, draws)
+    x_t, fake_x_t, x_tp1, _ = pairs_of(method, state, x0, draws)
+    before = Before(jnp.roll(x0, 1, axis=0), draws.z)
+    other, weight = objective.pair(ts.context(method, state, ts.Phase(x0, draws), before), x_tp1)
     np.testing.assert_array_equal(weight, [0.5, 0.5, 0.5, 0, 0.5, 0.5, 0.5, 0])
     schedule = method.schedule
     coef1, coef2 = (c[draws.t][:, None] for c in (schedule.posterior_mean_coef1, schedule.posterior_mean_coef2))
     np.testing.assert_allclose(other, coef1 * np.roll(x0, 1, axis=0) + coef2 * x_tp1, rtol=1e-5)
     np.testing.assert_array_equal(other[jnp.array([0, 4])], x0[jnp.array([7, 3])])  # at t = 0 it is the image itself
     # d/dv of (1') at v = 0: -mean(real) / 2 + mean(fake) / 2 + mean(w other) / 2
-    grad, _ = ts.d_gradients(method, state, x0, draws, False)
+    grad, _ = ts.d_gradients(method, state, ts.Phase(x0, draws), False)
     expected = (-x_t + fake_x_t + weight[:, None] * other).mean(axis=0) / 2
     np.testing.assert_allclose(grad, expected, rtol=1e-5)
 
@@ -319,7 +335,9 @@ def test_a_shift_of_all_logits_is_no_lead():
     data = 1 + jax.random.normal(jax.random.key(0), (256, 2))
 
     def lr_g(shift, weight):
-        method, state = linear(schedule=Schedule.create(4), disc=disc, mismatched=weight, d_lead=0.5)
+        objective = Mismatched(DDGAN(0.0), weight) if weight else DDGAN(0.0)
+        pace = partial(pace_of_g, d_lead=0.5)
+        method, state = linear(schedule=Schedule.create(4), disc=disc, objective=objective, pace=pace)
         state = state.replace(disc_params=jnp.array([shift, 0.2]), disc_opt=method.optimizer.init(jnp.zeros(2)))
         return jax.jit(ts.make_train_step(method, 0, False))(state, data)[1]["lr_g"]
 
@@ -331,7 +349,8 @@ def test_a_shift_of_all_logits_is_no_lead():
 def test_one_step_has_no_mismatched_pairs():
     """x_1 of T = 1 is noise, and belongs to every image."""
     data = 1 + jax.random.normal(jax.random.key(0), (256, 2))
-    states = [jax.jit(ts.make_train_step(linear(mismatched=w)[0], 0, False))(linear()[1], data)[0] for w in (0.0, 1.0)]
+    methods = [linear(objective=objective)[0] for objective in (DDGAN(0.0), Mismatched(DDGAN(0.0), 1.0))]
+    states = [jax.jit(ts.make_train_step(method, 0, False))(linear()[1], data)[0] for method in methods]
     assert jnp.abs(states[0].disc_params).min() > 0.1
     np.testing.assert_array_equal(*(state.disc_params for state in states))
 
@@ -339,13 +358,13 @@ def test_one_step_has_no_mismatched_pairs():
 def test_moment_reconstruction_is_of_the_z_before():
     """Beside a D that says nothing, G's gradient is that of (6) alone; z' is that of the example before."""
     gen = lambda w, x, t, z: w * x + z  # noqa: E731
-    method, state = linear(schedule=Schedule.create(4), gen=gen, nz=2, moment=0.5)
+    method, state = linear(schedule=Schedule.create(4), gen=gen, nz=2, objective=Moment(DDGAN(0.0), 0.5))
     x0 = jax.random.normal(jax.random.key(0), (8, 2))
     draws = ts.draw(jax.random.key(1), jnp.arange(8), 4, (2,), 2, False).g
-    grad, parts = ts.g_gradients(method, state, x0, draws)
-    x_tp1 = ts.predict(method, state.gen_params, x0, draws)[1]
+    grad, parts = ts.g_gradients(method, state, ts.Phase(x0, draws))
+    x_tp1 = pairs_of(method, state, x0, draws).x_tp1
     error, other = x0 - draws.z, x0 - np.roll(draws.z, 1, axis=0)  # at w = 0
-    np.testing.assert_allclose(parts["moment_error"], (error * other).mean(axis=1), rtol=1e-5)
+    np.testing.assert_allclose(parts["g_moment_error"], (error * other).mean(axis=1), rtol=1e-5)
     np.testing.assert_allclose(grad, 0.5 * 2 * -(x_tp1 * other).mean(), rtol=1e-5)
     _, metrics = jax.jit(ts.make_train_step(method, 0, False))(state, x0)
     assert "g_moment_error" in metrics
@@ -382,14 +401,14 @@ def test_gradients_that_nobody_uses_are_not_computed():
         return jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text().count("stablehlo.convolution")
 
     forward = convolutions(method.gen, shapes.gen_params, x, t, z)
-    assert convolutions(lambda s, x, d: ts.d_gradients(method, s, x, d, True), shapes, x, draws.d) == forward
-    assert convolutions(lambda s, x, d: ts.g_gradients(method, s, x, d), shapes, x, draws.g) > 2 * forward
+    assert convolutions(lambda s, x, d: ts.d_gradients(method, s, ts.Phase(x, d), True), shapes, x, draws.d) == forward
+    assert convolutions(lambda s, x, d: ts.g_gradients(method, s, ts.Phase(x, d)), shapes, x, draws.g) > 2 * forward
 
 
 def test_the_gaussian_objective_learns_the_mean():
     """Of x_0 ~ N(0, 4 I) the mean given x_1 is w x_1, w = 4 a / (4 a^2 + s^2); D is left as it was."""
     schedule = Schedule.create(1, "geometric", 0.01, 0.5)
-    method, state = linear(objective="gaussian", schedule=schedule)
+    method, state = linear(objective=Gaussian(), schedule=schedule)
     data = 2 * jax.random.normal(jax.random.key(0), (4096, 2))
     step = jax.jit(ts.make_train_step(method, 0, True))
     for _ in range(30):
@@ -404,10 +423,10 @@ def test_the_gaussian_objective_learns_the_mean():
 def test_the_one_shot_objective_compares_diffused_images():
     """G sees pure noise at t = 0; D both images at the same x_t, and nothing of x_{t+1}."""
     schedule = Schedule.create(4)
-    method = linear(objective="one_shot", schedule=schedule, gen=lambda w, x, t, z: w * x + t[:, None])[0]
+    method, state = linear(objective=OneShot(0.0), schedule=schedule, gen=lambda w, x, t, z: w * x + t[:, None])
     x0 = jax.random.normal(jax.random.key(0), (64, 2))
     draws = ts.draw(jax.random.key(1), jnp.arange(64), 4, (2,), 1, dropout=False).d
-    x_t, fake_x_t, x_tp1, _ = ts.fake_pair(method, jnp.float32(3.0), x0, draws)
+    x_t, fake_x_t, x_tp1, _ = pairs_of(method, state.replace(gen_params=jnp.float32(3.0)), x0, draws)
     a, s = (jnp.asarray(c)[draws.t][:, None] for c in (schedule.a_s_cum, schedule.sigmas_cum))
     np.testing.assert_allclose(x_t, a * x0 + s * draws.noise_t, atol=1e-5)
     np.testing.assert_allclose(fake_x_t, a * 3 * draws.noise_tp1 + s * draws.noise_posterior, atol=1e-5)

@@ -1,11 +1,11 @@
-"""The losses in closed form."""
+"""The losses of the objectives in closed form."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddgan_jax import losses
+from ddgan_jax.objectives import ddgan, gaussian, mismatched, moment, rpsw
 
 
 def quadratic(weights):
@@ -15,8 +15,8 @@ def quadratic(weights):
 
 def test_squared_error_is_a_mean_over_all_numbers():
     x0, x0_hat = jnp.array([[1.0, 2.0], [0.0, 0.0]]), jnp.array([[1.0, 4.0], [3.0, 1.0]])
-    loss, parts = losses.squared_error(x0, x0_hat)
-    np.testing.assert_allclose(parts["fake_loss"], [2, 5])
+    loss, parts = gaussian.squared_error(x0, x0_hat)
+    np.testing.assert_allclose(parts["g_loss"], [2, 5])
     assert loss == 3.5
 
 
@@ -32,7 +32,7 @@ def test_r1_of_a_quadratic(batch):
     real, _, x_tp1, t = batch
     w = jnp.linspace(0.5, 2, 48).reshape(4, 4, 3)
     (penalty, parts), grad = jax.value_and_grad(
-        lambda w: losses.r1_penalty(quadratic(w), real, t, x_tp1, gamma=0.3), has_aux=True
+        lambda w: ddgan.r1_penalty(quadratic(w), real, t, x_tp1, gamma=0.3), has_aux=True
     )(w)
     norm_sq = jnp.sum((2 * w * real) ** 2, axis=(1, 2, 3))
     np.testing.assert_allclose(parts["grad_norm_sq"], norm_sq, rtol=1e-5)
@@ -44,7 +44,7 @@ def test_r1_of_a_quadratic(batch):
 def test_r1_where_d_is_flat(batch):
     """A norm would have the gradient NaN here."""
     real, _, x_tp1, t = batch
-    penalty, grad = jax.value_and_grad(lambda w: losses.r1_penalty(quadratic(w), real, t, x_tp1, 1.0)[0])(jnp.zeros(()))
+    penalty, grad = jax.value_and_grad(lambda w: ddgan.r1_penalty(quadratic(w), real, t, x_tp1, 1.0)[0])(jnp.zeros(()))
     assert penalty == 0 and grad == 0
 
 
@@ -52,19 +52,17 @@ def test_losses_are_cross_entropies(batch):
     """At the optimum of a D that knows nothing the losses are log 2 each; the gradients are those of -log sigmoid."""
     real, fake, x_tp1, t = batch
     nothing = lambda x_t, t, x_tp1: jnp.zeros(x_t.shape[0]) * jnp.sum(x_t)  # noqa: E731
-    np.testing.assert_allclose(losses.d_loss(nothing, real, t, x_tp1, fake)[0], 2 * np.log(2), rtol=1e-6)
-    np.testing.assert_allclose(losses.g_loss(nothing, fake, t, x_tp1)[0], np.log(2), rtol=1e-6)
+    np.testing.assert_allclose(ddgan.d_loss(nothing, real, t, x_tp1, fake)[0], 2 * np.log(2), rtol=1e-6)
+    np.testing.assert_allclose(ddgan.g_loss(nothing, fake, t, x_tp1)[0], np.log(2), rtol=1e-6)
     disc = quadratic(jnp.float32(1.0))
-    loss, parts = losses.d_loss(disc, real, t, x_tp1, fake)
+    loss, parts = ddgan.d_loss(disc, real, t, x_tp1, fake)
     sigmoid = lambda x: 1 / (1 + np.exp(-np.float64(x)))  # noqa: E731
-    expected = -np.mean(np.log(sigmoid(parts["real"]))) - np.mean(np.log(1 - sigmoid(parts["fake"])))
+    expected = -np.mean(np.log(sigmoid(parts["d_real"]))) - np.mean(np.log(1 - sigmoid(parts["d_fake"])))
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
-    loss, parts = losses.g_loss(disc, fake, t, x_tp1)
-    np.testing.assert_allclose(loss, -np.mean(np.log(sigmoid(parts["fake"]))), rtol=1e-5)
-    with_r1, parts = losses.d_loss(disc, real, t, x_tp1, fake, r1_gamma=2.0)
-    np.testing.assert_allclose(
-        with_r1 - losses.d_loss(disc, real, t, x_tp1, fake)[0], jnp.mean(parts["grad_norm_sq"]), rtol=1e-5
-    )
+    loss, parts = ddgan.g_loss(disc, fake, t, x_tp1)
+    np.testing.assert_allclose(loss, -np.mean(np.log(sigmoid(parts["g_fake"]))), rtol=1e-5)
+    with_r1, parts = ddgan.d_loss(disc, real, t, x_tp1, fake, r1_gamma=2.0)
+    np.testing.assert_allclose(with_r1 - ddgan.d_loss(disc, real, t, x_tp1, fake)[0], jnp.mean(parts["r1"]), rtol=1e-5)
 
 
 def test_the_best_d_weighs_real_pairs_against_fake_and_mismatched_ones():
@@ -72,15 +70,19 @@ def test_the_best_d_weighs_real_pairs_against_fake_and_mismatched_ones():
     at = lambda *counts: jnp.repeat(jnp.arange(3), jnp.array(counts))  # noqa: E731
     real, fake, other, t = at(5, 2, 3), at(3, 6, 1), at(1, 2, 7), jnp.zeros(10, jnp.int32)
     weight = jnp.where(other == 1, 0.0, 0.5)
-    loss = lambda logits, mismatched: losses.d_loss(  # noqa: E731
-        lambda x_t, t, x_tp1: logits[x_t], real, t, real, fake, mismatched=mismatched
-    )
+
+    def loss(logits, other, weight):
+        disc = lambda x_t, t, x_tp1: logits[x_t]  # noqa: E731
+        added, parts = mismatched.mismatched_loss(disc, other, weight, t, real)
+        return ddgan.d_loss(disc, real, t, real, fake)[0] + added, parts
+
     best = jnp.log(jnp.array([5 / (3 + 0.5 * 1), 2 / (6 + 0.0 * 2), 3 / (1 + 0.5 * 7)]))
-    grad, parts = jax.grad(loss, has_aux=True)(best, (other, weight))
+    grad, parts = jax.grad(loss, has_aux=True)(best, other, weight)
     np.testing.assert_allclose(grad, 0, atol=1e-7)
-    assert jnp.abs(jax.grad(loss, has_aux=True)(best, (other, 2 * weight))[0]).max() > 0.01
-    np.testing.assert_allclose(parts["mismatched_loss"], weight * jnp.log1p(jnp.exp(best[other])), rtol=1e-6)
-    assert loss(best, (other, 0 * weight))[0] == loss(best, None)[0]
+    assert jnp.abs(jax.grad(loss, has_aux=True)(best, other, 2 * weight)[0]).max() > 0.01
+    np.testing.assert_allclose(parts["d_mismatched"], weight * jnp.log1p(jnp.exp(best[other])), rtol=1e-6)
+    unweighted = ddgan.d_loss(lambda x_t, t, x_tp1: best[x_t], real, t, real, fake)[0]
+    assert loss(best, other, 0 * weight)[0] == unweighted
 
 
 def test_the_moment_reconstruction_of_a_spread_is_that_of_its_mean():
@@ -91,28 +93,28 @@ def test_the_moment_reconstruction_of_a_spread_is_that_of_its_mean():
     z, other_z = jax.random.normal(key, (2, n, 3))
     g = lambda m, s, z: m + s * z  # noqa: E731
     m, s = jnp.float32(0.5), jnp.float32(2.0)
-    loss = lambda m, s: losses.moment_reconstruction(x0, g(m, s, z), g(m, s, other_z))[0]  # noqa: E731
+    loss = lambda m, s: moment.moment_reconstruction(x0, g(m, s, z), g(m, s, other_z))[0]  # noqa: E731
     np.testing.assert_allclose(loss(m, s) / 2, 1.5**2 + 4, rtol=0.01)
     np.testing.assert_allclose(jax.grad(loss, (0, 1))(m, s), (2 * 1.5, 0), atol=0.03)
-    error = lambda s: losses.squared_error(x0, g(m, s, z))[0]  # noqa: E731
+    error = lambda s: gaussian.squared_error(x0, g(m, s, z))[0]  # noqa: E731
     np.testing.assert_allclose(jax.grad(error)(s), 2 * 2.0, rtol=0.02)
-    parts = losses.moment_reconstruction(x0, g(m, s, z), g(m, s, other_z))[1]
-    np.testing.assert_allclose(2 * parts["moment_error"].mean(), loss(m, s), rtol=1e-5)
+    parts = moment.moment_reconstruction(x0, g(m, s, z), g(m, s, other_z))[1]
+    np.testing.assert_allclose(2 * parts["g_moment_error"].mean(), loss(m, s), rtol=1e-5)
 
 
 def test_where_gradients_flow(batch):
     """D's loss sends none into the fake; G's does."""
     real, fake, x_tp1, t = batch
     disc = quadratic(jnp.float32(1.0))
-    assert not jax.grad(lambda f: losses.d_loss(disc, real, t, x_tp1, f, 1.0)[0])(fake).any()
-    assert jax.grad(lambda f: losses.g_loss(disc, f, t, x_tp1)[0])(fake).all()
+    assert not jax.grad(lambda f: ddgan.d_loss(disc, real, t, x_tp1, f, 1.0)[0])(fake).any()
+    assert jax.grad(lambda f: ddgan.g_loss(disc, f, t, x_tp1)[0])(fake).all()
 
 
 def test_losses_stay_finite_for_confident_discriminators(batch):
     real, fake, x_tp1, t = batch
     sure = lambda x_t, t, x_tp1: 1e4 * jnp.sign(jnp.mean(x_t, axis=(1, 2, 3)))  # noqa: E731
-    assert jnp.isfinite(losses.d_loss(sure, real, t, x_tp1, fake)[0])
-    assert jnp.isfinite(losses.g_loss(sure, fake, t, x_tp1)[0])
+    assert jnp.isfinite(ddgan.d_loss(sure, real, t, x_tp1, fake)[0])
+    assert jnp.isfinite(ddgan.g_loss(sure, fake, t, x_tp1)[0])
 
 
 def test_sliced_wasserstein_of_gaussians():
@@ -120,9 +122,9 @@ def test_sliced_wasserstein_of_gaussians():
     d, n = 8, 20_000
     x = 1.5 * jax.random.normal(jax.random.key(0), (n, d))
     y = jnp.linspace(0, 1, d) + 0.5 * jax.random.normal(jax.random.key(1), (n, d))
-    theta = losses.path_directions(jax.random.key(2), x, y, losses.Paths(2000, kappa=0.0))
+    theta = rpsw.path_directions(jax.random.key(2), x, y, rpsw.Paths(2000, kappa=0.0))
     expected = jnp.sum(jnp.linspace(0, 1, d) ** 2) / d + 1.0
-    np.testing.assert_allclose(losses.sliced_wasserstein(x, y, theta), expected, rtol=0.05)
+    np.testing.assert_allclose(rpsw.sliced_wasserstein(x, y, theta), expected, rtol=0.05)
 
 
 def test_directions_concentrate_about_the_paths():
@@ -130,7 +132,7 @@ def test_directions_concentrate_about_the_paths():
     x, y, d = jnp.ones((5, 4)), jnp.zeros((5, 4)), 4
     mu = jnp.ones(d) / 2
     for kappa in (0.0, 3.0, 50.0):
-        theta = losses.path_directions(jax.random.key(0), x, y, losses.Paths(20_000, kappa))
+        theta = rpsw.path_directions(jax.random.key(0), x, y, rpsw.Paths(20_000, kappa))
         np.testing.assert_allclose(jnp.linalg.norm(theta, axis=1), 1, rtol=1e-4)
         np.testing.assert_allclose(jnp.mean(theta @ mu), kappa / (kappa + d - 1), atol=0.01)
         rest = theta - (theta @ mu)[:, None] * mu
@@ -144,7 +146,7 @@ def test_rpsw_is_zero_on_average_where_the_sets_agree_and_falls_along_its_gradie
     def loss(shift, key):
         real_key, fake_key, path_key = jax.random.split(key, 3)
         real, fake = jax.random.normal(real_key, (64, 3)), jax.random.normal(fake_key, (64, 3)) + shift
-        return losses.rpsw_loss(disc, real, t, x_tp1, fake, path_key, losses.Paths(200))[0]
+        return rpsw.rpsw_loss(disc, real, t, x_tp1, fake, path_key, rpsw.Paths(200))[0]
 
     mean = jax.jit(
         lambda shift: jnp.mean(jax.vmap(lambda key: loss(shift, key))(jax.random.split(jax.random.key(0), 200)))

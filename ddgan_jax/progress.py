@@ -1,0 +1,132 @@
+"""What a training run tells people, and the metrics that it tells of."""
+
+import contextlib
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from ddgan_jax import cluster, parallel
+from ddgan_jax.build import Built
+from ddgan_jax.data.sources import Data
+from ddgan_jax.errors import Fault
+
+Metrics = dict[str, Any]
+
+MOST_CURVES = 16  # with more steps T than this, losses are not told apart by t
+
+
+def say(text: str) -> None:
+    """One line for people, from process 0, above the progress bar."""
+    if parallel.is_primary():
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+
+def clock(seconds: float) -> str:
+    """'1:02:03' or '2:03'."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(int(minutes), 60)
+    return f"{hours}:{minutes:02d}:{int(seconds):02d}" if hours else f"{minutes}:{int(seconds):02d}"
+
+
+def overview(built: Built, shapes: Any, per_device: int, data: Data) -> None:
+    """Say what is trained: networks, batch layout, state (of these `shapes`), classes."""
+    count = lambda tree: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))  # noqa: E731
+    megabytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)) / 2**20
+    say(
+        f"generator {count(shapes.gen_params):,} parameters, discriminator {count(shapes.disc_params):,}; "
+        f"the state takes {megabytes:.1f} MiB"
+    )
+    say(
+        f"{len(data.images):,} examples of {'x'.join(map(str, built.image_shape))}; batch {built.batch_size} = "
+        f"{jax.process_count()} processes x {jax.local_device_count()} devices x {per_device} "
+        f"on {jax.devices()[0].device_kind}"
+    )
+    if jax.default_backend() == "cpu" and cluster.visible_gpus(os.environ):
+        say("note: JAX does not see this machine's NVIDIA GPUs: `pip install -U 'jax[cuda13]'`, or jax[cuda12]")
+    if built.num_classes:
+        named = [f"{i} {name}" for i, name in enumerate(data.classes) if name != str(i)]
+        names = f": {', '.join(named[:20])}{', ...' * (len(named) > 20)}" if named else ""
+        say(f"class-conditional on {built.num_classes} classes{names}")
+
+
+# --- Metrics ----------------------------------------------------------------------------------------------------
+
+
+def summarise(window: list[Metrics]) -> dict[str, float]:
+    """Means over a window of steps; `_by_t` sums become one mean for every t that occurred. Host floats."""
+    names = {name for metrics in window for name in metrics}
+    means = {name: np.mean([np.asarray(m[name], np.float64) for m in window if name in m], axis=0) for name in names}
+    summary = {name: float(value) for name, value in means.items() if not name.endswith("_by_t")}
+    for network in ("d", "g"):
+        if f"{network}_loss_by_t" not in means:  # the Gaussian objective has no D
+            continue
+        sums, counts = means[f"{network}_loss_by_t"], means[f"{network}_count_by_t"]
+        if len(sums) > MOST_CURVES:
+            continue
+        summary |= {f"{network}_loss_t{t}": float(sums[t] / counts[t]) for t in range(len(sums)) if counts[t] > 0}
+    return dict(sorted(summary.items()))
+
+
+def check_finite(first_step: int, window: list[Metrics], intact: Callable[[], int | None]) -> None:
+    """Raise Fault that names the first step and quantity of the window that is not finite, and what `intact` says.
+
+    `intact` is only asked in process 0, of the step of the newest checkpoint that is there.
+    """
+    for i, metrics in enumerate(window):
+        for name, value in sorted(metrics.items()):
+            if not np.all(np.isfinite(value)):
+                safe = parallel.from_primary(intact)
+                raise Fault(
+                    f"{name} is not finite at step {first_step + i}: "
+                    + (f"the checkpoint of step {safe} is good" if safe is not None else "there is no checkpoint yet")
+                )
+
+
+class Meter:
+    """The metrics of the steps since the last record, and the time that these took."""
+
+    def __init__(self, batch_size: int, step: int):
+        """Begin before the first step after `step`."""
+        self._batch_size = batch_size
+        self._restart(step)
+
+    def _restart(self, step: int) -> None:
+        self._window: list[Metrics] = []
+        self._from, self._mark = step, time.time()
+
+    def add(self, metrics: Metrics) -> None:
+        """Of one step more, still on the devices."""
+        self._window.append(metrics)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done within is no step: it does not count."""
+        since = time.time()
+        yield
+        self._mark += time.time() - since
+
+    def values(self, intact: Callable[[], int | None]) -> tuple[dict[str, float], float]:
+        """(the means since the last record, the seconds that a step took); begins anew.
+
+        Raises Fault where a metric is not finite; `intact` as of `check_finite`.
+        """
+        window, steps = jax.device_get(self._window), len(self._window)
+        check_finite(self._from, window, intact)
+        seconds = time.time() - self._mark
+        self._restart(self._from + steps)
+        speed = {"images_per_second": steps * self._batch_size / max(seconds, 1e-9)}
+        return summarise(window) | speed, seconds / max(steps, 1)
+
+
+def losses_line(values: dict[str, float]) -> str:
+    """'D 1.386 G 0.693 512 images/s'."""
+    parts = [f"{name[0].upper()} {values[name]:.3f}" for name in ("d_loss", "g_loss") if name in values]
+    return " ".join([*parts, f"{values['images_per_second']:.0f} images/s"])

@@ -1,0 +1,65 @@
+"""Signals that end a job early: SIGTERM of a scheduler, Ctrl-C, and SIGUSR1 as SLURM's `--signal=USR1@60` sends it."""
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from ddgan_jax import parallel
+from ddgan_jax.errors import Interrupted
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+AGAIN = 1.0  # s; launchers send a signal to the process and to its group, which is one signal twice
+
+
+class Interrupt:
+    """Listens for SIGNALS inside a `with`. The first raises Interrupted at once, or within `held` is only noted.
+
+    Another one, a second later or more, ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        """Nothing has come yet."""
+        self.signal = ""
+        self._time = 0.0
+        self._held = False
+
+    def __enter__(self) -> "Interrupt":
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():  # no other thread may listen
+            self._before = {number: signal.signal(number, self._come) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """What is done within goes on when a signal comes, and is to look at `signal`."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+
+    def _come(self, number: int, frame: Any) -> None:
+        if self.signal:
+            if time.monotonic() - self._time > AGAIN:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
+        self.signal, self._time = signal.Signals(number).name, time.monotonic()
+        if not self._held:
+            raise Interrupted(f"{self.signal}: nothing was lost; run the same command to go on")
+
+
+def until(interrupt: Interrupt, chunks: Iterator[Any]) -> Iterator[Any]:
+    """The chunks, until a signal has come to any process: then Interrupted, in all of them at the same chunk."""
+    for chunk in chunks:
+        if parallel.any_process(bool(interrupt.signal)):
+            raise Interrupted(interrupt.signal)
+        yield chunk

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from ddgan_jax import parallel, sampling, torch_files
+from ddgan_jax import editing, parallel, sampling, torch_files
 from ddgan_jax.build import Built, build
-from ddgan_jax.diffusion import deterministic_posterior, sample_posterior
+from ddgan_jax.diffusion import deterministic_posterior, q_sample, sample_posterior
 from ddgan_jax.errors import UserError
 from ddgan_jax.storage import checkpoint
 from ddgan_jax.train_step import bind, to_x0
@@ -124,7 +124,7 @@ def _trajectory(built: Built, posterior: str, params: Any, y: Any, noise: sampli
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _edit(built: Built, posterior: str, start_step: int, params: Any, y: Any, x0: jax.Array, noise: Any) -> jax.Array:
     gen = bind(built.method.gen, params, y)
-    images = sampling.edit(gen, built.schedule, x0, start_step, noise, POSTERIORS[posterior])
+    images = editing.edit(gen, built.schedule, x0, start_step, noise, POSTERIORS[posterior])
     return to_images(images, built.method.scale)
 
 
@@ -133,13 +133,13 @@ def _inpaint(
     built: Built, posterior: str, rounds: int, params: Any, y: Any, x0: jax.Array, known: Any, seed: Any, indices: Any
 ) -> jax.Array:
     gen, key, way = bind(built.method.gen, params, y), jax.random.key(seed), POSTERIORS[posterior]
-    x = sampling.inpaint(gen, built.schedule, x0, known, key, indices, built.method.nz, rounds, way)
+    x = editing.inpaint(gen, built.schedule, x0, known, key, indices, built.method.nz, rounds, way)
     return to_images(x, built.method.scale)
 
 
 @partial(jax.jit, static_argnums=0)
 def _vary(built: Built, params: Any, y: Any, x_tp1: jax.Array, t: Any, z: jax.Array) -> jax.Array:
-    return to_images(sampling.vary(bind(built.method.gen, params, y), x_tp1, t, z), built.method.scale)
+    return to_images(editing.vary(bind(built.method.gen, params, y), x_tp1, t, z), built.method.scale)
 
 
 # --- The model ----------------------------------------------------------------------------------------------------
@@ -203,7 +203,7 @@ class Model:
             x_tp1 = self.trajectory(1, seed, label=label).x_tp1[t, 0]
         else:
             x0 = self._to_x0(self._check_images(np.asarray(image)[None]))
-            x_tp1 = sampling.q_sample(self.built.schedule, x0, jnp.full(1, t + 1), noise.x_T[:1])[0]
+            x_tp1 = q_sample(self.built.schedule, x0, jnp.full(1, t + 1), noise.x_T[:1])[0]
         return np.asarray(x_tp1), np.asarray(_vary(self.built, self.params, y, x_tp1, jnp.int32(t), noise.z[t]))
 
     def edit(
@@ -268,7 +268,7 @@ class Model:
             raise UserError(f"num={num} must be at least 2: the two ends")
         y = self._labels(label, num, one=True)
         a, b = (_noise(self.built, jnp.uint32(seed), jnp.array([i])) for i in (first, last))
-        noise = sampling.interpolate(a, b, jnp.linspace(0, 1, num))
+        noise = editing.interpolate(a, b, jnp.linspace(0, 1, num))
         return np.asarray(self.to_images(_trajectory(self.built, _known(posterior), self.params, y, noise).x_t[0]))
 
     def to_images(self, x: Any) -> jax.Array:

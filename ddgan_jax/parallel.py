@@ -201,6 +201,24 @@ def previous(x: jax.Array, axis_name: str | None) -> jax.Array:
     return jnp.concatenate([before, x[:-1]])
 
 
+def accumulate(gradients: Callable[[Any], tuple[Any, Any]], examples: Any, num: int) -> tuple[Any, Any]:
+    """`gradients(examples)` -> (gradients of a mean, numbers [B, ...]), from `num` equal parts, one after the other.
+
+    `examples` is a tree of arrays [B, ...]. The results are those of the whole to rounding, in the memory of one part.
+    """
+    if num == 1:
+        return gradients(examples)
+    split = jax.tree.map(lambda x: x.reshape(num, -1, *x.shape[1:]), examples)
+    shapes = jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], split))[0]
+
+    def add(total: Any, part: Any) -> tuple[Any, Any]:
+        found, numbers = gradients(part)
+        return jax.tree.map(jnp.add, total, found), numbers
+
+    total, numbers = jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), split)
+    return jax.tree.map(lambda g: g / num, total), jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), numbers)
+
+
 def example_keys(key: jax.Array, indices: jax.Array) -> jax.Array:
     """One key [B] for each example, from its index alone."""
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(indices)

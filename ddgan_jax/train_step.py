@@ -49,9 +49,6 @@ class Method:
     scale: float = 1.0  # x_0 = scale * data, for points
 
 
-# --- Random numbers -----------------------------------------------------------------------------------------------
-
-
 class Draws(struct.PyTreeNode):
     """The random numbers of a step."""
 
@@ -90,9 +87,6 @@ def step_draws(method: Method, seed: int, step: Array, x0: Array, axis_name: str
     if method.objective.whole_batch:
         draws = draws.replace(batch_key=jax.random.fold_in(key, 2**31 - 1))  # no example has this index
     return draws
-
-
-# --- The step -----------------------------------------------------------------------------------------------------
 
 
 def make_train_step(
@@ -162,8 +156,7 @@ def update_d(method: Method, state: TrainState, phase: Phase, with_r1: bool) -> 
 
 
 def update_g(method: Method, state: TrainState, phase: Phase, pace: Array | float = 1.0) -> tuple[TrainState, Metrics]:
-    """2 and 3 of `update`: the state with the new G, `pace` times the learning rate, and its moving average, one step
-    on."""
+    """2 and 3 of `update`: the state with the new G, at `pace` times its learning rate, and its moving average."""
     grads, parts = g_gradients(method, state, phase)
     metrics = _metrics("g", parts, phase.draws.t, method)
     grads, metrics = parallel.mean((grads, metrics), phase.axis_name)
@@ -212,10 +205,8 @@ def g_gradients(method: Method, state: TrainState, phase: Phase) -> tuple[Params
 
 def context(method: Method, state: TrainState, phase: Phase, before: Before | None = None) -> Context:
     """A phase as the objective sees it, with the networks as they are."""
-    gen, disc = (
-        bind(method.gen, state.gen_params, phase.y),
-        bind(method.disc, state.disc_params, phase.y, phase.axis_name),
-    )
+    gen = bind(method.gen, state.gen_params, phase.y)
+    disc = bind(method.disc, state.disc_params, phase.y, phase.axis_name)
     return Context(gen, disc, method.schedule, phase.x0, phase.draws, before, phase.axis_name, phase.key)
 
 
@@ -231,28 +222,15 @@ def bind(
 def in_parts(
     gradients: Callable[[Phase, Before | None], tuple[Params, Parts]], method: Method, phase: Phase
 ) -> tuple[Params, Parts]:
-    """`gradients` of a phase -> (gradients of a mean, parts [B]), from equal parts of it, one after the other.
-
-    The results are those of the whole to rounding, in the memory that one of `method.accumulate` parts takes.
-    """
+    """`gradients` of a phase -> (gradients of a mean, parts [B]), in `method.accumulate` parts to save memory."""
     previous = partial(parallel.previous, axis_name=phase.axis_name)
     before = Before(previous(phase.x0), previous(phase.draws.z)) if method.objective.looks_back else None
-    if method.accumulate == 1:
-        return gradients(phase, before)
 
     def of_part(examples: Any) -> tuple[Params, Parts]:
         x0, draws, y, before = examples
         return gradients(dataclasses.replace(phase, x0=x0, draws=draws, y=y), before)
 
-    def add(total: Params, examples: Any) -> tuple[Params, Parts]:
-        found, parts = of_part(examples)
-        return jax.tree.map(jnp.add, total, found), parts
-
-    num = method.accumulate
-    split = jax.tree.map(lambda x: x.reshape(num, -1, *x.shape[1:]), (phase.x0, phase.draws, phase.y, before))
-    shapes = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], split))[0]
-    total, parts = jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), split)
-    return jax.tree.map(lambda g: g / num, total), jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), parts)
+    return parallel.accumulate(of_part, (phase.x0, phase.draws, phase.y, before), method.accumulate)
 
 
 def _metrics(network: str, parts: Parts, t: Array, method: Method) -> Metrics:

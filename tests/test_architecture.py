@@ -13,7 +13,7 @@ RANKS = {
     0: "errors storage cluster materialize diffusion state parallel torch_weights figures data metrics "
     "models.convolution models.layers",
     1: "objectives signals sampling storage.log torch_files models.generator models.discriminator models.mlp",
-    2: "automatic train_step",
+    2: "automatic train_step editing",
     3: "build",
     4: "model judge progress",
     5: "generate evaluate train",

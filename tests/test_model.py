@@ -10,7 +10,7 @@ from conftest import GOLDEN
 from PIL import Image
 
 import ddgan_jax
-from ddgan_jax import generate, sampling
+from ddgan_jax import editing, generate, sampling
 from ddgan_jax.build import as_dict, build
 from ddgan_jax.diffusion import Schedule, deterministic_posterior, q_sample
 from ddgan_jax.errors import UserError
@@ -127,8 +127,8 @@ def test_edit_keeps_the_more_the_earlier_it_starts():
     levels = jnp.asarray(schedule.a_s_cum)
     off = lambda x, t, z: x / levels[t + 1][:, None]  # noqa: E731
     for start_step in range(5):
-        np.testing.assert_allclose(sampling.edit(perfect, schedule, image, start_step, noise), 1, atol=1e-6)
-    first = sampling.edit(off, schedule, image, 1, noise)
+        np.testing.assert_allclose(editing.edit(perfect, schedule, image, start_step, noise), 1, atol=1e-6)
+    first = editing.edit(off, schedule, image, 1, noise)
     np.testing.assert_allclose(first.mean(), 1, atol=0.05)
     np.testing.assert_allclose(first.std(), schedule.sigmas_cum[1] / schedule.a_s_cum[1], rtol=0.05)
 
@@ -152,7 +152,7 @@ def test_inpaint_calls_every_step_as_often_as_there_are_rounds():
         return jnp.zeros_like(x)
 
     x, known = jnp.zeros((1, 2, 2, 1)), jnp.zeros((1, 2, 2, 1))
-    jax.block_until_ready(sampling.inpaint(gen, schedule, x, known, jax.random.key(0), jnp.arange(1), 1, rounds=2))
+    jax.block_until_ready(editing.inpaint(gen, schedule, x, known, jax.random.key(0), jnp.arange(1), 1, rounds=2))
     jax.effects_barrier()
     assert seen == [2, 2, 1, 1, 0]
 
@@ -168,7 +168,7 @@ def test_interpolation(model):
 
 def test_the_middle_of_an_interpolation_is_as_long_as_its_ends():
     a, b = (sampling.draw_noise(jax.random.key(0), jnp.array([i]), 2, (30, 30, 1), 400) for i in (0, 1))
-    mixed = sampling.interpolate(a, b, jnp.array([0.0, 0.5, 1.0]))
+    mixed = editing.interpolate(a, b, jnp.array([0.0, 0.5, 1.0]))
     assert mixed.x_T.shape == (3, 30, 30, 1) and mixed.z.shape == (2, 3, 400)
     np.testing.assert_allclose(mixed.z[:, 0], a.z[:, 0], atol=1e-5)
     np.testing.assert_allclose(mixed.x_T[2], b.x_T[0], atol=1e-5)

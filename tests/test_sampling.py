@@ -8,7 +8,7 @@ from conftest import Golden
 
 from ddgan_jax.diffusion import Schedule
 from ddgan_jax.models.generator import Generator
-from ddgan_jax.sampling import Noise, denoise, draw_noise, sample, sample_trajectory
+from ddgan_jax.sampling import Noise, denoise, draw_noise, sample
 from ddgan_jax.torch_weights import generator_config, generator_params
 
 
@@ -54,7 +54,7 @@ def test_a_sample_depends_on_its_index_alone():
 
 def test_trajectory_ends_in_the_sample():
     schedule, key = Schedule.create(3), jax.random.key(0)
-    trajectory = sample_trajectory(toy, schedule, key, jnp.arange(4), (4, 4, 1), 2)
+    trajectory = denoise(toy, schedule, draw_noise(key, jnp.arange(4), 3, (4, 4, 1), 2))
     assert trajectory.x_t.shape == (3, 4, 4, 4, 1)
     np.testing.assert_array_equal(trajectory.x_t[0], sample(toy, schedule, key, jnp.arange(4), (4, 4, 1), 2))
     np.testing.assert_array_equal(trajectory.x_t[0], trajectory.x0_hat[0])  # the last posterior is x0_hat itself
@@ -76,9 +76,8 @@ def test_one_step_is_the_generator_itself():
 def test_a_perfect_generator_samples_the_data():
     """If G returns x_0 = 0.5 always, then every x_t has the moments of q(x_t | x_0 = 0.5)."""
     schedule = Schedule.create(4)
-    trajectory = sample_trajectory(
-        lambda x, t, z: jnp.full_like(x, 0.5), schedule, jax.random.key(0), jnp.arange(50_000), (1,), 1
-    )
+    noise = draw_noise(jax.random.key(0), jnp.arange(50_000), 4, (1,), 1)
+    trajectory = denoise(lambda x, t, z: jnp.full_like(x, 0.5), schedule, noise)
     for t in range(4):
         np.testing.assert_allclose(jnp.mean(trajectory.x_t[t]), 0.5 * schedule.a_s_cum[t], atol=0.02)
         np.testing.assert_allclose(jnp.std(trajectory.x_t[t]), schedule.sigmas_cum[t], atol=0.02)

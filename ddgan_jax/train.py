@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from ddgan_jax import automatic, cluster, figures, parallel
+from ddgan_jax import automatic, cluster, figures, ops, parallel
 from ddgan_jax.build import Built, build, check_batch, labels_of, open_data, settle
 from ddgan_jax.data.batches import batches, like_real
 from ddgan_jax.data.sources import Data, fingerprint
@@ -208,7 +208,7 @@ def overview(built: Built, shapes: Any, per_device: int, data: Data) -> None:
         f"{jax.process_count()} processes x {jax.local_device_count()} devices x {per_device} "
         f"on {jax.devices()[0].device_kind}"
     )
-    if jax.default_backend() == "cpu" and cluster.visible_gpus(os.environ):
+    if jax.devices()[0].platform == "cpu" and cluster.visible_gpus(os.environ):
         say("note: JAX does not see this machine's NVIDIA GPUs: `pip install -U 'jax[cuda13]'`, or jax[cuda12]")
     if built.num_classes:
         named = [f"{i} {name}" for i, name in enumerate(data.classes) if name != str(i)]
@@ -276,7 +276,7 @@ def _train(config: Any, workdir: str, opened: Data | None, interrupt: Interrupt)
         overview(built, shapes, built.batch_size // jax.device_count(), opened)
         checkpoints = checkpoint.Checkpoints(workdir, keep["keep"], keep["keep_period"] or None)
         restored = checkpoints.restore_latest(shapes, say)
-        make = jax.jit(built.init_state, compiler_options=parallel.compiler_options(runs_once=True))
+        make = ops.jit_once(built.init_state)
         with ThreadPoolExecutor() as background:  # the log imports TensorFlow for seconds, making compiles as long
             made = background.submit(lambda: jax.device_get(make())) if restored is None else None
             log = Log(path, settings, 0 if restored is None else int(restored.step))

@@ -52,7 +52,7 @@ class Stage(nn.Module):
     def __call__(self, x: jax.Array, t_emb: jax.Array) -> jax.Array:
         h = layers.conv(self.features, 3, self.dtype, "conv_0", layers.init_out())(layers.leaky_relu(x))
         time = nn.Dense(self.features, kernel_init=layers.init_out(), dtype=self.dtype, name="time")
-        h = layers.leaky_relu(ops.materialize(h + time(t_emb)[:, None, None, :]))
+        h = layers.leaky_relu(h + time(t_emb)[:, None, None, :])
         if self.downsample:
             h, x = ops.fir_downsample(h), ops.fir_downsample(x)
         h = layers.conv(self.features, 3, self.dtype, "conv_1", layers.init_out(0.0))(h)

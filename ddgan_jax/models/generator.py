@@ -106,7 +106,6 @@ class Generator(nn.Module):
             t_emb = nn.Dense(4 * self.nf, kernel_init=layers.init_avg(), dtype=dtype, name="time_0")(t_emb)
             t_emb = nn.Dense(4 * self.nf, kernel_init=layers.init_avg(), dtype=dtype, name="time_1")(jax.nn.silu(t_emb))
 
-        z_emb, t_emb = ops.materialize((z_emb, t_emb))  # or the gradients of all blocks are summed again and again
         x = x.astype(dtype) if self.centered else (2 * x - 1).astype(dtype)
         pyramid = x
         h = layers.conv(self.nf, 3, dtype, "conv_in")(x)

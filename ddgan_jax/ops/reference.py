@@ -123,11 +123,3 @@ def moving_average(average: Any, params: Any, keep: jax.Array) -> Any:
 def tree_norm(tree: Any) -> jax.Array:
     """The Euclidean norm of all numbers of a tree together, []."""
     return jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(tree)))
-
-
-# --- Memory -----------------------------------------------------------------------------------------------------
-
-
-def materialize(tree: Any) -> Any:
-    """The arrays of `tree`."""
-    return tree

@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from ddgan_jax import errors, parallel, sampling, train_step
+from ddgan_jax import errors, ops, sampling, train_step
 from ddgan_jax.build import Built, build
 
 CONV = (8, 32, 32, 128)  # a 3x3 convolution of this to as many channels, zero-padded
@@ -89,11 +89,11 @@ def compiled(function: Callable, *args: Any, keeps: bool = False) -> Program:
     """`function` for one device, compiled with the options of training."""
     jax.block_until_ready(args)  # or making them takes time from the compiler
     start = time.perf_counter()
-    with parallel.collector_paused():
+    with ops.collector_paused():
         traced = jax.jit(function, donate_argnums=(0,) if keeps else ()).trace(*args)
         lowered = traced.lower()
     middle = time.perf_counter()
-    call = lowered.compile(compiler_options=parallel.compiler_options(arguments=args))
+    call = ops.compiler_for(args)(lowered)
     seconds = middle - start, time.perf_counter() - middle
     return Program(call, args, *seconds, keeps, operations(traced))
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from benchmarks import measure
 from benchmarks.measure import Program
-from ddgan_jax import parallel
+from ddgan_jax import ops
 from ddgan_jax.build import Built
 
 
@@ -36,7 +36,7 @@ def functions(built: Built) -> dict:
 
 def rows(built: Built, runs: int, plain: Program, plain_gflop: float) -> dict[str, dict]:
     """Compile, time and print each of `functions`, against the rate of the program `plain` before and after."""
-    make = jax.jit(built.init_state, compiler_options=parallel.compiler_options(runs_once=True))
+    make = ops.jit_once(built.init_state)
     images = jax.device_put(measure.examples(built, built.batch_size))
     plain.seconds()
     found: dict[str, dict] = {}

@@ -7,7 +7,6 @@ to examples, by their index in the *global* batch, so that the numbers do not de
 
 import collections
 import contextlib
-import gc
 import itertools
 import json
 import math
@@ -26,7 +25,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ddgan_jax import cluster
+from ddgan_jax import cluster, ops
 from ddgan_jax.errors import Fault, UserError
 
 AXIS = "batch"
@@ -36,33 +35,6 @@ T = TypeVar("T")
 def map_step(step: Callable, devices: Any = None) -> Any:
     """step(state, batch) of one replica -> on all `devices` (None: all there are), the state donated and replicated."""
     return jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0, devices=devices)
-
-
-def compiler_options(runs_once: bool = False, arguments: Any = ()) -> dict[str, Any]:
-    """For a training step. On a CPU the highest level compiles longer (33 s against 19 s), for no faster a step.
-
-    Or for what `runs_once`, as making a state does: the random bits of every layer take long to optimise. A program
-    whose `arguments`, the state, hold over 2^26 numbers is ordered for little memory: each operation of such large
-    networks fills a CPU's threads by itself. Those of small ones do not, and in XLA's own order several run at once.
-    """
-    if jax.default_backend() != "cpu":
-        return {}
-    options: dict[str, Any] = {"xla_backend_optimization_level": 0 if runs_once else 1}
-    if sum(x.size for x in jax.tree.leaves(arguments)) > 2**26:
-        options["xla_cpu_scheduler_type"] = "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
-    return options
-
-
-@contextlib.contextmanager
-def collector_paused() -> Iterator[None]:
-    """No garbage collection, which takes a quarter of tracing and lowering: nearly all that they make is kept."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 class Stop:
@@ -114,11 +86,10 @@ def compile_steps(steps: Iterable[Callable], state: Any, batch: Any) -> list[Fut
     one thread a program.
     """
     local = jax.tree.map(lambda x: np.zeros((jax.local_device_count(), *x.shape[1:]), x.dtype), batch)
-    options = compiler_options(arguments=state)
-    threads = ThreadPoolExecutor()
-    with collector_paused():
+    compiler, threads = ops.compiler_for(state), ThreadPoolExecutor()
+    with ops.collector_paused():
         lowered = (map_step(step).lower(state, local) for step in steps)
-        futures = [threads.submit(program.compile, compiler_options=options) for program in lowered]
+        futures = [threads.submit(compiler, program) for program in lowered]
     threads.shutdown(wait=False)
     return futures
 

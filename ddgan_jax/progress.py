@@ -49,7 +49,7 @@ def overview(built: Built, shapes: Any, per_device: int, data: Data) -> None:
         f"{jax.process_count()} processes x {jax.local_device_count()} devices x {per_device} "
         f"on {jax.devices()[0].device_kind}"
     )
-    if jax.default_backend() == "cpu" and cluster.visible_gpus(os.environ):
+    if jax.devices()[0].platform == "cpu" and cluster.visible_gpus(os.environ):
         say("note: JAX does not see this machine's NVIDIA GPUs: `pip install -U 'jax[cuda13]'`, or jax[cuda12]")
     if built.num_classes:
         named = [f"{i} {name}" for i, name in enumerate(data.classes) if name != str(i)]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from ddgan_jax.materialize import in_rows, materialize
+from ddgan_jax import ops
 
 Params = Any
 
@@ -28,29 +28,10 @@ class TrainState(struct.PyTreeNode):
 
 
 def adam(b1: float = 0.5, b2: float = 0.9, eps: float = 1e-8) -> optax.GradientTransformation:
-    """Adam's direction, without the learning rate, which is a function of the step (paper: b1 = 0.5, b2 = 0.9).
-
-    It is optax.scale_by_adam, array by array, so that those of one shape are traced once, and with the moments in
-    memory before the direction is made of them. A CPU would make them twice, and keep a copy of the old ones for that.
-    """
-
-    @jax.jit
-    def moments(g: jax.Array, mu: jax.Array, nu: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return optax.tree.update_moment(g, mu, b1, 1), optax.tree.update_moment(g, nu, b2, 2)
-
-    @jax.jit
-    def direction(mu: jax.Array, nu: jax.Array, corrections: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return mu * corrections[0] / (jnp.sqrt(nu * corrections[1]) + eps)
-
-    def update(grads: Params, state: Any, params: Params = None) -> tuple[Params, Any]:
-        count = state.count + 1
-        corrections = 1 / (1 - b1**count), 1 / (1 - b2**count)
-        pairs, corrections = materialize((jax.tree.map(moments, grads, state.mu, state.nu), corrections))
-        mu, nu = jax.tree.transpose(jax.tree.structure(grads), None, pairs)
-        directions = jax.tree.map(lambda m, v: direction(m, v, corrections), mu, nu)
-        return directions, optax.ScaleByAdamState(count, mu, nu)
-
-    return optax.GradientTransformation(optax.scale_by_adam().init, update)
+    """Adam's direction, without the learning rate, which is a function of the step (paper: b1 = 0.5, b2 = 0.9)."""
+    return optax.GradientTransformation(
+        optax.scale_by_adam().init, lambda grads, state, params=None: ops.adam(grads, state, b1, b2, eps)
+    )
 
 
 def cosine_schedule(
@@ -83,35 +64,16 @@ def create(gen_params: Params, disc_params: Params, optimizer: optax.GradientTra
     )
 
 
-_move = jax.jit(lambda p, d, lr: p - lr * d)
-_average = jax.jit(lambda e, p, keep: keep * e + (1 - keep) * p)
-
-
 def apply_gradients(
     optimizer: optax.GradientTransformation, grads: Params, opt_state: optax.OptState, params: Params, lr: jax.Array
 ) -> tuple[Params, optax.OptState]:
     """One step of `optimizer` at learning rate `lr`: (parameters, optimizer state)."""
-
-    def update(grads: Params, opt_state: optax.OptState, params: Params, lr: jax.Array) -> Any:
-        direction, opt_state = optimizer.update(grads, opt_state, params)
-        return materialize(jax.tree.map(lambda p, d: _move(p, d, lr), params, direction)), opt_state
-
-    return in_rows(update)(grads, opt_state, params, lr)
+    return ops.descend(optimizer.update, grads, opt_state, params, lr)
 
 
 def update_ema(ema: Params, params: Params, step: jax.Array, decay: float) -> Params:
     """decay * ema + (1 - decay) * params; at step 0 a copy of params, which are then the first stepped ones."""
-    keep = jnp.where(step == 0, 0.0, decay)
-    return jax.tree.map(lambda e, p: _average(e, p, keep), ema, params)
+    return ops.moving_average(ema, params, jnp.where(step == 0, 0.0, decay))
 
 
-def tree_norm(tree: Params) -> jax.Array:
-    """The Euclidean norm of all numbers of a tree together, [].
-
-    Its small arrays are put in a row before they are squared: the operations for each of hundreds would be a tenth of
-    what a step's compilation takes.
-    """
-    leaves = jax.tree.leaves(tree)
-    row = [jnp.concatenate(small)] if (small := [x.ravel() for x in leaves if x.size < 2**14]) else []
-    sums = [jnp.sum(jnp.square(x)) for x in row + [x for x in leaves if x.size >= 2**14]]
-    return jnp.sqrt(jnp.sum(materialize(jnp.stack(sums))))
+tree_norm = ops.tree_norm  # of gradients and parameters, for the metrics

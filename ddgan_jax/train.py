@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from ddgan_jax import automatic, figures, parallel
+from ddgan_jax import automatic, figures, ops, parallel
 from ddgan_jax.build import Built, build, check_batch, labels_of, open_data, settle
 from ddgan_jax.data.batches import batches, like_real
 from ddgan_jax.data.sources import Data, fingerprint
@@ -139,7 +139,7 @@ def begin(config: Any, workdir: str, opened: Data | None) -> Run:
         overview(built, shapes, built.batch_size // jax.device_count(), data)
         checkpoints = checkpoint.Checkpoints(workdir, keep["keep"], keep["keep_period"] or None)
         restored = checkpoints.restore_latest(shapes, say)
-        make = jax.jit(built.init_state, compiler_options=parallel.compiler_options(runs_once=True))
+        make = ops.jit_once(built.init_state)
         with ThreadPoolExecutor() as background:  # the log imports TensorFlow for seconds, making compiles as long
             made = background.submit(lambda: jax.device_get(make())) if restored is None else None
             log = Log(path, settings, 0 if restored is None else int(restored.step))

@@ -3,6 +3,7 @@
 Their arrays are NCHW with PyTorch's weight layouts; `tests/golden/README.md` says what they are.
 """
 
+import contextlib
 import json
 import lzma
 import os
@@ -15,7 +16,10 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 import numpy as np
 import pytest
 
-GOLDEN = pathlib.Path(__file__).parent / "golden"
+from ddgan_jax import ops
+
+ROOT = pathlib.Path(__file__).parent.parent
+GOLDEN = ROOT / "tests" / "golden"
 GENERATORS = sorted(path.stem for path in GOLDEN.glob("generator_*.npz"))
 
 
@@ -53,3 +57,10 @@ def close_to_largest(actual, expected, rtol: float, what: str = "") -> None:
 @pytest.fixture(scope="session", params=GENERATORS)
 def golden_generator(request) -> Golden:
     return Golden(request.param)
+
+
+@pytest.fixture(params=ops.FORMS)
+def form(request):
+    """Runs the test twice, with the fast operations and with the reference ones."""
+    with ops.use_reference() if request.param == "reference" else contextlib.nullcontext():
+        yield request.param

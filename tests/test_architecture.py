@@ -1,31 +1,41 @@
-"""The house rules: a file imports only from lower ranks, and the core needs neither TensorFlow nor configs."""
+"""The house rules: a file imports only from lower ranks, only `ops` knows how a device runs an operation, and the core
+needs neither TensorFlow nor configs."""
 
 import ast
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-# Within the models, convolution.py and then layers.py are the lower ones.
+# Within the models, layers.py is the lower one.
 RANKS = {
-    0: "errors storage cluster materialize diffusion state parallel torch_weights figures data metrics "
-    "models.convolution models.layers",
+    0: "errors ops storage cluster diffusion state parallel torch_weights figures data metrics models.layers",
     1: "objectives signals sampling storage.log torch_files models.generator models.discriminator models.mlp",
     2: "automatic train_step editing",
     3: "build",
     4: "model judge progress",
     5: "generate evaluate train",
 }
-BELOW_ALL = ("errors", "materialize", "cluster", "storage.paths")
+BELOW_ALL = ("errors", "ops", "cluster", "storage.paths")
 RANK_OF = {module: rank for rank, modules in RANKS.items() for module in modules.split()}
 NOT_IN_CORE = ("tensorflow", "tensorflow_datasets", "clu", "ml_collections")
-FILES = sorted(path for path in (ROOT / "ddgan_jax").rglob("*.py") if path.name != "__init__.py")
+# Platforms, layouts, custom gradients and options of compilers, which are for `ops` alone.
+OF_OPS = (
+    "platform_dependent|custom_vjp|custom_jvp|optimization_barrier|default_backend|set_xla_metadata|"
+    r"with_layout_constraint|compiler_options|xla_(cpu|gpu|tpu|backend|llvm)_\w+"
+)
+FILES = sorted(
+    path
+    for path in (ROOT / "ddgan_jax").rglob("*.py")
+    if path.name != "__init__.py" or path.parent.name in ("ops", "objectives")  # other packages hold nothing
+)
 
 
 def module_of(path: pathlib.Path) -> str:
-    return ".".join(path.relative_to(ROOT / "ddgan_jax").with_suffix("").parts)
+    return ".".join(path.relative_to(ROOT / "ddgan_jax").with_suffix("").parts).removesuffix(".__init__")
 
 
 def rank_of(module: str) -> int:
@@ -47,6 +57,7 @@ def imports_of(path: pathlib.Path) -> set[str]:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         found |= {name.removeprefix("ddgan_jax.") for name in names if name.startswith("ddgan_jax.")}
     known = {module_of(file) for file in FILES}
+    # A name that is no module is something in one, such as `ops.FIR_KERNEL` in `ops`.
     return {name if name in known else name.rpartition(".")[0] for name in found}
 
 
@@ -54,12 +65,20 @@ def imports_of(path: pathlib.Path) -> set[str]:
 def test_imports_go_down(path):
     """BELOW_ALL are below everything; other files of one rank do not import each other (a folder may)."""
     module = module_of(path)
+    folder = module.split(".")[0] if "." in module or module == "ops" else ""
     for imported in imports_of(path):
-        same_folder = (
-            "." in module and module.split(".")[0] == imported.split(".")[0] and rank_of(imported) <= rank_of(module)
-        )
+        same_folder = folder == imported.split(".")[0] and rank_of(imported) <= rank_of(module)
         below = rank_of(imported) < rank_of(module) or imported in BELOW_ALL
+        if folder == "ops":  # below all but the errors
+            below = imported == "errors"
         assert below or same_folder, f"{module} (rank {rank_of(module)}) imports {imported} (rank {rank_of(imported)})"
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if module_of(path).split(".")[0] != "ops"], ids=module_of)
+def test_only_ops_knows_how_a_device_runs_an_operation(path):
+    assert not re.findall(OF_OPS, path.read_text())
+    if path.parent.name == "models":
+        assert not re.findall(r"\b[CGT]PUs?\b|\b(cpu|cuda|gpu|tpu)\b", path.read_text())
 
 
 def test_core_imports_nothing_heavy():

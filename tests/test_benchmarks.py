@@ -3,8 +3,12 @@
 import importlib.util
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
 from commands import run_module
+
+from benchmarks import digest
 
 
 def last_line(done):
@@ -35,6 +39,19 @@ def test_a_mistake_is_one_sentence():
         assert done.returncode == 2
         assert right in done.stderr.splitlines()[-1]
         assert "Traceback" not in done.stderr
+
+
+def test_a_digest_is_of_what_is_computed():
+    """Not of how it is divided into functions, nor of what nobody uses."""
+
+    def of(function):
+        return digest.Graph(jax.jit(function).lower(jnp.ones(3), jnp.ones(3)).compiler_ir("stablehlo")).results()
+
+    product = jax.jit(lambda x, y: x * y)
+    plain = of(lambda x, y: jnp.sin(x * y) + x)
+    assert of(lambda x, y: (x + jnp.sin(product(y, x)), jnp.cos(y))[0]) == plain
+    for other in (lambda x, y: jnp.sin(x * y) + y, lambda x, y: jnp.cos(x * y) + x, lambda x, y: jnp.sin(x - y) + x):
+        assert of(other) != plain
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from conftest import Golden, close_to_largest, golden_inventory
 
+from ddgan_jax import ops
 from ddgan_jax.errors import UserError
 from ddgan_jax.models.discriminator import LARGE, SMALL, Discriminator, minibatch_stddev, preset
 from ddgan_jax.objectives import ddgan
@@ -67,6 +68,13 @@ def test_logits_and_gradients_equal_reference(kind):
                 ours = discriminator_state_dict(ours)
                 for key, value in golden.below(prefix + name).items():
                     close_to_largest(ours[key], value, 1e-4, name + key)
+
+
+@pytest.mark.golden
+def test_reference_operations_equal_released_code():
+    """R1's gradients too. The large one, too, with DDGAN_OPS=reference."""
+    with ops.use_reference():
+        test_logits_and_gradients_equal_reference("small")
 
 
 def shapes_of(disc, size, channels=3, batch=4):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import Golden, close_to_largest, golden_inventory
 
+from ddgan_jax import ops
 from ddgan_jax.errors import UserError
 from ddgan_jax.models.generator import Generator
 from ddgan_jax.torch_weights import generator_config, generator_params, generator_state_dict
@@ -77,6 +78,14 @@ def test_output_and_gradients_equal_reference(golden_generator):
             np.testing.assert_allclose(np.linalg.norm(grads[name]), value, rtol=1e-4, err_msg=name)
     for name in unused:
         assert not grads[name].any()
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("name", ["01_default32", "03_one_outskip_inskip_sum"])
+def test_reference_operations_equal_released_code(name):
+    """The others, too, with DDGAN_OPS=reference."""
+    with ops.use_reference():
+        test_output_and_gradients_equal_reference(Golden(f"generator_{name}"))
 
 
 @pytest.mark.golden

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from ddgan_jax import parallel
+from ddgan_jax import ops, parallel
 from ddgan_jax.errors import UserError
 from ddgan_jax.models import layers
 from ddgan_jax.models.layers import Dtype
@@ -52,12 +52,12 @@ class Stage(nn.Module):
     def __call__(self, x: jax.Array, t_emb: jax.Array) -> jax.Array:
         h = layers.conv(self.features, 3, self.dtype, "conv_0", layers.init_out())(layers.leaky_relu(x))
         time = nn.Dense(self.features, kernel_init=layers.init_out(), dtype=self.dtype, name="time")
-        h = layers.leaky_relu(layers.materialize(h + time(t_emb)[:, None, None, :]))
+        h = layers.leaky_relu(h + time(t_emb)[:, None, None, :])
         if self.downsample:
-            h, x = layers.fir_downsample(h), layers.fir_downsample(x)
+            h, x = ops.fir_downsample(h), ops.fir_downsample(x)
         h = layers.conv(self.features, 3, self.dtype, "conv_1", layers.init_out(0.0))(h)
         x = layers.conv(self.features, 1, self.dtype, "shortcut", layers.init_out(), use_bias=False)(x)
-        return layers.merge(x, h, rescale=True)
+        return ops.merge(x, h, rescale=True)
 
 
 def minibatch_stddev(x: jax.Array, axis_name: str | None = None) -> jax.Array:

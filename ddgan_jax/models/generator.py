@@ -14,9 +14,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from ddgan_jax import ops
 from ddgan_jax.errors import UserError
 from ddgan_jax.models import layers
-from ddgan_jax.models.layers import FIR_KERNEL, Dtype
+from ddgan_jax.models.layers import Dtype
+from ddgan_jax.ops import FIR_KERNEL
 
 CHOICES = {
     "resblock_type": ("biggan", "biggan_oneadagn", "ddpm"),
@@ -104,7 +106,6 @@ class Generator(nn.Module):
             t_emb = nn.Dense(4 * self.nf, kernel_init=layers.init_avg(), dtype=dtype, name="time_0")(t_emb)
             t_emb = nn.Dense(4 * self.nf, kernel_init=layers.init_avg(), dtype=dtype, name="time_1")(jax.nn.silu(t_emb))
 
-        z_emb, t_emb = layers.materialize((z_emb, t_emb))  # or the gradients of all blocks are summed again and again
         x = x.astype(dtype) if self.centered else (2 * x - 1).astype(dtype)
         pyramid = x
         h = layers.conv(self.nf, 3, dtype, "conv_in")(x)
@@ -125,7 +126,7 @@ class Generator(nn.Module):
                 h = p + h if self.progressive_combine == "sum" else jnp.concatenate([p, h], axis=-1)
             elif self.progressive_input == "residual":  # the next level's pyramid starts from the merged tensor
                 p = layers.Resample("down", h.shape[-1], fir_kernel, dtype, name=f"down_{level}_pyramid")(pyramid)
-                h = pyramid = layers.merge(p, h, self.skip_rescale)
+                h = pyramid = ops.merge(p, h, self.skip_rescale)
             skips.append(h)
 
         h = block(h, h.shape[-1], "mid_block_0")

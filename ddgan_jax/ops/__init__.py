@@ -1,0 +1,144 @@
+"""The operations that networks and optimizer are made of, and the only place that knows how a device runs them best.
+
+Each operation has a plain form, in `reference.py`, and a fast one, which computes the same up to rounding. `TABLE` says
+what the fast one does on which device. Networks call `ops.conv(x, kernel)` and name no platform. To read what the
+method computes, read `reference.py` and skip the rest of this folder.
+
+One switch runs everything as the reference: the environment variable DDGAN_OPS=reference, or
+
+    with ops.use_reference():
+        state, metrics = jax.jit(built.step(True, None))(state, images)
+
+It is read while a function is traced, and is part of the key of `jax.jit`'s caches: a function that was traced in one
+form is traced again in the other.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+import jax
+
+from ddgan_jax.errors import UserError
+from ddgan_jax.ops import reference
+from ddgan_jax.ops.adam import adam as _adam
+from ddgan_jax.ops.adam import descend as _descend
+from ddgan_jax.ops.adam import moving_average as _moving_average
+from ddgan_jax.ops.adam import tree_norm as _tree_norm
+from ddgan_jax.ops.attention import attention as _attention
+from ddgan_jax.ops.compiler import collector_paused, compiler_for, compiler_options, jit_once
+from ddgan_jax.ops.conv import conv as _conv
+from ddgan_jax.ops.conv import pointwise as _pointwise
+from ddgan_jax.ops.fir import fir_downsample as _fir_downsample
+from ddgan_jax.ops.fir import fir_filter as _fir_filter
+from ddgan_jax.ops.fir import fir_upsample as _fir_upsample
+from ddgan_jax.ops.memory import merge as _merge
+from ddgan_jax.ops.norm import group_norm as _group_norm
+from ddgan_jax.ops.reference import FIR_KERNEL
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+FORMS = ("fast", "reference")
+_form = jax.make_user_context(os.environ.get("DDGAN_OPS") or "fast")
+
+
+def use_reference() -> AbstractContextManager[None]:
+    """Within it functions are traced with the reference forms."""
+    return _form("reference")
+
+
+# {operation: {"reference", "cpu", "gpu", "tpu": what is done there}}
+TABLE: dict[str, dict[str, str]] = {}
+
+
+def _operation(plain: F, fast: Callable[..., Any], cpu: str, gpu: str = "as the reference", tpu: str = "") -> F:
+    """The operation `plain`, in the form that is asked for. `tpu` is as `gpu` if it is not given."""
+
+    @functools.wraps(plain)
+    def operation(*args: Any, **kwargs: Any) -> Any:
+        if _form.value not in FORMS:
+            raise UserError(f"DDGAN_OPS={_form.value} is not a form of the operations: it is {' or '.join(FORMS)}")
+        return (fast if _form.value == "fast" else plain)(*args, **kwargs)
+
+    what = (plain.__doc__ or "").partition("\n")[0]
+    TABLE[plain.__name__] = {"reference": what, "cpu": cpu, "gpu": gpu, "tpu": tpu or gpu}
+    return operation  # type: ignore[return-value]
+
+
+conv = _operation(
+    reference.conv,
+    _conv,
+    cpu="Winograd's F(2x2, 3x3) in wide float32 layers of 16 px and more; other kernels' gradients in strips of rows",
+    tpu="as the reference, with the channels in lanes",
+)
+pointwise = _operation(reference.pointwise, _pointwise, cpu="a matrix product", gpu="a matrix product")
+fir_filter = _operation(
+    reference.fir_filter,
+    _fir_filter,
+    cpu="as the reference, in memory; its gradient is a FIR filter too",
+    gpu="as the reference; its gradient is a FIR filter too",
+    tpu="a matrix product for each axis",
+)
+fir_downsample = _operation(
+    reference.fir_downsample,
+    _fir_downsample,
+    cpu="as the reference, in memory; its gradient is a FIR filter too",
+    gpu="as the reference; its gradient is a FIR filter too",
+    tpu="a matrix product for each axis",
+)
+fir_upsample = _operation(
+    reference.fir_upsample,
+    _fir_upsample,
+    cpu="even and odd pixels without the inserted zeros, in memory; its gradient is a FIR filter too",
+    gpu="even and odd pixels without the inserted zeros; its gradient is a FIR filter too",
+    tpu="a matrix product for each axis",
+)
+group_norm = _operation(
+    reference.group_norm,
+    _group_norm,
+    cpu="sums of channels, then of groups by matrix products; its gradient in closed form, from x; in memory",
+    gpu="sums of channels, then of groups by matrix products; its gradient in closed form, from x",
+)
+attention = _operation(
+    reference.attention,
+    _attention,
+    cpu="the softmax's sums divide the result, not the weights",
+    gpu="the softmax's sums divide the result, not the weights",
+)
+merge = _operation(reference.merge, _merge, cpu="as the reference, sum and gradient in memory")
+adam = _operation(
+    reference.adam,
+    _adam,
+    cpu="array by array, the moments in memory first",
+    gpu="array by array",
+)
+descend = _operation(reference.descend, _descend, cpu="on flat arrays, their results in memory")
+moving_average = _operation(reference.moving_average, _moving_average, cpu="array by array", gpu="array by array")
+tree_norm = _operation(
+    reference.tree_norm, _tree_norm, cpu="small arrays put in a row first", gpu="small arrays put in a row first"
+)
+
+__all__ = [
+    "FIR_KERNEL",
+    "FORMS",
+    "TABLE",
+    "adam",
+    "attention",
+    "collector_paused",
+    "compiler_for",
+    "compiler_options",
+    "conv",
+    "descend",
+    "fir_downsample",
+    "fir_filter",
+    "fir_upsample",
+    "group_norm",
+    "jit_once",
+    "merge",
+    "moving_average",
+    "pointwise",
+    "tree_norm",
+    "use_reference",
+]

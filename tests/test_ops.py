@@ -17,7 +17,6 @@ from ddgan_jax.build import build
 from ddgan_jax.errors import UserError
 from ddgan_jax.ops import fir, reference
 from ddgan_jax.ops.conv import input_gradient, kernel_gradient
-from ddgan_jax.ops.memory import materialize
 
 KERNELS = {"1331": (1, 3, 3, 1), "121": (1, 2, 1), "1234_asym": (1, 2, 3, 4)}
 
@@ -85,6 +84,7 @@ CASES = {
     },
     "attention": ("attention", tuple(jax.random.normal(jax.random.key(0), (3, 2, 15, 8))), {}),
     **{f"merge {rescale}": ("merge", tuple(images(2, 2, 5, 3, 4)), {"rescale": rescale}) for rescale in (False, True)},
+    "materialize": ("materialize", (images(2, 5, 3, 4),), {}),
     "tree_norm": ("tree_norm", (tree(jax.random.key(0)),), {}),
     "moving_average": ("moving_average", (tree(jax.random.key(0)), tree(jax.random.key(1)), jnp.float32(0.9)), {}),
 }
@@ -295,7 +295,7 @@ def test_what_is_materialized_is_made_once():
     """A CPU fuses nothing across, forward or backward; a GPU is not asked to do anything."""
 
     def loss(x):
-        x = materialize(jnp.tanh(x) + 1)
+        x = ops.materialize(jnp.tanh(x) + 1)
         return jnp.sum(jnp.sin(x) * x)
 
     x = jnp.linspace(-1, 1, 64)

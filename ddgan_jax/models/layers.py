@@ -214,6 +214,7 @@ class ResBlock(nn.Module):
         t_shift = time(jnp.zeros((1, t_emb_dim)) if t_emb is None else jax.nn.silu(t_emb))
         if t_emb is not None:
             h = h + t_shift[:, None, None, :]
+        h = ops.materialize(h)
         if self.kind == "biggan_oneadagn":
             h = GroupNorm(silu=True, name="norm_1")(h)
         else:

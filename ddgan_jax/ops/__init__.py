@@ -34,6 +34,7 @@ from ddgan_jax.ops.conv import pointwise as _pointwise
 from ddgan_jax.ops.fir import fir_downsample as _fir_downsample
 from ddgan_jax.ops.fir import fir_filter as _fir_filter
 from ddgan_jax.ops.fir import fir_upsample as _fir_upsample
+from ddgan_jax.ops.memory import materialize as _materialize
 from ddgan_jax.ops.memory import merge as _merge
 from ddgan_jax.ops.norm import group_norm as _group_norm
 from ddgan_jax.ops.reference import FIR_KERNEL
@@ -119,6 +120,7 @@ moving_average = _operation(reference.moving_average, _moving_average, cpu="arra
 tree_norm = _operation(
     reference.tree_norm, _tree_norm, cpu="small arrays put in a row first", gpu="small arrays put in a row first"
 )
+materialize = _operation(reference.materialize, _materialize, cpu="a border that fusion does not cross")
 
 __all__ = [
     "FIR_KERNEL",
@@ -136,6 +138,7 @@ __all__ = [
     "fir_upsample",
     "group_norm",
     "jit_once",
+    "materialize",
     "merge",
     "moving_average",
     "pointwise",

@@ -123,3 +123,11 @@ def moving_average(average: Any, params: Any, keep: jax.Array) -> Any:
 def tree_norm(tree: Any) -> jax.Array:
     """The Euclidean norm of all numbers of a tree together, []."""
     return jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(tree)))
+
+
+# --- Memory -----------------------------------------------------------------------------------------------------
+
+
+def materialize(tree: Any) -> Any:
+    """The arrays of `tree`."""
+    return tree

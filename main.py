@@ -99,15 +99,12 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
-    except Fault as error:
+    except (Fault, OSError) as error:  # the latter of a disk or a bucket
         print(f"stopped: {error}", file=sys.stderr)
         code = 1
     except Interrupted as error:
         print(error)
         parallel.leave(flags.FLAGS.interrupted_exit_code, at_once=True)
-    except OSError as error:  # of a disk or a bucket
-        print(f"stopped: {error}", file=sys.stderr)
-        code = 1
     except Exception as error:
         if parallel.lost_others(error):
             print("stopped: another process of this job is gone; the checkpoints are intact", file=sys.stderr)

@@ -166,7 +166,7 @@ def _mlp(
 NETWORKS: dict[str, Callable[..., tuple[Any, Any, tuple[int, ...]]]] = {"unet": _unet, "mlp": _mlp}
 
 
-OBJECTIVES: dict[str, Callable[[float], Any]] = {  # by R1's gamma
+OBJECTIVES: dict[str, Callable[[float], Objective]] = {  # by R1's gamma
     "adversarial": DDGAN,
     "gaussian": lambda r1_gamma: Gaussian(),
     "one_shot": OneShot,

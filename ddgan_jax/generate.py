@@ -56,9 +56,10 @@ def sample(model: Model, out: str, num: int, trajectory: str = "", **how: Any) -
     if trajectory:
         check_out(trajectory, ".png", ".gif")
     images = model.sample(num, progress=True, **how)
-    if parallel.is_primary():  # which writes what all have drawn
-        save(images, out)
-    if trajectory and parallel.is_primary():
+    if not parallel.is_primary():  # which writes what all have drawn
+        return
+    save(images, out)
+    if trajectory:
         draw_trajectory(model, trajectory, min(num, 8 if _has_images(model) else 4096), **how)
 
 

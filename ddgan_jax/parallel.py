@@ -286,7 +286,7 @@ def _attempt(action: Callable[[], T]) -> tuple[T | None, list[str]]:
 
 def _error(outcome: list[str], prefix: str = "") -> Exception:
     kind, message = outcome
-    return {"UserError": UserError, "Fault": Fault}.get(kind, Fault)(prefix + message)
+    return (UserError if kind == "UserError" else Fault)(prefix + message)
 
 
 def everywhere(action: Callable[[], T]) -> T:
@@ -304,10 +304,11 @@ def from_primary(action: Callable[[], T]) -> T:
     """What `action()` returns in process 0, in every process; its UserError or Fault is raised in all."""
     if num_processes() == 1:
         return action()
-    made, outcome = _attempt(lambda: _alone(action)) if is_primary() else (None, [])
-    name, client = f"ddgan_jax/{next(_calls)}", _client()
-    content = pickle.dumps(made) if is_primary() else b""
+    name, client, content = f"ddgan_jax/{next(_calls)}", _client(), b""
     if is_primary():
+        with apart():
+            made, outcome = _attempt(action)
+        content = pickle.dumps(made)
         client.key_value_set(name, json.dumps([outcome, len(content)]))
     outcome, size = json.loads(client.blocking_key_value_get(name, _DAY))
     if outcome:
@@ -317,12 +318,11 @@ def from_primary(action: Callable[[], T]) -> T:
 
 def by_primary(action: Callable[[], Any]) -> None:
     """Do it in process 0, while the others wait; its UserError or Fault is raised in all."""
-    from_primary(lambda: action() and None)
 
+    def do() -> None:
+        action()  # what it returns is for nobody
 
-def _alone(action: Callable[[], T]) -> T:
-    with apart():
-        return action()
+    from_primary(do)
 
 
 @contextlib.contextmanager

@@ -64,3 +64,9 @@ def form(request):
     """Runs the test twice, with the fast operations and with the reference ones."""
     with ops.use_reference() if request.param == "reference" else contextlib.nullcontext():
         yield request.param
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> str:
+    """The flag that lets the commands of a module compile each program once."""
+    return f"--compilation_cache={tmp_path_factory.mktemp('cache')}"

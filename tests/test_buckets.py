@@ -19,11 +19,6 @@ NO_TENSORFLOW = "--config.log.tensorboard=False"
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return f"--compilation_cache={tmp_path_factory.mktemp('cache')}"
-
-
-@pytest.fixture(scope="module")
 def trained(bucket, cache):  # noqa: F811
     """A run of 8 steps in the bucket, and the same one in a folder."""
     workdir = f"{bucket.url}/run"

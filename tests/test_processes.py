@@ -20,11 +20,6 @@ QUIET = "--config.log.tensorboard=False"
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return f"--compilation_cache={tmp_path_factory.mktemp('cache')}"
-
-
-@pytest.fixture(scope="module")
 def alone(tmp_path_factory, cache):
     """The workdir of a run of one process and one device that evaluates on the way."""
     workdir = tmp_path_factory.mktemp("alone")

@@ -150,11 +150,6 @@ def test_summary_of_losses_by_t():
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return f"--compilation_cache={tmp_path_factory.mktemp('cache')}"
-
-
-@pytest.fixture(scope="module")
 def unbroken(tmp_path_factory, cache):
     """A run of 24 steps that nothing disturbed."""
     workdir = tmp_path_factory.mktemp("unbroken")

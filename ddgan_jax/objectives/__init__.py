@@ -12,7 +12,7 @@ metric that their mean is. A new objective is a file here, a line in `build.OBJE
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 from flax import struct
 from jax import Array
@@ -70,39 +70,46 @@ class Context:
         return self.gen(x_tp1, t, z, *keys)
 
 
-class Objective(Protocol):
-    """See above."""
+class Objective:
+    """See above. What most objectives are is the default."""
 
     @property
     def trains_disc(self) -> bool:
         """Is there a D?"""
+        return True
 
     @property
     def looks_back(self) -> bool:
         """Does it need `Context.before`?"""
+        return False
 
     @property
     def whole_batch(self) -> bool:
         """Does it compare all examples of a batch at once, with draws of its own?"""
+        return False
 
     @property
     def at_once(self) -> bool:
         """Does G make x_0 of pure noise, in one step?"""
+        return False
 
     def pairs(self, c: Context) -> Pairs:
         """What D is shown."""
+        raise NotImplementedError
 
     def d_loss(self, c: Context, pairs: Pairs, with_r1: bool) -> tuple[Array, Parts]:
         """Of D, with R1 where that is due."""
+        raise NotImplementedError
 
     def g_loss(self, c: Context, pairs: Pairs) -> tuple[Array, Parts]:
         """Of G."""
+        raise NotImplementedError
 
 
-class Wrapped:
+class Wrapped(Objective):
     """An objective that adds to `base`, and is otherwise as that is."""
 
-    base: Any
+    base: Objective
 
     @property
     def trains_disc(self) -> bool:

@@ -16,19 +16,14 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from ddgan_jax.diffusion import q_sample_pair, sample_posterior
-from ddgan_jax.objectives import Context, Disc, Pairs, Parts
+from ddgan_jax.objectives import Context, Disc, Objective, Pairs, Parts
 
 
 @dataclasses.dataclass(frozen=True)
-class DDGAN:
+class DDGAN(Objective):
     """The losses (1) to (3) of the pairs that one denoising step gives."""
 
     r1_gamma: float
-
-    trains_disc = True
-    looks_back = False
-    whole_batch = False
-    at_once = False
 
     def pairs(self, c: Context) -> Pairs:
         """Real x_t, x_{t+1} ~ q(x_t, x_{t+1} | x_0); x0_hat = G(x_{t+1}, t, z); fake x_t ~ q(x_t | x_{t+1}, x0_hat)."""

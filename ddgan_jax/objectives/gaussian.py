@@ -10,27 +10,20 @@ from jax import Array
 from jaxtyping import Float
 
 from ddgan_jax.diffusion import q_sample_pair
-from ddgan_jax.objectives import Context, Pairs, Parts
+from ddgan_jax.objectives import Context, Objective, Pairs, Parts
 
 
 @dataclasses.dataclass(frozen=True)
-class Gaussian:
+class Gaussian(Objective):
     """Squared error of x_0."""
 
     trains_disc = False
-    looks_back = False
-    whole_batch = False
-    at_once = False
 
     def pairs(self, c: Context) -> Pairs:
         """No x_t is drawn given x0_hat, since nobody is shown one: x0_hat stands for it."""
         x_t, x_tp1 = q_sample_pair(c.schedule, c.x0, c.draws.t, c.draws.noise_t, c.draws.noise_tp1)
         x0_hat = c.generate(x_tp1, c.draws.t, c.draws.z)
         return Pairs(x_t, x0_hat, x_tp1, x0_hat)
-
-    def d_loss(self, c: Context, pairs: Pairs, with_r1: bool) -> tuple[Array, Parts]:
-        """There is none."""
-        raise NotImplementedError("the Gaussian objective trains no discriminator")
 
     def g_loss(self, c: Context, pairs: Pairs) -> tuple[Array, Parts]:
         """The loss above."""

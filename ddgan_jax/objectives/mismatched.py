@@ -8,7 +8,6 @@ image and its caption. With x_t' of the posterior given the x_0 of the example b
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +15,14 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from ddgan_jax.diffusion import sample_posterior
-from ddgan_jax.objectives import Context, Disc, Pairs, Parts, Wrapped
+from ddgan_jax.objectives import Context, Disc, Objective, Pairs, Parts, Wrapped
 
 
 @dataclasses.dataclass(frozen=True)
 class Mismatched(Wrapped):
     """`base`, with the loss above for D."""
 
-    base: Any
+    base: Objective
     weight: float
 
     looks_back = True

@@ -8,21 +8,20 @@ Generation", ICLR 2019), by independent z, z', here that of the example before:
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from ddgan_jax.objectives import Context, Pairs, Parts, Wrapped
+from ddgan_jax.objectives import Context, Objective, Pairs, Parts, Wrapped
 
 
 @dataclasses.dataclass(frozen=True)
 class Moment(Wrapped):
     """`base`, with the loss above for G."""
 
-    base: Any
+    base: Objective
     weight: float
 
     looks_back = True

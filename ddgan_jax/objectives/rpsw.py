@@ -10,7 +10,7 @@ Nguyen, Zhang, Le and Ho, "Sliced Wasserstein with Random-Path Projecting Direct
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from ddgan_jax import parallel
-from ddgan_jax.objectives import Context, Disc, Pairs, Parts, Wrapped
+from ddgan_jax.objectives import Context, Disc, Objective, Pairs, Parts, Wrapped
 
 
 class Paths(NamedTuple):
@@ -32,7 +32,7 @@ class Paths(NamedTuple):
 class Rpsw(Wrapped):
     """`base`, with the loss above for G in the place of its own."""
 
-    base: Any
+    base: Objective
     paths: Paths
 
     whole_batch = True

@@ -33,12 +33,13 @@ class Log:
         self.path = workdir / "metrics.jsonl"
         records = [record for record in read_metrics(self.path) if record["step"] <= start_step]
         self.seconds = records[-1].get("seconds", 0.0) if records else 0.0  # that the steps so far took, with all else
-        self._lines = [json.dumps(record) + "\n" for record in records]
+        lines = [json.dumps(record) + "\n" for record in records]
         self._uploaded, self._file, self._writer = time.time(), None, None
         with self._guard():
-            paths.write(self.path, "".join(self._lines))
+            paths.write(self.path, "".join(lines))
             if not paths.is_remote(self.path):
                 self._file = open(self.path, "a")
+        self._lines = lines if self._file is None else []  # in a bucket: what the file is to hold
         if not config["log"]["tensorboard"]:
             return
         try:
@@ -59,13 +60,14 @@ class Log:
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Append one record. Raises Fault if it cannot be written."""
         line = json.dumps({"step": step} | {k: float(f"{v:.6g}") for k, v in values.items()}) + "\n"
-        self._lines.append(line)
         with self._guard():
             if self._file:
                 self._file.write(line)
                 self._file.flush()
-            elif time.time() - self._uploaded > SECONDS_BETWEEN_UPLOADS:
-                self._upload()
+            else:
+                self._lines.append(line)
+                if time.time() - self._uploaded > SECONDS_BETWEEN_UPLOADS:
+                    self._upload()
         if self._writer:
             self._writer.write_scalars(step, values)
 

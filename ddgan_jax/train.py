@@ -30,6 +30,8 @@ from ddgan_jax.storage import checkpoint, paths
 from ddgan_jax.storage.log import Log
 from ddgan_jax.storage.paths import Path
 
+TIMED = 20  # steps that the time of a run is foretold from
+
 
 @dataclasses.dataclass
 class Run:
@@ -242,7 +244,6 @@ def loop(run: Run, interrupt: Interrupt) -> bool:
         for batch in itertools.chain([first], stream):
             with meter.paused():  # for the compiler: the time to go is that of steps
                 step = steps(run.step % r1_every == 0)
-            since = time.time()
             run.state, metrics = stop.step(step, run.state, batch, lambda: bool(interrupt.signal))
             meter.add(metrics)
             run.step += 1
@@ -251,8 +252,10 @@ def loop(run: Run, interrupt: Interrupt) -> bool:
                 jax.block_until_ready(metrics)
                 bar.unpause()
                 say(f"step {run.step} done, {time.time() - run.started:.1f} s after the start")
-            if run.step - run.first == 3:
-                say(automatic.expected_time(time.time() - since, run.num_steps - run.step))
+                warm = time.time()
+            elif run.step - run.first == 3 + TIMED:  # the first steps are slower than the rest
+                jax.block_until_ready(metrics)
+                say(automatic.expected_time((time.time() - warm) / TIMED, run.num_steps - run.step))
 
             last = run.step == run.num_steps
             keeps = run.due("checkpoint") or run.due("eval") or last or stop.now

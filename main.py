@@ -14,7 +14,9 @@ MODES = ("train", "sample", "vary", "edit", "inpaint", "interpolate", "export", 
 
 flags.DEFINE_string("workdir", "runs/digits", "Where a run keeps its checkpoints, metrics and pictures.")
 flags.DEFINE_string("mode", "train", f"What to do: {', '.join(MODES)}.")
-flags.DEFINE_string("checkpoint", None, "Sample or evaluate this checkpoint or workdir instead of --workdir.")
+flags.DEFINE_string(
+    "checkpoint", None, "Sample or evaluate this checkpoint, workdir or .pth, with its --config, instead of --workdir."
+)
 flags.DEFINE_string(
     "samples", None, "Evaluate these images, an .npz with one array or a folder, instead of a checkpoint."
 )
@@ -57,7 +59,7 @@ def run(argv: list[str]) -> None:
         jax.config.update("jax_compilation_cache_dir", FLAGS.compilation_cache)
     parallel.initialize()
     if FLAGS.mode == "train":
-        from ddgan_jax.train import train
+        from ddgan_jax.jobs.train import train
 
         train(config, FLAGS.workdir)
         return
@@ -65,14 +67,15 @@ def run(argv: list[str]) -> None:
     if FLAGS.num_samples is not None and FLAGS.num_samples < 1:
         raise UserError(f"--num_samples={FLAGS.num_samples} must be at least 1")
     if FLAGS.mode == "evaluate":
-        from ddgan_jax.evaluate import evaluate
+        from ddgan_jax.jobs.evaluate import evaluate
 
         job = functools.partial(
             evaluate, config, path, FLAGS.samples or "", FLAGS.out or "", FLAGS.num_samples or 0, FLAGS.sample_seed
         )
         parallel.by_primary(job) if FLAGS.samples else job()
         return
-    from ddgan_jax import generate, model
+    from ddgan_jax import model
+    from ddgan_jax.jobs import generate
 
     num, image = FLAGS.num_variants, FLAGS.image or ""
     name = "sampler.bin" if FLAGS.mode == "export" else f"{FLAGS.mode}.png"
@@ -87,7 +90,11 @@ def run(argv: list[str]) -> None:
         "export": dict(posterior=FLAGS.posterior),
     }
     out = FLAGS.out or f"{path}/{name}"
-    job = lambda: generate.generate(FLAGS.mode, model.load(path), out, **options[FLAGS.mode])  # noqa: E731
+    told = config if FLAGS["config"].present else None  # of a .pth, which does not tell everything
+
+    def job() -> None:
+        generate.generate(FLAGS.mode, model.load(path, told), out, **options[FLAGS.mode])
+
     job() if FLAGS.mode == "sample" else parallel.by_primary(job)
 
 

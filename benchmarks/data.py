@@ -22,6 +22,7 @@ import PIL
 
 from benchmarks import measure
 from ddgan_jax import parallel
+from ddgan_jax.config import DataConfig
 from ddgan_jax.data.batches import batches
 from ddgan_jax.data.sources import open_data, quiet
 
@@ -114,7 +115,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         with quiet():
             write(files, folder)
-        photos = stream(open_data("photos", dir=folder, in_memory_mib=0).images, 32)
+        photos = stream(open_data(DataConfig("photos", dir=folder, in_memory_mib=0)).images, 32)
         ours, theirs, shares = [], [rate(lambda: pillow(files))], []
         for _ in range(2 * RUNS):
             take(photos, 8)  # what was made while the others ran

@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from configs.cifar10 import apply_variant
+from configs.base import apply_variant
 from configs.cifar10 import get_config as cifar10
 
 

@@ -6,8 +6,8 @@ Variants: '' (at most 5 minutes on 2 CPU cores), 'long' (about an hour), 'condit
 
 from ml_collections import ConfigDict
 
+from configs.base import smoke
 from configs.cifar10 import get_config as cifar10
-from configs.cifar10 import smoke
 
 
 def get_config(variant: str = "") -> ConfigDict:

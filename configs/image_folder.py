@@ -6,19 +6,18 @@ class), 'smoke'.
 """
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
+from configs.base import apply_variant, small
 from configs.celeba_hq_256 import get_config as celeba
-from configs.cifar10 import apply_variant, small
 from configs.cifar10 import get_config as cifar10
 
 
 def get_config(variant: str = "paper") -> ConfigDict:
     """The size, the batch and the number of steps are chosen for the images, unless flags name others."""
     config = celeba() if variant == "large" else cifar10()
-    config.data.update(name="image_folder", split="train", image_size=0, channels=0)
-    config.train.update(num_steps=0, batch_size=0, steps_per_epoch=0)  # ddgan_jax/automatic.py says how
-    config.checkpoint.every, config.log.samples_every = placeholder(int), placeholder(int)
+    config.data.update(name="image_folder", split="train", image_size=None, channels=None)
+    config.train.update(num_steps=None, batch_size=None, steps_per_epoch=None)  # ddgan_jax/automatic.py says how
+    config.checkpoint.every = config.log.samples_every = None
     if variant == "large":
         config.diffusion.num_steps = 4
         return config

@@ -5,8 +5,8 @@ Variants: 'paper', 'smoke'.
 
 from ml_collections import ConfigDict
 
+from configs.base import apply_variant
 from configs.celeba_hq_256 import get_config as celeba
-from configs.cifar10 import apply_variant
 
 
 def get_config(variant: str = "paper") -> ConfigDict:

@@ -6,7 +6,7 @@ The paper gives the networks (those of CIFAR-10) and not the training; everythin
 
 from ml_collections import ConfigDict
 
-from configs.cifar10 import apply_variant, small
+from configs.base import apply_variant, small
 from configs.cifar10 import get_config as cifar10
 
 

@@ -3,10 +3,10 @@
 A pure function of the settings and what is known of the data, so that a run that goes on finds the same numbers.
 """
 
-import copy
 import math
-from typing import Any
+from dataclasses import replace
 
+from ddgan_jax.config import Config
 from ddgan_jax.models.discriminator import STDDEV_GROUP
 
 # What the paper trains in all: CIFAR-10, 32 px, 1,800 epochs of 50,000 images; at 256 px CelebA-HQ, 800 epochs of
@@ -23,45 +23,47 @@ SAVES = 50  # checkpoints and grids of samples in a run, where they are not name
 SAVE_EVERY = (500, 1_000, 2_500, 5_000)  # steps between two; each divides checkpoint.keep_period
 
 
-def leaves_open(config: dict[str, Any]) -> bool:
+def leaves_open(c: Config) -> bool:
     """Is there anything that depends on the data? Else nobody needs to look at it."""
-    data, train = config["data"], config["train"]
-    numbers = data["image_size"], data["channels"], train["num_steps"], train["batch_size"], train["steps_per_epoch"]
-    every = config["checkpoint"]["every"], config["log"]["samples_every"]
-    return 0 in numbers or None in every or bool(why_not_judged(config, labelled=False))
+    train = c.train
+    numbers = c.data.image_size, c.data.channels, train.num_steps, train.batch_size, train.steps_per_epoch
+    return None in (*numbers, c.checkpoint.every, c.log.samples_every) or bool(why_not_judged(c, labelled=False))
 
 
-def choose(config: dict[str, Any], num_images: int, labelled: bool, devices: int) -> tuple[dict[str, Any], list[str]]:
+def choose(c: Config, num_images: int, labelled: bool, devices: int) -> tuple[Config, list[str]]:
     """The settings with everything chosen that they leave to the data, and what to say about it, a sentence each.
 
-    `config` is that of `build.as_dict`, with the image size of the data. `train.num_steps`, `train.batch_size` and
-    `train.steps_per_epoch` are chosen where they are 0, `checkpoint.every` and `log.samples_every` where they are None.
-    Evaluation while training is left out where the data has not what it needs.
+    `c` has the image size of the data. `train.num_steps`, `train.batch_size`, `train.steps_per_epoch`,
+    `checkpoint.every` and `log.samples_every` are chosen where they are None. Evaluation while training is left out
+    where the data has not what it needs.
     """
-    c = copy.deepcopy(config)
-    train, size = c["train"], c["data"]["image_size"]
-    count = max(num_images, 1)
-    chosen = [name for name in ("num_steps", "batch_size") if not train[name]]
-    train["batch_size"] = train["batch_size"] or batch_size(count, size, devices, train["accumulate"])
-    train["num_steps"] = train["num_steps"] or num_steps(count, size, train["batch_size"])
-    train["steps_per_epoch"] = train["steps_per_epoch"] or max(count // max(train["batch_size"], 1), 1)
-    often = max((n for n in SAVE_EVERY if n * SAVES <= train["num_steps"]), default=SAVE_EVERY[0])
-    for group, name in (("checkpoint", "every"), ("log", "samples_every")):
-        if c[group][name] is None:
-            c[group][name] = often
-    said = []
-    if chosen:
-        epochs = train["num_steps"] * train["batch_size"] / count
-        flags = " and ".join(f"--config.train.{name}" for name in chosen)
+    size, count, said = c.data.image_size or 1, max(num_images, 1), []
+    batch = c.train.batch_size or batch_size(count, size, devices, c.train.accumulate)
+    steps = c.train.num_steps or num_steps(count, size, batch)
+    often = max((n for n in SAVE_EVERY if n * SAVES <= steps), default=SAVE_EVERY[0])
+    if names := [name for name in ("num_steps", "batch_size") if getattr(c.train, name) is None]:
+        epochs = steps * batch / count
+        flags = " and ".join(f"--config.train.{name}" for name in names)
         said.append(
-            f"{num_images:,} images: {f'{size} px, ' if size > 1 else ''}batch {train['batch_size']}, "
-            f"{train['num_steps']:,} steps ({epochs:,.{0 if epochs >= 10 else 1}f} epochs), chosen for this number of "
-            f"images; {flags} name{'s' * (len(chosen) == 1)} {'another' if len(chosen) == 1 else 'others'}"
+            f"{num_images:,} images: {f'{size} px, ' if size > 1 else ''}batch {batch}, "
+            f"{steps:,} steps ({epochs:,.{0 if epochs >= 10 else 1}f} epochs), chosen for this number of "
+            f"images; {flags} name{'s' * (len(names) == 1)} {'another' if len(names) == 1 else 'others'}"
         )
+    chosen = replace(
+        c,
+        train=replace(
+            c.train,
+            num_steps=steps,
+            batch_size=batch,
+            steps_per_epoch=c.train.steps_per_epoch or max(count // batch, 1),
+        ),
+        checkpoint=replace(c.checkpoint, every=c.checkpoint.every or often),
+        log=replace(c.log, samples_every=c.log.samples_every or often),
+    )
     if why := why_not_judged(c, labelled):
-        c["eval"]["every"] = 0
+        chosen = replace(chosen, eval=replace(c.eval, every=0))
         said.append(f"no evaluation while training: {why}")
-    return c, said
+    return chosen, said
 
 
 def images_in_all(num_images: int, image_size: int) -> int:
@@ -85,10 +87,10 @@ def num_steps(num_images: int, image_size: int, batch: int) -> int:
     return max(images_in_all(num_images, image_size) // batch, LEAST_STEPS)
 
 
-def why_not_judged(config: dict[str, Any], labelled: bool) -> str:
+def why_not_judged(c: Config, labelled: bool) -> str:
     """Why samples cannot be judged while training on this data, or ''."""
-    name, judged = config["data"]["name"], config["eval"]
-    if not judged["every"] or judged["features"] != "classifier" or labelled or name.startswith("stacked_"):
+    name = c.data.name
+    if not c.eval.every or c.eval.features != "classifier" or labelled or name.startswith("stacked_"):
         return ""  # StackedMNIST is judged by the digits that it is made of
     return (
         f"eval.features=classifier learns the classes of the images, and {name} has none; put the images of each class "

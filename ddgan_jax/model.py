@@ -6,9 +6,7 @@ sample i is of class i modulo the number of classes. Nothing here reads data, or
 """
 
 import dataclasses
-import functools
 import os
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -16,130 +14,55 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
-from ddgan_jax import editing, parallel, sampling, torch_files
-from ddgan_jax.build import Built, build
-from ddgan_jax.diffusion import deterministic_posterior, q_sample, sample_posterior
+from ddgan_jax import build, editing, parallel, sampling
+from ddgan_jax import torch_files as files
+from ddgan_jax.build import Denoiser
+from ddgan_jax.config import Config, read
+from ddgan_jax.diffusion import q_sample
 from ddgan_jax.errors import UserError
+from ddgan_jax.sampler import POSTERIORS, Sampler, default_labels, noise_of, to_images
+from ddgan_jax.sampler import sample as draw
 from ddgan_jax.storage import checkpoint
 from ddgan_jax.train_step import bind, to_x0
-
-POSTERIORS = {"gaussian": sample_posterior, "deterministic": deterministic_posterior}
-
-
-# --- Between images and x_0 ---------------------------------------------------------------------------------------
-
-
-def to_images(x0: Any, scale: float = 1.0) -> jax.Array:
-    """float32 [..., H, W, C] in [-1, 1] -> uint8; points [N, d] over the method's scale."""
-    return jnp.round((jnp.clip(x0, -1, 1) + 1) * 127.5).astype(jnp.uint8) if x0.ndim > 2 else x0 / scale
-
-
-def default_labels(num_classes: int, indices: np.ndarray) -> np.ndarray | None:
-    """The classes of samples that nobody chose: all in turn; None for an unconditional model."""
-    return (indices % num_classes).astype(np.int32) if num_classes else None
-
-
-class Sampler:
-    """Draws uint8 images or points by index from a built method; compiled once a chunk size."""
-
-    def __init__(self, built: Built, batch_size: int, posterior: str = "gaussian"):
-        """Draw up to `batch_size` images at once on each device."""
-        self._draw = _mapped_sample(built, posterior)
-        self._batch_size = max(1, batch_size)
-        self._num_classes = built.num_classes
-
-    def chunks(self, params: Any, seed: int, num: int, labels: np.ndarray | None = None) -> Iterator[np.ndarray]:
-        """Images 0..num-1, uint8 [n, H, W, C], or points [n, d], chunk by chunk; sample i from (seed, i) alone.
-
-        If the method is class-conditional, of classes `labels` [num]. Where several processes share the work, a chunk
-        is this one's part of a round (`parallel.rounds`). Halves its batch where memory ends.
-        """
-        params = parallel.replicate_local(params)
-        if labels is None:
-            labels = default_labels(self._num_classes, np.arange(num))
-        for indices, count in parallel.rounds(num, self._batch_size):
-            chunk = self._part(params, seed, indices, labels)
-            yield chunk[:count] if parallel.num_processes() == 1 else chunk
-
-    def _part(self, params: Any, seed: int, indices: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
-        """Images `indices` [n], by all devices of this process."""
-        devices = jax.local_device_count()
-        mapped = indices.astype(np.int32).reshape(devices, -1)
-        size = min(self._batch_size, mapped.shape[1])
-        parts = []
-        for start in range(0, mapped.shape[1], size):
-            part = mapped[:, np.minimum(np.arange(start, start + size), mapped.shape[1] - 1)]
-            try:
-                parts.append(
-                    np.asarray(self._draw(params, np.uint32(seed), part, None if labels is None else labels[part]))
-                )
-            except jax.errors.JaxRuntimeError as error:
-                if "RESOURCE_EXHAUSTED" not in str(error) or size == 1:
-                    raise
-                self._batch_size = size // 2
-                return self._part(params, seed, indices, labels)
-        drawn = np.concatenate(parts, axis=1)[:, : mapped.shape[1]]
-        return drawn.reshape(-1, *drawn.shape[2:])
-
-    def __call__(
-        self, params: Any, seed: int, num: int, labels: np.ndarray | None = None, progress: bool = False
-    ) -> np.ndarray:
-        """The same in one array, in every process."""
-        images = []
-        with tqdm(total=num, unit="img", desc="sampling", disable=None if progress else True) as bar:
-            for chunk in self.chunks(params, seed, num, labels):
-                images.append(parallel.gather_rows(chunk))
-                bar.update(min(len(images[-1]), num - bar.n))
-        return np.concatenate(images)[:num]
-
 
 # --- Compiled once for a model, its shapes, and the static arguments in front --------------------------------------
 
 
-def _noise(built: Built, seed: jax.Array, indices: jax.Array) -> sampling.Noise:
-    steps = built.schedule.num_steps
-    return sampling.draw_noise(jax.random.key(seed), indices, steps, built.image_shape, built.method.nz)
-
-
-def _sample(built: Built, posterior: str, params: Any, seed: jax.Array, indices: jax.Array, y: Any) -> jax.Array:
-    """Samples `indices` [B] in [-1, 1], or points; of classes `y` [B] if the model is class-conditional."""
-    noise, gen = _noise(built, seed, indices), bind(built.method.gen, params, y)
-    return sampling.denoise(gen, built.schedule, noise, POSTERIORS[posterior]).x_t[0]
-
-
-@functools.lru_cache(maxsize=16)
-def _mapped_sample(built: Built, posterior: str) -> Any:
-    return parallel.map_local(
-        lambda *inputs: to_images(_sample(built, posterior, *inputs), built.method.scale), (None, None, 0, 0)
-    )
-
-
 @partial(jax.jit, static_argnums=(0, 1))
-def _trajectory(built: Built, posterior: str, params: Any, y: Any, noise: sampling.Noise) -> sampling.Trajectory:
-    return sampling.denoise(bind(built.method.gen, params, y), built.schedule, noise, POSTERIORS[posterior])
+def _trajectory(denoiser: Denoiser, posterior: str, params: Any, y: Any, noise: sampling.Noise) -> sampling.Trajectory:
+    return sampling.denoise(bind(denoiser.gen, params, y), denoiser.schedule, noise, POSTERIORS[posterior])
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _edit(built: Built, posterior: str, start_step: int, params: Any, y: Any, x0: jax.Array, noise: Any) -> jax.Array:
-    gen = bind(built.method.gen, params, y)
-    images = editing.edit(gen, built.schedule, x0, start_step, noise, POSTERIORS[posterior])
-    return to_images(images, built.method.scale)
+def _edit(
+    denoiser: Denoiser, posterior: str, start_step: int, params: Any, y: Any, x0: jax.Array, noise: Any
+) -> jax.Array:
+    gen = bind(denoiser.gen, params, y)
+    images = editing.edit(gen, denoiser.schedule, x0, start_step, noise, POSTERIORS[posterior])
+    return to_images(images, denoiser.scale)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _inpaint(
-    built: Built, posterior: str, rounds: int, params: Any, y: Any, x0: jax.Array, known: Any, seed: Any, indices: Any
+    denoiser: Denoiser,
+    posterior: str,
+    rounds: int,
+    params: Any,
+    y: Any,
+    x0: jax.Array,
+    known: Any,
+    seed: Any,
+    indices: Any,
 ) -> jax.Array:
-    gen, key, way = bind(built.method.gen, params, y), jax.random.key(seed), POSTERIORS[posterior]
-    x = editing.inpaint(gen, built.schedule, x0, known, key, indices, built.method.nz, rounds, way)
-    return to_images(x, built.method.scale)
+    gen, key, way = bind(denoiser.gen, params, y), jax.random.key(seed), POSTERIORS[posterior]
+    x = editing.inpaint(gen, denoiser.schedule, x0, known, key, indices, denoiser.nz, rounds, way)
+    return to_images(x, denoiser.scale)
 
 
 @partial(jax.jit, static_argnums=0)
-def _vary(built: Built, params: Any, y: Any, x_tp1: jax.Array, t: Any, z: jax.Array) -> jax.Array:
-    return to_images(editing.vary(bind(built.method.gen, params, y), x_tp1, t, z), built.method.scale)
+def _vary(denoiser: Denoiser, params: Any, y: Any, x_tp1: jax.Array, t: Any, z: jax.Array) -> jax.Array:
+    return to_images(editing.vary(bind(denoiser.gen, params, y), x_tp1, t, z), denoiser.scale)
 
 
 # --- The model ----------------------------------------------------------------------------------------------------
@@ -154,23 +77,23 @@ class Model:
     """
 
     params: Any
-    built: Built
-    config: dict[str, Any]
+    denoiser: Denoiser
+    config: Config  # of a `.pth`, whose training is not known, with defaults
     step: int
 
     @property
     def num_steps(self) -> int:
         """T, the network calls of a sample."""
-        return self.built.schedule.num_steps
+        return self.denoiser.schedule.num_steps
 
     @property
     def num_classes(self) -> int:
         """How many classes `label` chooses from; 0 if the model is unconditional."""
-        return self.built.num_classes
+        return self.denoiser.num_classes
 
     def sampler(self, posterior: str = "gaussian") -> Sampler:
         """Draws in batches of config.sample.batch_size on every device."""
-        return Sampler(self.built, self.config["sample"]["batch_size"], _known(posterior))
+        return Sampler(self.denoiser, self.config.sample.batch_size, _known(posterior))
 
     def sample(
         self, num: int, seed: int = 0, posterior: str = "gaussian", label: Any = None, progress: bool = False
@@ -184,9 +107,9 @@ class Model:
     ) -> sampling.Trajectory:
         """Every step of the samples 0..num-1, float32 [T, num, ...]: x_{t+1}, x0_hat, x_t; x_t[0] are the samples."""
         _at_least_one("num", num)
-        noise = _noise(self.built, jnp.uint32(seed), jnp.arange(num))
+        noise = noise_of(self.denoiser, jnp.uint32(seed), jnp.arange(num))
         y = self._labels(label, num)
-        return jax.device_get(_trajectory(self.built, _known(posterior), self.params, y, noise))
+        return jax.device_get(_trajectory(self.denoiser, _known(posterior), self.params, y, noise))
 
     def vary(
         self, num: int, t: int, image: Any = None, seed: int = 0, label: int | None = None
@@ -198,13 +121,13 @@ class Model:
         _at_least_one("num", num)
         self._check_step("t", t, 0, self.num_steps - 1)
         y = self._labels(label, num, one=True)
-        noise = _noise(self.built, jnp.uint32(seed), jnp.arange(num))
+        noise = noise_of(self.denoiser, jnp.uint32(seed), jnp.arange(num))
         if image is None:
             x_tp1 = self.trajectory(1, seed, label=label).x_tp1[t, 0]
         else:
             x0 = self._to_x0(self._check_images(np.asarray(image)[None]))
-            x_tp1 = q_sample(self.built.schedule, x0, jnp.full(1, t + 1), noise.x_T[:1])[0]
-        return np.asarray(x_tp1), np.asarray(_vary(self.built, self.params, y, x_tp1, jnp.int32(t), noise.z[t]))
+            x_tp1 = q_sample(self.denoiser.schedule, x0, jnp.full(1, t + 1), noise.x_T[:1])[0]
+        return np.asarray(x_tp1), np.asarray(_vary(self.denoiser, self.params, y, x_tp1, jnp.int32(t), noise.z[t]))
 
     def edit(
         self,
@@ -225,8 +148,10 @@ class Model:
         y = self._labels(label, num_variants)
         if not start_step:
             return images
-        noise = _noise(self.built, jnp.uint32(seed), jnp.arange(num_variants))
-        return np.asarray(_edit(self.built, _known(posterior), start_step, self.params, y, self._to_x0(images), noise))
+        noise = noise_of(self.denoiser, jnp.uint32(seed), jnp.arange(num_variants))
+        return np.asarray(
+            _edit(self.denoiser, _known(posterior), start_step, self.params, y, self._to_x0(images), noise)
+        )
 
     def inpaint(
         self,
@@ -251,7 +176,7 @@ class Model:
         mask = jnp.broadcast_to(known[None, ..., None], images.shape).astype(jnp.float32)
         y, indices = self._labels(label, num_variants), jnp.arange(num_variants)
         x0, way = self._to_x0(images), _known(posterior)
-        x = _inpaint(self.built, way, rounds, self.params, y, x0, mask, jnp.uint32(seed), indices)
+        x = _inpaint(self.denoiser, way, rounds, self.params, y, x0, mask, jnp.uint32(seed), indices)
         return np.where(known[None, ..., None], images, np.asarray(x))
 
     def interpolate(
@@ -267,16 +192,16 @@ class Model:
         if num < 2:
             raise UserError(f"num={num} must be at least 2: the two ends")
         y = self._labels(label, num, one=True)
-        a, b = (_noise(self.built, jnp.uint32(seed), jnp.array([i])) for i in (first, last))
+        a, b = (noise_of(self.denoiser, jnp.uint32(seed), jnp.array([i])) for i in (first, last))
         noise = editing.interpolate(a, b, jnp.linspace(0, 1, num))
-        return np.asarray(self.to_images(_trajectory(self.built, _known(posterior), self.params, y, noise).x_t[0]))
+        return np.asarray(self.to_images(_trajectory(self.denoiser, _known(posterior), self.params, y, noise).x_t[0]))
 
     def to_images(self, x: Any) -> jax.Array:
         """A step of a trajectory [N, ...] as uint8 images, or as points."""
-        return to_images(x, self.built.method.scale)
+        return to_images(x, self.denoiser.scale)
 
     def _to_x0(self, images: np.ndarray) -> jax.Array:
-        return to_x0(jnp.asarray(images), self.built.method.scale)
+        return to_x0(jnp.asarray(images), self.denoiser.scale)
 
     def export(self, posterior: str = "gaussian") -> bytes:
         """The whole sampler, weights included, for jax alone on a CPU, GPU or TPU.
@@ -288,7 +213,7 @@ class Model:
         way = _known(posterior)
 
         def sample(seed: jax.Array, indices: jax.Array, y: Any = None) -> jax.Array:
-            x0 = _sample(self.built, way, self.params, seed, indices, y)
+            x0 = draw(self.denoiser, way, self.params, seed, indices, y)
             return x0 if x0.ndim > 2 else self.to_images(x0)
 
         (b,) = jax.export.symbolic_shape("b")
@@ -318,7 +243,7 @@ class Model:
         return np.broadcast_to(labels, num).astype(np.int32)
 
     def _check_images(self, images: np.ndarray) -> np.ndarray:
-        shape = self.built.image_shape
+        shape = self.denoiser.image_shape
         wanted = np.uint8 if len(shape) == 3 else np.float32
         if images.shape[1:] != shape or images.dtype != wanted:
             raise UserError(
@@ -343,45 +268,64 @@ def _at_least_one(name: str, value: int) -> None:
         raise UserError(f"{name}={value} must be at least 1")
 
 
-def load(path: str | os.PathLike, num_steps: int = 4, **hints: Any) -> Model:
+def load(path: str | os.PathLike, config: Any = None, **hints: Any) -> Model:
     """The model in a workdir, a checkpoint, or a `.pth` file of the PyTorch reference.
 
-    A `netG_*.pth` needs hints, since arrays do not tell everything: `num_steps`, and those of
-    `torch_weights.generator_config`, such as `image_size=32`. Raises UserError if there is no model, or hints are
-    missing; Fault if it is damaged.
+    The arrays of a `netG_*.pth` do not tell everything: the rest is told by the `config` of its training, or by hints,
+    `num_steps` (4) and those of `torch.architecture.generator_config`, such as `image_size=32`. Raises UserError if
+    there is no model, or if hints are missing or contradict the arrays; Fault if it is damaged.
     """
     path = os.fspath(path)
     if path.endswith(".pth"):
-        return _load_reference(path, num_steps, hints)
-    params, config, step = parallel.from_primary(lambda: checkpoint.restore_ema(path))
-    built = build(config)
-    checkpoint.check_like(params, jax.eval_shape(built.init_gen, jax.random.key(0)), f"the checkpoint in {path}")
-    return Model(params, built, config, step)
+        return _load_reference(path, None if config is None else read(config), hints)
+    params, found, step = parallel.from_primary(lambda: checkpoint.restore_ema(path))
+    c = read(found)
+    generates = build.denoiser(c)
+    checkpoint.check_like(params, jax.eval_shape(generates.init_gen, jax.random.key(0)), f"the checkpoint in {path}")
+    return Model(params, generates, c, step)
 
 
-def _load_reference(path: str, num_steps: int, hints: dict[str, Any]) -> Model:
-    """A model of the reference, in a configuration of ours; what only training needs is filled with the defaults."""
-    found = parallel.from_primary(lambda: torch_files.read(path, **hints))
-    args = found.args | hints
+def _load_reference(path: str, config: Config | None, hints: dict[str, Any]) -> Model:
+    """A model of the reference, in a configuration of ours."""
+    num_steps = hints.pop("num_steps", 4)
+    told = _hints_of(config) if config else {}
+    found = parallel.from_primary(lambda: files.read(path, **(told | hints)))
+    args = told | found.args | hints
     if "image_size" not in args:
         raise UserError(f"{path} does not tell the size of its images: name it, image_size=32")
     generator = dict(found.generator)
     channels = generator.pop("image_channels")
-    config = {
-        "seed": 0,
-        "data": {"name": path, "image_size": args["image_size"], "channels": channels, "flip": False},
-        "diffusion": {
-            "num_steps": args.get("num_timesteps", num_steps),
-            "kind": "geometric" if args.get("use_geometric") else "vp",
-        },
-        "model": {"network": "unet", "dtype": "float32", "remat": False},
-        "generator": generator,
-        "discriminator": {},
-        "train": dict(num_steps=1, batch_size=4, r1_every=1, steps_per_epoch=1, lr_decay=False, lr_g=0.0, lr_d=0.0)
-        | dict(adam_b1=0.5, adam_b2=0.9, r1_gamma=0.0, ema_decay=0.0),
-        "sample": {"batch_size": 64, "grid": 64},
-    }
-    for name in ("beta_min", "beta_max"):
-        if name in args:
-            config["diffusion"][name] = args[name]  # type: ignore[index]
-    return Model(found.ema_params or found.gen_params, build(config), config, 0)
+    if config is None:
+        diffusion: dict[str, Any] = {name: args[name] for name in ("beta_min", "beta_max") if name in args}
+        diffusion |= {"num_steps": args.get("num_timesteps", num_steps)}
+        diffusion |= {"kind": "geometric"} if args.get("use_geometric") else {}
+        config = read({"data": {"name": path}, "diffusion": diffusion})
+    data = dataclasses.replace(config.data, image_size=args["image_size"], channels=channels)
+    config = dataclasses.replace(config, data=data, generator=generator)
+    return Model(found.ema_params or found.gen_params, build.denoiser(config), config, 0)
+
+
+def _hints_of(c: Config) -> dict[str, Any]:
+    """What a configuration tells of a generator of the reference."""
+    module = build.generator_of(c)
+    ours = ("parent", "name", "dtype", "num_classes", "remat")
+    fields = {f.name: getattr(module, f.name) for f in dataclasses.fields(module) if f.name not in ours}
+    return fields | {"image_size": c.data.image_size}
+
+
+def networks_of(c: Config, like: Any) -> tuple[str, Any, Any]:
+    """(where they are, the moving average of G, D or None) that `train.init_from` of `c` names, in the tree of `like`.
+
+    UserError if there are none, or they are of another architecture than `c`'s; Fault if they are damaged.
+    """
+    path = c.train.init_from or ""
+    if not path.endswith(".pth"):
+        folder = checkpoint.find(path)
+        found = checkpoint.unflatten(checkpoint.read(folder)[0], like, f"the checkpoint {folder} of train.init_from")
+        return str(folder), found.ema_params, found.disc_params
+    read_ = files.read(path, **_hints_of(c))
+    gen_params = read_.ema_params or read_.gen_params
+    for params, ours in ((gen_params, like.gen_params), (read_.disc_params, like.disc_params)):
+        if params is not None:
+            checkpoint.check_like(params, ours, f"{path} of train.init_from")
+    return path, gen_params, read_.disc_params

@@ -16,7 +16,9 @@ import numpy as np
 from PIL import Image
 
 from configs.image_folder import get_config
-from ddgan_jax import build, figures
+from ddgan_jax import figures
+from ddgan_jax.config import read
+from ddgan_jax.data import sources
 from experiments import common
 
 NAME = "colour_images"
@@ -32,7 +34,7 @@ def experiment(args: argparse.Namespace) -> dict[str, Any]:
     found = common.train_and_judge(workdir, *flags)
     config = get_config("small")
     config.data.path = path
-    images = build.open_data(config).images
+    images = sources.open_data(read(config).data).images
     chosen = np.sort(np.random.default_rng(0).choice(len(images), REAL, replace=False))
     np.savez(workdir / "real.npz", np.stack([images[i] for i in chosen]))
     common.main(*flags, "--mode=evaluate", f"--samples={workdir}/real.npz", f"--out={workdir}/real")

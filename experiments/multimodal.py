@@ -35,9 +35,9 @@ SHOWN_SEED = 3  # of the noisy points and the digit in the figure
 
 def exact(model: Model, x_tp1: np.ndarray, t: int) -> tuple[np.ndarray, np.ndarray, float]:
     """q(x_t | x_{t+1}) of x_{t+1} [N, 2], for data at the scale of the model: means, log weights, variance."""
-    scale = model.built.method.scale
+    scale = model.denoiser.scale
     data = Mixture(scale * GRID.centres, GRID.weights, scale * GRID.std)
-    return denoising(data, model.built.schedule, t + 1, x_tp1.astype(np.float64))
+    return denoising(data, model.denoiser.schedule, t + 1, x_tp1.astype(np.float64))
 
 
 def exact_draws(
@@ -53,9 +53,11 @@ def draws(model: Model, x_tp1: np.ndarray, t: int, seed: int) -> np.ndarray:
     """DRAWS draws [N, 2] from p_theta(x_t | x_{t+1}): fresh z, and the posterior's noise."""
     z_key, noise_key = jax.random.split(jax.random.key(seed))
     many, steps = jnp.tile(x_tp1, (DRAWS, 1)), jnp.full(DRAWS, t)
-    method = model.built.method
-    x0_hat = method.gen(model.params, many, steps, jax.random.normal(z_key, (DRAWS, method.nz)))
-    return np.asarray(sample_posterior(method.schedule, x0_hat, many, steps, jax.random.normal(noise_key, many.shape)))
+    denoiser = model.denoiser
+    x0_hat = denoiser.gen(model.params, many, steps, jax.random.normal(z_key, (DRAWS, denoiser.nz)))
+    return np.asarray(
+        sample_posterior(denoiser.schedule, x0_hat, many, steps, jax.random.normal(noise_key, many.shape))
+    )
 
 
 def energy_distance(x: np.ndarray, y: np.ndarray) -> float:
@@ -82,9 +84,9 @@ def experiment(args: argparse.Namespace) -> dict[str, Any]:
     steps, deviation = range(first.num_steps), []
     distances: dict[str, list[float]] = {kind: [] for kind in ["exact, another draw", *KINDS]}
     noisy = first.trajectory(POINTS, SHOWN_SEED).x_tp1
-    std = first.config["data"]["scale"] * first.config["model"]["data_std"]  # of x_0
+    std = first.config.data.scale * first.config.model.data_std  # of x_0
     for t, x_tp1 in enumerate(noisy):
-        wide = float(np.hypot(first.built.schedule.a_s_cum[t] * std, first.built.schedule.sigmas_cum[t]))
+        wide = float(np.hypot(first.denoiser.schedule.a_s_cum[t] * std, first.denoiser.schedule.sigmas_cum[t]))
         deviation.append(wide)
         mixtures = exact(first, x_tp1, t)
         truth = exact_draws(*mixtures, random)

@@ -12,14 +12,15 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 # Within the models, layers.py is the lower one.
 RANKS = {
-    0: "errors ops storage cluster diffusion state parallel torch_weights figures data metrics models.layers",
-    1: "objectives signals sampling storage.log torch_files models.generator models.discriminator models.mlp",
-    2: "automatic train_step editing",
+    0: "errors ops storage cluster config diffusion state parallel torch_weights figures data metrics models.layers",
+    1: "objectives jobs.signals sampling storage.log torch_files models.generator models.discriminator models.mlp",
+    2: "automatic train_step editing metrics.features metrics.judge",
     3: "build",
-    4: "model judge progress",
-    5: "generate evaluate train",
+    4: "sampler jobs.progress",
+    5: "model",
+    6: "jobs",
 }
-BELOW_ALL = ("errors", "ops", "cluster", "storage.paths")
+BELOW_ALL = ("errors", "ops", "cluster", "config", "storage.paths")
 RANK_OF = {module: rank for rank, modules in RANKS.items() for module in modules.split()}
 NOT_IN_CORE = ("tensorflow", "tensorflow_datasets", "clu", "ml_collections")
 # Platforms, layouts, custom gradients and options of compilers, which are for `ops` alone.

@@ -132,16 +132,17 @@ def test_data_is_read_from_there(bucket, cache, tmp_path):  # noqa: F811
     """A tfds dataset in a bucket; one that is embedded, and is not there, is prepared on this machine."""
     script = """
 import pathlib, tempfile
+from ddgan_jax.config import DataConfig
 from ddgan_jax.data import sources
 from ddgan_jax.storage import paths
-here = sources.open_data("digits", dir=sys.argv[1])
+here = sources.open_data(DataConfig("digits", dir=sys.argv[1]))
 for file in pathlib.Path(sys.argv[1]).rglob("*"):
     if file.is_file():
         paths.write(f"{sys.argv[2]}/{file.relative_to(sys.argv[1])}", file.read_bytes())
 os.environ["XDG_CACHE_HOME"] = sys.argv[3]
-there = sources.open_data("digits", dir=sys.argv[2])
+there = sources.open_data(DataConfig("digits", dir=sys.argv[2]))
 assert (here.images == there.images).all() and not os.path.exists(sys.argv[3])
-assert len(sources.open_data("digits", dir=sys.argv[2] + "/nothing").images) == 1797
+assert len(sources.open_data(DataConfig("digits", dir=sys.argv[2] + "/nothing")).images) == 1797
 print(os.listdir(sys.argv[3] + "/ddgan_jax"))
 """
     said = bucket.python(script, tmp_path / "data", f"{bucket.url}/data", tmp_path / "cache")

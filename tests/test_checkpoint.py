@@ -1,17 +1,21 @@
 """Checkpoints: nothing is lost, nothing broken is believed, and sampling needs neither data nor TensorFlow."""
 
+import json
 import pathlib
 import shutil
 import subprocess
 import sys
+import tarfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import ddgan_jax
 from ddgan_jax import state
 from ddgan_jax.errors import UserError
+from ddgan_jax.jobs.train import train
 from ddgan_jax.storage import checkpoint
 
 CONFIG = {"seed": 3, "generator": {"ch_mult": [1, 2]}}
@@ -139,6 +143,7 @@ def test_missing_checkpoint(tmp_path):
 def test_restore_ema_needs_no_data_libraries(workdir):
     script = f"""
 import sys
+import tarfile
 for name in ("tensorflow", "tensorflow_datasets", "clu", "ml_collections", "torch"): sys.modules[name] = None
 from ddgan_jax.storage.checkpoint import restore_ema
 print(restore_ema({str(workdir)!r})[2])
@@ -170,3 +175,20 @@ except Fault as error:
     faults = [line for line in result.stdout.splitlines() if line.startswith("FAULT")]
     assert len(faults) == 1 and "the one of step 3 is intact" in faults[0], result.stdout + result.stderr
     assert int(restore(workdir)[0].step) == 3
+
+
+def test_a_run_of_an_older_version_goes_on_and_samples_as_it_did(tmp_path):
+    """`old_run.tar.xz`: a checkpoint of step 4, from before settings had a `None`, and what that version made of it.
+
+    On the machine that wrote it, the numbers are the same to the bit; another processor may round differently.
+    """
+    with tarfile.open(pathlib.Path(__file__).parent / "old_run.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    end, samples = np.load(tmp_path / "end.npz"), np.load(tmp_path / "samples.npz")["images"]
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["train"]["lr_decay_steps"] == 0 and config["data"]["dir"] == ""
+    state_ = train(config, str(tmp_path))
+    for path, array in checkpoint.flatten(state_).items():
+        np.testing.assert_allclose(array, end[path], rtol=1e-3, atol=2e-6, err_msg=path)
+    drawn = ddgan_jax.load(tmp_path / "checkpoints" / "8").sample(len(samples))
+    assert np.abs(drawn.astype(int) - samples).max() <= 1

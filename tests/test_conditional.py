@@ -11,11 +11,13 @@ from test_model import grow, workdir_of
 from test_parallel import run_with_devices
 
 import ddgan_jax
-from ddgan_jax import generate, train_step
-from ddgan_jax.build import as_dict, build, labels_of
+from ddgan_jax import train_step
+from ddgan_jax.build import build, labels_of
+from ddgan_jax.config import DataConfig, as_dict
 from ddgan_jax.data.batches import batches, like_real
 from ddgan_jax.data.sources import Data, open_data
 from ddgan_jax.errors import UserError
+from ddgan_jax.jobs import generate
 from ddgan_jax.models.discriminator import Discriminator, preset
 from ddgan_jax.models.generator import Generator
 from ddgan_jax.storage import checkpoint
@@ -126,7 +128,7 @@ def test_samples_to_be_judged_are_of_the_classes_of_the_real_ones():
 
 
 def test_the_number_of_classes_is_that_of_the_data(tmp_path):
-    digits = open_data("digits")
+    digits = open_data(DataConfig("digits"))
     np.testing.assert_array_equal(labels_of(digits, 10, "digits"), digits.labels())
     assert labels_of(digits, 0, "digits") is None
     for data, count, message in (
@@ -138,7 +140,7 @@ def test_the_number_of_classes_is_that_of_the_data(tmp_path):
     config = as_dict(__import__("configs.gaussians", fromlist=["x"]).get_config("smoke"))
     for changes, message in (
         ({"num_classes": 2}, "networks for points are unconditional"),
-        ({"num_classes": -1}, "0,"),
+        ({"num_classes": -1}, "at least 0"),
     ):
         with pytest.raises(UserError, match=message):
             build(config | {"model": config["model"] | changes})

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from commands import ROOT, run
 
-from ddgan_jax.build import as_dict, build
+from ddgan_jax.build import build
+from ddgan_jax.config import as_dict
 from ddgan_jax.errors import UserError
 
-CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "base")
 
 
 def get_config(name, *variant):
@@ -69,22 +70,6 @@ def test_the_decay_of_a_checkpoint_that_knows_one_floor_is_as_it_was():
     method = build(old).method
     rates = [[float(rate(np.int32(step))) for step in (0, 4, 8)] for rate in (method.lr_g, method.lr_d)]
     np.testing.assert_allclose(rates, [[1.6e-4, 8.5e-5, 1e-5], [1.25e-4, 6.75e-5, 1e-5]], rtol=1e-6)
-
-
-@pytest.mark.parametrize(
-    "group, name, value, message",
-    [
-        ("train", "lr_decay_steps", -1, r"train.lr_decay_steps=-1 must be 0, for train.num_steps, or more"),
-        ("train", "d_lead", -0.5, r"train.d_lead=-0.5 must be 0, to leave the learning rate alone, or more"),
-        ("loss", "mismatched", -1.0, r"loss.mismatched=-1.0 must be 0, for no mismatched pairs, or more"),
-        ("loss", "moment", -1.0, r"loss.moment=-1.0 must be 0, to leave G's mean alone, or more"),
-    ],
-)
-def test_less_than_nothing_is_refused(group, name, value, message):
-    config = get_config("cifar10", "smoke")
-    config[group][name] = value
-    with pytest.raises(UserError, match=message):
-        build(config)
 
 
 @pytest.mark.parametrize(

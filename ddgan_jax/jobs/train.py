@@ -18,14 +18,16 @@ import numpy as np
 from tqdm import tqdm
 
 from ddgan_jax import automatic, figures, ops, parallel
-from ddgan_jax.build import Built, build, check_batch, labels_of, open_data, settle
+from ddgan_jax.build import Built, build, check_batch, labels_of, settle
+from ddgan_jax.config import Config, as_dict, flat, read
 from ddgan_jax.data.batches import batches, like_real
-from ddgan_jax.data.sources import Data, fingerprint
+from ddgan_jax.data.sources import Data, fingerprint, open_data
 from ddgan_jax.errors import Interrupted, UserError
-from ddgan_jax.judge import RANKED_BY, Judge, judge, open_judge
-from ddgan_jax.model import Sampler
-from ddgan_jax.progress import Meter, clock, losses_line, overview, say
-from ddgan_jax.signals import Interrupt, until
+from ddgan_jax.jobs.progress import Meter, clock, losses_line, overview, say
+from ddgan_jax.jobs.signals import Interrupt, until
+from ddgan_jax.metrics.judge import RANKED_BY, Judge, judge, open_judge
+from ddgan_jax.model import networks_of
+from ddgan_jax.sampler import Sampler
 from ddgan_jax.storage import checkpoint, paths
 from ddgan_jax.storage.log import Log
 from ddgan_jax.storage.paths import Path
@@ -37,7 +39,7 @@ TIMED = 20  # steps that the time of a run is foretold from
 class Run:
     """A run that is set up: what it trains, where it stands, and in process 0 its files."""
 
-    settings: dict[str, Any]
+    config: Config
     built: Built
     data: Data
     labels: np.ndarray | None  # [N], of a class-conditional model
@@ -57,12 +59,11 @@ class Run:
     @property
     def num_steps(self) -> int:
         """Where it ends."""
-        return self.settings["train"]["num_steps"]
+        return self.config.train.num_steps or 0  # which was chosen, if it was not set
 
-    def due(self, group: str, name: str = "every") -> bool:
-        """Is it the step for that?"""
-        every = self.settings[group][name]
-        return every > 0 and self.step % every == 0
+    def due(self, every: int | None) -> bool:
+        """Is it the step for what is done `every` so many steps? For 0 it never is."""
+        return every is not None and every > 0 and self.step % every == 0
 
     def seconds(self) -> float:
         """That the run has taken, with all its parts."""
@@ -96,29 +97,28 @@ def train(config: Any, workdir: str, data: Data | None = None) -> Any:
 # --- Setting up ---------------------------------------------------------------------------------------------------
 
 
-def _open(config: Any, opened: Data | None) -> tuple[dict[str, Any], Built, Data]:
+def _open(config: Any, opened: Data | None) -> tuple[Config, Built, Data]:
     """(settings, method, data) of a run. The data is decoded when it fits the rest. UserErrors as of `train`."""
-    settings, chosen = settle(config, opened)
-    data = settings["data"]
-    built = build(settings)
-    check_batch(built.batch_size, settings["train"]["accumulate"])
+    c, chosen = settle(read(config), opened)
+    built = build(c)
+    check_batch(built.batch_size, c.train.accumulate)
     for sentence in chosen:
         say(sentence)
-    opened = opened or open_data(settings)
+    opened = opened or open_data(c.data)
     if opened.images.shape[1:] != built.image_shape:
         raise UserError(
-            f"dataset {data['name']} has examples of {list(opened.images.shape[1:])}, but model.network="
-            f"{settings['model']['network']} is built for {list(built.image_shape)}: choose another network or dataset"
+            f"dataset {c.data.name} has examples of {list(opened.images.shape[1:])}, but model.network="
+            f"{c.model.network} is built for {list(built.image_shape)}: choose another network or dataset"
         )
-    return settings, built, opened
+    return c, built, opened
 
 
-def facts(settings: dict[str, Any], data: Data) -> dict[str, Any]:
+def facts(c: Config, data: Data) -> dict[str, Any]:
     """What all processes of a run must have the same of: the configuration, the data, the versions."""
     local = ("data.dir", "data.path")  # where a machine has its copy
-    found = {f"config.{name}": value for name, value in _fields(settings).items() if name not in local}
+    found = {f"config.{name}": value for name, value in flat(as_dict(c)).items() if name not in local}
     found["the data"] = f"{len(data.images):,} examples, {fingerprint('', '', data.images)}"
-    if settings["model"]["num_classes"] and data.labels:
+    if c.model.num_classes and data.labels:
         found["the labels"] = hashlib.sha256(np.ascontiguousarray(data.labels()).tobytes()).hexdigest()[:16]
     return found | {"jax": jax.__version__, "devices": f"{jax.local_device_count()} x {jax.devices()[0].device_kind}"}
 
@@ -126,38 +126,37 @@ def facts(settings: dict[str, Any], data: Data) -> dict[str, Any]:
 def begin(config: Any, workdir: str, opened: Data | None) -> Run:
     """Set up a run, or take up one that broke off. UserErrors and Faults as of `train`."""
     started, path = time.time(), paths.path(workdir)
-    settings, built, data = parallel.everywhere(lambda: _open(config, opened))
+    c, built, data = parallel.everywhere(lambda: _open(config, opened))
     if jax.process_count() > 1:
-        parallel.agree(facts(settings, data))
-    labels = labels_of(data, built.num_classes, settings["data"]["name"])
-    shapes, keep, init_from = jax.eval_shape(built.init_state), settings["checkpoint"], settings["train"]["init_from"]
+        parallel.agree(facts(c, data))
+    labels, shapes = labels_of(data, built.num_classes, c.data.name), jax.eval_shape(built.init_state)
     checkpoints: checkpoint.Checkpoints | None = None
     log: Log | None = None
 
     def open_files() -> Any:
         """In process 0: the files of the run, and its state on the host, restored or initialised, never both."""
         nonlocal checkpoints, log
-        open_workdir(path, settings)
+        open_workdir(path, as_dict(c))
         overview(built, shapes, built.batch_size // jax.device_count(), data)
-        checkpoints = checkpoint.Checkpoints(workdir, keep["keep"], keep["keep_period"] or None)
+        checkpoints = checkpoint.Checkpoints(workdir, c.checkpoint.keep, c.checkpoint.keep_period)
         restored = checkpoints.restore_latest(shapes, say)
         make = ops.jit_once(built.init_state)
         with ThreadPoolExecutor() as background:  # the log imports TensorFlow for seconds, making compiles as long
             made = background.submit(lambda: jax.device_get(make())) if restored is None else None
-            log = Log(path, settings, 0 if restored is None else int(restored.step))
+            log = Log(path, as_dict(c), c.log.tensorboard, 0 if restored is None else int(restored.step))
         if made is None:
             return restored
-        return with_networks_of(init_from, made.result()) if init_from else made.result()
+        return with_networks_of(c, made.result()) if c.train.init_from else made.result()
 
     state = parallel.from_primary(open_files)
-    step, draw = int(state.step), Sampler(built, settings["sample"]["batch_size"])
-    run = Run(settings, built, data, labels, path, parallel.replicate(state), step, checkpoints, log, started, draw)
+    step, draw = int(state.step), Sampler(built, c.sample.batch_size)
+    run = Run(c, built, data, labels, path, parallel.replicate(state), step, checkpoints, log, started, draw)
     if step >= run.num_steps:
         say(f"{workdir} has already finished its {run.num_steps} steps")
     elif step:
         say(f"going on from step {step}")
-    if settings["eval"]["every"]:
-        run.judge = open_judge(settings, data)
+    if c.eval.every:
+        run.judge = open_judge(c, data)
     return run
 
 
@@ -166,31 +165,21 @@ def open_workdir(workdir: Path, config: dict[str, Any]) -> None:
     try:
         old = workdir / "config.json"
         if paths.exists(old):
-            before, now = _fields(json.loads(paths.read(old))), _fields(config)
+            before, now = flat(as_dict(read(json.loads(paths.read(old))))), flat(config)
             changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
             if changed:
                 say(f"note: {workdir} was started with other values of {', '.join(changed)}")
         paths.write(old, json.dumps(config, indent=2) + "\n")
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"--workdir={workdir} cannot be used: {error}") from error
 
 
-def _fields(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one, {'train.batch_size': 32}."""
-    fields: dict[str, Any] = {}
-    for name, value in config.items():
-        fields |= _fields(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return fields
-
-
-def with_networks_of(path: str, state: Any) -> Any:
-    """The host state of a new run, with the networks of the workdir or checkpoint `path`: its D, and the moving average
-    of its G, which is what it samples with. UserError if there is none, or it is of another architecture; Fault if it
-    is damaged."""
-    folder = checkpoint.find(path)
-    found = checkpoint.unflatten(checkpoint.read(folder)[0], state, f"the checkpoint {folder} of train.init_from")
-    say(f"the networks are those of {folder}")
-    return state.replace(gen_params=found.ema_params, ema_params=found.ema_params, disc_params=found.disc_params)
+def with_networks_of(c: Config, state: Any) -> Any:
+    """The host state of a new run, with the networks that `train.init_from` names: its D, and the moving average of its
+    G, which is what it samples with. UserErrors and Faults as of `model.networks_of`."""
+    where, gen_params, disc_params = networks_of(c, state)
+    say(f"the networks are those of {where}" + ("" if disc_params else ", which holds no discriminator: D starts anew"))
+    return state.replace(gen_params=gen_params, ema_params=gen_params, disc_params=disc_params or state.disc_params)
 
 
 # --- The loop -----------------------------------------------------------------------------------------------------
@@ -236,7 +225,7 @@ def loop(run: Run, interrupt: Interrupt) -> bool:
         return False
     stream, stop = parallel.prefetch(batches_of(run)), parallel.Stop()
     first = next(stream)
-    r1_every = run.settings["train"]["r1_every"]
+    c, r1_every = run.config, run.config.train.r1_every
     steps = Steps(run.built, stop, run.state, first, r1_every)
     meter = Meter(run.built.batch_size, run.step)
     hidden = None if parallel.is_primary() else True
@@ -258,10 +247,10 @@ def loop(run: Run, interrupt: Interrupt) -> bool:
                 say(automatic.expected_time((time.time() - warm) / TIMED, run.num_steps - run.step))
 
             last = run.step == run.num_steps
-            keeps = run.due("checkpoint") or run.due("eval") or last or stop.now
-            if run.due("log") or keeps:
+            keeps = run.due(c.checkpoint.every) or run.due(c.eval.every) or last or stop.now
+            if run.due(c.log.every) or keeps:
                 values, seconds_per_step = meter.values(lambda: intact(run))
-                if run.due("eval") and run.judge and not stop.now:
+                if run.due(c.eval.every) and run.judge and not stop.now:
                     with meter.paused():
                         try:
                             values |= evaluation(run, interrupt)
@@ -272,7 +261,7 @@ def loop(run: Run, interrupt: Interrupt) -> bool:
                     save(run, values)
             if stop.now or last:
                 return stop.now and not last
-            if run.due("log", "samples_every"):
+            if run.due(c.log.samples_every):
                 with meter.paused():
                     samples(run, f"step_{run.step:07d}.png")
     raise AssertionError("batches are endless")
@@ -307,8 +296,8 @@ def save(run: Run, values: dict[str, float]) -> None:
     if run.checkpoints is None or run.log is None:
         return
     run.log.flush()
-    run.checkpoints.save(run.step, run.state, run.settings)
-    ranked_by = f"eval/{RANKED_BY[run.settings['eval']['features']]}"
+    run.checkpoints.save(run.step, run.state, as_dict(run.config))
+    ranked_by = f"eval/{RANKED_BY[run.config.eval.features]}"
     if ranked_by in values and run.checkpoints.offer(run.step, ranked_by, values[ranked_by]):
         say(f"step {run.step} is the best so far: {ranked_by} {values[ranked_by]:.4g}")
 
@@ -323,7 +312,7 @@ def intact(run: Run) -> int | None:
 def evaluation(run: Run, interrupt: Interrupt) -> dict[str, float]:
     """The measures of new samples, {} in all processes but the first; Interrupted within a chunk of a signal."""
     assert run.judge
-    count = run.settings["eval"]["online_samples"]
+    count = run.config.eval.online_samples
     asked = like_real(run.labels, count)
     chunks = until(interrupt, run.draw.chunks(jax.device_get(run.state.ema_params), 0, count, asked))
     judged = judge(run.judge, chunks, count, labels=asked)
@@ -332,7 +321,7 @@ def evaluation(run: Run, interrupt: Interrupt) -> dict[str, float]:
 
 def samples(run: Run, name: str) -> None:
     """Draw a grid of samples by all devices; process 0 writes it."""
-    images = run.draw(jax.device_get(run.state.ema_params), 0, run.settings["sample"]["grid"])
+    images = run.draw(jax.device_get(run.state.ema_params), 0, run.config.sample.grid)
     if run.log:
         grid = figures.picture(images)
         figures.save_image(run.path / "samples" / name, grid)

@@ -1,0 +1,322 @@
+"""A run's settings: every field with its type, its range, its default and the source of that.
+
+A `Config` is made once, by `read`, from what a file of `configs/` returns or from the JSON beside a checkpoint. The
+defaults are the paper's for CIFAR-10, "(paper)" says where it gives the value and "(released code)" where only its
+implementation does. `None` means "not set"; where a field may be None, 0 and '' are read as None, since a command line
+cannot say None, and checkpoints from before had no None.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import field
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+
+from ddgan_jax.errors import UserError
+
+
+class Range(NamedTuple):
+    """What a number must be, and how an error says it."""
+
+    holds: Callable[[Any], bool]
+    text: str
+
+
+Positive = Annotated[int, Range(lambda n: n >= 1, "an integer of at least 1")]
+Count = Annotated[int, Range(lambda n: n >= 0, "an integer of at least 0")]
+PositiveFloat = Annotated[float, Range(lambda x: x > 0, "a number above 0")]
+Weight = Annotated[float, Range(lambda x: x >= 0, "a number of at least 0")]
+Share = Annotated[float, Range(lambda x: 0 <= x <= 1, "a number from 0 to 1")]
+Below1 = Annotated[float, Range(lambda x: 0 <= x < 1, "a number of at least 0 and below 1")]
+
+Positives = Annotated[
+    Sequence[int], Range(lambda ns: all(type(n) is int and n >= 1 for n in ns), "integers of at least 1")
+]
+
+# --8<-- [start:fields]  (docs/configuration.md shows what is between these two lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """`config.data`: which images, or points."""
+
+    name: str = "cifar10"  # of tfds, or one of ours: the table in docs/data.md
+    split: str = "train"  # or a part: 'train[:90%]'
+    dir: str | None = None  # of tfds and of prepared copies; None: $TFDS_DATA_DIR or ~/tensorflow_datasets
+    image_size: Positive | None = None  # None: what the images have; of a folder, at most 256
+    channels: Positive | None = None  # None: what the images have
+    path: str | None = None  # of 'image_folder' and 'lsun_church': a folder, a zip or an LMDB; also gs://
+    max_bad_share: Share = 0.01  # of such a folder: the share of files that may be skipped as damaged
+    in_memory_mib: Count = 2048  # larger sets are decoded as they are read
+    flip: bool = True  # mirror half of the images (released code)
+    scale: PositiveFloat = 1.0  # of points: x_0 is so many times as large, against the same noise
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusionConfig:
+    """`config.diffusion`: the fields of `Schedule.create`."""
+
+    num_steps: Positive = 4  # T (paper)
+    kind: Literal["vp", "geometric"] = "vp"  # (paper)
+    beta_min: PositiveFloat = 0.1  # (paper)
+    beta_max: PositiveFloat = 20.0  # (paper)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """`config.model`: what both networks share."""
+
+    network: Literal["unet", "mlp"] = "unet"  # 'mlp': fully connected, for points
+    dtype: Literal["float32", "bfloat16"] = "float32"  # the compute type of convolutions and dense layers
+    data_std: PositiveFloat | None = None  # of points: their standard deviation, to normalise what networks see
+    num_classes: Count = 0  # above 0: networks that know the labels of the data (not in the paper)
+    remat: bool = False  # recompute the blocks of G in its backward pass: less memory, about a third more work
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """`config.train`: the optimizers, and how long."""
+
+    init_from: str | None = None  # a workdir, checkpoint or .pth whose networks a new run begins with
+    num_steps: Positive | None = 351_000  # 1800 epochs (paper) of 195 steps; None: chosen for the number of images
+    batch_size: Positive | None = 256  # 4 GPUs x 64 (paper); of all devices; None: chosen for the number of images
+    accumulate: Positive = 1  # parts that each device takes its batch in, one after the other, for less memory
+    lr_g: Weight = 1.6e-4  # (paper)
+    lr_d: Weight = 1.25e-4  # (paper)
+    lr_decay: bool = True  # cosine, to lr_min (paper)
+    lr_decay_steps: Positive | None = None  # and constant afterwards; None: num_steps (paper)
+    lr_min: Weight = 1e-5  # (released code)
+    lr_min_d: PositiveFloat | None = None  # of the discriminator; None: lr_min (released code)
+    d_lead: Weight = 0.0  # above 0: G waits for D, its rate is whole where D's loss is so far below 2 ln 2
+    steps_per_epoch: Positive | None = 195  # the learning rate moves once an epoch (released code); None: an epoch
+    adam_b1: Below1 = 0.5  # (paper)
+    adam_b2: Below1 = 0.9  # (paper)
+    r1_gamma: Weight = 0.02  # R1 coefficient (paper)
+    r1_every: Positive = 15  # lazy regularization (paper)
+    ema_decay: Share = 0.9999  # (paper)
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """`config.loss`: additions to the paper's losses, off by default."""
+
+    generator: Literal["nonsaturating", "rpsw"] = "nonsaturating"  # (paper); 'rpsw': sliced Wasserstein distances
+    # along random paths (Nguyen 2024)
+    mismatched: Weight = 0.0  # weight in D's loss of pairs of two images, which are not real
+    moment: Weight = 0.0  # weight in G's loss of the error of its mean over z (Lee 2019)
+    projections: Positive = 1_000  # of 'rpsw', for each distance
+    kappa: PositiveFloat = 50.0  # of 'rpsw': their concentration about the paths
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """`config.checkpoint`: which steps stay."""
+
+    every: Positive | None = 5_000  # steps; None: about a fiftieth of all
+    keep: Positive = 3  # the last ones
+    keep_period: Count = 50_000  # and for good every one whose step this divides; 0: none
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """`config.log`: what a run shows."""
+
+    every: Positive = 100  # steps between two lines of metrics
+    tensorboard: bool = True
+    samples_every: Positive | None = 5_000  # steps between two grids of samples; None: about a fiftieth of all
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """`config.sample`: how samples are drawn."""
+
+    batch_size: Positive = 64  # images drawn at once on a device; halved where memory runs out
+    grid: Positive = 64  # images in a grid
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """`config.eval`: how samples are measured."""
+
+    features: Literal["inception", "classifier", "points"] = "inception"  # 'classifier', of this project: small images
+    num_samples: Annotated[int, Range(lambda n: n >= 2, "an integer of at least 2")] = 50_000  # (paper)
+    reference_samples: Positive | None = None  # real images that the samples are compared with; None: all
+    reference_statistics: str | None = None  # mu and sigma of real images that others published, .npz, for FID
+    manifold_samples: Positive = 50_000  # at most so many of each set for precision and recall
+    k: Positive = 3  # their neighbours (Kynkaanniemi et al. 2019)
+    batch_size: Positive = 64  # images in a feature network at once, on a device
+    inception_weights: str | None = None  # None: pt_inception-2015-12-05-6726825d.pth in data.dir
+    vgg_weights: str | None = None  # None: vgg16-397923af.pth in data.dir
+    every: Count = 0  # steps between two evaluations while training; 0: none
+    online_samples: Annotated[int, Range(lambda n: n >= 2, "an integer of at least 2")] = 1_000  # such one draws
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All settings of a run."""
+
+    seed: Annotated[int, Range(lambda n: 0 <= n < 2**32, "an integer from 0 to 4294967295")] = 0  # of weights, noise,
+    # and the order of the images
+    objective: Literal["adversarial", "gaussian", "one_shot"] = "adversarial"  # or for comparison 'gaussian': x_0 by
+    # squared error; 'one_shot': a GAN whose discriminator sees diffused images
+    data: DataConfig = DataConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    model: ModelConfig = ModelConfig()
+    generator: Mapping[str, Any] = field(  # fields of Generator, or of PointGenerator
+        default_factory=lambda: {
+            "nf": 128,  # initial channels (paper)
+            "ch_mult": (1, 2, 2, 2),  # channel multipliers (paper)
+            "num_res_blocks": 2,  # (paper)
+            "attn_resolutions": (16,),  # (paper)
+            "nz": 100,  # latent dimension (paper)
+            "z_emb_dim": 256,  # (paper)
+            "n_mlp": 4,  # latent mapping layers (paper)
+            "dropout": 0.0,  # (released code)
+        }
+    )
+    discriminator: Mapping[str, Any] = field(  # fields of Discriminator, or of PointDiscriminator; its stages follow
+        default_factory=lambda: {"ngf": 64, "t_emb_dim": 256}  # from the image size (released code)
+    )
+    train: TrainConfig = TrainConfig()
+    loss: LossConfig = LossConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    sample: SampleConfig = SampleConfig()
+    eval: EvalConfig = EvalConfig()
+
+    # --8<-- [end:fields]
+
+    def __post_init__(self) -> None:
+        _check_together(self)
+
+
+def read(config: Any) -> Config:
+    """The Config in an ml_collections.ConfigDict or in nested dicts, such as JSON's; fields that it lacks are defaults.
+
+    Raises UserError that names a field and what it must be, or settings that do not go together.
+    """
+    if isinstance(config, Config):
+        return config
+    return _read(Config, _plain(config), "")
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """What `read` reads, as nested plain dicts with every field, as JSON has them: tuples are lists."""
+    return _lists(dataclasses.asdict(read(config)))
+
+
+def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one: {'train.batch_size': 32}."""
+    fields: dict[str, Any] = {}
+    for name, value in config.items():
+        fields |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return fields
+
+
+def chosen(value: int | None, name: str) -> int:
+    """A number that is set, or was chosen for the data by `build.settle`. UserError if it is None."""
+    if value is None:
+        raise UserError(f"{name} is not set, and nothing chose it for the data: name a number")
+    return value
+
+
+def fields_of(cls: type, given: Mapping[str, Any], prefix: str, but: Sequence[str] = ()) -> dict[str, Any]:
+    """The checked fields of a dataclass in `given`, those named in `but` not among them.
+
+    UserError that names the field `prefix` + name and what it must be.
+    """
+    annotations = typing.get_type_hints(cls, include_extras=True)
+    known = [f.name for f in dataclasses.fields(cls) if f.name not in but]
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, 1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"{prefix or 'it '}has {', '.join(known)}"
+            raise UserError(f"there is no setting {prefix}{name}: {hint}")
+    return {name: _checked(value, annotations[name], prefix + name) for name, value in given.items()}
+
+
+def optional(annotation: Any) -> Any:
+    """X of the annotation `X | None`, and None of every other."""
+    if typing.get_origin(annotation) not in (types.UnionType, typing.Union):
+        return None
+    (inner,) = (part for part in typing.get_args(annotation) if part is not types.NoneType)
+    return inner
+
+
+# --- Reading --------------------------------------------------------------------------------------------------------
+
+
+def _read(cls: Any, given: Any, prefix: str) -> Any:
+    """A dataclass from a dict: groups first, then the rest."""
+    if not isinstance(given, dict):
+        raise UserError(f"{prefix.rstrip('.') or 'the configuration'} is {given!r}, and must be a group of settings")
+    groups = {f.name: f.type for f in dataclasses.fields(cls) if dataclasses.is_dataclass(f.type)}
+    read_ = {name: _read(groups[name], value, f"{prefix}{name}.") for name, value in given.items() if name in groups}
+    rest = {name: value for name, value in given.items() if name not in groups}
+    return cls(**read_, **fields_of(cls, rest, prefix))
+
+
+def _plain(value: Any) -> Any:
+    """ConfigDicts as dicts, lists as tuples."""
+    if hasattr(value, "items"):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return tuple(map(_plain, value))
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _lists(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _lists(item) for key, item in value.items()}
+    return [_lists(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _checked(value: Any, annotation: Any, name: str, or_none: str = "") -> Any:
+    """The value of a field, an int as a float where that is asked for. UserError unless it is what it must be."""
+    if (inner := optional(annotation)) is not None:
+        if value is None or (value in (0, "") and value is not False):
+            return None
+        return _checked(value, inner, name, ", or None")
+    ranges: tuple[Any, ...] = ()
+    if typing.get_origin(annotation) is Annotated:
+        annotation, *rest = typing.get_args(annotation)
+        ranges = tuple(rest)
+    known = typing.get_args(annotation) if typing.get_origin(annotation) is Literal else ()
+    if known and value not in known:
+        raise UserError(f"{name}={value!r} is not supported: it is {', '.join(known[:-1])} or {known[-1]}")
+    wanted = {int: "an integer", float: "a number", bool: "True or False", str: "text"}
+    if annotation is float and type(value) is int:
+        value = float(value)
+    is_list = typing.get_origin(annotation) is Sequence
+    fits = isinstance(value, tuple) if is_list else annotation not in wanted or type(value) is annotation
+    if not fits or (isinstance(value, float) and not math.isfinite(value)):
+        raise UserError(f"{name}={value!r} must be {ranges[0].text if ranges else wanted[annotation]}{or_none}")
+    for allowed in ranges:
+        if not allowed.holds(value):
+            raise UserError(f"{name}={value!r} must be {allowed.text}{or_none}")
+    return value
+
+
+# --- What does not go together --------------------------------------------------------------------------------------
+
+
+def _check_together(c: Config) -> None:
+    """UserError where two settings exclude each other."""
+    points = c.model.network == "mlp"
+    if c.data.scale != 1 and not points:
+        raise UserError(f"data.scale={c.data.scale} is for points: images are in [-1, 1], leave it at 1.0")
+    if points and c.data.flip:
+        raise UserError("data.flip=True mirrors images, and points are none: set it to False")
+    if points and c.model.num_classes:
+        raise UserError(f"model.num_classes={c.model.num_classes}: networks for points are unconditional, set it to 0")
+    if c.train.accumulate > 1 and c.loss.generator == "rpsw":
+        raise UserError("loss.generator='rpsw' compares the whole batch at once: set train.accumulate to 1")
+    if c.loss.mismatched and c.objective == "one_shot":
+        raise UserError("loss.mismatched is for pairs, and objective='one_shot' shows D no x_{t+1}: set it to 0")
+    if c.loss.moment and c.objective != "adversarial":
+        raise UserError(f"loss.moment is for objective='adversarial', not {c.objective!r}: set it to 0")

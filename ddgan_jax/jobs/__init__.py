@@ -1,0 +1,1 @@
+"""The commands: train, evaluate, and what a trained model makes."""

@@ -1,0 +1,220 @@
+"""What samples are measured by: real images and feature networks, opened once, and the measures of the paper.
+
+    FID, KID, Inception Score             in the features of Inception        } eval.features = 'inception'
+    precision, recall, density, coverage  in those of VGG16                   }
+    distances and precision, recall, ...  in those of our classifier            eval.features = 'classifier'
+    modes and KL                          of StackedMNIST, by that classifier; of the 25 Gaussians ('points')
+
+A distance in the features of our own classifier is never called FID.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ddgan_jax import parallel
+from ddgan_jax.config import Config, read
+from ddgan_jax.data import sources
+from ddgan_jax.data.batches import order
+from ddgan_jax.errors import UserError
+from ddgan_jax.metrics import distances, manifold, modes, weights
+from ddgan_jax.metrics.features import Features, Network, cache, cached, extract, keep, own_network, published_networks
+
+KEPT = 2_000  # samples that are compared with their nearest training images
+KID_BLOCK = 1_000
+# The result that says which checkpoint is best; the smaller, the better.
+RANKED_BY = {"inception": "fid", "classifier": "classifier_frechet", "points": "total_variation"}
+
+Results = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Judge:
+    """What is real, opened once: the measures compare samples with it."""
+
+    config: Config
+    data: sources.Data
+    reference: np.ndarray  # indices of the real images that samples are compared with
+    networks: list[Network]  # the first is for distances, the last for manifolds
+    real: list[Features]  # of each network
+    about: Results  # what is known of all this
+
+    @functools.cached_property
+    def moments(self) -> distances.Moments:
+        """Of the real images in the first network's features, or those that others published."""
+        published = self.config.eval.reference_statistics
+        if published and self.config.eval.features == "inception":
+            return distances.load_moments(published, self.real[0].features.shape[1])
+        return distances.moments(_slices(self.real[0].features))
+
+    @functools.cached_property
+    def shown(self) -> np.ndarray:
+        """Indices into `reference` of the real images that precision and recall are of."""
+        return np.sort(order(len(self.reference), 1, 0)[: self.config.eval.manifold_samples])
+
+    @functools.cached_property
+    def radii(self) -> np.ndarray:
+        """The radii of their manifold."""
+        return manifold.radii(self.real[-1].features[self.shown], self.config.eval.k)
+
+
+def open_judge(config: Any, data: sources.Data | None = None) -> Judge:
+    """Open the real images of `config.data` and the feature networks of `config.eval`.
+
+    UserError for weights, labels or images that are not there.
+    """
+    c = read(config)
+    if c.eval.features == "points":
+        return Judge(c, sources.Data(np.zeros((0, 2), np.float32)), np.zeros(0, int), [], [], {})
+    data = data or sources.open_data(c.data)
+    about: Results = {"data": f"{c.data.name} {c.data.split}"}
+    if c.eval.features == "inception":
+        networks = published_networks(c)
+    else:
+        network, known = own_network(c, data)
+        networks, about = [network], about | known
+    count = min(c.eval.reference_samples or len(data.images), len(data.images))
+    reference = np.sort(order(len(data.images), 0, 0)[:count])
+    real = [_real_features(c, data, reference, network) for network in networks]
+    about |= {"real_images": count, "networks": [network.name for network in networks]}
+    return Judge(c, data, reference, networks, real, about)
+
+
+def _real_features(c: Config, data: sources.Data, reference: np.ndarray, network: Network) -> Features:
+    """Computed once by all devices, then read from the cache of process 0; in the others nothing is kept of it."""
+    fingerprint = sources.fingerprint(c.data.name, c.data.split, data.images)
+    path = cache(c, "features", fingerprint, network.fingerprint, f"{len(reference)}.npz")
+    kept = cached(path, lambda: Features(**weights.read(str(path)))) if parallel.is_primary() else None
+    if kept is not None and len(kept.features) != len(reference):
+        kept = None
+    if not parallel.from_primary(lambda: kept is None):
+        return kept or Features(np.zeros((0, 0)), np.zeros((0, 0)))
+    chunks = (data.images[reference[indices]] for indices, _ in parallel.rounds(len(reference), c.eval.batch_size))
+    features = extract([network], chunks, c.eval.batch_size, len(reference), f"real images in {network.name}")[0]
+    if parallel.is_primary():
+        keep(path, lambda file: np.savez(file, **features._asdict()))
+    return features
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """The numbers of a set of samples, and what figures are made of."""
+
+    results: Results
+    samples: np.ndarray  # the first KEPT
+    features: list[Features]
+    manifolds: manifold.Manifold | None = None
+    shown: np.ndarray | None = None  # indices into `reference` of the real samples of `manifolds`
+    histogram: np.ndarray | None = None
+    neighbours: tuple[np.ndarray, np.ndarray] | None = None  # of `samples`: index into `reference`, distance
+
+
+def judge(
+    j: Judge, chunks: Iterable[np.ndarray], total: int, what: str = "", labels: np.ndarray | None = None
+) -> Judged | None:
+    """Measure `total` samples that come in chunks [n, ...], in the rounds of `parallel.rounds` if several processes do.
+
+    Only process 0 measures; the others give it features, and get None.
+
+    `what` names the progress bar; without it, while training, there are none, and no nearest neighbours either.
+    `labels` [total] are the classes that the samples were asked for; the classifier says how many are of them.
+
+    Raises UserError for too few of them, or another type or shape than the real ones.
+    """
+    if not j.networks:
+        points = np.concatenate([parallel.gather_rows(chunk) for chunk in chunks])[:total]
+        return judge_points(points) if parallel.is_primary() else None
+    kept: list[np.ndarray] = []
+
+    def seen() -> Iterator[np.ndarray]:
+        for chunk in chunks:
+            if chunk.dtype != np.uint8 or chunk.shape[1:] != j.data.images.shape[1:]:
+                raise UserError(
+                    f"the samples are {chunk.dtype} {list(chunk.shape[1:])}, but the real images of "
+                    f"{j.config.data.name} are uint8 {list(j.data.images.shape[1:])}"
+                )
+            if sum(map(len, kept)) < KEPT:
+                kept.append(parallel.gather_rows(chunk))
+            yield chunk
+
+    fake = extract(j.networks, seen(), j.config.eval.batch_size, total, what)
+    if not parallel.is_primary():
+        return None
+    count = len(fake[0].features)
+    judged = Judged({"num_samples": count}, np.concatenate(kept)[: min(KEPT, count)], fake)
+    if j.config.eval.features == "inception":
+        judged.results.update(_paper_distances(j, fake[0]))
+        return _manifolds(j, judged, what) if len(j.networks) > 1 else judged  # without VGG16 there is none
+    results, histogram = _own_distances(j, fake[0], labels)
+    judged.results.update(results)
+    return _manifolds(j, dataclasses.replace(judged, histogram=histogram), what)
+
+
+def judge_points(points: np.ndarray) -> Judged:
+    """Which of the 25 Gaussians points [N, 2] reach, and how well."""
+    report = modes.gaussian_report(points, sources.GRID_SIDE, sources.GRID_SPACING, sources.GRID_STD)
+    share = report.histogram / len(points)
+    results: Results = {"modes": report.modes, "of_modes": len(share), "high_quality": report.high_quality}
+    results |= {"kl": report.kl, "total_variation": (abs(share - 1 / len(share)).sum() + 1 - share.sum()) / 2}
+    return Judged(results | {"num_samples": len(points)}, points, [], histogram=report.histogram)
+
+
+def _paper_distances(j: Judge, fake: Features) -> Results:
+    """FID, KID and Inception Score."""
+    kid = distances.kernel_distance(j.real[0].features, fake.features, KID_BLOCK)
+    score = distances.inception_score(fake.logits)
+    return {
+        "fid": distances.frechet_distance(j.moments, distances.moments(_slices(fake.features))),
+        **{"kid": kid.mean, "kid_std": kid.std, "kid_blocks": kid.blocks, "kid_block_size": kid.block_size},
+        **{"inception_score": score.mean, "inception_score_std": score.std},
+    }
+
+
+def _own_distances(j: Judge, fake: Features, asked: np.ndarray | None) -> tuple[Results, np.ndarray]:
+    """The Frechet distance in the classifier's features, the modes, and the histogram of these."""
+    results: Results = {
+        "classifier_frechet": distances.frechet_distance(j.moments, distances.moments(_slices(fake.features)))
+    }
+    found = fake.logits.argmax(-1)
+    if found.ndim == 2:  # three digits
+        found = modes.stacked_labels(found)
+    if asked is not None:
+        results["label_agreement"] = float(np.mean(found == asked[: len(found)]))
+    report = modes.mode_report(found, len(j.data.classes))
+    results |= {"modes": report.modes, "of_modes": len(report.histogram), "kl": report.kl}
+    shares = report.histogram / len(found)
+    return results | {"smallest_share": shares.min(), "largest_share": shares.max()}, report.histogram
+
+
+def _manifolds(j: Judge, judged: Judged, what: str) -> Judged:
+    """With precision, recall, density and coverage; and, if `what` names a progress bar, the nearest real images."""
+    e, results = j.config.eval, judged.results
+    real, fakes = j.real[-1].features, judged.features[-1].features
+    bar = _bar("precision and recall" if what else "")
+    compared = fakes[: e.manifold_samples]
+    found = manifold.precision_recall(real[j.shown], compared, e.k, progress=bar, real_radii=j.radii)
+    results |= {name: getattr(found, name) for name in ("precision", "recall", "density", "coverage")}
+    results |= {"manifold_real": len(j.shown), "manifold_fake": len(compared), "k": e.k}
+    judged = dataclasses.replace(judged, manifolds=found, shown=j.shown)
+    if not what:
+        return judged
+    bar = _bar("nearest training images")
+    neighbours = manifold.nearest(fakes[: len(judged.samples)], real, progress=bar)
+    apart = manifold.nearest_other(real, progress=bar)
+    results |= {
+        "nearest_training_distance": float(np.median(neighbours[1])),
+        "nearest_training_distance_of_training_images": float(np.median(apart)),
+    }
+    return dataclasses.replace(judged, neighbours=neighbours)
+
+
+def _bar(what: str) -> Callable[[Iterable[int]], Iterable[int]]:
+    return lambda blocks: tqdm(blocks, what, leave=False, disable=None if what else True)
+
+
+def _slices(x: np.ndarray) -> Iterator[np.ndarray]:
+    return (x[i : i + 1024] for i in range(0, len(x), 1024))

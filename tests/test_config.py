@@ -1,0 +1,117 @@
+"""Settings: read from every source, checked field by field, and the same again from JSON."""
+
+import dataclasses
+import json
+import math
+import typing
+
+import numpy as np
+import pytest
+from test_configs import CONFIGS, get_config
+
+from ddgan_jax import config
+from ddgan_jax.build import build, denoiser
+from ddgan_jax.errors import UserError
+
+DEFAULTS = config.flat(config.as_dict(config.Config()))
+OF_NETWORKS = ("generator.", "discriminator.")
+
+
+def fields(cls=config.Config, prefix=""):
+    """(name with its group, annotation) of every field that has one of its own."""
+    for name, annotation in typing.get_type_hints(cls, include_extras=True).items():
+        if dataclasses.is_dataclass(annotation):
+            yield from fields(annotation, f"{prefix}{name}.")
+        elif name not in ("generator", "discriminator"):
+            yield prefix + name, annotation
+
+
+FIELDS = dict(fields())
+
+
+def nested(name, value):
+    """{'train': {'lr_g': value}} of 'train.lr_g'."""
+    for part in reversed(name.split(".")):
+        value = {part: value}
+    return value
+
+
+@pytest.mark.parametrize("name", [(name, *variant) for name in CONFIGS for variant in ((), ("smoke",))])
+def test_a_configuration_is_the_same_from_a_configdict_and_from_json(name):
+    read = config.read(get_config(*name))
+    assert config.read(json.loads(json.dumps(config.as_dict(read)))) == read
+    assert config.read(read) is read
+
+
+def test_what_is_not_given_is_a_default():
+    assert config.read({}) == config.Config()
+    assert config.read({"train": {"lr_g": 1}}).train == config.TrainConfig(lr_g=1.0)
+    assert config.read({"seed": np.int64(3)}).seed == 3
+
+
+@pytest.mark.parametrize("name", [name for name, kind in FIELDS.items() if type(None) in typing.get_args(kind)])
+def test_zero_and_nothing_mean_none_where_none_is_allowed(name):
+    """As a command line says it, and as configurations of before did; so 0 is no other value of such a field."""
+    for value in (0, 0.0, "", None):
+        assert config.flat(config.as_dict(nested(name, value)))[name] is None
+
+
+def test_fields_for_text_and_numbers_that_may_be_none_are_known():
+    optional = {name for name, kind in FIELDS.items() if config.optional(kind)}
+    assert optional >= {"data.image_size", "train.num_steps", "train.lr_min_d", "eval.reference_samples", "data.dir"}
+    assert not optional & {"eval.every", "checkpoint.keep_period", "model.num_classes", "loss.moment"}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_field_refuses_what_it_cannot_be(name):
+    """One sentence that names the field; a dict or a list is never right, nor another type, nor NaN."""
+    wrong = [{}, {"a": 1}, [], object(), math.nan, math.inf, -1.5]
+    wrong += [1, True, 3.5] if isinstance(DEFAULTS[name], str) or "str" in str(FIELDS[name]) else ["x", "1"]
+    if isinstance(DEFAULTS[name], bool):
+        wrong += [1, 2]
+    elif not isinstance(DEFAULTS[name], str):
+        wrong += [True]
+    for value in wrong:
+        with pytest.raises(UserError, match=rf"{name}[= ].*(must be|is not supported)"):
+            config.read(nested(name, value))
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("train.lr_decay_steps", -1, "train.lr_decay_steps=-1 must be an integer of at least 1, or None"),
+        ("train.d_lead", -0.5, "train.d_lead=-0.5 must be a number of at least 0"),
+        ("train.batch_size", 1.5, "train.batch_size=1.5 must be an integer of at least 1, or None"),
+        ("train.ema_decay", 1.1, "train.ema_decay=1.1 must be a number from 0 to 1"),
+        ("loss.mismatched", -1.0, "loss.mismatched=-1.0 must be a number of at least 0"),
+        ("model.network", "cnn", "model.network='cnn' is not supported: it is unet or mlp"),
+        ("seed", -1, "seed=-1 must be an integer from 0 to 4294967295"),
+        ("train.lr", 1.0, "there is no setting train.lr: did you mean train.lr_g?"),
+        ("training", {}, "there is no setting training: did you mean train?"),
+        ("train", 3, "train is 3, and must be a group of settings"),
+        ("generator.nff", 3, "there is no setting generator.nff: did you mean generator.nf?"),
+        ("generator.dtype", "float32", "there is no setting generator.dtype: "),
+        ("generator.nf", "wide", "generator.nf='wide' must be an integer"),
+        ("generator.nf", 0, "generator.nf=0 must be an integer of at least 1"),
+        ("generator.ch_mult", (1, 0), "generator.ch_mult=.1, 0. must be integers of at least 1"),
+        ("generator.dropout", 1.0, "generator.dropout=1.0 must be a number of at least 0 and below 1"),
+        ("discriminator.ngf", -8, "discriminator.ngf=-8 must be an integer of at least 1"),
+    ],
+)
+def test_errors_say_what_would_be_right(name, value, message):
+    given = config.as_dict(get_config("cifar10", "smoke"))
+    group, _, field = name.partition(".")
+    given[group] = given[group] | {field: value} if field else value
+    with pytest.raises(UserError, match=message):
+        build(given)
+
+
+def test_a_generator_is_built_without_what_only_training_needs():
+    """Neither a discriminator nor a number of steps; training asks for them."""
+    c = config.read(get_config("image_folder", "smoke"))
+    c = dataclasses.replace(c, train=config.TrainConfig(num_steps=None, batch_size=None), discriminator={"no": 1})
+    assert denoiser(c).image_shape == (8, 8, 3)
+    with pytest.raises(UserError, match=r"no setting discriminator.no"):
+        build(c)
+    with pytest.raises(UserError, match=r"train.num_steps is not set, and nothing chose it for the data"):
+        build(dataclasses.replace(c, discriminator={}))

@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from ddgan_jax import figures, parallel, torch_files, torch_weights
+from ddgan_jax import figures, parallel
 from ddgan_jax.data import decoding
 from ddgan_jax.errors import UserError
 from ddgan_jax.model import Model
 from ddgan_jax.storage import paths
+from ddgan_jax.torch import convert as torch_weights
+from ddgan_jax.torch import files as torch_files
 
 KINDS = {
     ".png": "a grid",

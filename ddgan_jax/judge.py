@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from ddgan_jax import parallel, torch_files
+from ddgan_jax import parallel
 from ddgan_jax.build import as_dict, open_data
 from ddgan_jax.data import sources
 from ddgan_jax.data.batches import order
@@ -28,6 +28,7 @@ from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.metrics import classifier, distances, inception, manifold, modes, vgg, weights
 from ddgan_jax.storage import checkpoint, paths
 from ddgan_jax.storage.paths import Path
+from ddgan_jax.torch import files as torch_files
 
 KEPT = 2_000  # samples that are compared with their nearest training images
 KID_BLOCK = 1_000

@@ -18,11 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from ddgan_jax import editing, parallel, sampling, torch_files
+from ddgan_jax import editing, parallel, sampling
 from ddgan_jax.build import Built, build
 from ddgan_jax.diffusion import deterministic_posterior, q_sample, sample_posterior
 from ddgan_jax.errors import UserError
 from ddgan_jax.storage import checkpoint
+from ddgan_jax.torch import files as torch_files
 from ddgan_jax.train_step import bind, to_x0
 
 POSTERIORS = {"gaussian": sample_posterior, "deterministic": deterministic_posterior}
@@ -347,7 +348,7 @@ def load(path: str | os.PathLike, num_steps: int = 4, **hints: Any) -> Model:
     """The model in a workdir, a checkpoint, or a `.pth` file of the PyTorch reference.
 
     A `netG_*.pth` needs hints, since arrays do not tell everything: `num_steps`, and those of
-    `torch_weights.generator_config`, such as `image_size=32`. Raises UserError if there is no model, or hints are
+    `torch.architecture.generator_config`, such as `image_size=32`. Raises UserError if there is no model, or hints are
     missing; Fault if it is damaged.
     """
     path = os.fspath(path)

@@ -15,11 +15,10 @@ import pytest
 from commands import run_module
 from conftest import GOLDEN, Golden
 
-from ddgan_jax import torch_files as tf
-from ddgan_jax import torch_weights as tw
 from ddgan_jax.errors import UserError
 from ddgan_jax.models.discriminator import Discriminator
 from ddgan_jax.models.generator import Generator
+from ddgan_jax.torch import architecture, convert, files
 
 torch = pytest.importorskip("torch")
 HINTS = dict(image_size=16, skip_rescale=True, tanh=True, centered=True)
@@ -43,10 +42,10 @@ def outputs(golden, found, params):
 @pytest.mark.golden
 def test_real_checkpoints(checkpoint):
     golden = Golden("checkpoint/expected")
-    found = tf.read(str(checkpoint / "netG_1.pth"), **HINTS)
+    found = files.read(str(checkpoint / "netG_1.pth"), **HINTS)
     np.testing.assert_allclose(outputs(golden, found, found.gen_params), golden["out_netG_1_ema"], atol=2e-5)
 
-    run = tf.read(str(checkpoint / "content.pth"))  # brings its flags, needs no hints
+    run = files.read(str(checkpoint / "content.pth"))  # brings its flags, needs no hints
     assert run.generator == found.generator | {"dropout": 0.0, "fir_kernel": (1, 3, 3, 1)}
     assert run.args["num_timesteps"] == 4
     np.testing.assert_allclose(outputs(golden, run, run.gen_params), golden["out_content_netG"], atol=2e-5)
@@ -60,16 +59,16 @@ def test_real_checkpoints(checkpoint):
 @pytest.mark.golden
 def test_round_trip_through_a_file(checkpoint, tmp_path):
     """import -> export -> import is the identity, and the exported file is the imported one: keys, order, bits."""
-    content = tf.load(str(checkpoint / "content.pth"))
+    content = files.load(str(checkpoint / "content.pth"))
     cases = (
-        (tf.load(str(checkpoint / "netG_1.pth")), tw.generator_params, tw.generator_state_dict),
-        (content["netG_dict"], tw.generator_params, tw.generator_state_dict),
-        (content["netD_dict"], tw.discriminator_params, tw.discriminator_state_dict),
+        (files.load(str(checkpoint / "netG_1.pth")), convert.generator_params, convert.generator_state_dict),
+        (content["netG_dict"], convert.generator_params, convert.generator_state_dict),
+        (content["netD_dict"], convert.discriminator_params, convert.discriminator_state_dict),
     )
     for original, read, write in cases:
         params = read(original)
-        tf.save(str(tmp_path / "again.pth"), write(params))
-        again = tf.load(str(tmp_path / "again.pth"))
+        files.save(str(tmp_path / "again.pth"), write(params))
+        again = files.load(str(tmp_path / "again.pth"))
         assert list(again) == list(original)
         for key, value in original.items():
             assert again[key].dtype == value.dtype and again[key].tobytes() == value.tobytes(), key
@@ -83,10 +82,10 @@ def state_dict():
 def test_what_the_arrays_do_not_tell_is_asked_for():
     sd = state_dict()
     with pytest.raises(UserError, match=r"do not tell skip_rescale, tanh, centered, image_size.*skip_rescale=True"):
-        tw.generator_config(sd)
+        architecture.generator_config(sd)
     with pytest.raises(UserError, match="do not tell tanh"):
-        tw.generator_config(sd, image_size=32, skip_rescale=True, centered=True)
-    config = tw.generator_config(sd, **(HINTS | dict(image_size=64, tanh=False)))
+        architecture.generator_config(sd, image_size=32, skip_rescale=True, centered=True)
+    config = architecture.generator_config(sd, **(HINTS | dict(image_size=64, tanh=False)))
     assert config["attn_resolutions"] == (32,) and not config["tanh"]
     for hints, message in (
         (dict(nf=64), "nf=64 contradicts the arrays, which say 32"),
@@ -98,9 +97,11 @@ def test_what_the_arrays_do_not_tell_is_asked_for():
         (dict(embedding_type="fourier"), "Fourier"),
     ):
         with pytest.raises(UserError, match=message):
-            tw.generator_config(sd, **(HINTS | dict(image_size=32) | hints))
+            architecture.generator_config(sd, **(HINTS | dict(image_size=32) | hints))
     assert (
-        tw.generator_config(sd, **(HINTS | dict(image_size=32, attn_resolutions=[16], not_use_tanh=True)))["tanh"]
+        architecture.generator_config(sd, **(HINTS | dict(image_size=32, attn_resolutions=[16], not_use_tanh=True)))[
+            "tanh"
+        ]
         is False
     )
 
@@ -138,17 +139,17 @@ def changed(**changes):
 )
 def test_other_state_dicts_are_refused_as_generators(sd):
     with pytest.raises(UserError) as error:
-        tw.generator_params(sd)
+        convert.generator_params(sd)
     assert "\n" not in str(error.value)
 
 
 def test_other_state_dicts_are_refused_as_discriminators():
     with pytest.raises(UserError, match="no state dict of a DDGAN discriminator"):
-        tw.discriminator_params(state_dict())
+        convert.discriminator_params(state_dict())
     sd = Golden("discriminator_small").below("sd/")
     sd.pop("end_linear.weight"), sd.pop("end_linear.bias")
     with pytest.raises(UserError, match="lacks out"):
-        tw.discriminator_params(sd)
+        convert.discriminator_params(sd)
 
 
 class Attack:
@@ -191,7 +192,7 @@ def broken_files(folder, good):
 def test_bad_files_are_refused_in_one_sentence(checkpoint, tmp_path, capfd):
     paths = broken_files(tmp_path, checkpoint / "netG_1.pth")
     for name, path in paths.items():
-        assert tf.main([str(path), *(f"{k}={v}" for k, v in HINTS.items())]) == 2, name
+        assert files.main([str(path), *(f"{k}={v}" for k, v in HINTS.items())]) == 2, name
         out, err = capfd.readouterr()
         assert "never be printed" not in out + err, name
         assert err.startswith("error: ") and err.count("\n") == 1 and not out, f"{name}: {err}"
@@ -202,7 +203,7 @@ def test_bad_files_are_refused_in_one_sentence(checkpoint, tmp_path, capfd):
 def test_command(checkpoint):
     """As a user runs it: what is in the file, and the licence; no arguments, or too few, is code 2."""
 
-    run = functools.partial(run_module, "ddgan_jax.torch_files")
+    run = functools.partial(run_module, "ddgan_jax.torch.files")
     result = run(checkpoint / "netG_1.pth", *(f"{k}={v}" for k, v in HINTS.items()))
     assert result.returncode == 0 and "nf=8" in result.stdout and "licence" in result.stdout
     result = run(checkpoint / "content.pth")
@@ -221,7 +222,9 @@ def test_command(checkpoint):
 
 def test_without_torch(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    for call in (lambda: tf.load("x.pth"), lambda: tf.save("x.pth", {})):
+    for call in (lambda: files.load("x.pth"), lambda: files.save("x.pth", {})):
         with pytest.raises(UserError, match="pip install torch"):
             call()
-    assert jnp.asarray(tw.generator_params(state_dict())["conv_in"]["bias"]).shape == (32,)  # state dicts need no torch
+    assert jnp.asarray(convert.generator_params(state_dict())["conv_in"]["bias"]).shape == (
+        32,
+    )  # state dicts need no torch

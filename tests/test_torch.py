@@ -1,5 +1,6 @@
 """Checkpoints of the reference: real files, round trips, and files that must not be trusted."""
 
+import dataclasses
 import functools
 import lzma
 import pickle
@@ -92,7 +93,7 @@ def test_what_the_arrays_do_not_tell_is_asked_for():
         (dict(num_channels_dae=64), "nf=64 contradicts"),
         (dict(ch_mult=[1, 2, 2]), "ch_mult"),
         (dict(fir=False), "fir=False contradicts"),
-        (dict(attn_resolutions=[8]), r"attn_resolutions=\[8\] contradicts the arrays, which say \(16,\)"),
+        (dict(attn_resolutions=[8]), r"attn_resolutions=\(8,\) contradicts the arrays, which say \(16,\)"),
         (dict(imagesize=32), "unknown hint 'imagesize'"),
         (dict(embedding_type="fourier"), "Fourier"),
     ):
@@ -104,6 +105,80 @@ def test_what_the_arrays_do_not_tell_is_asked_for():
         ]
         is False
     )
+
+
+def fields_of(**options):
+    """All fields of a small Generator that are hints, and its state dict."""
+    small = dict(nf=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(8,), nz=6, z_emb_dim=8, n_mlp=1)
+    generator = Generator(**(small | options))
+    inputs = jnp.zeros((1, 16, 16, 3)), jnp.zeros(1, jnp.int32), jnp.zeros((1, generator.nz))
+    shapes = jax.eval_shape(generator.init, jax.random.key(0), *inputs)["params"]
+    no_hints = ("parent", "name", "dtype", "num_classes", "remat")
+    fields = {f.name: getattr(generator, f.name) for f in dataclasses.fields(generator) if f.name not in no_hints}
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
+    return fields | {"image_size": 16}, convert.generator_state_dict(zeros)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(ch_mult=(2,), attn_resolutions=()),
+        dict(nz=0, dropout=0.1, progressive="output_skip", tanh=False),
+        dict(progressive_input="input_skip", progressive_combine="cat", fir=False, skip_rescale=False),
+        dict(resblock_type="ddpm", resamp_with_conv=False, progressive_input="none", conditional=False),
+    ],
+    ids=str,
+)
+def test_all_fields_of_a_generator_can_be_hints(options):
+    """They agree with its own arrays; one that does not is named."""
+    fields, sd = fields_of(**options)
+    config = architecture.generator_config(sd, **fields)
+    assert config.items() <= fields.items() and config["dropout"] == fields["dropout"]
+    other = dict(image_channels=1, nf=16, ch_mult=(1, 3), num_res_blocks=2, nz=7, z_emb_dim=9, n_mlp=3)
+    other |= dict(resblock_type="biggan_oneadagn", conditional=not fields["conditional"])
+    other |= dict(attn_resolutions=(16, 8)) if "attn_resolutions" not in options else {}
+    if "progressive" in config:
+        other |= dict(progressive={"none": "output_skip"}.get(fields["progressive"], "none"))
+        other |= dict(progressive_input={"none": "residual"}.get(fields["progressive_input"], "none"))
+    for name, value in other.items():
+        with pytest.raises(UserError, match=f"the hint {name}=.* contradicts the arrays"):
+            architecture.generator_config(sd, **(fields | {name: value}))
+
+
+@pytest.mark.parametrize(
+    "hints, message",
+    [
+        (dict(image_size="32"), "image_size='32' must be a int"),
+        (dict(tanh="true"), "tanh='true' must be a bool"),
+        (dict(attn_resolutions=16), "attn_resolutions=16 must be a tuple"),
+        (dict(ch_mult=2), "ch_mult=2 contradicts the arrays"),
+        (dict(not_use_tanh=True), "tanh=False contradicts another hint"),
+        (dict(nf=32, num_channels_dae=64), "nf=64 contradicts another hint"),
+        (dict(path=1), "unknown hint 'path'"),
+    ],
+    ids=str,
+)
+def test_hints_that_make_no_sense(hints, message):
+    with pytest.raises(UserError, match=message):
+        architecture.generator_config(state_dict(), **(HINTS | hints))
+
+
+@pytest.mark.golden
+def test_hints_may_not_contradict_the_flags_of_a_run(checkpoint):
+    path = str(checkpoint / "content.pth")
+    assert files.read(path, **HINTS).generator == files.read(path).generator
+    for name in HINTS:
+        with pytest.raises(UserError, match=f"the hint {name}=.* contradicts another hint or the run"):
+            files.read(path, **(HINTS | {name: 8 if name == "image_size" else False}))
+
+
+def test_other_parameters_are_not_exported():
+    params = convert.generator_params(state_dict())
+    for other in ({}, params | {"class": {"embedding": np.zeros((10, 32))}}, {"dense_0": params["z_0"]}):
+        for export in (convert.generator_state_dict, convert.discriminator_state_dict):
+            with pytest.raises(UserError, match="is missing, unknown, or of a wrong shape"):
+                export(other)
 
 
 def changed(**changes):
@@ -148,7 +223,7 @@ def test_other_state_dicts_are_refused_as_discriminators():
         convert.discriminator_params(state_dict())
     sd = Golden("discriminator_small").below("sd/")
     sd.pop("end_linear.weight"), sd.pop("end_linear.bias")
-    with pytest.raises(UserError, match="lacks out"):
+    with pytest.raises(UserError, match=r"'end_linear\.bias' is missing"):
         convert.discriminator_params(sd)
 
 
@@ -178,6 +253,9 @@ def broken_files(folder, good):
     write("not_a_dict", [1, 2, 3])
     write("tensor", torch.zeros(3))
     write("sparse", {"a": torch.eye(3).to_sparse()})
+    write("keys", {(1, 2): torch.zeros(2)})
+    write("number_for_a_network", {"netG_dict": 5})
+    write("list_of_arguments", {"netG_dict": {}, "args": [1]})
     write("not_numbers", {"all_modules.0.weight": "text"})
     write("other_network", OrderedDict(torch.nn.Conv2d(3, 3, 3).state_dict()))
     paths["archive"] = folder / "archive.pth"

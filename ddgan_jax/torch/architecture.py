@@ -14,21 +14,20 @@ from ddgan_jax.torch.convert import Params, StateDict
 UNTOLD = {"fir": True, "skip_rescale": True, "tanh": True, "centered": True, "image_size": 32}
 _TYPES = {name: type(value) for name, value in UNTOLD.items()} | {"attn_resolutions": tuple, "fir_kernel": tuple}
 _ALIASES = {"num_channels": "image_channels", "num_channels_dae": "nf"}
-# Hints that arrays may neither confirm nor contradict: fields of a Generator, then the other flags of the reference, so
-# that all flags of a run can be passed.
-_MAY_BE_UNTOLD = {*UNTOLD, "dropout", "fir_kernel", "resamp_with_conv"} | {
-    *("progressive", "progressive_input", "progressive_combine"),
-    *"batch_size beta1 beta2 beta_max beta_min dataset ema_decay exp fourier_scale lazy_reg local_rank lr_d lr_g".split(),
-    *"master_address ngf no_lr_decay node_rank num_epoch num_proc_node num_process_per_node num_timesteps".split(),
-    *"r1_gamma resume save_ckpt_every save_content save_content_every seed t_emb_dim use_ema use_geometric".split(),
-    "world_size",
-}
+# Fields that make no difference to some arrays, and flags of the reference: all those of a run can be passed as hints.
+_UNCHECKED = frozenset(
+    "dropout fir fir_kernel image_size progressive progressive_combine progressive_input resamp_with_conv "
+    "batch_size beta1 beta2 beta_max beta_min dataset ema_decay embedding_type exp fourier_scale lazy_reg local_rank "
+    "lr_d lr_g master_address ngf no_lr_decay node_rank num_epoch num_proc_node num_process_per_node num_timesteps "
+    "r1_gamma resume save_ckpt_every save_content save_content_every seed t_emb_dim use_ema use_geometric "
+    "world_size".split()
+)
 
 
-def fields_of(hints: Mapping[str, Any]) -> dict[str, Any]:
-    """Hints under the names of our fields, lists as tuples; UserError for a wrong type, or two values of a field."""
+def fields_of(*hints: Mapping[str, Any]) -> dict[str, Any]:
+    """Hints under the names of our fields, lists as tuples; UserError for a wrong type, or if they contradict."""
     fields: dict[str, Any] = {}
-    for name, value in hints.items():
+    for name, value in ((str(name), value) for source in hints for name, value in source.items()):
         if name == "embedding_type" and value != "positional":
             raise UserError(names.FOURIER)
         field, value = ("tanh", not value) if name == "not_use_tanh" else (_ALIASES.get(name, name), value)
@@ -36,21 +35,19 @@ def fields_of(hints: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(value, _TYPES.get(field, object)):
             raise UserError(f"the hint {field}={value!r} must be a {_TYPES[field].__name__}")
         if fields.setdefault(field, value) != value:
-            raise UserError(f"the hints contradict each other: {field} is {fields[field]} and {value}")
-    fields.pop("embedding_type", None)
+            raise UserError(f"the hint {field}={value} contradicts another hint or the run, which say {fields[field]}")
     return fields
 
 
-def generator_config(state_dict: StateDict, **hints: Any) -> dict[str, Any]:
+def generator_config(state_dict: StateDict, /, **hints: Any) -> dict[str, Any]:
     """The fields of the Generator that a state dict belongs to.
 
     `hints` tell what arrays do not, under the names of the Generator's fields or of the reference's flags:
-    `image_size`, if levels have attention; `fir`, unless a layer tells it; `skip_rescale`, `tanh`, `centered`. All flags
-    of a run may be passed, or all fields of a Generator but dtype, num_classes and remat. Raises UserError that names
-    the hints which are missing, unknown, or contradict the arrays.
+    `image_size`, if levels have attention; `fir`, unless a layer tells it; `skip_rescale`, `tanh`, `centered`. All
+    flags of a run may be passed, or all fields of a Generator but dtype, num_classes and remat. Raises UserError that
+    names the hints which are missing, unknown, or contradict the arrays.
     """
-    given = fields_of(hints)
-    arrays = convert.arrays_of(state_dict)
+    given, arrays = fields_of(hints), convert.arrays_of(state_dict)
     table, fields = names.generator(arrays, 0)
     params = convert.to_ours(table, arrays)
     config = _told(params, fields)
@@ -73,23 +70,23 @@ def generator_config(state_dict: StateDict, **hints: Any) -> dict[str, Any]:
             value = tuple(size for size in sizes if size in value)
         if name in config and value != config[name]:
             raise UserError(f"the hint {name}={given[name]} contradicts the arrays, which say {config[name]}")
-        if name not in config and name not in _MAY_BE_UNTOLD:
+        if name not in _UNCHECKED | config.keys():
             raise UserError(f"unknown hint {name!r}: hints are fields of Generator, image_size, or reference flags")
     return config | {name: given[name] for name in ("dropout", "fir_kernel") if name in given}
 
 
 def _told(params: Params, fields: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that arrays tell, from parameters and from what their names tell; without those of no effect."""
-    config = dict(fields)
-    *_, config["image_channels"], nf = params["conv_in"]["kernel"].shape
-    config["nz"], config["z_emb_dim"] = params["z_0"]["kernel"].shape
+    *_, image_channels, nf = params["conv_in"]["kernel"].shape
+    nz, z_emb_dim = params["z_0"]["kernel"].shape
     levels = sum(name.startswith("down_") and name.endswith("_block_0") for name in params)
     first = [params[f"down_{level}_block_0"]["conv_0"]["kernel"].shape for level in range(levels)]
     if any(shape[3] % nf for shape in first):
         raise UserError(
-            f"levels of {[shape[3] for shape in first]} channels are no multiples of the {nf} of the first layer"
+            f"levels of {[shape[3] for shape in first]} channels are no multiples of the first layer's {nf}"
         )
-    config |= {"nf": nf, "ch_mult": tuple(shape[3] // nf for shape in first)}
+    ch_mult = tuple(shape[3] // nf for shape in first)
+    config = dict(fields, image_channels=image_channels, nf=nf, ch_mult=ch_mult, nz=nz, z_emb_dim=z_emb_dim)
     if levels == 1:
         return {name: value for name, value in config.items() if not name.startswith("progressive")}
     if config["progressive_input"] == "input_skip":
@@ -105,22 +102,14 @@ def _told(params: Params, fields: Mapping[str, Any]) -> dict[str, Any]:
 def discriminator_config(state_dict: StateDict) -> dict[str, Any]:
     """The fields of the Discriminator that a state dict belongs to, the reference's small or large; else UserError.
 
-    (The arrays tell widths, not where the image is halved; the two have different numbers of stages.)
+    Arrays do not tell where the image is halved; the numbers of stages tell the two apart.
     """
     params = convert.discriminator_params(state_dict)
-    start = params["conv_in"]["kernel"].shape[-1]
-    stages = sum(name.startswith("stage_") for name in params)
-    widths = [params[f"stage_{i}"]["conv_1"]["kernel"].shape[-1] for i in range(stages)]
-    factors = tuple(2 * width / start for width in widths)  # both start with 2 ngf
-    if factors not in ((2, 4, 8, 8), (4, 8, 8, 8, 8, 8)):
-        raise UserError(
-            f"stages of {widths} channels are neither those of the reference's small discriminator nor its large"
-        )
-    small = len(factors) == 4
-    return {
-        "ngf": start // 2,
-        "start": 2,
-        "stages": tuple((factor, not small or i > 0) for i, factor in enumerate(factors)),
-        "t_emb_dim": params["time_0"]["kernel"].shape[0],
-        "zero_final": small,
-    }
+    start = params["conv_in"]["kernel"].shape[3]  # both start with 2 ngf
+    widths = [params[f"stage_{i}"]["conv_1"]["kernel"].shape[3] for i in range(len(params) - 5)]  # five are no stages
+    factors, small, large = tuple(2 * width / start for width in widths), (2, 4, 8, 8), (4, 8, 8, 8, 8, 8)
+    if factors not in (small, large):
+        raise UserError(f"a discriminator of {widths} channels is neither the reference's small nor its large one")
+    stages = tuple((factor, factors == large or i > 0) for i, factor in enumerate(factors))
+    t_emb_dim = params["time_0"]["kernel"].shape[0]
+    return dict(ngf=start // 2, start=2, stages=stages, t_emb_dim=t_emb_dim, zero_final=factors == small)

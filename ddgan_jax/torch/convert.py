@@ -38,7 +38,7 @@ def to_theirs(table: Iterable[names.Row], flat: StateDict) -> dict[str, np.ndarr
 
 
 def _transpose(value: np.ndarray, layout: str, to: str) -> np.ndarray:
-    return np.ascontiguousarray(np.transpose(value, [layout.index(axis) for axis in to]))
+    return np.ascontiguousarray(np.einsum(f"{layout}->{to}", value))
 
 
 def generator_params(state_dict: StateDict) -> Params:
@@ -52,7 +52,7 @@ def generator_params(state_dict: StateDict) -> Params:
 
 
 def generator_state_dict(params: Params) -> dict[str, np.ndarray]:
-    """The inverse of `generator_params`: keys in the reference's order, without 'module.'. Raises UserError likewise."""
+    """The inverse of `generator_params`: keys in the reference's order, without 'module.'. Raises UserError too."""
     flat = traverse_util.flatten_dict(params, sep="/")
     return to_theirs(names.generator(flat, 1)[0], flat)
 

@@ -7,6 +7,7 @@ A pickle can run any program: `load` builds nothing but tensors and plain values
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import io
 import pickle
@@ -57,7 +58,9 @@ def load(path: str) -> dict[str, Any]:
         raise UserError(f"{path} is refused: it {found} only tensors and plain values are read") from None
     except Exception as error:  # damaged archives fail in many ways inside torch
         raise UserError(f"{path} is damaged, or no PyTorch file ({type(error).__name__})") from None
-    return _dict(content, path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a state dict or a run of the reference")
+    return content
 
 
 def _plain(value: Any, path: str) -> Any:
@@ -81,12 +84,6 @@ def _plain(value: Any, path: str) -> Any:
     raise UserError(f"{path} is refused: it holds a {type(value).__name__}, neither a tensor nor a plain value")
 
 
-def _dict(value: Any, path: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a {type(value).__name__} in the place of a state dict, or of a part of a run")
-    return value
-
-
 def save(path: str, state_dict: StateDict) -> None:
     """Write a state dict as the reference does (`netG_*.pth`): keys prefixed with 'module.'. Needs PyTorch."""
     torch = _torch()
@@ -106,31 +103,27 @@ class Reference:
     args: dict[str, Any] = dataclasses.field(default_factory=dict)  # the flags of the run
 
 
-def read(path: str, **hints: Any) -> Reference:
-    """Load and convert a `netG_*.pth` or a `content.pth`; `hints` as for `generator_config`.
+def read(path: str, /, **hints: Any) -> Reference:
+    """Load and convert a `netG_*.pth`, with `hints` as for `generator_config`, or a `content.pth`, which has its flags.
 
-    A `netG_*.pth` needs hints, a `content.pth` brings the flags of its run. Raises UserError as `load` and
-    `generator_config` do, and if hints contradict the flags of a run.
+    Raises UserError as `load` and `generator_config` do, and if hints contradict the flags.
     """
     content = load(path)
     if "netG_dict" not in content:
         return Reference(architecture.generator_config(content, **hints), convert.generator_params(content))
-    args, netG, netD, optimizer = (
-        _dict(content.get(name, {}), path) for name in ("args", "netG_dict", "netD_dict", "optimizerG")
-    )
-    run, given = architecture.fields_of(args), architecture.fields_of(hints)
-    for name in architecture.UNTOLD.keys() | {"fir_kernel"}:
-        if name in run and given.get(name, run[name]) != run[name]:
-            raise UserError(f"the hint {name}={given[name]} contradicts the run in {path}, which says {run[name]}")
+    parts = [content.get(name, {}) for name in ("args", "netG_dict", "netD_dict", "optimizerG")]
+    if not all(isinstance(part, dict) for part in parts):
+        raise UserError(f"{path} is damaged: a part of the run is no dict")
+    args, netG, netD, optimizer = parts
     # The moving average lies in the optimizer's state, by the position of the parameter.
-    state = _dict(optimizer.get("state", {}), path)
-    ema = {i: entry["ema"] for i, entry in state.items() if isinstance(entry, dict) and "ema" in entry}
+    moments = optimizer.get("state", {})
+    entries = moments.items() if isinstance(moments, dict) else ()
+    ema = {i: entry["ema"] for i, entry in entries if isinstance(entry, dict) and "ema" in entry}
+    averaged = {key: ema.get(i, value) for i, (key, value) in enumerate(netG.items())}
     return Reference(
-        architecture.generator_config(netG, **(run | given)),
+        architecture.generator_config(netG, **architecture.fields_of(args, hints)),
         convert.generator_params(netG),
-        convert.generator_params({key: ema.get(i, value) for i, (key, value) in enumerate(netG.items())})
-        if ema
-        else None,
+        convert.generator_params(averaged) if ema else None,
         architecture.discriminator_config(netD) if netD else None,
         convert.discriminator_params(netD) if netD else None,
         args,
@@ -142,27 +135,22 @@ def main(argv: Sequence[str]) -> int:
     if not argv or any("=" not in hint for hint in argv[1:]):
         print("usage: python -m ddgan_jax.torch.files FILE.pth [image_size=32 ...]", file=sys.stderr)
         return 2
-
-    def parse(value: str) -> Any:
-        try:
-            return ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            return value
-
-    def describe(network: str, fields: dict[str, Any], params: Params) -> str:
-        count = sum(value.size for value in traverse_util.flatten_dict(params).values())
-        return f"{network}({', '.join(f'{name}={value!r}' for name, value in fields.items())})\n  {count:,} parameters"
-
+    hints: dict[str, Any] = dict(hint.split("=", 1) for hint in argv[1:])
+    for name, text in hints.items():
+        with contextlib.suppress(ValueError, SyntaxError, TypeError):  # then it is a string
+            hints[name] = ast.literal_eval(text)
     try:
-        found = read(argv[0], **{name: parse(value) for name, value in (hint.split("=", 1) for hint in argv[1:])})
+        found = read(argv[0], **hints)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    average = "included" if found.ema_params else "not apart"
-    print(f"{describe('Generator', found.generator, found.gen_params)}, moving average {average}")
+    networks = [("Generator", found.generator, found.gen_params)]
     if found.discriminator and found.disc_params:
-        print(describe("Discriminator", found.discriminator, found.disc_params))
-    print(LICENCE_NOTE)
+        networks.append(("Discriminator", found.discriminator, found.disc_params))
+    for network, fields, params in networks:
+        count = sum(value.size for value in traverse_util.flatten_dict(params).values())
+        print(f"{network}({', '.join(f'{name}={value!r}' for name, value in fields.items())})\n  {count:,} parameters")
+    print(f"moving average {'included' if found.ema_params else 'not apart'}\n{LICENCE_NOTE}")
     return 0
 
 

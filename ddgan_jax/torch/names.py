@@ -1,8 +1,9 @@
 """The names of the reference and ours as tables: rows (key in the reference, path here, layout in the reference).
 
-Rows come in the order of the reference's state dicts. It numbers the layers of its generator, `all_modules.N`, in the
-order of the forward pass. A layout names axes: o(ut), i(n), h and w of a 3x3 kernel, x and y of a 1x1 kernel; here they
-are always in the order of `AXES`. Tables are made for arrays named as in one column: 0 the reference's, 1 ours.
+Rows come in the order of the reference's state dicts, which number the layers of a generator, `all_modules.N`, in the
+order of the forward pass. A layout names axes: o(ut), i(n), O for an input as wide as the output, h and w of a
+3x3 kernel, x and y of a 1x1 kernel; here they are always in the order of `AXES`.
+Arrays are named as in one column of the rows: 0 the reference's, 1 ours.
 """
 
 import itertools
@@ -17,14 +18,16 @@ Row = tuple[str, str, str]
 Layer = tuple[str, str, str]  # (name in the reference, name here, kind)
 Arrays = Mapping[str, Any]
 
-AXES = "hwxyio"
-KINDS = {
-    "conv": (("weight", "kernel", "oihw"), ("bias", "bias", "o")),
-    "conv 1x1": (("weight", "kernel", "oixy"), ("bias", "bias", "o")),
-    "conv 1x1, no bias": (("weight", "kernel", "oixy"),),
-    "dense": (("weight", "kernel", "oi"), ("bias", "bias", "o")),
+AXES, SIZES = "hwxyiOo", {"h": 3, "w": 3, "x": 1, "y": 1}
+WEIGHT, BIAS = ("weight", "kernel"), ("bias", "bias", "o")
+KINDS: dict[str, tuple[Row, ...]] = {
+    "conv": ((*WEIGHT, "oihw"), BIAS),
+    "conv 1x1": ((*WEIGHT, "oixy"), BIAS),
+    "conv 1x1, same width": ((*WEIGHT, "oOxy"), BIAS),
+    "conv 1x1, no bias": ((*WEIGHT, "oixy"),),
+    "dense": ((*WEIGHT, "oi"), BIAS),
     "nin": (("W", "kernel", "io"), ("b", "bias", "o")),  # a dense layer on the channels
-    "norm": (("weight", "scale", "o"), ("bias", "bias", "o")),
+    "norm": (("weight", "scale", "o"), BIAS),
 }
 NORM, CONV, DENSE = ([("", "", kind)] for kind in ("norm", "conv", "dense"))
 COMBINE, FIR, NAIVE = [("Conv_0", "", "conv 1x1")], [("Conv2d_0", "fir_conv", "conv")], [("Conv_0", "conv", "conv")]
@@ -33,13 +36,14 @@ ATTENTION += [("NIN_3", "out", "nin")]
 STAGE = [("conv1.0", "conv_0", "conv"), ("conv2.0", "conv_1", "conv"), ("dense_t1", "time", "dense")]
 STAGE += [("skip.0", "shortcut", "conv 1x1, no bias")]
 # The fields of a Generator that change the names of its layers, besides their numbers.
-CHOICES = {
+CHOICES: dict[str, tuple[Any, ...]] = {
     "resblock_type": ("biggan", "biggan_oneadagn", "ddpm"),
     "conditional": (True, False),
     "progressive": ("none", "output_skip"),
     "progressive_input": ("none", "input_skip", "residual"),
 }
 FOURIER = "the Fourier time embedding is not supported: the reference cannot train it (log 0 at t = 0)"
+MISFIT = "this is no state dict of a DDGAN {}: {!r} is missing, unknown, or of a wrong shape"
 
 
 def rows(layers: Iterable[Layer], key: str = "", path: str = "") -> list[Row]:
@@ -56,18 +60,17 @@ def here(layout: str) -> str:
     return "".join(sorted(layout, key=AXES.index))
 
 
-def _misfit(table: Iterable[Row], arrays: Arrays, column: int) -> str:
-    """What arrays have that keeps them from being those of a table; '' if they are."""
+def _misfit(table: Iterable[Row], arrays: Arrays, column: int) -> str | None:
+    """The name of an array that is missing, unknown, or of a wrong shape; None if the arrays are those of the table."""
     layouts = {row[column]: here(row[2]) if column else row[2] for row in table}
-    if different := layouts.keys() ^ arrays.keys():
-        return f"{'an unknown' if min(different) in arrays else 'no'} array {min(different)!r}"
-    sizes = {"h": 3, "w": 3, "x": 1, "y": 1}
-    for name, layout in layouts.items():
-        shape = np.shape(arrays[name])
-        fits = (size == sizes.get(axis, size) > 0 for axis, size in zip(layout, shape, strict=False))
-        if len(layout) != len(shape) or not all(fits):
-            return f"{name!r} in the shape {shape}"
-    return ""
+    for name in sorted(layouts.keys() | arrays.keys()):
+        layout, shape = layouts.get(name), np.shape(arrays.get(name, ()))
+        if layout is None or len(layout) != len(shape):
+            return name
+        sizes = dict(SIZES)
+        if any(size != sizes.setdefault(axis.lower(), size or 1) for axis, size in zip(layout, shape, strict=True)):
+            return name
+    return None
 
 
 def discriminator(arrays: Arrays, column: int) -> list[Row]:
@@ -77,79 +80,74 @@ def discriminator(arrays: Arrays, column: int) -> list[Row]:
     for i in range(sum(name.endswith(("skip.0.weight", "shortcut/kernel")) for name in arrays)):
         table += rows(STAGE, f"conv{i + 1}", f"stage_{i}")
     table += rows([("final_conv", "conv_out", "conv"), ("end_linear", "out", "dense")])
-    if misfit := _misfit(table, arrays, column):
-        raise UserError(f"this is no state dict of a DDGAN discriminator: it has {misfit}")
+    if (misfit := _misfit(table, arrays, column)) is not None:
+        raise UserError(MISFIT.format("discriminator", misfit))
     return table
 
 
 def generator(arrays: Arrays, column: int) -> tuple[list[Row], dict[str, Any]]:
-    """The table of a generator, and the fields that names tell; UserError unless the arrays are exactly those of one."""
+    """The table of a generator and the fields that names tell; UserError unless the arrays are exactly those of one."""
     if "all_modules.0.W" in arrays:
         raise UserError(FOURIER)
-    num_blocks = sum(name.endswith((".Conv_1.weight", "/conv_1/kernel")) for name in arrays)
-    num_dense = max(sum(name.startswith("z_") and name.endswith(("weight", "kernel")) for name in arrays), 1)
-    misfit = "other layers than down, middle, up, or not all of their arrays"
-    for levels, *choice in itertools.product(range(num_blocks // 3, 0, -1), *CHOICES.values()):
-        fields: dict[str, Any] = dict(zip(CHOICES, choice, strict=True))
-        # Two blocks are in the middle; all but 'ddpm' resample by blocks, one down and one up between two levels.
-        others = 2 if fields["resblock_type"] == "ddpm" else 2 * levels
-        fields["num_res_blocks"] = (num_blocks - others - levels) // (2 * levels)
-        try:
-            table = _modules(arrays, column, levels, **fields)
-        except LookupError:
-            continue
-        table += rows((f"z_transform.{2 * i + 1}", f"z_{i}", "dense") for i in range(num_dense))
-        misfit = _misfit(table, arrays, column)
-        if not misfit:
-            return table, fields | {"n_mlp": num_dense - 1}
-    raise UserError(f"this is no state dict of a DDGAN generator: it has {misfit}")
-
-
-def _block(resblock_type: str, *shortcut: Layer) -> list[Layer]:
-    plain, adaptive = ("GroupNorm_1", "norm_1", "norm"), ("GroupNorm_1.style", "norm_1/style", "dense")
-    return [
-        ("GroupNorm_0.style", "norm_0/style", "dense"),
-        ("Conv_0", "conv_0", "conv"),
-        ("Dense_0", "time", "dense"),
-        plain if resblock_type == "biggan_oneadagn" else adaptive,
-        ("Conv_1", "conv_1", "conv"),
-        *shortcut,
-    ]
-
-
-def _modules(
-    arrays: Arrays,
-    column: int,
-    levels: int,
-    num_res_blocks: int,
-    resblock_type: str,
-    conditional: bool,
-    progressive: str,
-    progressive_input: str,
-) -> list[Row]:
-    """The rows of the reference's all_modules, in the order of the forward pass; LookupError if arrays are not there."""
-    ddpm = resblock_type == "ddpm"
-    equal = _block(resblock_type)
-    wider = _block(resblock_type, ("NIN_0", "shortcut", "nin") if ddpm else ("Conv_2", "shortcut", "conv 1x1"))
-    resample = (FIR, NAIVE, []) if ddpm else (wider,)
     layers: dict[str, dict[str, Any]] = {}
     for name, value in arrays.items():
         layer = name.partition("/")[0] if column else ".".join(name.split(".")[:2])
         layers.setdefault(layer, {})[name] = value
+    num_blocks = sum(name.endswith((".Conv_1.weight", "/conv_1/kernel")) for name in arrays)
+    num_dense = max(sum(name.startswith("z_") for name in layers), 1)
+    z = rows((f"z_transform.{2 * i + 1}", f"z_{i}", "dense") for i in range(num_dense))
+    furthest: tuple[int, str | None] = (0, "all_modules")
+    choices = [dict(zip(CHOICES, choice, strict=True)) for choice in itertools.product(*CHOICES.values())]
+    for levels, fields in itertools.product(range(num_blocks // 3, 0, -1), choices):
+        # Two blocks are in the middle; all but 'ddpm' resample by blocks, one down and one up between two levels.
+        others = 2 if fields["resblock_type"] == "ddpm" else 2 * levels
+        num_res_blocks = (num_blocks - others - levels) // (2 * levels)
+        if num_res_blocks < 1:
+            continue
+        try:
+            table = _modules(layers, column, levels, num_res_blocks, fields) + z
+        except LookupError as error:
+            furthest = max(furthest, error.args)
+            continue
+        furthest = (len(arrays), _misfit(table, arrays, column))
+        if furthest[1] is None:
+            return table, fields | {"num_res_blocks": num_res_blocks, "n_mlp": num_dense - 1}
+    raise UserError(MISFIT.format("generator", furthest[1]))
+
+
+def _block(resblock_type: str) -> list[Layer]:
+    adaptive = resblock_type != "biggan_oneadagn"
+    return [
+        ("GroupNorm_0.style", "norm_0/style", "dense"),
+        ("Conv_0", "conv_0", "conv"),
+        ("Dense_0", "time", "dense"),
+        ("GroupNorm_1.style", "norm_1/style", "dense") if adaptive else ("GroupNorm_1", "norm_1", "norm"),
+        ("Conv_1", "conv_1", "conv"),
+    ]
+
+
+def _modules(
+    layers: Mapping[str, Arrays], column: int, levels: int, num_res_blocks: int, fields: Mapping[str, Any]
+) -> list[Row]:
+    """The rows of all_modules, from arrays by layer; LookupError (number, name) of the first that is not there."""
+    ddpm = fields["resblock_type"] == "ddpm"
+    equal = _block(fields["resblock_type"])
+    wider = [*equal, ("NIN_0", "shortcut", "nin") if ddpm else ("Conv_2", "shortcut", "conv 1x1")]
+    resample = (FIR, NAIVE, []) if ddpm else ([*equal, ("Conv_2", "shortcut", "conv 1x1, same width")],)
     taken: list[list[Row]] = []
     attention = set()
 
     def take(name: str, *variants: list[Layer], optional: bool = False) -> bool:
         place = (f"all_modules.{len(taken)}", name)
         for new in (rows(variant, *place) for variant in variants):
-            if not _misfit(new, layers.get(place[column], {}), column):
+            if _misfit(new, layers.get(place[column], {}), column) is None:
                 taken.append(new)
                 return True
         if not optional:
-            raise LookupError(name)
+            raise LookupError(len(taken), place[column])
         return False
 
-    if conditional:
+    if fields["conditional"]:
         take("time_0", DENSE)
         take("time_1", DENSE)
     take("conv_in", CONV)
@@ -160,9 +158,9 @@ def _modules(
                 attention.add(level)
         if level < levels - 1:
             take(f"down_{level}_resample", *resample)
-            if progressive_input == "input_skip":
+            if fields["progressive_input"] == "input_skip":
                 take(f"down_{level}_combine", COMBINE)
-            elif progressive_input == "residual":
+            elif fields["progressive_input"] == "residual":
                 take(f"down_{level}_pyramid", FIR, NAIVE)
     take("mid_block_0", equal)
     take("mid_attn", ATTENTION)
@@ -172,12 +170,12 @@ def _modules(
             take(f"up_{level}_block_{i}", wider)  # by the skip
         if level in attention:
             take(f"up_{level}_attn", ATTENTION)
-        if progressive == "output_skip":
+        if fields["progressive"] == "output_skip":
             take(f"up_{level}_image_norm", NORM)
             take(f"up_{level}_image_conv", CONV)
         if level > 0:
             take(f"up_{level}_resample", *resample)
-    if progressive == "none":
+    if fields["progressive"] == "none":
         take("out_norm", NORM)
         take("out_conv", CONV)
     return [row for new in taken for row in new]

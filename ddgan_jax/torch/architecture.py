@@ -24,18 +24,16 @@ _UNCHECKED = frozenset(
 )
 
 
-def fields_of(*hints: Mapping[str, Any]) -> dict[str, Any]:
-    """Hints under the names of our fields, lists as tuples; UserError for a wrong type, or if they contradict."""
+def fields_of(hints: Mapping[str, Any]) -> dict[str, Any]:
+    """Hints under the names of our fields, lists as tuples; UserError for a wrong type."""
     fields: dict[str, Any] = {}
-    for name, value in ((str(name), value) for source in hints for name, value in source.items()):
+    for name, value in hints.items():
         if name == "embedding_type" and value != "positional":
             raise UserError(names.FOURIER)
-        field, value = ("tanh", not value) if name == "not_use_tanh" else (_ALIASES.get(name, name), value)
-        value = tuple(value) if isinstance(value, list) else value
-        if not isinstance(value, _TYPES.get(field, object)):
+        field, value = ("tanh", not value) if name == "not_use_tanh" else (_ALIASES.get(name, str(name)), value)
+        fields[field] = tuple(value) if isinstance(value, list) else value
+        if not isinstance(fields[field], _TYPES.get(field, object)):
             raise UserError(f"the hint {field}={value!r} must be a {_TYPES[field].__name__}")
-        if fields.setdefault(field, value) != value:
-            raise UserError(f"the hint {field}={value} contradicts another hint or the run, which say {fields[field]}")
     return fields
 
 

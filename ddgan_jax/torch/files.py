@@ -120,8 +120,12 @@ def read(path: str, /, **hints: Any) -> Reference:
     entries = moments.items() if isinstance(moments, dict) else ()
     ema = {i: entry["ema"] for i, entry in entries if isinstance(entry, dict) and "ema" in entry}
     averaged = {key: ema.get(i, value) for i, (key, value) in enumerate(netG.items())}
+    flags, given = architecture.fields_of(args), architecture.fields_of(hints)
+    for name in flags.keys() & given.keys():
+        if flags[name] != given[name]:
+            raise UserError(f"the hint {name}={given[name]} contradicts the run in {path}, which says {flags[name]}")
     return Reference(
-        architecture.generator_config(netG, **architecture.fields_of(args, hints)),
+        architecture.generator_config(netG, **(flags | given)),
         convert.generator_params(netG),
         convert.generator_params(averaged) if ema else None,
         architecture.discriminator_config(netD) if netD else None,

@@ -28,17 +28,14 @@ def arrays_of(state_dict: StateDict) -> dict[str, np.ndarray]:
 
 def to_ours(table: Iterable[names.Row], arrays: StateDict) -> Params:
     """The parameters that a table finds in the arrays of a state dict."""
-    params = {path: _transpose(arrays[key], layout, names.here(layout)) for key, path, layout in table}
-    return traverse_util.unflatten_dict(params, sep="/")
+    params = {path: np.einsum(f"{layout}->{names.here(layout)}", arrays[key]) for key, path, layout in table}
+    return traverse_util.unflatten_dict({path: np.ascontiguousarray(v) for path, v in params.items()}, sep="/")
 
 
 def to_theirs(table: Iterable[names.Row], flat: StateDict) -> dict[str, np.ndarray]:
     """The state dict that a table finds in parameters, which are given by their paths."""
-    return {key: _transpose(flat[path], names.here(layout), layout) for key, path, layout in table}
-
-
-def _transpose(value: np.ndarray, layout: str, to: str) -> np.ndarray:
-    return np.ascontiguousarray(np.einsum(f"{layout}->{to}", value))
+    arrays = {key: np.einsum(f"{names.here(layout)}->{layout}", flat[path]) for key, path, layout in table}
+    return {key: np.ascontiguousarray(value) for key, value in arrays.items()}
 
 
 def generator_params(state_dict: StateDict) -> Params:

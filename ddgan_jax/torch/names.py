@@ -115,23 +115,18 @@ def generator(arrays: Arrays, column: int) -> tuple[list[Row], dict[str, Any]]:
     raise UserError(MISFIT.format("generator", furthest[1]))
 
 
-def _block(resblock_type: str) -> list[Layer]:
-    adaptive = resblock_type != "biggan_oneadagn"
-    return [
-        ("GroupNorm_0.style", "norm_0/style", "dense"),
-        ("Conv_0", "conv_0", "conv"),
-        ("Dense_0", "time", "dense"),
-        ("GroupNorm_1.style", "norm_1/style", "dense") if adaptive else ("GroupNorm_1", "norm_1", "norm"),
-        ("Conv_1", "conv_1", "conv"),
-    ]
-
-
 def _modules(
     layers: Mapping[str, Arrays], column: int, levels: int, num_res_blocks: int, fields: Mapping[str, Any]
 ) -> list[Row]:
     """The rows of all_modules, from arrays by layer; LookupError (number, name) of the first that is not there."""
-    ddpm = fields["resblock_type"] == "ddpm"
-    equal = _block(fields["resblock_type"])
+    plain, ddpm = fields["resblock_type"] == "biggan_oneadagn", fields["resblock_type"] == "ddpm"
+    equal = [
+        ("GroupNorm_0.style", "norm_0/style", "dense"),
+        ("Conv_0", "conv_0", "conv"),
+        ("Dense_0", "time", "dense"),
+        ("GroupNorm_1", "norm_1", "norm") if plain else ("GroupNorm_1.style", "norm_1/style", "dense"),
+        ("Conv_1", "conv_1", "conv"),
+    ]
     wider = [*equal, ("NIN_0", "shortcut", "nin") if ddpm else ("Conv_2", "shortcut", "conv 1x1")]
     resample = (FIR, NAIVE, []) if ddpm else ([*equal, ("Conv_2", "shortcut", "conv 1x1, same width")],)
     taken: list[list[Row]] = []

@@ -98,6 +98,7 @@ def generator(arrays: Arrays, column: int) -> tuple[list[Row], dict[str, Any]]:
     z = rows((f"z_transform.{2 * i + 1}", f"z_{i}", "dense") for i in range(num_dense))
     furthest: tuple[int, str | None] = (0, "all_modules")
     choices = [dict(zip(CHOICES, choice, strict=True)) for choice in itertools.product(*CHOICES.values())]
+    # Most levels first: with fewer, blocks that resample could pass for others.
     for levels, fields in itertools.product(range(num_blocks // 3, 0, -1), choices):
         # Two blocks are in the middle; all but 'ddpm' resample by blocks, one down and one up between two levels.
         others = 2 if fields["resblock_type"] == "ddpm" else 2 * levels

@@ -89,7 +89,7 @@ def run(argv: list[str]) -> None:
         "interpolate": dict(num=num, samples=FLAGS.between, **how),
         "export": dict(posterior=FLAGS.posterior),
     }
-    out = FLAGS.out or f"{path}/{name}"
+    out = FLAGS.out or (f"{path.removesuffix('.pth')}.{name}" if path.endswith(".pth") else f"{path}/{name}")
     told = config if FLAGS["config"].present else None  # of a .pth, which does not tell everything
 
     def job() -> None:

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddgan_jax import build, editing, parallel, sampling
-from ddgan_jax import torch_files as files
 from ddgan_jax.build import Denoiser
 from ddgan_jax.config import Config, read
 from ddgan_jax.diffusion import q_sample
@@ -24,6 +23,7 @@ from ddgan_jax.errors import UserError
 from ddgan_jax.sampler import POSTERIORS, Sampler, default_labels, noise_of, to_images
 from ddgan_jax.sampler import sample as draw
 from ddgan_jax.storage import checkpoint
+from ddgan_jax.torch import files
 from ddgan_jax.train_step import bind, to_x0
 
 # --- Compiled once for a model, its shapes, and the static arguments in front --------------------------------------

@@ -12,8 +12,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 # Within the models, layers.py is the lower one.
 RANKS = {
-    0: "errors ops storage cluster config diffusion state parallel torch_weights figures data metrics models.layers",
-    1: "objectives jobs.signals sampling storage.log torch_files models.generator models.discriminator models.mlp",
+    0: "errors ops storage cluster config diffusion state parallel torch figures data metrics models.layers",
+    1: "objectives jobs.signals sampling storage.log models.generator models.discriminator models.mlp",
     2: "automatic train_step editing metrics.features metrics.judge",
     3: "build",
     4: "sampler jobs.progress",

@@ -10,7 +10,8 @@ from ddgan_jax import ops
 from ddgan_jax.errors import UserError
 from ddgan_jax.models.discriminator import LARGE, SMALL, Discriminator, minibatch_stddev, preset
 from ddgan_jax.objectives import ddgan
-from ddgan_jax.torch_weights import discriminator_config, discriminator_params, discriminator_state_dict
+from ddgan_jax.torch.architecture import discriminator_config
+from ddgan_jax.torch.convert import discriminator_params, discriminator_state_dict
 
 
 def to_neighbours(batch: int) -> np.ndarray:

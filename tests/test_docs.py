@@ -95,7 +95,7 @@ def test_files_that_are_named_exist(page):
         assert (ROOT / name).exists(), f"{page}: {name}"
         if variant and name.startswith("configs/") and variant != "fields":
             importlib.import_module(name.removesuffix(".py").replace("/", ".")).get_config(variant)
-    for name in re.findall(r"python -m ((?:ddgan_jax|experiments|benchmarks)\.\w+)", TEXTS[page]):
+    for name in re.findall(r"python -m ((?:ddgan_jax|experiments|benchmarks)(?:\.\w+)+)", TEXTS[page]):
         assert (ROOT / name.replace(".", "/")).with_suffix(".py").exists(), f"{page}: {name}"
 
 

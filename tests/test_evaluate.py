@@ -3,20 +3,24 @@
 import dataclasses
 import importlib
 import json
+import lzma
 import os
 
 import jax
 import numpy as np
 import pytest
 from commands import POINTS, SMOKE, python, run
+from conftest import GOLDEN
 from PIL import Image
 
 from ddgan_jax import figures
+from ddgan_jax.build import build
 from ddgan_jax.config import DataConfig, as_dict, read
 from ddgan_jax.data.sources import Data, open_data
 from ddgan_jax.errors import UserError
 from ddgan_jax.jobs import evaluate
 from ddgan_jax.metrics import features, inception, judge, vgg
+from ddgan_jax.model import networks_of
 
 TIMES = ("seconds", "sampling")
 
@@ -233,6 +237,37 @@ def test_the_measures_of_the_paper(published, tmp_path):
     np.savez(tmp_path / "small.npz", mu=np.zeros(64), sigma=np.eye(64))
     with pytest.raises(UserError, match="of features of width 64, and 2048 is needed"):
         with_statistics("small.npz")
+
+
+def test_a_file_of_the_reference_is_evaluated_and_trained_from_under_its_configuration(published, tmp_path):
+    """netG_1.pth holds arrays alone, and a configuration tells the rest; where they disagree, the error says so."""
+    for name in ("netG_1", "content"):
+        packed = (GOLDEN / "checkpoint" / f"{name}.pth.xz").read_bytes()
+        (tmp_path / f"{name}.pth").write_bytes(lzma.decompress(packed))
+    small = dict(nf=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(16,), nz=8, z_emb_dim=16, n_mlp=2)
+    c = published | {"generator": small, "data": published["data"] | {"image_size": 16}}
+    c["train"] = published["train"] | {"init_from": str(tmp_path / "netG_1.pth")}
+    results = evaluate.evaluate(c, c["train"]["init_from"], num_samples=12)
+    assert results["checkpoint"] == c["train"]["init_from"] and results["step"] == 0 and results["fid"] > 0
+    assert (tmp_path / "netG_1.pth.evaluation" / "samples.png").exists()
+    with pytest.raises(UserError, match="the hint nf=16 contradicts the arrays, which say 8"):
+        evaluate.evaluate(c | {"generator": small | {"nf": 16}}, c["train"]["init_from"])
+
+    def networks(name):
+        """The networks that a run of the reference's discriminator begins with."""
+        stages = [[2, False], [4, True], [8, True], [8, True]]
+        d = {"ngf": 2, "t_emb_dim": 8, "stages": stages}
+        with_it = read(c | {"discriminator": d, "train": c["train"] | {"init_from": str(tmp_path / name)}})
+        return networks_of(with_it, jax.eval_shape(build(with_it).init_state))[1:]
+
+    gen, disc = networks("netG_1.pth")
+    assert disc is None
+    again, disc = networks("content.pth")  # with the moving average that netG_1.pth holds
+    jax.tree.map(np.testing.assert_array_equal, again, gen)
+    assert disc["conv_in"]["kernel"].shape == (1, 1, 6, 4)
+    shapes = jax.eval_shape(build(c).init_state)  # with another discriminator
+    with pytest.raises(UserError, match="is of another architecture than the configuration"):
+        networks_of(read(c | {"train": {"init_from": str(tmp_path / "content.pth")}}), shapes)
 
 
 def test_weights_that_are_not_there_or_damaged(published, tmp_path, monkeypatch):

@@ -12,7 +12,8 @@ from conftest import Golden, close_to_largest, golden_inventory
 from ddgan_jax import ops
 from ddgan_jax.errors import UserError
 from ddgan_jax.models.generator import Generator
-from ddgan_jax.torch_weights import generator_config, generator_params, generator_state_dict
+from ddgan_jax.torch.architecture import generator_config
+from ddgan_jax.torch.convert import generator_params, generator_state_dict
 
 TINY = dict(nf=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(8,), nz=6, z_emb_dim=8, n_mlp=1)
 CELEBA = dict(nf=64, ch_mult=(1, 1, 2, 2, 4, 4), n_mlp=3)

@@ -7,7 +7,7 @@ import pytest
 from conftest import Golden, close_to_largest
 
 from ddgan_jax.models import layers
-from ddgan_jax.torch_weights import _SUBLAYERS, _layer_params
+from ddgan_jax.torch import convert, names
 
 KERNELS = {"1331": (1, 3, 3, 1), "121": (1, 2, 1), "1234_asym": (1, 2, 3, 4)}
 
@@ -46,11 +46,11 @@ def test_single_layers_equal_released_code(form):
 
     assert golden["adagn/num_groups"] == 12 // 4
     style = {"style.weight": golden["adagn/style.weight"], "style.bias": golden["adagn/style.bias"]}
-    params = _layer_params(style, {"style": "style"})
+    params = convert.to_ours(names.rows([("style", "style", "dense")]), style)
     out = layers.AdaptiveGroupNorm().apply({"params": params}, golden.nhwc("adagn/x"), golden["adagn/style_in"])
     np.testing.assert_allclose(nchw(out), golden["adagn/out"], atol=5e-6)
 
-    params = _layer_params(golden.below("attn/sd/"), _SUBLAYERS["attn"])
+    params = convert.to_ours(names.rows(names.ATTENTION), golden.below("attn/sd/"))
     out = layers.Attention().apply({"params": params}, golden.nhwc("attn/x"))
     np.testing.assert_allclose(nchw(out), golden["attn/out"], atol=5e-6)
 

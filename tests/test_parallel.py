@@ -18,7 +18,8 @@ import dataclasses, json
 import jax, jax.numpy as jnp, numpy as np
 from test_generator import random_params
 from test_train_step import method_of
-from ddgan_jax import parallel, state as state_lib, torch_weights as tw, train_step as ts
+from ddgan_jax import parallel, state as state_lib, train_step as ts
+from ddgan_jax.torch import convert
 from ddgan_jax.models.discriminator import Discriminator, minibatch_stddev, preset
 from ddgan_jax.models.generator import Generator
 from ddgan_jax.models.mlp import PointDiscriminator, PointGenerator
@@ -53,8 +54,8 @@ four, four_metrics = train(
 )
 assert all(leaf.sharding.is_fully_replicated and len(leaf.devices()) == 4 for leaf in jax.tree.leaves(four))
 worst = {}
-for name, export in (("gen_params", tw.generator_state_dict), ("ema_params", tw.generator_state_dict),
-                     ("disc_params", tw.discriminator_state_dict)):
+for name, export in (("gen_params", convert.generator_state_dict), ("ema_params", convert.generator_state_dict),
+                     ("disc_params", convert.discriminator_state_dict)):
     a, b = (export(jax.tree.map(np.asarray, getattr(s, name))) for s in (one, four))
     worst[name] = max(float(np.abs(a[k] - b[k]).max()) for k in a)
 first = random_params(generator, 8)["z_0"]["kernel"]

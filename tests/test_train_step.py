@@ -13,7 +13,6 @@ from conftest import Golden, close_to_largest
 from test_discriminator import to_neighbours
 
 from ddgan_jax import state as state_lib
-from ddgan_jax import torch_weights as tw
 from ddgan_jax import train_step as ts
 from ddgan_jax.diffusion import Schedule
 from ddgan_jax.models.discriminator import Discriminator
@@ -26,6 +25,7 @@ from ddgan_jax.objectives.mismatched import Mismatched
 from ddgan_jax.objectives.moment import Moment
 from ddgan_jax.objectives.one_shot import OneShot
 from ddgan_jax.objectives.pace import pace_of_g
+from ddgan_jax.torch import architecture, convert
 
 
 def method_of(generator, discriminator, **options):
@@ -71,8 +71,8 @@ def test_four_steps_equal_reference():
     golden = Golden("train_step")
     flags = golden.config
     init_g, init_d = golden.below("init/G/"), golden.below("init/D/")
-    generator = Generator(**tw.generator_config(init_g, **flags))
-    disc = Discriminator(**tw.discriminator_config(init_d))
+    generator = Generator(**architecture.generator_config(init_g, **flags))
+    disc = Discriminator(**architecture.discriminator_config(init_d))
     method = method_of(
         generator,
         disc,
@@ -84,9 +84,13 @@ def test_four_steps_equal_reference():
     )
     order = to_neighbours(flags["batch_size"])
     back = np.argsort(order)
-    state = state_lib.create(tw.generator_params(init_g), tw.discriminator_params(init_d), method.optimizer)
+    state = state_lib.create(convert.generator_params(init_g), convert.discriminator_params(init_d), method.optimizer)
     names = {"G": json.loads(str(golden["param_names/G"])), "D": json.loads(str(golden["param_names/D"]))}
-    exporters = {"G": tw.generator_state_dict, "D": tw.discriminator_state_dict, "ema": tw.generator_state_dict}
+    exporters = {
+        "G": convert.generator_state_dict,
+        "D": convert.discriminator_state_dict,
+        "ema": convert.generator_state_dict,
+    }
     d_gradients = jax.jit(lambda s, x, d, r1: ts.d_gradients(method, s, ts.Phase(x, d), r1), static_argnums=3)
     g_gradients = jax.jit(lambda s, x, d: ts.g_gradients(method, s, ts.Phase(x, d)))
     pairs = jax.jit(lambda s, x, d: pairs_of(method, s, x, d))

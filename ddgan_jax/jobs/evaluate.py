@@ -92,8 +92,8 @@ def time_sampling(draw: Sampler, params: Any, seed: int, batch: int, num_steps: 
 def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_samples: int = 0, seed: int = 0) -> Results:
     """Judge the checkpoint or workdir `path`, or the `samples` of a file or folder, against `config.data`.
 
-    Writes results.json and pictures into the folder `out`, by default `path`/evaluation/STEP. Returns the results, {}
-    in all processes but the first.
+    Writes results.json and pictures into the folder `out`, by default `path`/evaluation/STEP, or `path`.evaluation of a
+    `.pth`, which `config` must describe. Returns the results, {} in all processes but the first.
     Raises UserError where `config` is of other data than the checkpoint.
     """
     c, start = read(config), time.time()
@@ -107,7 +107,7 @@ def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_sampl
         model = load(path, c)
         c, step = _same_data(c, model.config, path), model.step
         draw = Sampler(model.denoiser, c.sample.batch_size)
-        folder = paths.path(out) if out else paths.path(path) / "evaluation" / str(step)
+        folder = paths.path(out or (f"{path}.evaluation" if path.endswith(".pth") else f"{path}/evaluation/{step}"))
         found = parallel.from_primary(lambda: str(checkpoint.find(path)) if step else path)
         results = {"checkpoint": found, "step": step, "seed": seed}
     judge_, labels = open_judge(c), None

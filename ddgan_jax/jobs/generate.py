@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from ddgan_jax import figures, parallel, torch_files, torch_weights
+from ddgan_jax import figures, parallel
 from ddgan_jax.data import decoding
 from ddgan_jax.errors import UserError
 from ddgan_jax.model import Model
 from ddgan_jax.storage import paths
+from ddgan_jax.torch import convert, files
 
 KINDS = {
     ".png": "a grid",
@@ -123,7 +124,7 @@ def export(model: Model, out: str, posterior: str = "gaussian") -> None:
     elif model.num_classes:
         raise UserError(f"--out={out}: the reference has no class-conditional networks; write a .bin")
     elif _has_images(model):
-        torch_files.save(out, torch_weights.generator_state_dict(model.params))
+        files.save(out, convert.generator_state_dict(model.params))
     else:
         raise UserError(f"--out={out}: the reference has no networks for points; write a .bin")
 

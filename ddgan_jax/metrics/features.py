@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from ddgan_jax import parallel, torch_files
+from ddgan_jax import parallel
 from ddgan_jax.config import Config
 from ddgan_jax.data import sources
 from ddgan_jax.data.batches import order
@@ -22,6 +22,7 @@ from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.metrics import classifier, inception, vgg, weights
 from ddgan_jax.storage import checkpoint, paths
 from ddgan_jax.storage.paths import Path
+from ddgan_jax.torch import files
 
 LEAST_ACCURACY = {"mnist": 0.985, "mnist_5k": 0.97}  # below it, counts of modes mean nothing
 
@@ -102,7 +103,7 @@ def _read_weights(path: str, module: Any) -> dict[str, np.ndarray]:
         digest = hashlib.sha256(paths.read(paths.path(path))).hexdigest()
         if digest != module.SHA256:
             raise UserError(f"{path} is damaged: its SHA-256 is {digest}, not {module.SHA256}")
-    return weights.read(path) if path.endswith(".npz") else torch_files.load(path)
+    return weights.read(path) if path.endswith(".npz") else files.load(path)
 
 
 def published_networks(c: Config) -> list[Network]:

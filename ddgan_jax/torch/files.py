@@ -1,13 +1,13 @@
-"""The reference's checkpoint files, read and written: `netG_*.pth`, `content.pth`.
+"""The reference's checkpoint files, read and written: `netG_*.pth`, `content.pth`. All of this needs PyTorch.
 
 A pickle can run any program: `load` builds nothing but tensors and plain values from it, and refuses the rest.
-Everything here needs PyTorch; the conversion of state dicts that are already in memory (torch_weights.py) does not.
 
-    python -m ddgan_jax.torch_files netG_1200.pth image_size=32 skip_rescale=True ...        # what is in a file?
+    python -m ddgan_jax.torch.files netG_1200.pth image_size=32 skip_rescale=True ...        # what is in a file?
 """
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import io
 import pickle
@@ -18,18 +18,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from flax import traverse_util
 
 from ddgan_jax.errors import UserError
 from ddgan_jax.storage import paths
-from ddgan_jax.torch_weights import (
-    Params,
-    StateDict,
-    discriminator_config,
-    discriminator_params,
-    generator_config,
-    generator_params,
-    leaves,
-)
+from ddgan_jax.torch import architecture, convert
+from ddgan_jax.torch.convert import Params, StateDict
 
 LICENCE_NOTE = "Imported weights keep their licence: those that NVIDIA released may not be used commercially."
 
@@ -53,6 +47,9 @@ def load(path: str) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
             content = torch.load(io.BytesIO(paths.read(paths.path(path))), map_location="cpu", weights_only=True)
+        content = _plain(content, path)
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     except pickle.UnpicklingError as error:
@@ -61,7 +58,6 @@ def load(path: str) -> dict[str, Any]:
         raise UserError(f"{path} is refused: it {found} only tensors and plain values are read") from None
     except Exception as error:  # damaged archives fail in many ways inside torch
         raise UserError(f"{path} is damaged, or no PyTorch file ({type(error).__name__})") from None
-    content = _plain(content, path)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a state dict or a run of the reference")
     return content
@@ -74,13 +70,13 @@ def _plain(value: Any, path: str) -> Any:
     if isinstance(value, torch.Tensor):
         if value.layout != torch.strided or value.is_meta or value.is_quantized or value.dtype == torch.bfloat16:
             raise UserError(
-                f"{path} is refused: it holds a tensor that is not a plain array ({value.dtype}, {value.layout})"
+                f"{path} is refused: it holds a tensor that is no plain array ({value.dtype}, {value.layout})"
             )
         return value.detach().numpy()
     if isinstance(value, argparse.Namespace):
         value = vars(value)
-    if isinstance(value, Mapping):
-        return {_plain(key, path): _plain(item, path) for key, item in value.items()}
+    if isinstance(value, Mapping) and all(isinstance(key, str | int) for key in value):
+        return {key: _plain(item, path) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item, path) for item in value]
     if value is None or isinstance(value, bool | int | float | str):
@@ -107,26 +103,33 @@ class Reference:
     args: dict[str, Any] = dataclasses.field(default_factory=dict)  # the flags of the run
 
 
-def read(path: str, **hints: Any) -> Reference:
-    """Load and convert a `netG_*.pth` or a `content.pth`; `hints` as for `generator_config`.
+def read(path: str, /, **hints: Any) -> Reference:
+    """Load and convert a `netG_*.pth`, with `hints` as for `generator_config`, or a `content.pth`, which has its flags.
 
-    A `netG_*.pth` needs hints, a `content.pth` brings the flags of its run. Raises UserError as `load` and
-    `generator_config` do.
+    Raises UserError as `load` and `generator_config` do, and if hints contradict the flags.
     """
     content = load(path)
     if "netG_dict" not in content:
-        return Reference(generator_config(content, **hints), generator_params(content))
-    args = content.get("args", {})
-    netG, netD = content["netG_dict"], content.get("netD_dict")
+        return Reference(architecture.generator_config(content, **hints), convert.generator_params(content))
+    parts = [content.get(name, {}) for name in ("args", "netG_dict", "netD_dict", "optimizerG")]
+    if not all(isinstance(part, dict) for part in parts):
+        raise UserError(f"{path} is damaged: a part of the run is no dict")
+    args, netG, netD, optimizer = parts
     # The moving average lies in the optimizer's state, by the position of the parameter.
-    moments = content.get("optimizerG", {}).get("state", {})
-    ema = {key: moments.get(i, {}).get("ema", value) for i, (key, value) in enumerate(netG.items())}
+    moments = optimizer.get("state", {})
+    entries = moments.items() if isinstance(moments, dict) else ()
+    ema = {i: entry["ema"] for i, entry in entries if isinstance(entry, dict) and "ema" in entry}
+    averaged = {key: ema.get(i, value) for i, (key, value) in enumerate(netG.items())}
+    flags, given = architecture.fields_of(args), architecture.fields_of(hints)
+    for name in flags.keys() & given.keys():
+        if flags[name] != given[name]:
+            raise UserError(f"the hint {name}={given[name]} contradicts the run in {path}, which says {flags[name]}")
     return Reference(
-        generator_config(netG, **(args | hints)),
-        generator_params(netG),
-        generator_params(ema) if any("ema" in entry for entry in moments.values()) else None,
-        discriminator_config(netD) if netD else None,
-        discriminator_params(netD) if netD else None,
+        architecture.generator_config(netG, **(flags | given)),
+        convert.generator_params(netG),
+        convert.generator_params(averaged) if ema else None,
+        architecture.discriminator_config(netD) if netD else None,
+        convert.discriminator_params(netD) if netD else None,
         args,
     )
 
@@ -134,29 +137,24 @@ def read(path: str, **hints: Any) -> Reference:
 def main(argv: Sequence[str]) -> int:
     """Print what a `.pth` file holds. Returns the exit code: 2, after one sentence, if it cannot be used."""
     if not argv or any("=" not in hint for hint in argv[1:]):
-        print("usage: python -m ddgan_jax.torch_files FILE.pth [image_size=32 ...]", file=sys.stderr)
+        print("usage: python -m ddgan_jax.torch.files FILE.pth [image_size=32 ...]", file=sys.stderr)
         return 2
-
-    def parse(value: str) -> Any:
-        try:
-            return ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            return value
-
-    def count(params: Params) -> str:
-        return f"{sum(value.size for layer in leaves(params).values() for value in layer.values()):,} parameters"
-
+    hints: dict[str, Any] = dict(hint.split("=", 1) for hint in argv[1:])
+    for name, text in hints.items():
+        with contextlib.suppress(ValueError, SyntaxError, TypeError):  # then it is a string
+            hints[name] = ast.literal_eval(text)
     try:
-        found = read(argv[0], **{name: parse(value) for name, value in (hint.split("=", 1) for hint in argv[1:])})
+        found = read(argv[0], **hints)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"Generator({', '.join(f'{name}={value!r}' for name, value in found.generator.items())})")
-    print(f"  {count(found.gen_params)}, moving average {'included' if found.ema_params else 'not apart'}")
+    networks = [("Generator", found.generator, found.gen_params)]
     if found.discriminator and found.disc_params:
-        print(f"Discriminator({', '.join(f'{name}={value!r}' for name, value in found.discriminator.items())})")
-        print(f"  {count(found.disc_params)}")
-    print(LICENCE_NOTE)
+        networks.append(("Discriminator", found.discriminator, found.disc_params))
+    for network, fields, params in networks:
+        count = sum(value.size for value in traverse_util.flatten_dict(params).values())
+        print(f"{network}({', '.join(f'{name}={value!r}' for name, value in fields.items())})\n  {count:,} parameters")
+    print(f"moving average {'included' if found.ema_params else 'not apart'}\n{LICENCE_NOTE}")
     return 0
 
 

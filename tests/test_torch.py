@@ -1,5 +1,6 @@
 """Checkpoints of the reference: real files, round trips, and files that must not be trusted."""
 
+import dataclasses
 import functools
 import lzma
 import pickle
@@ -15,11 +16,10 @@ import pytest
 from commands import run_module
 from conftest import GOLDEN, Golden
 
-from ddgan_jax import torch_files as tf
-from ddgan_jax import torch_weights as tw
 from ddgan_jax.errors import UserError
 from ddgan_jax.models.discriminator import Discriminator
 from ddgan_jax.models.generator import Generator
+from ddgan_jax.torch import architecture, convert, files
 
 torch = pytest.importorskip("torch")
 HINTS = dict(image_size=16, skip_rescale=True, tanh=True, centered=True)
@@ -43,10 +43,10 @@ def outputs(golden, found, params):
 @pytest.mark.golden
 def test_real_checkpoints(checkpoint):
     golden = Golden("checkpoint/expected")
-    found = tf.read(str(checkpoint / "netG_1.pth"), **HINTS)
+    found = files.read(str(checkpoint / "netG_1.pth"), **HINTS)
     np.testing.assert_allclose(outputs(golden, found, found.gen_params), golden["out_netG_1_ema"], atol=2e-5)
 
-    run = tf.read(str(checkpoint / "content.pth"))  # brings its flags, needs no hints
+    run = files.read(str(checkpoint / "content.pth"))  # brings its flags, needs no hints
     assert run.generator == found.generator | {"dropout": 0.0, "fir_kernel": (1, 3, 3, 1)}
     assert run.args["num_timesteps"] == 4
     np.testing.assert_allclose(outputs(golden, run, run.gen_params), golden["out_content_netG"], atol=2e-5)
@@ -60,16 +60,16 @@ def test_real_checkpoints(checkpoint):
 @pytest.mark.golden
 def test_round_trip_through_a_file(checkpoint, tmp_path):
     """import -> export -> import is the identity, and the exported file is the imported one: keys, order, bits."""
-    content = tf.load(str(checkpoint / "content.pth"))
+    content = files.load(str(checkpoint / "content.pth"))
     cases = (
-        (tf.load(str(checkpoint / "netG_1.pth")), tw.generator_params, tw.generator_state_dict),
-        (content["netG_dict"], tw.generator_params, tw.generator_state_dict),
-        (content["netD_dict"], tw.discriminator_params, tw.discriminator_state_dict),
+        (files.load(str(checkpoint / "netG_1.pth")), convert.generator_params, convert.generator_state_dict),
+        (content["netG_dict"], convert.generator_params, convert.generator_state_dict),
+        (content["netD_dict"], convert.discriminator_params, convert.discriminator_state_dict),
     )
     for original, read, write in cases:
         params = read(original)
-        tf.save(str(tmp_path / "again.pth"), write(params))
-        again = tf.load(str(tmp_path / "again.pth"))
+        files.save(str(tmp_path / "again.pth"), write(params))
+        again = files.load(str(tmp_path / "again.pth"))
         assert list(again) == list(original)
         for key, value in original.items():
             assert again[key].dtype == value.dtype and again[key].tobytes() == value.tobytes(), key
@@ -83,26 +83,100 @@ def state_dict():
 def test_what_the_arrays_do_not_tell_is_asked_for():
     sd = state_dict()
     with pytest.raises(UserError, match=r"do not tell skip_rescale, tanh, centered, image_size.*skip_rescale=True"):
-        tw.generator_config(sd)
+        architecture.generator_config(sd)
     with pytest.raises(UserError, match="do not tell tanh"):
-        tw.generator_config(sd, image_size=32, skip_rescale=True, centered=True)
-    config = tw.generator_config(sd, **(HINTS | dict(image_size=64, tanh=False)))
+        architecture.generator_config(sd, image_size=32, skip_rescale=True, centered=True)
+    config = architecture.generator_config(sd, **(HINTS | dict(image_size=64, tanh=False)))
     assert config["attn_resolutions"] == (32,) and not config["tanh"]
     for hints, message in (
         (dict(nf=64), "nf=64 contradicts the arrays, which say 32"),
         (dict(num_channels_dae=64), "nf=64 contradicts"),
         (dict(ch_mult=[1, 2, 2]), "ch_mult"),
         (dict(fir=False), "fir=False contradicts"),
-        (dict(attn_resolutions=[8]), r"attn_resolutions=\[8\] contradicts the arrays, which say \(16,\)"),
+        (dict(attn_resolutions=[8]), r"attn_resolutions=\(8,\) contradicts the arrays, which say \(16,\)"),
         (dict(imagesize=32), "unknown hint 'imagesize'"),
         (dict(embedding_type="fourier"), "Fourier"),
     ):
         with pytest.raises(UserError, match=message):
-            tw.generator_config(sd, **(HINTS | dict(image_size=32) | hints))
+            architecture.generator_config(sd, **(HINTS | dict(image_size=32) | hints))
     assert (
-        tw.generator_config(sd, **(HINTS | dict(image_size=32, attn_resolutions=[16], not_use_tanh=True)))["tanh"]
+        architecture.generator_config(sd, **(HINTS | dict(image_size=32, attn_resolutions=[16], not_use_tanh=True)))[
+            "tanh"
+        ]
         is False
     )
+
+
+def fields_of(**options):
+    """All fields of a small Generator that are hints, and its state dict."""
+    small = dict(nf=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(8,), nz=6, z_emb_dim=8, n_mlp=1)
+    generator = Generator(**(small | options))
+    inputs = jnp.zeros((1, 16, 16, 3)), jnp.zeros(1, jnp.int32), jnp.zeros((1, generator.nz))
+    shapes = jax.eval_shape(generator.init, jax.random.key(0), *inputs)["params"]
+    no_hints = ("parent", "name", "dtype", "num_classes", "remat")
+    fields = {f.name: getattr(generator, f.name) for f in dataclasses.fields(generator) if f.name not in no_hints}
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
+    return fields | {"image_size": 16}, convert.generator_state_dict(zeros)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(ch_mult=(2,), attn_resolutions=()),
+        dict(nz=0, dropout=0.1, progressive="output_skip", tanh=False),
+        dict(progressive_input="input_skip", progressive_combine="cat", fir=False, skip_rescale=False),
+        dict(resblock_type="ddpm", resamp_with_conv=False, progressive_input="none", conditional=False),
+    ],
+    ids=str,
+)
+def test_all_fields_of_a_generator_can_be_hints(options):
+    """They agree with its own arrays; one that does not is named."""
+    fields, sd = fields_of(**options)
+    config = architecture.generator_config(sd, **fields)
+    assert config.items() <= fields.items() and config["dropout"] == fields["dropout"]
+    other = dict(image_channels=1, nf=16, ch_mult=(1, 3), num_res_blocks=2, nz=7, z_emb_dim=9, n_mlp=3)
+    other |= dict(resblock_type="biggan_oneadagn", conditional=not fields["conditional"])
+    other |= dict(attn_resolutions=(16, 8)) if "attn_resolutions" not in options else {}
+    if "progressive" in config:
+        other |= dict(progressive={"none": "output_skip"}.get(fields["progressive"], "none"))
+        other |= dict(progressive_input={"none": "residual"}.get(fields["progressive_input"], "none"))
+    for name, value in other.items():
+        with pytest.raises(UserError, match=f"the hint {name}=.* contradicts the arrays"):
+            architecture.generator_config(sd, **(fields | {name: value}))
+
+
+@pytest.mark.parametrize(
+    "hints, message",
+    [
+        (dict(image_size="32"), "image_size='32' must be a int"),
+        (dict(tanh="true"), "tanh='true' must be a bool"),
+        (dict(attn_resolutions=16), "attn_resolutions=16 must be a tuple"),
+        (dict(ch_mult=2), "ch_mult=2 contradicts the arrays"),
+        (dict(path=1), "unknown hint 'path'"),
+    ],
+    ids=str,
+)
+def test_hints_that_make_no_sense(hints, message):
+    with pytest.raises(UserError, match=message):
+        architecture.generator_config(state_dict(), **(HINTS | hints))
+
+
+@pytest.mark.golden
+def test_hints_may_not_contradict_the_flags_of_a_run(checkpoint):
+    path = str(checkpoint / "content.pth")
+    assert files.read(path, **HINTS).generator == files.read(path).generator
+    for name in HINTS:
+        with pytest.raises(UserError, match=f"the hint {name}=.* contradicts the run"):
+            files.read(path, **(HINTS | {name: 8 if name == "image_size" else False}))
+
+
+def test_other_parameters_are_not_exported():
+    params = convert.generator_params(state_dict())
+    for other in ({}, params | {"class": {"embedding": np.zeros((10, 32))}}, {"dense_0": params["z_0"]}):
+        for export in (convert.generator_state_dict, convert.discriminator_state_dict):
+            with pytest.raises(UserError, match="is missing, unknown, or of a wrong shape"):
+                export(other)
 
 
 def changed(**changes):
@@ -138,17 +212,17 @@ def changed(**changes):
 )
 def test_other_state_dicts_are_refused_as_generators(sd):
     with pytest.raises(UserError) as error:
-        tw.generator_params(sd)
+        convert.generator_params(sd)
     assert "\n" not in str(error.value)
 
 
 def test_other_state_dicts_are_refused_as_discriminators():
     with pytest.raises(UserError, match="no state dict of a DDGAN discriminator"):
-        tw.discriminator_params(state_dict())
+        convert.discriminator_params(state_dict())
     sd = Golden("discriminator_small").below("sd/")
     sd.pop("end_linear.weight"), sd.pop("end_linear.bias")
-    with pytest.raises(UserError, match="lacks out"):
-        tw.discriminator_params(sd)
+    with pytest.raises(UserError, match=r"'end_linear\.bias' is missing"):
+        convert.discriminator_params(sd)
 
 
 class Attack:
@@ -177,6 +251,9 @@ def broken_files(folder, good):
     write("not_a_dict", [1, 2, 3])
     write("tensor", torch.zeros(3))
     write("sparse", {"a": torch.eye(3).to_sparse()})
+    write("keys", {(1, 2): torch.zeros(2)})
+    write("number_for_a_network", {"netG_dict": 5})
+    write("list_of_arguments", {"netG_dict": {}, "args": [1]})
     write("not_numbers", {"all_modules.0.weight": "text"})
     write("other_network", OrderedDict(torch.nn.Conv2d(3, 3, 3).state_dict()))
     paths["archive"] = folder / "archive.pth"
@@ -191,7 +268,7 @@ def broken_files(folder, good):
 def test_bad_files_are_refused_in_one_sentence(checkpoint, tmp_path, capfd):
     paths = broken_files(tmp_path, checkpoint / "netG_1.pth")
     for name, path in paths.items():
-        assert tf.main([str(path), *(f"{k}={v}" for k, v in HINTS.items())]) == 2, name
+        assert files.main([str(path), *(f"{k}={v}" for k, v in HINTS.items())]) == 2, name
         out, err = capfd.readouterr()
         assert "never be printed" not in out + err, name
         assert err.startswith("error: ") and err.count("\n") == 1 and not out, f"{name}: {err}"
@@ -202,7 +279,7 @@ def test_bad_files_are_refused_in_one_sentence(checkpoint, tmp_path, capfd):
 def test_command(checkpoint):
     """As a user runs it: what is in the file, and the licence; no arguments, or too few, is code 2."""
 
-    run = functools.partial(run_module, "ddgan_jax.torch_files")
+    run = functools.partial(run_module, "ddgan_jax.torch.files")
     result = run(checkpoint / "netG_1.pth", *(f"{k}={v}" for k, v in HINTS.items()))
     assert result.returncode == 0 and "nf=8" in result.stdout and "licence" in result.stdout
     result = run(checkpoint / "content.pth")
@@ -221,7 +298,9 @@ def test_command(checkpoint):
 
 def test_without_torch(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    for call in (lambda: tf.load("x.pth"), lambda: tf.save("x.pth", {})):
+    for call in (lambda: files.load("x.pth"), lambda: files.save("x.pth", {})):
         with pytest.raises(UserError, match="pip install torch"):
             call()
-    assert jnp.asarray(tw.generator_params(state_dict())["conv_in"]["bias"]).shape == (32,)  # state dicts need no torch
+    assert jnp.asarray(convert.generator_params(state_dict())["conv_in"]["bias"]).shape == (
+        32,
+    )  # state dicts need no torch

@@ -7,7 +7,7 @@ import traceback
 from absl import flags
 from ml_collections import config_flags
 
-from ddgan_jax import errors, parallel
+from ddgan_jax import errors, processes
 from ddgan_jax.errors import Fault, Interrupted, UserError
 
 MODES = ("train", "sample", "vary", "edit", "inpaint", "interpolate", "export", "evaluate")
@@ -57,7 +57,7 @@ def run(argv: list[str]) -> None:
         import jax
 
         jax.config.update("jax_compilation_cache_dir", FLAGS.compilation_cache)
-    parallel.initialize()
+    processes.initialize()
     if FLAGS.mode == "train":
         from ddgan_jax.jobs.train import train
 
@@ -72,7 +72,7 @@ def run(argv: list[str]) -> None:
         job = functools.partial(
             evaluate, config, path, FLAGS.samples or "", FLAGS.out or "", FLAGS.num_samples or 0, FLAGS.sample_seed
         )
-        parallel.by_primary(job) if FLAGS.samples else job()
+        processes.by_primary(job) if FLAGS.samples else job()
         return
     from ddgan_jax import model
     from ddgan_jax.jobs import generate
@@ -95,7 +95,7 @@ def run(argv: list[str]) -> None:
     def job() -> None:
         generate.generate(FLAGS.mode, model.load(path, told), out, **options[FLAGS.mode])
 
-    job() if FLAGS.mode == "sample" else parallel.by_primary(job)
+    job() if FLAGS.mode == "sample" else processes.by_primary(job)
 
 
 def main() -> int:
@@ -111,15 +111,15 @@ def main() -> int:
         code = 1
     except Interrupted as error:
         print(error)
-        parallel.leave(flags.FLAGS.interrupted_exit_code, at_once=True)
+        processes.leave(flags.FLAGS.interrupted_exit_code, at_once=True)
     except Exception as error:
-        if parallel.lost_others(error):
+        if processes.lost_others(error):
             print("stopped: another process of this job is gone; the checkpoints are intact", file=sys.stderr)
         else:
             traceback.print_exc()
         code = 1
     if code:
-        parallel.leave(code)
+        processes.leave(code)
     return code
 
 

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from benchmarks import measure
-from ddgan_jax import parallel
+from ddgan_jax import parallel, processes
 
 LAYOUTS = ((1, 1), (1, 2), (1, 4), (1, 8), (2, 1), (2, 4))  # processes, devices of each
 KINDS = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
@@ -44,7 +44,7 @@ def collectives(program: str) -> list[tuple[str, int]]:
 
 def layout() -> None:
     """In a process of its own: compile the step for the devices there are, and print what it is made of."""
-    parallel.initialize()
+    processes.initialize()
     config, flags = measure.configuration("configs/digits.py", batch=0)
     built = measure.build_for(config, flags.batch)
     state = parallel.replicate(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(built.init_state)))
@@ -52,7 +52,7 @@ def layout() -> None:
     program = parallel.Stop().compile([built.step(False)], state, parallel.split(local))[0].result()
     found = collectives(program.as_text())
     sizes = {name: sum(x.size for x in jax.tree.leaves(getattr(state, f"{name}_params"))) for name in ("gen", "disc")}
-    if parallel.is_primary():
+    if processes.is_primary():
         print(
             json.dumps(
                 {
@@ -66,7 +66,7 @@ def layout() -> None:
             ),
             flush=True,
         )
-    parallel.barrier()
+    processes.barrier()
 
 
 def compiled_for(processes: int, devices: int) -> dict:
@@ -92,12 +92,12 @@ def main() -> None:
     """Compile for every layout and print."""
     print(f"{'processes x devices':<22}{'collectives':>12}{'MB':>9}{'of gradients':>14}{'GFLOP a device':>16}")
     rows = []
-    for processes, devices in LAYOUTS:
-        row = compiled_for(processes, devices)
-        rows.append({"processes": processes, "devices_each": devices} | row)
+    for count, devices in LAYOUTS:
+        row = compiled_for(count, devices)
+        rows.append({"processes": count, "devices_each": devices} | row)
         gradients = sum(row["gradient_bytes"].values())
         print(
-            f"{f'{processes} x {devices}':<22}{row['collectives']:>12}{row['bytes'] / 1e6:>9.3f}"
+            f"{f'{count} x {devices}':<22}{row['collectives']:>12}{row['bytes'] / 1e6:>9.3f}"
             f"{row['bytes'] / gradients:>14.2f}{row['gflop_a_device']:>16.3f}",
             flush=True,
         )

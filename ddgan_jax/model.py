@@ -15,7 +15,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from ddgan_jax import build, editing, parallel, sampling
+from ddgan_jax import build, editing, processes, sampling
 from ddgan_jax.build import Denoiser
 from ddgan_jax.config import Config, read
 from ddgan_jax.diffusion import q_sample
@@ -278,7 +278,7 @@ def load(path: str | os.PathLike, config: Any = None, **hints: Any) -> Model:
     path = os.fspath(path)
     if path.endswith(".pth"):
         return _load_reference(path, None if config is None else read(config), hints)
-    params, found, step = parallel.from_primary(lambda: checkpoint.restore_ema(path))
+    params, found, step = processes.from_primary(lambda: checkpoint.restore_ema(path))
     c = read(found)
     generates = build.denoiser(c)
     checkpoint.check_like(params, jax.eval_shape(generates.init_gen, jax.random.key(0)), f"the checkpoint in {path}")
@@ -289,7 +289,7 @@ def _load_reference(path: str, config: Config | None, hints: dict[str, Any]) -> 
     """A model of the reference, in a configuration of ours."""
     num_steps = hints.pop("num_steps", 4)
     told = _hints_of(config) if config else {}
-    found = parallel.from_primary(lambda: files.read(path, **(told | hints)))
+    found = processes.from_primary(lambda: files.read(path, **(told | hints)))
     args = told | found.args | hints
     if "image_size" not in args:
         raise UserError(f"{path} does not tell the size of its images: name it, image_size=32")

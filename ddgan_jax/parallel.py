@@ -1,4 +1,4 @@
-"""The only file that knows there is more than one device.
+"""The only file that knows there is more than one device; `processes` knows of more than one process.
 
 A train step is written for one replica, with `axis_name` for its averages; `map_step` runs it on every device.
 The state is replicated without a leading device axis, the batch is split along its first axis. Randomness belongs
@@ -6,30 +6,21 @@ to examples, by their index in the *global* batch, so that the numbers do not de
 """
 
 import collections
-import contextlib
 import itertools
-import json
 import math
-import os
-import pickle
-import signal
-import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ddgan_jax import cluster, ops
-from ddgan_jax.errors import Fault, UserError
+from ddgan_jax import ops, processes
+from ddgan_jax.errors import UserError
 
 AXIS = "batch"
-T = TypeVar("T")
 
 
 def map_step(step: Callable, devices: Any = None) -> Any:
@@ -195,214 +186,6 @@ def example_keys(key: jax.Array, indices: jax.Array) -> jax.Array:
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(indices)
 
 
-def initialize() -> None:
-    """Join the other processes that the launcher of this one started, if there are any; see cluster.py.
-
-    Call it before anything touches a device. Raises UserError if there are others and it cannot join them.
-    """
-    from jax._src import cloud_tpu_init  # what JAX itself goes by; there is no public name for it
-
-    gpus = 0 if cloud_tpu_init.running_in_cloud_tpu_vm else cluster.visible_gpus(os.environ)
-    arguments = cluster.arguments(os.environ, cloud_tpu_init.running_in_cloud_tpu_vm, gpus)
-    if arguments is None:
-        if tasks := cluster.unused_tasks(os.environ):
-            print(f"note: SLURM gave this job {tasks} tasks, but `srun` did not start this process: it runs alone")
-        return
-    if "coordinator_address" in arguments:
-        arguments["cluster_detection_method"] = "deactivate"  # everything is given
-    try:
-        jax.distributed.initialize(**arguments)
-    except Exception as error:
-        if _no_metadata(error):
-            print(
-                "note: this TPU is on no Cloud TPU VM that says which hosts belong together: it runs alone", flush=True
-            )
-            return
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"this process could not join the others: {reason}; {cluster.BY_HAND}") from error
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX has taken it for a service of its own, which ends nothing
-    barrier()
-
-
-def _no_metadata(error: BaseException) -> bool:
-    """Did JAX ask the metadata server of Cloud TPU VMs, where there is none?"""
-    return type(error).__module__.startswith("requests") and "metadata" in str(error)
-
-
-# --- Processes: what they tell each other -------------------------------------------------------------------------
-# Small things go through the store of JAX's coordination service, which waits for as long as it takes, and fails where
-# a process has died; a collective of devices may give up after 30 s where its processes do not come at once.
-
-_DAY = 24 * 60 * 60 * 1000  # ms
-_calls = itertools.count()
-_apart = False
-
-
-def num_processes() -> int:
-    """How many processes do this job together: all that were joined, or 1 within `apart`."""
-    return 1 if _apart else jax.process_count()
-
-
-def process_index() -> int:
-    """The index of this one among them."""
-    return 0 if _apart else jax.process_index()
-
-
-def is_primary() -> bool:
-    """Is this process 0, the only one that writes?"""
-    return jax.process_index() == 0
-
-
-def _client() -> Any:
-    from jax._src import distributed  # as Orbax does; there is no public name for it
-
-    return distributed.global_state.client
-
-
-def exchange(value: Any) -> list[Any]:
-    """Small JSON values of all processes, in their order, in each of them."""
-    if num_processes() == 1:
-        return [value]
-    name, client = f"ddgan_jax/{next(_calls)}", _client()
-    client.key_value_set(f"{name}/{jax.process_index()}", json.dumps(value))
-    return [json.loads(client.blocking_key_value_get(f"{name}/{i}", _DAY)) for i in range(jax.process_count())]
-
-
-def barrier() -> None:
-    """Wait for the other processes, for a day if need be."""
-    exchange(None)
-
-
-def _attempt(action: Callable[[], T]) -> tuple[T | None, list[str]]:
-    """(what it returns, []), or (None, [kind of error, message]) for what people are told in a sentence."""
-    try:
-        return action(), []
-    except (UserError, Fault) as error:
-        return None, [type(error).__name__, str(error)]
-    except OSError as error:  # of a disk or a bucket
-        return None, ["Fault", str(error)]
-
-
-def _error(outcome: list[str], prefix: str = "") -> Exception:
-    kind, message = outcome
-    return (UserError if kind == "UserError" else Fault)(prefix + message)
-
-
-def everywhere(action: Callable[[], T]) -> T:
-    """`action()` in every process. Where it raises UserError or Fault in one, all raise that of the first such."""
-    if num_processes() == 1:
-        return action()
-    made, outcome = _attempt(action)
-    for index, other in enumerate(exchange(outcome)):
-        if other:
-            raise _error(other, f"process {index}: ")
-    return made  # type: ignore[return-value]
-
-
-def from_primary(action: Callable[[], T]) -> T:
-    """What `action()` returns in process 0, in every process; its UserError or Fault is raised in all."""
-    if num_processes() == 1:
-        return action()
-    name, client, content = f"ddgan_jax/{next(_calls)}", _client(), b""
-    if is_primary():
-        with apart():
-            made, outcome = _attempt(action)
-        content = pickle.dumps(made)
-        client.key_value_set(name, json.dumps([outcome, len(content)]))
-    outcome, size = json.loads(client.blocking_key_value_get(name, _DAY))
-    if outcome:
-        raise _error(outcome)
-    return pickle.loads(_broadcast(content, size))
-
-
-def by_primary(action: Callable[[], Any]) -> None:
-    """Do it in process 0, while the others wait; its UserError or Fault is raised in all."""
-
-    def do() -> None:
-        action()  # what it returns is for nobody
-
-    from_primary(do)
-
-
-@contextlib.contextmanager
-def apart() -> Iterator[None]:
-    """What is done within is done by this process alone, with its own devices: it does not wait for others."""
-    global _apart
-    before, _apart = _apart, True
-    try:
-        yield
-    finally:
-        _apart = before
-
-
-def _broadcast(content: bytes, size: int) -> bytes:
-    """`size` bytes of process 0, in every process, by its devices; in parts, which do not fill their memory."""
-    part = min(max(size, 1), 2**26)
-    received = []
-    for start in range(0, size, part):
-        row = np.zeros(-(-part // 4) * 4, np.uint8)
-        mine = np.frombuffer(content[start : start + part], np.uint8)
-        row[: len(mine)] = mine
-        received.append(np.asarray(multihost_utils.broadcast_one_to_all(row.view(np.uint32))).view(np.uint8)[:part])
-    return np.concatenate(received).tobytes()[:size] if received else b""
-
-
-def agree(facts: dict[str, Any]) -> None:
-    """UserError, in every process, unless all have the same facts, {name: JSON value}; it names what differs."""
-    others = exchange(facts)
-    for index, theirs in enumerate(others):
-        for name in sorted(others[0].keys() | theirs.keys()):
-            if theirs.get(name) != others[0].get(name):
-                raise UserError(
-                    f"the processes do not train the same: {name} is {others[0].get(name)} in process 0 and "
-                    f"{theirs.get(name)} in process {index}: give each the same command, data and versions"
-                )
-
-
-def any_process(flag: bool) -> bool:
-    """Has any process set its flag? Every process must ask at the same point."""
-    return any(exchange(bool(flag)))
-
-
-def gather_rows(tree: Any) -> Any:
-    """Host arrays [n, ...] of this process -> those of all processes, [processes n, ...], in their order."""
-    return tree if num_processes() == 1 else multihost_utils.process_allgather(tree, tiled=True)
-
-
-def lost_others(error: BaseException) -> bool:
-    """Is this what a collective or the coordination service raises where another process has ended?"""
-    return (
-        jax.distributed.is_initialized()
-        and isinstance(error, jax.errors.JaxRuntimeError)
-        and any(
-            sign in str(error)
-            for sign in ("Gloo", "NCCL", "coordination service", "Connection", "UNAVAILABLE", "heartbeat")
-        )
-    )
-
-
-def leave(exit_code: int, at_once: bool = False) -> None:
-    """End this process at once if others work with it: at a usual exit it would wait for them, and they for it.
-
-    Or if that is asked for: it would wait for its threads too, which may compile for minutes.
-
-    Process 0 is the last, if the others leave within 2 s too: without it they are aborted before they have spoken.
-    """
-    if not (jax.distributed.is_initialized() or at_once):
-        return
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if jax.distributed.is_initialized():
-        with contextlib.suppress(Exception):
-            if is_primary():
-                for index in range(1, jax.process_count()):
-                    _client().blocking_key_value_get(f"ddgan_jax/left/{index}", 2000)
-            else:
-                _client().key_value_set(f"ddgan_jax/left/{jax.process_index()}", "left")
-    os._exit(exit_code)
-
-
 # --- What every process does with its own devices -----------------------------------------------------------------
 
 
@@ -420,9 +203,10 @@ def rounds(total: int, per_device: int) -> Iterator[tuple[np.ndarray, int]]:
     """Rounds in which all devices share the items 0..total-1: (indices of this process's part [n], items of the round).
 
     n is `per_device` times this process's devices in every round; in the last one indices beyond the end are the last
-    item again, and their results are to be dropped. `gather_rows` puts the parts together.
+    item again, and their results are to be dropped. `processes.gather_rows` puts the parts together.
     """
-    mine = min(per_device, -(-total // (num_processes() * jax.local_device_count()))) * jax.local_device_count()
-    for start in range(0, total, mine * num_processes()):
-        first = start + process_index() * mine
-        yield np.minimum(np.arange(first, first + mine), total - 1), min(mine * num_processes(), total - start)
+    num, devices = processes.num_processes(), jax.local_device_count()
+    mine = min(per_device, -(-total // (num * devices))) * devices
+    for start in range(0, total, mine * num):
+        first = start + processes.process_index() * mine
+        yield np.minimum(np.arange(first, first + mine), total - 1), min(mine * num, total - start)

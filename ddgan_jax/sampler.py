@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from ddgan_jax import parallel, sampling
+from ddgan_jax import parallel, processes, sampling
 from ddgan_jax.build import Denoiser
 from ddgan_jax.diffusion import deterministic_posterior, sample_posterior
 from ddgan_jax.train_step import bind
@@ -66,7 +66,7 @@ class Sampler:
             labels = default_labels(self._num_classes, np.arange(num))
         for indices, count in parallel.rounds(num, self._batch_size):
             chunk = self._part(params, seed, indices, labels)
-            yield chunk[:count] if parallel.num_processes() == 1 else chunk
+            yield chunk[:count] if processes.num_processes() == 1 else chunk
 
     def _part(self, params: Any, seed: int, indices: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
         """Images `indices` [n], by all devices of this process."""
@@ -95,6 +95,6 @@ class Sampler:
         images = []
         with tqdm(total=num, unit="img", desc="sampling", disable=None if progress else True) as bar:
             for chunk in self.chunks(params, seed, num, labels):
-                images.append(parallel.gather_rows(chunk))
+                images.append(processes.gather_rows(chunk))
                 bar.update(min(len(images[-1]), num - bar.n))
         return np.concatenate(images)[:num]

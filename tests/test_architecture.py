@@ -12,7 +12,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 # Within the models, layers.py is the lower one.
 RANKS = {
-    0: "errors ops storage cluster config diffusion state parallel torch figures data metrics models.layers",
+    0: "errors ops storage cluster processes config diffusion state parallel torch figures data metrics models.layers",
     1: "objectives jobs.signals sampling storage.log models.generator models.discriminator models.mlp",
     2: "automatic train_step editing metrics.features metrics.judge",
     3: "build",
@@ -20,7 +20,7 @@ RANKS = {
     5: "model",
     6: "jobs",
 }
-BELOW_ALL = ("errors", "ops", "cluster", "config", "storage.paths")
+BELOW_ALL = ("errors", "ops", "cluster", "processes", "config", "storage.paths")
 RANK_OF = {module: rank for rank, modules in RANKS.items() for module in modules.split()}
 NOT_IN_CORE = ("tensorflow", "tensorflow_datasets", "clu", "ml_collections")
 # Platforms, layouts, custom gradients and options of compilers, which are for `ops` alone.

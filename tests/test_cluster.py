@@ -11,7 +11,7 @@ import jax
 import pytest
 from commands import ROOT, free_port
 
-from ddgan_jax import cluster, parallel
+from ddgan_jax import cluster, processes
 from ddgan_jax.errors import UserError
 
 SRUN = {
@@ -115,13 +115,13 @@ def test_initialize_is_called_with_that(env, gpus, monkeypatch):
     called = []
     monkeypatch.setattr(cluster, "visible_gpus", lambda env: gpus)
     monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: called.append(arguments))
-    monkeypatch.setattr(parallel, "barrier", lambda: None)
+    monkeypatch.setattr(processes, "barrier", lambda: None)
     for name in [name for name in os.environ if name.startswith(("SLURM", "OMPI", "JAX_", "PMI"))]:
         monkeypatch.delenv(name)
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     before = signal.getsignal(signal.SIGTERM)
-    parallel.initialize()
+    processes.initialize()
     signal.signal(signal.SIGTERM, before)
     expected = cluster.arguments(env, False, gpus)
     if expected and "coordinator_address" in expected:
@@ -133,10 +133,10 @@ JOIN = """
 import os
 import jax
 os.environ.pop("TPU_SKIP_MDS_QUERY", None)  # JAX sets it where it finds no chip, also if it is made to believe in one
-from ddgan_jax import parallel
-parallel.initialize()
-print(jax.process_index(), jax.process_count(), parallel.exchange(jax.process_index() * 10), flush=True)
-parallel.barrier()
+from ddgan_jax import processes
+processes.initialize()
+print(jax.process_index(), jax.process_count(), processes.exchange(jax.process_index() * 10), flush=True)
+processes.barrier()
 """
 
 

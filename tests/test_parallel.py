@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from ddgan_jax import build, parallel
+from ddgan_jax import build, parallel, processes
 from ddgan_jax.errors import UserError
 
 SCRIPT = """
@@ -175,10 +175,10 @@ def test_batches_that_devices_can_share(batch, accumulate, devices, message, mon
 
 def test_rounds_cover_every_item_once(monkeypatch):
     """Of 3 processes with one device each: their parts, put one after the other, are the items in order."""
-    monkeypatch.setattr(parallel, "num_processes", lambda: 3)
+    monkeypatch.setattr(processes, "num_processes", lambda: 3)
     shares = []
     for index in range(3):
-        monkeypatch.setattr(parallel, "process_index", lambda index=index: index)
+        monkeypatch.setattr(processes, "process_index", lambda index=index: index)
         shares.append(list(parallel.rounds(50, 4)))
     items = []
     for parts in zip(*shares, strict=True):
@@ -190,11 +190,11 @@ def test_rounds_cover_every_item_once(monkeypatch):
 
 def test_facts_that_differ_are_named(monkeypatch):
     facts = {"config.seed": 0, "the data": "1,797 examples, abc"}
-    monkeypatch.setattr(parallel, "exchange", lambda mine: [mine, mine | {"the data": "1,797 examples, abd"}])
+    monkeypatch.setattr(processes, "exchange", lambda mine: [mine, mine | {"the data": "1,797 examples, abd"}])
     with pytest.raises(UserError, match=r"the data is 1,797 examples, abc in process 0 and .* abd in process 1"):
-        parallel.agree(facts)
-    monkeypatch.setattr(parallel, "exchange", lambda mine: [mine, dict(mine)])
-    parallel.agree(facts)
+        processes.agree(facts)
+    monkeypatch.setattr(processes, "exchange", lambda mine: [mine, dict(mine)])
+    processes.agree(facts)
 
 
 def test_prefetch_changes_neither_order_nor_content():

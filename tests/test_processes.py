@@ -232,7 +232,7 @@ def test_a_slow_end_of_process_0_is_waited_for(cache, tmp_path):
     """It draws for 45 s, longer than a collective waits; nobody leaves before, and all end well."""
     script = """
 import time
-from ddgan_jax import figures, parallel
+from ddgan_jax import figures, parallel, processes
 draw = figures.curves
 def slowly(*arguments):
     time.sleep(45)
@@ -249,9 +249,9 @@ def test_a_signal_ends_other_modes_too(alone, tmp_path):
     script = f"""
 import os
 os.environ |= {{"JAX_COORDINATOR_ADDRESS": "127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}}
-from ddgan_jax import parallel
+from ddgan_jax import parallel, processes
 import time
-parallel.initialize()
+processes.initialize()
 print("joined", flush=True)
 time.sleep(60)
 """
@@ -267,15 +267,15 @@ def test_the_state_is_placed_without_a_comparison(tmp_path):
     script = """
 import time
 import jax, numpy as np
-from ddgan_jax import parallel
+from ddgan_jax import parallel, processes
 tree = {str(i): np.full((3, 5), i, np.float32) for i in range(1000)}
-parallel.initialize()
+processes.initialize()
 parallel.replicate({"0": tree["0"]})
 start = time.time()
 placed = jax.block_until_ready(parallel.replicate(tree))
 assert all(x.sharding.is_fully_replicated for x in placed.values())
 print(time.time() - start, flush=True)
-raise SystemExit(parallel.barrier())
+raise SystemExit(processes.barrier())
 """
     for code, output in ends(start_group(2, script=script)):
         assert code == 0, output

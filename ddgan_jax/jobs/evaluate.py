@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ddgan_jax import figures, parallel
+from ddgan_jax import figures, processes
 from ddgan_jax.build import labels_of
 from ddgan_jax.config import Config, read
 from ddgan_jax.data import decoding
@@ -108,7 +108,7 @@ def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_sampl
         c, step = _same_data(c, model.config, path), model.step
         draw = Sampler(model.denoiser, c.sample.batch_size)
         folder = paths.path(out or (f"{path}.evaluation" if path.endswith(".pth") else f"{path}/evaluation/{step}"))
-        found = parallel.from_primary(lambda: str(checkpoint.find(path)) if step else path)
+        found = processes.from_primary(lambda: str(checkpoint.find(path)) if step else path)
         results = {"checkpoint": found, "step": step, "seed": seed}
     judge_, labels = open_judge(c), None
     if not samples:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ddgan_jax import figures, parallel
+from ddgan_jax import figures, processes
 from ddgan_jax.data import decoding
 from ddgan_jax.errors import UserError
 from ddgan_jax.model import Model
@@ -57,7 +57,7 @@ def sample(model: Model, out: str, num: int, trajectory: str = "", **how: Any) -
     if trajectory:
         check_out(trajectory, ".png", ".gif")
     images = model.sample(num, progress=True, **how)
-    if not parallel.is_primary():  # which writes what all have drawn
+    if not processes.is_primary():  # which writes what all have drawn
         return
     save(images, out)
     if trajectory:
@@ -150,7 +150,7 @@ def generate(mode: str, model: Model, out: str, **options: Any) -> None:
     """Do the job that `mode` names, and say how long it took."""
     start = time.time()
     JOBS[mode](model, out, **options)
-    if parallel.is_primary():
+    if processes.is_primary():
         print(f"{mode} of step {model.step} written to {out} in {time.time() - start:.1f} s")
 
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from ddgan_jax import cluster, parallel
+from ddgan_jax import cluster, processes
 from ddgan_jax.build import Built
 from ddgan_jax.data.sources import Data
 from ddgan_jax.errors import Fault
@@ -24,7 +24,7 @@ MOST_CURVES = 16  # with more steps T than this, losses are not told apart by t
 
 def say(text: str) -> None:
     """One line for people, from process 0, above the progress bar."""
-    if parallel.is_primary():
+    if processes.is_primary():
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 
@@ -83,7 +83,7 @@ def check_finite(first_step: int, window: list[Metrics], intact: Callable[[], in
     for i, metrics in enumerate(window):
         for name, value in sorted(metrics.items()):
             if not np.all(np.isfinite(value)):
-                safe = parallel.from_primary(intact)
+                safe = processes.from_primary(intact)
                 raise Fault(
                     f"{name} is not finite at step {first_step + i}: "
                     + (f"the checkpoint of step {safe} is good" if safe is not None else "there is no checkpoint yet")

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from ddgan_jax import parallel
+from ddgan_jax import processes
 from ddgan_jax.errors import Interrupted
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -60,6 +60,6 @@ class Interrupt:
 def until(interrupt: Interrupt, chunks: Iterator[Any]) -> Iterator[Any]:
     """The chunks, until a signal has come to any process: then Interrupted, in all of them at the same chunk."""
     for chunk in chunks:
-        if parallel.any_process(bool(interrupt.signal)):
+        if processes.any_process(bool(interrupt.signal)):
             raise Interrupted(interrupt.signal)
         yield chunk

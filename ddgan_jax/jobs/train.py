@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from ddgan_jax import automatic, figures, ops, parallel
+from ddgan_jax import automatic, figures, ops, parallel, processes
 from ddgan_jax.build import Built, build, check_batch, labels_of, settle
 from ddgan_jax.config import Config, as_dict, flat, read
 from ddgan_jax.data.batches import batches, like_real
@@ -85,7 +85,7 @@ def train(config: Any, workdir: str, data: Data | None = None) -> Any:
             stopped = loop(run, interrupt)
             if run.checkpoints:
                 run.checkpoints.close()
-            came = [name for name in parallel.exchange(interrupt.signal) if name]  # all know: the checkpoint is there
+            came = [name for name in processes.exchange(interrupt.signal) if name]  # all know: the checkpoint is there
         if stopped:
             if run.log:
                 run.log.close()
@@ -126,9 +126,9 @@ def facts(c: Config, data: Data) -> dict[str, Any]:
 def begin(config: Any, workdir: str, opened: Data | None) -> Run:
     """Set up a run, or take up one that broke off. UserErrors and Faults as of `train`."""
     started, path = time.time(), paths.path(workdir)
-    c, built, data = parallel.everywhere(lambda: _open(config, opened))
+    c, built, data = processes.everywhere(lambda: _open(config, opened))
     if jax.process_count() > 1:
-        parallel.agree(facts(c, data))
+        processes.agree(facts(c, data))
     labels, shapes = labels_of(data, built.num_classes, c.data.name), jax.eval_shape(built.init_state)
     checkpoints: checkpoint.Checkpoints | None = None
     log: Log | None = None
@@ -148,7 +148,7 @@ def begin(config: Any, workdir: str, opened: Data | None) -> Run:
             return restored
         return with_networks_of(c, made.result()) if c.train.init_from else made.result()
 
-    state = parallel.from_primary(open_files)
+    state = processes.from_primary(open_files)
     step, draw = int(state.step), Sampler(built, c.sample.batch_size)
     run = Run(c, built, data, labels, path, parallel.replicate(state), step, checkpoints, log, started, draw)
     if step >= run.num_steps:
@@ -199,7 +199,7 @@ class Steps:
         if jax.process_count() > 1:  # none may wait in a step for another that still compiles
             for kind in kinds:
                 self(kind)
-            parallel.barrier()
+            processes.barrier()
 
     def __call__(self, with_r1: bool) -> Any:
         """The step; says, the first time, how long it took to compile, its work and its memory."""
@@ -228,7 +228,7 @@ def loop(run: Run, interrupt: Interrupt) -> bool:
     c, r1_every = run.config, run.config.train.r1_every
     steps = Steps(run.built, stop, run.state, first, r1_every)
     meter = Meter(run.built.batch_size, run.step)
-    hidden = None if parallel.is_primary() else True
+    hidden = None if processes.is_primary() else True
     with tqdm(total=run.num_steps, initial=run.step, unit="step", disable=hidden, file=sys.stdout) as bar:
         for batch in itertools.chain([first], stream):
             with meter.paused():  # for the compiler: the time to go is that of steps
@@ -339,7 +339,7 @@ def finish(run: Run) -> None:
         if run.first < run.num_steps or not paths.exists(run.path / "results.json"):  # a finished one stays as it was
             write_results(run.path, run.step, run.first, run.seconds())
         run.log.close()
-    parallel.barrier()  # none leaves while process 0 still draws
+    processes.barrier()  # none leaves while process 0 still draws
     end = clock(time.time() - run.started)
     say(f"finished {run.num_steps} steps in {end}: see {run.path / 'samples' / 'final.png'}")
 

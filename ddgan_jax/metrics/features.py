@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from ddgan_jax import parallel
+from ddgan_jax import parallel, processes
 from ddgan_jax.config import Config
 from ddgan_jax.data import sources
 from ddgan_jax.data.batches import order
@@ -61,10 +61,10 @@ def extract(
     """
     found: list[list[Features]] = [[] for _ in networks]
     done = 0
-    with tqdm(total=total, desc=what, unit="img", disable=None if what and parallel.is_primary() else True) as bar:
+    with tqdm(total=total, desc=what, unit="img", disable=None if what and processes.is_primary() else True) as bar:
         for chunk in chunks:
             for network, parts in zip(networks, found, strict=True):
-                rows = parallel.gather_rows(_apply(network, chunk, batch_size))
+                rows = processes.gather_rows(_apply(network, chunk, batch_size))
                 parts.append(Features(*(x[: total - done] for x in rows)))
             bar.update(len(found[0][-1].features))
             done += len(found[0][-1].features)
@@ -111,10 +111,10 @@ def published_networks(c: Config) -> list[Network]:
     folder = sources.directory(c.data.dir)
 
     def find(setting: str, module: Any) -> str:
-        return parallel.from_primary(lambda: _find_weights(setting, getattr(c.eval, setting), module, folder))
+        return processes.from_primary(lambda: _find_weights(setting, getattr(c.eval, setting), module, folder))
 
     path = find("inception_weights", inception)
-    state = parallel.from_primary(lambda: _read_weights(path, inception))
+    state = processes.from_primary(lambda: _read_weights(path, inception))
     net = inception.Inception()
     networks = [_network("Inception 2015-12-05", lambda p, x: net.apply({"params": p}, x), inception.params(state))]
     try:
@@ -122,10 +122,10 @@ def published_networks(c: Config) -> list[Network]:
     except UserError as error:
         if c.eval.vgg_weights:
             raise
-        if parallel.is_primary():
+        if processes.is_primary():
             print(f"without precision and recall: {error}", flush=True)
         return networks
-    state, other = parallel.from_primary(lambda: _read_weights(path, vgg)), vgg.VGG16()
+    state, other = processes.from_primary(lambda: _read_weights(path, vgg)), vgg.VGG16()
 
     def apply(params: Any, images: Any) -> Any:
         features: Any = other.apply({"params": params}, images)
@@ -167,7 +167,7 @@ def own_network(c: Config, data: sources.Data) -> tuple[Network, dict[str, Any]]
             keep(path, lambda file: np.savez(file, **checkpoint.flatten(params)))  # type: ignore[arg-type]
         return jax.device_get(params)
 
-    params = parallel.from_primary(make)
+    params = processes.from_primary(make)
     share = classifier.accuracy(params, test_x, test_y)
     if share < LEAST_ACCURACY.get(base, 0):
         raise Fault(

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ddgan_jax import parallel
+from ddgan_jax import parallel, processes
 from ddgan_jax.config import Config, read
 from ddgan_jax.data import sources
 from ddgan_jax.data.batches import order
@@ -88,14 +88,14 @@ def _real_features(c: Config, data: sources.Data, reference: np.ndarray, network
     """Computed once by all devices, then read from the cache of process 0; in the others nothing is kept of it."""
     fingerprint = sources.fingerprint(c.data.name, c.data.split, data.images)
     path = cache(c, "features", fingerprint, network.fingerprint, f"{len(reference)}.npz")
-    kept = cached(path, lambda: Features(**weights.read(str(path)))) if parallel.is_primary() else None
+    kept = cached(path, lambda: Features(**weights.read(str(path)))) if processes.is_primary() else None
     if kept is not None and len(kept.features) != len(reference):
         kept = None
-    if not parallel.from_primary(lambda: kept is None):
+    if not processes.from_primary(lambda: kept is None):
         return kept or Features(np.zeros((0, 0)), np.zeros((0, 0)))
     chunks = (data.images[reference[indices]] for indices, _ in parallel.rounds(len(reference), c.eval.batch_size))
     features = extract([network], chunks, c.eval.batch_size, len(reference), f"real images in {network.name}")[0]
-    if parallel.is_primary():
+    if processes.is_primary():
         keep(path, lambda file: np.savez(file, **features._asdict()))
     return features
 
@@ -126,8 +126,8 @@ def judge(
     Raises UserError for too few of them, or another type or shape than the real ones.
     """
     if not j.networks:
-        points = np.concatenate([parallel.gather_rows(chunk) for chunk in chunks])[:total]
-        return judge_points(points) if parallel.is_primary() else None
+        points = np.concatenate([processes.gather_rows(chunk) for chunk in chunks])[:total]
+        return judge_points(points) if processes.is_primary() else None
     kept: list[np.ndarray] = []
 
     def seen() -> Iterator[np.ndarray]:
@@ -138,11 +138,11 @@ def judge(
                     f"{j.config.data.name} are uint8 {list(j.data.images.shape[1:])}"
                 )
             if sum(map(len, kept)) < KEPT:
-                kept.append(parallel.gather_rows(chunk))
+                kept.append(processes.gather_rows(chunk))
             yield chunk
 
     fake = extract(j.networks, seen(), j.config.eval.batch_size, total, what)
-    if not parallel.is_primary():
+    if not processes.is_primary():
         return None
     count = len(fake[0].features)
     judged = Judged({"num_samples": count}, np.concatenate(kept)[: min(KEPT, count)], fake)

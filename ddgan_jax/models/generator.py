@@ -9,6 +9,7 @@ The names of the parameters say where a layer stands: `down_1_block_0` is the fi
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -94,18 +95,7 @@ class Generator(nn.Module):
             h = layers.GroupNorm(silu=True, name=f"{level}_norm")(x).astype(dtype)
             return layers.conv(self.image_channels, 3, dtype, f"{level}_conv", layers.init_avg(0.0))(h)
 
-        z = z if self.nz else jnp.zeros((len(x), 1))  # without z the embedding is a learned constant
-        z_emb = layers.pixel_norm(z.astype(jnp.float32))
-        for i in range(self.n_mlp + 1):
-            z_emb = nn.Dense(self.z_emb_dim, kernel_init=layers.init_out(), dtype=dtype, name=f"z_{i}")(z_emb)
-            z_emb = jax.nn.silu(z_emb)
-        if self.num_classes:
-            z_emb = z_emb + layers.embed(self.num_classes, self.z_emb_dim, dtype, "class", 0.1)(y)
-        t_emb = None
-        if self.conditional:
-            t_emb = layers.sinusoidal_embedding(t, self.nf)
-            t_emb = nn.Dense(4 * self.nf, kernel_init=layers.init_avg(), dtype=dtype, name="time_0")(t_emb)
-            t_emb = nn.Dense(4 * self.nf, kernel_init=layers.init_avg(), dtype=dtype, name="time_1")(jax.nn.silu(t_emb))
+        z_emb, t_emb = self._z_embedding(z, y), self._t_embedding(t) if self.conditional else None
 
         x = x.astype(dtype) if self.centered else (2 * x - 1).astype(dtype)
         pyramid = x
@@ -152,6 +142,23 @@ class Generator(nn.Module):
             image = to_image(h, "out")
         image = image.astype(jnp.float32)
         return jnp.tanh(image) if self.tanh else image
+
+    def _z_embedding(self, z: jax.Array, y: jax.Array | None) -> jax.Array:
+        """[B, z_emb_dim], what every adaptive norm sees."""
+        z = z if self.nz else jnp.zeros((len(z), 1))  # without z the embedding is a learned constant
+        z_emb = layers.pixel_norm(z.astype(jnp.float32))
+        for i in range(self.n_mlp + 1):
+            z_emb = nn.Dense(self.z_emb_dim, kernel_init=layers.init_out(), dtype=self.dtype, name=f"z_{i}")(z_emb)
+            z_emb = jax.nn.silu(z_emb)
+        if self.num_classes:
+            z_emb = z_emb + layers.embed(self.num_classes, self.z_emb_dim, self.dtype, "class", 0.1)(y)
+        return z_emb
+
+    def _t_embedding(self, t: jax.Array) -> jax.Array:
+        """[B, 4 nf], what every residual block sees."""
+        dense = partial(nn.Dense, 4 * self.nf, kernel_init=layers.init_avg(), dtype=self.dtype)
+        t_emb = dense(name="time_0")(layers.sinusoidal_embedding(t, self.nf))
+        return dense(name="time_1")(jax.nn.silu(t_emb))
 
     def _check(self, x: jax.Array, z: jax.Array) -> None:
         for option, choices in CHOICES.items():

@@ -1,6 +1,5 @@
 """Pictures, drawn from files and host arrays: they can be redrawn without an accelerator."""
 
-import json
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ddgan_jax.storage import paths
+from ddgan_jax.storage.log import read_metrics
 from ddgan_jax.storage.paths import Given
 
 
@@ -170,17 +170,6 @@ def trajectory(x: np.ndarray, x0_hat: np.ndarray, names: Sequence[str], path: Gi
                 axis.imshow(picture(many[i]) if many.ndim == 3 else grid(many[i], columns=2))
                 axis.set_title(title)
     save_figure(figure, path)
-
-
-def read_metrics(path: Given) -> list[dict]:
-    """The records of a metrics.jsonl; a last line that was cut off is left out."""
-    records = []
-    for line in paths.read(path).decode().splitlines() if paths.exists(path) else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
 
 
 def curves(metrics: Given, path: Given) -> None:

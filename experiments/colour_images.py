@@ -19,6 +19,7 @@ from configs.image_folder import get_config
 from ddgan_jax import figures
 from ddgan_jax.config import read
 from ddgan_jax.data import sources
+from ddgan_jax.storage.log import read_metrics
 from experiments import common
 
 NAME = "colour_images"
@@ -40,7 +41,7 @@ def experiment(args: argparse.Namespace) -> dict[str, Any]:
     common.main(*flags, "--mode=evaluate", f"--samples={workdir}/real.npz", f"--out={workdir}/real")
     real = json.loads((workdir / "real/results.json").read_text())
 
-    records = figures.read_metrics(workdir / "metrics.jsonl")
+    records = read_metrics(workdir / "metrics.jsonl")
     keep = ("step", "d_loss", "g_loss", "images_per_second", "eval/classifier_frechet", "eval/recall")
     way = [{name: record[name] for name in keep if name in record} for record in records]
     evaluated = [record["step"] for record in way if "eval/classifier_frechet" in record]

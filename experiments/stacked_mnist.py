@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ddgan_jax import figures
+from ddgan_jax.storage.log import read_metrics
 from experiments import common
 
 NAME, FLAGS = "stacked_mnist", ["--config=configs/stacked_mnist.py:mnist_5k"]
@@ -44,7 +45,7 @@ def experiment(args: argparse.Namespace) -> dict[str, Any]:
     start = next(run for run in runs if run["method"] == START)
     for run in runs:
         folder = common.workdir(NAME, METHODS, run["method"], run["seed"])
-        records = figures.read_metrics(folder / "metrics.jsonl")
+        records = read_metrics(folder / "metrics.jsonl")
         measures = ("modes", "kl", "num_samples")
         run["on_the_way"] = [
             {"step": r["step"]} | {name: r[f"eval/{name}"] for name in measures} for r in records if "eval/modes" in r

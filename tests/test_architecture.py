@@ -12,9 +12,9 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 # Within the models, layers.py is the lower one.
 RANKS = {
-    0: "errors ops storage cluster processes config diffusion state parallel torch figures data metrics models.layers",
+    0: "errors ops storage cluster processes config diffusion state parallel torch data metrics models.layers",
     1: "objectives jobs.signals sampling storage.log models.generator models.discriminator models.mlp",
-    2: "automatic train_step editing metrics.features metrics.judge",
+    2: "automatic figures train_step editing metrics.features metrics.judge",
     3: "build",
     4: "sampler jobs.progress",
     5: "model",

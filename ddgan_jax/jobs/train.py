@@ -29,7 +29,7 @@ from ddgan_jax.metrics.judge import RANKED_BY, Judge, judge, open_judge
 from ddgan_jax.model import networks_of
 from ddgan_jax.sampler import Sampler
 from ddgan_jax.storage import checkpoint, paths
-from ddgan_jax.storage.log import Log
+from ddgan_jax.storage.log import Log, read_metrics
 from ddgan_jax.storage.paths import Path
 
 TIMED = 20  # steps that the time of a run is foretold from
@@ -346,7 +346,7 @@ def finish(run: Run) -> None:
 
 def write_results(workdir: Path, step: int, resumed_from: int, seconds: float) -> None:
     """Leave results.json: how the run ended, the `seconds` of all its parts together, and its last metrics."""
-    records = figures.read_metrics(workdir / "metrics.jsonl")
+    records = read_metrics(workdir / "metrics.jsonl")
     results = {
         "step": step,
         "seconds": round(seconds, 1),

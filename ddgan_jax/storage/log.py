@@ -12,11 +12,21 @@ import numpy as np
 
 from ddgan_jax.data.sources import quiet
 from ddgan_jax.errors import Fault, UserError
-from ddgan_jax.figures import read_metrics
 from ddgan_jax.storage import paths
 from ddgan_jax.storage.paths import Path
 
 SECONDS_BETWEEN_UPLOADS = 30  # a file in a bucket cannot be appended to: it is written whole
+
+
+def read_metrics(path: paths.Given) -> list[dict]:
+    """The records of a metrics.jsonl; a last line that was cut off is left out."""
+    records = []
+    for line in paths.read(path).decode().splitlines() if paths.exists(path) else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
 
 
 class Log:

@@ -1,0 +1,86 @@
+"""How many steps a second the training loop sustains where a step costs nothing; a JSON line at the end.
+
+    python -m benchmarks.loop --config=configs/cifar10.py
+
+Everything that `train` does between two steps is done: batches are gathered and placed, the step is dispatched on the
+whole state, metrics are kept, a record is written every `config.log.every` steps. Only the step itself is replaced by one
+that counts. Where a device's own step is faster than this, it waits for the host. --profile=1 prints what the host's time
+goes to. No checkpoint and no picture is made on the way.
+"""
+
+import cProfile
+import pathlib
+import pstats
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import measure
+from ddgan_jax import parallel
+from ddgan_jax.build import Built
+from ddgan_jax.config import read
+from ddgan_jax.data.sources import Data
+from ddgan_jax.jobs import train
+from ddgan_jax.jobs.progress import say
+from ddgan_jax.jobs.signals import Interrupt
+from ddgan_jax.sampler import Sampler
+from ddgan_jax.storage.log import Log, read_metrics
+from ddgan_jax.train_step import make_train_step
+
+IMAGES = 50_000
+
+
+class Free(Built):
+    """A method whose step costs nothing, and reports what a real one reports."""
+
+    def step(self, with_r1: bool, axis_name: str | None = parallel.AXIS) -> Callable:
+        """Count, with metrics of the right names and shapes."""
+        real = make_train_step(self.method, self.seed, with_r1, axis_name)
+
+        def step(state: Any, batch: Any) -> tuple[Any, Any]:
+            metrics = jax.eval_shape(real, state, batch)[1]
+            first = jax.tree.leaves(batch)[0].ravel()[0].astype(jnp.float32)  # the batch must be there
+            return state.replace(step=state.step + 1), {
+                name: jnp.full(m.shape, 1, m.dtype) + 0 * first.astype(m.dtype) for name, m in metrics.items()
+            }
+
+        return step
+
+
+def main() -> None:
+    """Run the loop and print."""
+    config, flags = measure.configuration("configs/cifar10.py", steps=2_000, profile=0)
+    config.train.num_steps = config.checkpoint.every = config.log.samples_every = flags.steps
+    config.log.tensorboard = False
+    built = measure.build_for(config, config.train.batch_size)
+    free = Free(**vars(built))
+    images = np.random.default_rng(0).integers(0, 256, (IMAGES, *built.image_shape), np.uint8)
+    shapes = jax.eval_shape(built.init_state)
+    state = parallel.replicate(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes))
+    with tempfile.TemporaryDirectory() as folder, Interrupt() as interrupt:
+        path = pathlib.Path(folder)
+        c = read(config)
+        log = Log(path, {}, False, 0)
+        draw = Sampler(built, c.sample.batch_size)
+        run = train.Run(c, free, Data(images), None, path, state, 0, None, log, time.time(), draw)
+        profile = cProfile.Profile() if flags.profile else None
+        if profile:
+            profile.enable()
+        train.loop(run, interrupt)
+        if profile:
+            profile.disable()
+        rates = [record["images_per_second"] / built.batch_size for record in read_metrics(path / "metrics.jsonl")]
+    if profile:
+        pstats.Stats(profile).sort_stats("tottime").print_stats(15)
+    found = {"batch": built.batch_size, "steps_per_second": measure.median(rates)}
+    say(f"{found['steps_per_second']} steps a second of {built.batch_size} images, the median of {len(rates)} records")
+    measure.print_line(found)
+
+
+if __name__ == "__main__":
+    measure.run(main)

@@ -2,10 +2,10 @@
 
     python -m benchmarks.loop --config=configs/cifar10.py
 
-Everything that `train` does between two steps is done: batches are gathered and placed, the step is dispatched on the
-whole state, metrics are kept, a record is written every `config.log.every` steps. Only the step itself is replaced by one
-that counts. Where a device's own step is faster than this, it waits for the host. --profile=1 prints what the host's time
-goes to. No checkpoint and no picture is made on the way.
+Everything that `train` does between two steps is done: batches are gathered and placed, the step is dispatched on
+the whole state, metrics are kept, a record is written every `config.log.every` steps. Only the step itself is replaced
+by one that counts. Where a device's own step is faster than this, it waits for the host. --profile=1 prints what the
+host's time goes to. No checkpoint and no picture is made on the way.
 """
 
 import cProfile

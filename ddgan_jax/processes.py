@@ -213,7 +213,7 @@ def leave(exit_code: int, at_once: bool = False) -> None:
 
     Or if that is asked for: it would wait for its threads too, which may compile for minutes.
 
-    Process 0 is the last, if the others leave within 2 s too: without it they are aborted before they have spoken.
+    Process 0 is the last, if the others leave within 10 s too: without it they are aborted before they have spoken.
     """
     if not (jax.distributed.is_initialized() or at_once):
         return
@@ -223,7 +223,7 @@ def leave(exit_code: int, at_once: bool = False) -> None:
         with contextlib.suppress(Exception):
             if is_primary():
                 for index in range(1, jax.process_count()):
-                    _client().blocking_key_value_get(f"ddgan_jax/left/{index}", 2000)
+                    _client().blocking_key_value_get(f"ddgan_jax/left/{index}", 10_000)
             else:
                 _client().key_value_set(f"ddgan_jax/left/{jax.process_index()}", "left")
     os._exit(exit_code)

@@ -186,7 +186,8 @@ def test_a_bucket_that_refuses_writes_loses_nothing(bucket, trained, cache, tmp_
     assert result.returncode == 1 and f"stopped: {workdir}/sample.png cannot be written: Forb" in result.stderr.replace(
         "[Errno None] ", ""
     )
-    assert "Traceback" not in errors + result.stderr, errors + result.stderr
+    # None of ours: what TensorStore was writing may still complain, in its own threads, that nobody listens.
+    assert not re.search(r'File ".*(ddgan_jax/|main\.py)', errors + result.stderr), errors + result.stderr
     found = bucket.python("from ddgan_jax.storage import checkpoint; print(checkpoint.find(sys.argv[1]))", workdir)
     step = int(found.strip().rpartition("/")[2])
     assert step >= 100

@@ -259,9 +259,10 @@ def test_samples_do_not_depend_on_batch_or_devices(unbroken, tmp_path):
         out = tmp_path / f"{batch}_{devices}.npz"
         script = f"""
 import numpy as np
-from ddgan_jax.model import Sampler, load
+from ddgan_jax.model import load
+from ddgan_jax.sampler import Sampler
 model = load({str(unbroken)!r})
-np.savez({str(out)!r}, images=Sampler(model.built, {batch})(model.params, 0, 100))
+np.savez({str(out)!r}, images=Sampler(model.denoiser, {batch})(model.params, 0, 100))
 """
         env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "PYTHONPATH": str(ROOT)}
         subprocess.run([sys.executable, "-c", script], env=env, cwd=tmp_path, check=True, timeout=600)

@@ -371,6 +371,29 @@ def test_the_environment_chooses_the_form(value, expected):
     assert done.stdout.strip() == expected, done.stderr
 
 
-def test_an_unknown_form_is_one_sentence():
-    with ops._form("quick"), pytest.raises(UserError, match=r"DDGAN_OPS=quick .*: it is fast or reference"):
-        ops.tree_norm(1.0)
+def test_operations_are_chosen_one_by_one():
+    """Of two operations with a fast form, one runs as the reference."""
+
+    def is_fast():
+        conv = jax.make_jaxpr(ops.conv)(jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 2)))
+        fir = jax.make_jaxpr(ops.fir_upsample)(jnp.ones((1, 4, 4, 2)))
+        return ["custom_vjp" in str(program) for program in (conv, fir)]
+
+    with ops.use_reference("conv", "group_norm"):
+        assert is_fast() == [False, True]
+    with ops._form("reference:fir_upsample"):
+        assert is_fast() == [True, False]
+    assert is_fast() == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        ("quick", "DDGAN_OPS=quick .*: it is fast or reference"),
+        ("fast:conv", "DDGAN_OPS=fast:conv .*: it is fast or reference"),
+        ("reference:cov", "no operation cov: they are conv, "),
+    ],
+)
+def test_an_unknown_form_is_one_sentence(form, message):
+    with ops._form(form), pytest.raises(UserError, match=message):
+        ops.conv(jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 2)))

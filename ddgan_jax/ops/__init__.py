@@ -9,8 +9,9 @@ One switch runs everything as the reference: the environment variable DDGAN_OPS=
     with ops.use_reference():
         state, metrics = jax.jit(built.step(True, None))(state, images)
 
-It is read while a function is traced, and is part of the key of `jax.jit`'s caches: a function that was traced in one
-form is traced again in the other.
+DDGAN_OPS=reference:conv,group_norm, or `ops.use_reference("conv", "group_norm")`, does so for these operations alone.
+The switch is read while a function is traced, and is part of the key of `jax.jit`'s caches: a function that was traced
+in one form is traced again in the other.
 """
 
 import functools
@@ -45,9 +46,22 @@ FORMS = ("fast", "reference")
 _form = jax.make_user_context(os.environ.get("DDGAN_OPS") or "fast")
 
 
-def use_reference() -> AbstractContextManager[None]:
-    """Within it functions are traced with the reference forms."""
-    return _form("reference")
+def use_reference(*operations: str) -> AbstractContextManager[None]:
+    """Within it functions are traced with the reference forms of `operations`, or of all."""
+    return _form(f"reference:{','.join(operations)}" if operations else "reference")
+
+
+@functools.cache
+def _as_reference(form: str) -> frozenset[str]:
+    """The operations that run in their reference form. UserError for an unknown `form`."""
+    word, _, names = form.partition(":")
+    chosen = frozenset(names.split(",") if names else TABLE)
+    if word not in FORMS or (word == "fast" and names):
+        forms = f"{' or '.join(FORMS)}, or for some of them reference:conv,group_norm"
+        raise UserError(f"DDGAN_OPS={form} is not a form of the operations: it is {forms}")
+    if unknown := ", ".join(sorted(chosen - set(TABLE))):
+        raise UserError(f"DDGAN_OPS={form}: no operation {unknown}: they are {', '.join(TABLE)}")
+    return chosen if word == "reference" else frozenset()
 
 
 # {operation: {"reference", "cpu", "gpu", "tpu": what is done there}}
@@ -59,9 +73,8 @@ def _operation(plain: F, fast: Callable[..., Any], cpu: str, gpu: str = "as the 
 
     @functools.wraps(plain)
     def operation(*args: Any, **kwargs: Any) -> Any:
-        if _form.value not in FORMS:
-            raise UserError(f"DDGAN_OPS={_form.value} is not a form of the operations: it is {' or '.join(FORMS)}")
-        return (fast if _form.value == "fast" else plain)(*args, **kwargs)
+        with jax.named_scope(plain.__name__):  # for those who read a compiled program or a profile
+            return (plain if plain.__name__ in _as_reference(_form.value) else fast)(*args, **kwargs)
 
     what = (plain.__doc__ or "").partition("\n")[0]
     TABLE[plain.__name__] = {"reference": what, "cpu": cpu, "gpu": gpu, "tpu": tpu or gpu}

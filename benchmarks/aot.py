@@ -291,7 +291,7 @@ def main() -> None:
         ms = {row["program"]: row["ms"] for row in rows}
         if "step" in ms and "step with R1" in ms:
             share = schedule[2] / built.batch_size
-            found["hours_of_training"] = round(hours(*schedule[:2], share, ms), 2)
+            found["hours_of_training"] = measure.rounded(hours(*schedule[:2], share, ms))
             print(f"{schedule[0]:,} steps of {schedule[2]}, so many images here: {found['hours_of_training']} h")
         print_groups(rows)
         if flags.largest:

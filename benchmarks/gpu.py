@@ -4,13 +4,16 @@
 
 As `benchmarks.step`, against a matrix product of the same type; besides the seconds for 100 samples, as in the paper's
 Table 1 (0.21 s on a V100 for CIFAR-10), and the hours that the configuration's whole training would take on this GPU.
-Where there is no GPU it says so.
+Beside the measured time of each program is that of the model of `benchmarks.aot`, if it knows the card. Where there is
+no GPU it says so.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from benchmarks import measure, step
+from benchmarks import aot, measure, step
 from ddgan_jax.build import DTYPES
 
 SAMPLES = 100
@@ -24,6 +27,12 @@ def main() -> None:
         measure.print_line({"gpu": None})
         return
     print(measure.about()["device"])
+    card = next((gpu for gpu in aot.GPUS.values() if gpu.name == jax.devices()[0].device_kind), None)
+
+    def modelled(call: Any) -> dict[str, Any]:
+        """What the model says of a compiled program."""
+        return {"model": aot.expected(call, card)} if card else {}
+
     schedule = config.train.num_steps, config.train.batch_size, config.train.r1_every
     found = {}
     for name, dtype in DTYPES.items():
@@ -31,7 +40,10 @@ def main() -> None:
         built = measure.build_for(config, flags.batch)
         matrix = measure.matrix_product(8192, dtype)
         print(f"{name}, batch {built.batch_size}; 'plain' is a matrix product of 8192 rows")
-        programs = step.rows(built, flags.runs, matrix, matrix.gflop)
+        programs = step.rows(built, flags.runs, matrix, matrix.gflop, describe=modelled)
+        if card:
+            pairs = ((key, row["seconds"], row["model"]["ms"] / 1000) for key, row in programs.items())
+            print("of the model's time:", ", ".join(f"{key} {seconds / model:.0%}" for key, seconds, model in pairs))
         params = jax.jit(built.init_state)().ema_params
         sampling = measure.compiled(measure.sampler(built), params, jnp.arange(SAMPLES))
         sampling.seconds()

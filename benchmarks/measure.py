@@ -1,5 +1,6 @@
 """What the benchmarks share: a configuration's programs, compiled; their times; and the machine's own rates."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -10,6 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -51,6 +53,13 @@ def configuration(default: str, **options: int | str) -> tuple[Any, Any]:
         config_flags.DEFINE_config_file("config", default, "Configuration, FILE.py or FILE.py:VARIANT.")
         flags.FLAGS(sys.argv)
         return flags.FLAGS.config, flags.FLAGS
+
+
+def reference(operations: str) -> AbstractContextManager[None]:
+    """Within it `operations` of `ops`, named as 'conv,group_norm', run in their plain form; 'all' of them, '' none."""
+    if not operations:
+        return contextlib.nullcontext()
+    return ops.use_reference(*([] if operations == "all" else operations.split(",")))
 
 
 @dataclasses.dataclass

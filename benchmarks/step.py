@@ -7,7 +7,13 @@ channels runs before and after each, so that `of plain` (operations a second ove
 time) and `work` (seconds x its TFLOP/s) mean the same on a busy machine as on a quiet one. Operations are those that
 the compiler counts where every convolution is done directly, so that doing it in fewer counts as speed. `trace` are the
 seconds of tracing and lowering, the second step's less for what it shares with the first, `compile` the compiler's.
+
+--only=step measures the program of that name; --reference=conv,group_norm or =all runs operations of `ddgan_jax.ops` in
+their plain form.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +40,18 @@ def functions(built: Built) -> dict:
     }
 
 
-def rows(built: Built, runs: int, plain: Program, plain_gflop: float) -> dict[str, dict]:
-    """Compile, time and print each of `functions`, against the rate of the program `plain` before and after."""
+def rows(
+    built: Built,
+    runs: int,
+    plain: Program,
+    plain_gflop: float,
+    only: str = "",
+    describe: Callable[[Any], dict] = lambda call: {},
+) -> dict[str, dict]:
+    """Compile, time and print each of `functions`, or one, against the rate of the program `plain` before and after.
+
+    What `describe` says of a compiled program is added to its row.
+    """
     make = ops.jit_once(built.init_state)
     images = jax.device_put(measure.examples(built, built.batch_size))
     plain.seconds()
@@ -45,11 +61,13 @@ def rows(built: Built, runs: int, plain: Program, plain_gflop: float) -> dict[st
         f"{'GB moved':>10}"
     )
     for name, (function, keeps) in functions(built).items():
+        if only not in ("", name):
+            continue
         program = measure.compiled(function, make(), images, keeps=keeps)
         program.seconds()
         gflop, seconds, shares, work = program.gflop, [], [], []
         if name == "sampling":  # the compiler counts the body of a loop once
-            gflop = found["forward"]["gflop"] * built.schedule.num_steps
+            gflop *= built.schedule.num_steps
         before = measure.rate(plain, plain_gflop)
         for _ in range(runs):
             seconds.append(program.seconds())
@@ -66,7 +84,7 @@ def rows(built: Built, runs: int, plain: Program, plain_gflop: float) -> dict[st
             "compile_seconds": round(program.compile_seconds, 1),
             "memory_gb": measure.rounded(program.memory_gb),
             "gigabytes": measure.rounded(program.gigabytes),
-        }
+        } | describe(program.call)
         print(
             f"{name:<14}{row['seconds']:>9.3f}{row['gflop']:>9.1f}{row['of_plain']:>9.0%}{row['work']:>8.3f}"
             f"{row['trace_seconds']:>8.1f}{row['compile_seconds']:>9.1f}{row['memory_gb']:>11.2f}{row['gigabytes']:>10.1f}",
@@ -78,18 +96,19 @@ def rows(built: Built, runs: int, plain: Program, plain_gflop: float) -> dict[st
 
 def main() -> None:
     """Measure and print."""
-    config, flags = measure.configuration("configs/cifar10.py", batch=0, runs=5)
+    config, flags = measure.configuration("configs/cifar10.py", batch=0, runs=5, only="", reference="")
     built = measure.build_for(config, flags.batch)
     conv, matrix = measure.convolution(), measure.matrix_product()
     print(f"{measure.about()['device']}; batch {built.batch_size}")
-    found = rows(built, flags.runs, conv, measure.CONV_GFLOP)
+    with measure.reference(flags.reference):
+        found = rows(built, flags.runs, conv, measure.CONV_GFLOP, flags.only)
     matrix.seconds()
     rates = {
         "conv_gflops": round(measure.rate(conv, measure.CONV_GFLOP), 1),
         "matrix_gflops": round(measure.rate(matrix, matrix.gflop), 1),
     }
     print(f"plain convolution {rates['conv_gflops']} GFLOP/s, matrix product {rates['matrix_gflops']} GFLOP/s")
-    measure.print_line({"batch": built.batch_size, "programs": found} | rates)
+    measure.print_line({"batch": built.batch_size, "reference": flags.reference, "programs": found} | rates)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from ddgan_jax import ops
-
 Params = Any
 
 
@@ -29,9 +27,7 @@ class TrainState(struct.PyTreeNode):
 
 def adam(b1: float = 0.5, b2: float = 0.9, eps: float = 1e-8) -> optax.GradientTransformation:
     """Adam's direction, without the learning rate, which is a function of the step (paper: b1 = 0.5, b2 = 0.9)."""
-    return optax.GradientTransformation(
-        optax.scale_by_adam().init, lambda grads, state, params=None: ops.adam(grads, state, b1, b2, eps)
-    )
+    return optax.scale_by_adam(b1, b2, eps)
 
 
 def cosine_schedule(
@@ -68,12 +64,16 @@ def apply_gradients(
     optimizer: optax.GradientTransformation, grads: Params, opt_state: optax.OptState, params: Params, lr: jax.Array
 ) -> tuple[Params, optax.OptState]:
     """One step of `optimizer` at learning rate `lr`: (parameters, optimizer state)."""
-    return ops.descend(optimizer.update, grads, opt_state, params, lr)
+    directions, opt_state = optimizer.update(grads, opt_state, params)
+    return jax.tree.map(lambda p, d: p - lr * d, params, directions), opt_state
 
 
 def update_ema(ema: Params, params: Params, step: jax.Array, decay: float) -> Params:
     """decay * ema + (1 - decay) * params; at step 0 a copy of params, which are then the first stepped ones."""
-    return ops.moving_average(ema, params, jnp.where(step == 0, 0.0, decay))
+    keep = jnp.where(step == 0, 0.0, decay)
+    return jax.tree.map(lambda e, p: keep * e + (1 - keep) * p, ema, params)
 
 
-tree_norm = ops.tree_norm  # of gradients and parameters, for the metrics
+def tree_norm(tree: Params) -> jax.Array:
+    """The Euclidean norm of all numbers of a tree together, []."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(tree)))

@@ -64,3 +64,13 @@ def test_dropout_belongs_to_the_example():
     whole = layers.dropout(x, 0.4, keys)
     np.testing.assert_array_equal(whole[5:], layers.dropout(x[5:], 0.4, keys[5:]))
     assert 0.4 < float(jnp.mean(whole > 0)) < 0.8 and np.allclose(np.unique(whole), [0, 1 / 0.6])
+
+
+@pytest.mark.parametrize("rescale", [False, True])
+def test_merge_is_a_rescaled_sum(rescale, form):
+    x, h, g = jax.random.normal(jax.random.key(0), (3, 2, 4, 4, 3))
+    y, pullback = jax.vjp(lambda x, h: layers.merge(x, h, rescale), x, h)
+    scale = 0.5**0.5 if rescale else 1
+    np.testing.assert_allclose(y, (x + h) * scale, rtol=1e-6, atol=1e-7)
+    for gradient in pullback(g):
+        np.testing.assert_allclose(gradient, g * scale, rtol=1e-6)

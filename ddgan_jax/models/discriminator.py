@@ -58,7 +58,7 @@ class Stage(nn.Module):
             h, x = ops.fir_downsample(h), ops.fir_downsample(x)
         h = layers.conv(self.features, 3, self.dtype, "conv_1", layers.init_out(0.0))(h)
         x = layers.conv(self.features, 1, self.dtype, "shortcut", layers.init_out(), use_bias=False)(x)
-        return ops.merge(x, h, rescale=True)
+        return layers.merge(x, h, rescale=True)
 
 
 def minibatch_stddev(x: jax.Array, axis_name: str | None = None) -> jax.Array:

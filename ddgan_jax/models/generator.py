@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ddgan_jax import ops
 from ddgan_jax.config import Below1, Count, Positive, Positives
 from ddgan_jax.errors import UserError
 from ddgan_jax.models import layers
@@ -117,7 +116,7 @@ class Generator(nn.Module):
                 h = p + h if self.progressive_combine == "sum" else jnp.concatenate([p, h], axis=-1)
             elif self.progressive_input == "residual":  # the next level's pyramid starts from the merged tensor
                 p = layers.Resample("down", h.shape[-1], fir_kernel, dtype, name=f"down_{level}_pyramid")(pyramid)
-                h = pyramid = ops.merge(p, h, self.skip_rescale)
+                h = pyramid = layers.merge(p, h, self.skip_rescale)
             skips.append(h)
 
         h = block(h, h.shape[-1], "mid_block_0")

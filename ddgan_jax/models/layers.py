@@ -109,6 +109,17 @@ def leaky_relu(x: jax.Array) -> jax.Array:
 # --- Norms, attention, blocks -----------------------------------------------------------------------------------
 
 
+def merge(x: jax.Array, h: jax.Array, rescale: bool) -> jax.Array:
+    """x + h, the end of a residual block; divided by sqrt(2), to keep the variance, with `rescale`."""
+    return ops.materialize((x + h) / np.sqrt(2).astype(x.dtype) if rescale else x + h)
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """softmax(q k^T / sqrt(C)) v of [B, N, C], the softmax in float32 -> [B, N, C] of v's type."""
+    logits = jnp.einsum("bqc,bkc->bqk", q, k).astype(jnp.float32) / q.shape[-1] ** 0.5
+    return jnp.einsum("bqk,bkc->bqc", jax.nn.softmax(logits).astype(v.dtype), v)
+
+
 class GroupNorm(nn.Module):
     """`ops.group_norm` with a learned gain and bias."""
 
@@ -170,9 +181,9 @@ class Attention(nn.Module):
         q, v = (nn.Dense(c, kernel_init=init_avg(0.1), dtype=self.dtype, name=name)(h) for name in ("q", "v"))
         k = Keys(self.dtype, name="k")(h)
         q, k, v = (a.reshape(b, height * width, c) for a in (q, k, v))
-        h = ops.attention(q, k, v).reshape(-1, c)
+        h = attention(q, k, v).reshape(-1, c)
         h = nn.Dense(c, kernel_init=init_avg(0.0), dtype=self.dtype, name="out")(h)
-        return ops.merge(x, h.reshape(x.shape), self.skip_rescale)
+        return merge(x, h.reshape(x.shape), self.skip_rescale)
 
 
 def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
@@ -234,4 +245,4 @@ class ResBlock(nn.Module):
             x = conv(self.features, 1, self.dtype, "shortcut", conv_general_dilated=convolve_and_resample)(x)
         elif in_features != self.features or self.direction:
             x = conv(self.features, 1, self.dtype, "shortcut")(x)
-        return ops.merge(x, h, self.skip_rescale)
+        return merge(x, h, self.skip_rescale)

@@ -9,13 +9,14 @@ One switch runs everything as the reference: the environment variable DDGAN_OPS=
     with ops.use_reference():
         state, metrics = jax.jit(built.step(True, None))(state, images)
 
-It is read while a function is traced, and is part of the key of `jax.jit`'s caches: a function that was traced in one
-form is traced again in the other.
+DDGAN_OPS=reference:conv,group_norm, or `ops.use_reference("conv", "group_norm")`, does so for these operations alone.
+The switch is read while a function is traced, and is part of the key of `jax.jit`'s caches: a function that was traced
+in one form is traced again in the other.
 """
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
@@ -23,19 +24,11 @@ import jax
 
 from ddgan_jax.errors import UserError
 from ddgan_jax.ops import reference
-from ddgan_jax.ops.adam import adam as _adam
-from ddgan_jax.ops.adam import descend as _descend
-from ddgan_jax.ops.adam import moving_average as _moving_average
-from ddgan_jax.ops.adam import tree_norm as _tree_norm
-from ddgan_jax.ops.attention import attention as _attention
 from ddgan_jax.ops.compiler import collector_paused, compiler_for, compiler_options, jit_once
 from ddgan_jax.ops.conv import conv as _conv
 from ddgan_jax.ops.conv import pointwise as _pointwise
-from ddgan_jax.ops.fir import fir_downsample as _fir_downsample
-from ddgan_jax.ops.fir import fir_filter as _fir_filter
-from ddgan_jax.ops.fir import fir_upsample as _fir_upsample
+from ddgan_jax.ops.fir import upfirdn as _upfirdn
 from ddgan_jax.ops.memory import materialize as _materialize
-from ddgan_jax.ops.memory import merge as _merge
 from ddgan_jax.ops.norm import group_norm as _group_norm
 from ddgan_jax.ops.reference import FIR_KERNEL
 
@@ -45,9 +38,22 @@ FORMS = ("fast", "reference")
 _form = jax.make_user_context(os.environ.get("DDGAN_OPS") or "fast")
 
 
-def use_reference() -> AbstractContextManager[None]:
-    """Within it functions are traced with the reference forms."""
-    return _form("reference")
+def use_reference(*operations: str) -> AbstractContextManager[None]:
+    """Within it functions are traced with the reference forms of `operations`, or of all."""
+    return _form(f"reference:{','.join(operations)}" if operations else "reference")
+
+
+@functools.cache
+def _as_reference(form: str) -> frozenset[str]:
+    """The operations that run in their reference form. UserError for an unknown `form`."""
+    word, _, names = form.partition(":")
+    chosen = frozenset(names.split(",") if names else TABLE)
+    if word not in FORMS or (word == "fast" and names):
+        forms = f"{' or '.join(FORMS)}, or for some of them reference:conv,group_norm"
+        raise UserError(f"DDGAN_OPS={form} is not a form of the operations: it is {forms}")
+    if unknown := ", ".join(sorted(chosen - set(TABLE))):
+        raise UserError(f"DDGAN_OPS={form}: no operation {unknown}: they are {', '.join(TABLE)}")
+    return chosen if word == "reference" else frozenset()
 
 
 # {operation: {"reference", "cpu", "gpu", "tpu": what is done there}}
@@ -59,9 +65,8 @@ def _operation(plain: F, fast: Callable[..., Any], cpu: str, gpu: str = "as the 
 
     @functools.wraps(plain)
     def operation(*args: Any, **kwargs: Any) -> Any:
-        if _form.value not in FORMS:
-            raise UserError(f"DDGAN_OPS={_form.value} is not a form of the operations: it is {' or '.join(FORMS)}")
-        return (fast if _form.value == "fast" else plain)(*args, **kwargs)
+        with jax.named_scope(plain.__name__):  # for those who read a compiled program or a profile
+            return (plain if plain.__name__ in _as_reference(_form.value) else fast)(*args, **kwargs)
 
     what = (plain.__doc__ or "").partition("\n")[0]
     TABLE[plain.__name__] = {"reference": what, "cpu": cpu, "gpu": gpu, "tpu": tpu or gpu}
@@ -74,74 +79,54 @@ conv = _operation(
     cpu="Winograd's F(2x2, 3x3) in wide float32 layers of 16 px and more; other kernels' gradients in strips of rows",
     tpu="as the reference, with the channels in lanes",
 )
-pointwise = _operation(reference.pointwise, _pointwise, cpu="a matrix product", gpu="a matrix product")
-fir_filter = _operation(
-    reference.fir_filter,
-    _fir_filter,
-    cpu="as the reference, in memory; its gradient is a FIR filter too",
-    gpu="as the reference; its gradient is a FIR filter too",
-    tpu="a matrix product for each axis",
-)
-fir_downsample = _operation(
-    reference.fir_downsample,
-    _fir_downsample,
-    cpu="as the reference, in memory; its gradient is a FIR filter too",
-    gpu="as the reference; its gradient is a FIR filter too",
-    tpu="a matrix product for each axis",
-)
-fir_upsample = _operation(
-    reference.fir_upsample,
-    _fir_upsample,
-    cpu="even and odd pixels without the inserted zeros, in memory; its gradient is a FIR filter too",
-    gpu="even and odd pixels without the inserted zeros; its gradient is a FIR filter too",
+pointwise = _operation(reference.pointwise, _pointwise, cpu="a matrix product")
+upfirdn = _operation(
+    reference.upfirdn,
+    _upfirdn,
+    cpu="as the reference",
     tpu="a matrix product for each axis",
 )
 group_norm = _operation(
     reference.group_norm,
     _group_norm,
-    cpu="sums of channels, then of groups by matrix products; its gradient in closed form, from x; in memory",
-    gpu="sums of channels, then of groups by matrix products; its gradient in closed form, from x",
-)
-attention = _operation(
-    reference.attention,
-    _attention,
-    cpu="the softmax's sums divide the result, not the weights",
-    gpu="the softmax's sums divide the result, not the weights",
-)
-merge = _operation(reference.merge, _merge, cpu="as the reference, sum and gradient in memory")
-adam = _operation(
-    reference.adam,
-    _adam,
-    cpu="array by array, the moments in memory first",
-    gpu="array by array",
-)
-descend = _operation(reference.descend, _descend, cpu="on flat arrays, their results in memory")
-moving_average = _operation(reference.moving_average, _moving_average, cpu="array by array", gpu="array by array")
-tree_norm = _operation(
-    reference.tree_norm, _tree_norm, cpu="small arrays put in a row first", gpu="small arrays put in a row first"
+    cpu="sums of channels, then of groups by matrix products; in memory",
+    gpu="sums of channels, then of groups by matrix products",
 )
 materialize = _operation(reference.materialize, _materialize, cpu="a border that fusion does not cross")
+
+
+def fir_filter(x: jax.Array, kernel: Sequence[float], pad: int) -> jax.Array:
+    """[B, H, W, C] filtered in both axes with `pad` zeros in all an axis."""
+    return upfirdn(x, kernel, 1.0, up=1, down=1, before=(pad + 1) // 2, after=pad // 2)
+
+
+def fir_downsample(x: jax.Array, kernel: Sequence[float] = FIR_KERNEL) -> jax.Array:
+    """[B, H, W, C] -> [B, H // 2, W // 2, C], low-pass filtered."""
+    pad = len(kernel) - 2
+    return upfirdn(x, kernel, 1.0, up=1, down=2, before=(pad + 1) // 2, after=pad // 2)
+
+
+def fir_upsample(x: jax.Array, kernel: Sequence[float] = FIR_KERNEL, margin: int = 0) -> jax.Array:
+    """[B, H, W, C] -> [B, 2H + 2 margin, 2W + 2 margin, C], the mean kept; `margin` keeps that much of the tails."""
+    before = (len(kernel) - 1) // 2 + 1 + margin
+    return upfirdn(x, kernel, 2.0, up=2, down=1, before=before, after=len(kernel) - before + 2 * margin)
+
 
 __all__ = [
     "FIR_KERNEL",
     "FORMS",
     "TABLE",
-    "adam",
-    "attention",
     "collector_paused",
     "compiler_for",
     "compiler_options",
     "conv",
-    "descend",
     "fir_downsample",
     "fir_filter",
     "fir_upsample",
     "group_norm",
     "jit_once",
     "materialize",
-    "merge",
-    "moving_average",
     "pointwise",
-    "tree_norm",
+    "upfirdn",
     "use_reference",
 ]

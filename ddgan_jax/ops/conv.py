@@ -8,12 +8,13 @@ layout that its matrix units take; a CPU gets them
   for Convolutional Neural Networks", CVPR 2016, Section 4.1): y = A [(G k G^T) * (B d B^T)] A^T gives 2x2 results of a
   tile d of 4x4 pixels in 16 multiplications instead of 36, of all tiles together in 16 matrix products;
 * elsewhere w as a sum over strips of a few rows. To XLA it is a convolution whose window is the whole image, and takes
-  a CPU two to five times as long as the convolution itself;
-* w to an image's few channels as the matrix product of x with g's neighbours, 9 F of them at each pixel.
+  a CPU two to five times as long as the convolution itself.
 
-On 2 cores of an Intel Xeon CIFAR-10's step at batch 8 takes 2.58 s with the transforms instead of 3.08, and the
-gradient of the kernel of [8, 32, 32, 128] on one core 26 ms in strips instead of 68. CelebA-HQ's G takes a TPU 34
-million cycles with the channels in lanes instead of 81. benchmarks/NOTES.md has the rest.
+On 2 cores of an AMD EPYC CIFAR-10's step at batch 8 takes 5.7 s of processor time with the transforms instead of 7.7.
+The gradient of the kernel of [8, 32, 32, 128] takes one core 26 ms in strips instead of 68. CelebA-HQ's G takes a TPU
+34 million cycles with the channels in lanes instead of 81. A 1x1 convolution is a matrix product on a CPU, whose
+kernel's gradient, of [8, 32, 32, 256] to 128, takes 5.6 ms instead of 49; on a GPU the step takes 3 % longer with the
+product.
 """
 
 import functools
@@ -26,6 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from ddgan_jax.ops import reference
+
 # B d: each row of the transformed tile is one row i = 0..3 of it, plus or minus another; and so for the columns.
 _FIRST, _SIGN, _SECOND = (0, 1, 2, 1), (-1, 1, -1, -1), (2, 2, 1, 3)
 _A = np.array([[1, 1, 1, 0], [0, 1, -1, -1]], np.float32)
@@ -33,8 +36,12 @@ _G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], np.floa
 
 
 def pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """[B, H, W, C] convolved with [1, 1, C, F]: a matrix product."""
-    return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], kernel.shape[-1])
+    """[B, H, W, C] convolved with [1, 1, C, F]: on a CPU a matrix product."""
+
+    def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], kernel.shape[-1])
+
+    return jax.lax.platform_dependent(x, kernel, cpu=product, default=reference.pointwise)
 
 
 @jax.custom_vjp
@@ -69,19 +76,9 @@ def kernel_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
         strips = (_strip(x, g, i, min(i + rows, height)).astype(jnp.float32) for i in range(0, height, rows))
         return functools.reduce(operator.add, strips).astype(x.dtype)
 
-    def of_neighbours(x: jax.Array, g: jax.Array) -> jax.Array:
-        c, f = x.shape[-1], g.shape[-1]
-        neighbours = jnp.pad(g, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        for axis, size in ((2, width), (1, height)):  # rows, and columns in them, the last first: [B, H, W, 9F]
-            shifted = [jax.lax.slice_in_dim(neighbours, i, i + size, axis=axis) for i in (2, 1, 0)]
-            neighbours = jnp.concatenate(shifted, axis=-1)
-        return (x.reshape(-1, c).T @ neighbours.reshape(-1, 9 * f)).reshape(c, 3, 3, f).transpose(1, 2, 0, 3)
-
     whole = functools.partial(_strip, start=0, stop=height)
     if _gains(x, (3, 3, x.shape[-1], g.shape[-1])):
         on_cpu = _winograd_kernel_gradient
-    elif g.shape[-1] <= 8:
-        on_cpu = of_neighbours
     else:
         on_cpu = in_strips if height > rows else whole
 

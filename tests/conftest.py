@@ -54,6 +54,14 @@ def close_to_largest(actual, expected, rtol: float, what: str = "") -> None:
     assert error <= rtol * scale + 1e-12, f"{what}: off by {error:.2g} where the largest is {scale:.2g}"
 
 
+LONG = ("test_one_replica_equals_four", "test_as_commands", "test_the_measures_of_the_paper")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests first, so that processes which share the tests end together."""
+    items.sort(key=lambda item: item.name not in LONG)
+
+
 @pytest.fixture(scope="session", params=GENERATORS)
 def golden_generator(request) -> Golden:
     return Golden(request.param)

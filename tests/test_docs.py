@@ -37,7 +37,7 @@ MODULES = {
 def test_the_readme_is_short_and_has_the_two_commands():
     text = TEXTS["README.md"]
     assert len(text.splitlines()) <= 150
-    for requirements, command in (("requirements.txt", "main.py"), ("requirements-dev.txt", "-m pytest")):
+    for requirements, command in (("requirements.txt", "main.py"), ("requirements-dev.txt", "-m pytest -n 2")):
         block = f".venv/bin/pip install -r {requirements} && .venv/bin/python {command}"
         assert f"```\npython3 -m venv .venv && {block}\n```" in text
 

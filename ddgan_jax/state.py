@@ -74,6 +74,15 @@ def update_ema(ema: Params, params: Params, step: jax.Array, decay: float) -> Pa
     return jax.tree.map(lambda e, p: keep * e + (1 - keep) * p, ema, params)
 
 
-def tree_norm(tree: Params) -> jax.Array:
-    """The Euclidean norm of all numbers of a tree together, []."""
-    return jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(tree)))
+@jax.jit
+def norms(state: TrainState) -> dict[str, jax.Array]:
+    """The Euclidean norms of all parameters, and of all gradients as Adam's first moment has them, for the log.
+
+    They are no part of the step: of hundreds of arrays they would be a sixth of its kernels.
+    """
+    return {
+        "d_grad_norm": optax.tree.norm(state.disc_opt.mu),
+        "d_param_norm": optax.tree.norm(state.disc_params),
+        "g_grad_norm": optax.tree.norm(state.gen_opt.mu),
+        "g_param_norm": optax.tree.norm(state.gen_params),
+    }

@@ -24,7 +24,7 @@ from jax import Array
 from ddgan_jax import parallel
 from ddgan_jax.diffusion import Schedule
 from ddgan_jax.objectives import Before, Context, Objective, Parts, PhaseDraws
-from ddgan_jax.state import Params, TrainState, apply_gradients, tree_norm, update_ema
+from ddgan_jax.state import Params, TrainState, apply_gradients, update_ema
 
 Metrics = dict[str, Array]
 
@@ -151,8 +151,7 @@ def update_d(method: Method, state: TrainState, phase: Phase, with_r1: bool) -> 
     grads, metrics = parallel.mean((grads, metrics), phase.axis_name)
     lr_d = method.lr_d(state.step)
     disc_params, disc_opt = apply_gradients(method.optimizer, grads, state.disc_opt, state.disc_params, lr_d)
-    metrics |= {"d_grad_norm": tree_norm(grads), "d_param_norm": tree_norm(disc_params), "lr_d": lr_d}
-    return state.replace(disc_params=disc_params, disc_opt=disc_opt), metrics
+    return state.replace(disc_params=disc_params, disc_opt=disc_opt), metrics | {"lr_d": lr_d}
 
 
 def update_g(method: Method, state: TrainState, phase: Phase, pace: Array | float = 1.0) -> tuple[TrainState, Metrics]:
@@ -162,14 +161,13 @@ def update_g(method: Method, state: TrainState, phase: Phase, pace: Array | floa
     grads, metrics = parallel.mean((grads, metrics), phase.axis_name)
     lr_g = method.lr_g(state.step) * pace
     gen_params, gen_opt = apply_gradients(method.optimizer, grads, state.gen_opt, state.gen_params, lr_g)
-    metrics |= {"g_grad_norm": tree_norm(grads), "g_param_norm": tree_norm(gen_params), "lr_g": lr_g}
     state = state.replace(
         step=state.step + 1,
         gen_params=gen_params,
         gen_opt=gen_opt,
         ema_params=update_ema(state.ema_params, gen_params, state.step, method.ema_decay),
     )
-    return state, metrics
+    return state, metrics | {"lr_g": lr_g}
 
 
 def d_gradients(method: Method, state: TrainState, phase: Phase, with_r1: bool) -> tuple[Params, Parts]:

@@ -306,7 +306,9 @@ def test_g_waits_for_a_discriminator_that_guesses():
     step = jax.jit(ts.make_train_step(method, 0, False))
     waiting, metrics = step(state, data)  # of v = 0
     np.testing.assert_allclose([metrics["lr_g"], waiting.gen_params], 0, atol=1e-7)
-    assert 0.1 * metrics["g_grad_norm"] > 1e-5  # how far G would have gone
+    free = dataclasses.replace(method, pace=None)
+    moved, _ = jax.jit(ts.make_train_step(free, 0, False))(state, data)
+    assert np.linalg.norm(moved.gen_params) > 1e-5  # how far G would have gone
     _, metrics = step(state.replace(disc_params=jnp.full(2, 0.2)), data)
     np.testing.assert_allclose(metrics["lr_g"], 0.1 * (2 * np.log(2) - metrics["d_loss"]) / 0.5, rtol=1e-5)
     assert 0.01 < metrics["lr_g"] < 0.09
@@ -499,4 +501,13 @@ def test_adam_is_that_of_optax():
         ):
             np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
     assert jax.tree.structure(their_state) == jax.tree.structure(our_state)
-    np.testing.assert_allclose(state_lib.tree_norm(params), optax.tree.norm(params), rtol=1e-6)
+
+
+def test_the_logged_norms_are_of_parameters_and_of_the_first_moments():
+    method, state = linear(optimizer=state_lib.adam(), lr_d=state_lib.constant_schedule(0.1))
+    data = 1 + jax.random.normal(jax.random.key(0), (64, 2))
+    state, _ = jax.jit(ts.make_train_step(method, 0, False))(state, data)
+    norms = state_lib.norms(state)
+    np.testing.assert_allclose(norms["d_param_norm"], np.linalg.norm(state.disc_params), rtol=1e-6)
+    np.testing.assert_allclose(norms["g_grad_norm"], np.linalg.norm(state.gen_opt.mu), rtol=1e-6)
+    np.testing.assert_allclose(norms["d_grad_norm"], 0.5 * np.linalg.norm(state.disc_opt.mu / 0.5), rtol=1e-6)

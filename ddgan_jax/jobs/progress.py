@@ -113,17 +113,19 @@ class Meter:
         yield
         self._mark += time.time() - since
 
-    def values(self, intact: Callable[[], int | None]) -> tuple[dict[str, float], float]:
-        """(the means since the last record, the seconds that a step took); begins anew.
+    def values(self, last: Callable[[], Metrics], intact: Callable[[], int | None]) -> tuple[dict[str, float], float]:
+        """(the means since the last record, and the metrics `last()`; the seconds that a step took); begins anew.
 
         Raises Fault where a metric is not finite; `intact` as of `check_finite`.
         """
         window, steps = jax.device_get(self._window), len(self._window)
-        check_finite(self._from, window, intact)
         seconds = time.time() - self._mark
+        check_finite(self._from, window, intact)
+        now = jax.device_get(last())
+        check_finite(self._from + steps - 1, [now], intact)
         self._restart(self._from + steps)
         speed = {"images_per_second": steps * self._batch_size / max(seconds, 1e-9)}
-        return summarise(window) | speed, seconds / max(steps, 1)
+        return summarise(window) | summarise([now]) | speed, seconds / max(steps, 1)
 
 
 def losses_line(values: dict[str, float]) -> str:

@@ -28,6 +28,7 @@ from ddgan_jax.jobs.signals import Interrupt, until
 from ddgan_jax.metrics.judge import RANKED_BY, Judge, judge, open_judge
 from ddgan_jax.model import networks_of
 from ddgan_jax.sampler import Sampler
+from ddgan_jax.state import norms
 from ddgan_jax.storage import checkpoint, paths
 from ddgan_jax.storage.log import Log, read_metrics
 from ddgan_jax.storage.paths import Path
@@ -249,7 +250,7 @@ def loop(run: Run, interrupt: Interrupt) -> bool:
             last = run.step == run.num_steps
             keeps = run.due(c.checkpoint.every) or run.due(c.eval.every) or last or stop.now
             if run.due(c.log.every) or keeps:
-                values, seconds_per_step = meter.values(lambda: intact(run))
+                values, seconds_per_step = meter.values(lambda: norms(run.state), lambda: intact(run))
                 if run.due(c.eval.every) and run.judge and not stop.now:
                     with meter.paused():
                         try:

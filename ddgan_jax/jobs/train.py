@@ -250,7 +250,7 @@ def loop(run: Run, interrupt: Interrupt) -> bool:
             last = run.step == run.num_steps
             keeps = run.due(c.checkpoint.every) or run.due(c.eval.every) or last or stop.now
             if run.due(c.log.every) or keeps:
-                values, seconds_per_step = meter.values(lambda: norms(run.state), lambda: intact(run))
+                values, seconds_per_step = meter.values(lambda: norms_of(run), lambda: intact(run))
                 if run.due(c.eval.every) and run.judge and not stop.now:
                     with meter.paused():
                         try:
@@ -279,6 +279,12 @@ def batches_of(run: Run) -> Any:
         process_count=jax.process_count(),
         labels=run.labels,
     )
+
+
+def norms_of(run: Run) -> dict[str, jax.Array]:
+    """The norms of the networks that are trained."""
+    trained = "dg" if run.built.method.objective.trains_disc else "g"
+    return {name: value for name, value in norms(run.state).items() if name[0] in trained}
 
 
 def record(run: Run, values: dict[str, float], seconds_per_step: float, bar: tqdm) -> None:

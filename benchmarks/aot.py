@@ -189,7 +189,7 @@ def operations(chip: Built, name: str) -> float:
     """1e9 floating-point operations of one device's share, which `chip` describes."""
     function, _ = step.functions(chip)[name]
     images = jax.ShapeDtypeStruct((chip.batch_size, *chip.image_shape), np.uint8)
-    once = measure.operations(jax.jit(function).trace(jax.eval_shape(chip.init_state), images))
+    once = measure.operations(function, jax.eval_shape(chip.init_state), images)
     return once * (chip.schedule.num_steps if name == "sampling" else 1)  # of a loop the body is counted once
 
 

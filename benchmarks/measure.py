@@ -99,18 +99,20 @@ def compiled(function: Callable, *args: Any, keeps: bool = False) -> Program:
     jax.block_until_ready(args)  # or making them takes time from the compiler
     start = time.perf_counter()
     with ops.collector_paused():
-        traced = jax.jit(function, donate_argnums=(0,) if keeps else ()).trace(*args)
-        lowered = traced.lower()
+        lowered = jax.jit(function, donate_argnums=(0,) if keeps else ()).lower(*args)
     middle = time.perf_counter()
     call = ops.compiler_for(args)(lowered)
     seconds = middle - start, time.perf_counter() - middle
-    return Program(call, args, *seconds, keeps, operations(traced))
+    return Program(call, args, *seconds, keeps, operations(function, *args))
 
 
-def operations(traced: Any) -> float:
-    """Floating-point operations of a traced function, 1e9, its convolutions done directly; of a loop its body once."""
+def operations(function: Callable, *args: Any) -> float:
+    """Floating-point operations of a function of arrays or shapes, 1e9, as the reference forms do them; of a loop its
+    body once."""
+    with ops.use_reference():
+        traced = jax.jit(function).trace(*args)
     # As a GPU has it: the compiled program has no count of what a GPU's libraries do, nor, on a CPU, of whole loops of
-    # fewer operations, and a TPU resamples by products that are mostly zeros.
+    # fewer operations.
     counted = traced.lower(lowering_platforms=("cuda",)).cost_analysis() or {}
     return counted.get("flops", float("nan")) / 1e9
 

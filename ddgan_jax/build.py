@@ -62,7 +62,7 @@ def denoiser(config: Any) -> Denoiser:
     Raises UserError for settings that do not go together, or an image size that is not set.
     """
     c = read(config)
-    generator, shape, diffusion = generator_of(c), _shape(c), Schedule.create(**vars(c.diffusion))
+    generator, shape, diffusion = generator_of(c), _shape(c), _diffusion(c)
     x, t, z = jnp.zeros((1, *shape)), jnp.zeros(1, jnp.int32), jnp.zeros((1, generator.nz))
     labels = {"y": t} if c.model.num_classes else {}
     return Denoiser(
@@ -74,6 +74,10 @@ def denoiser(config: Any) -> Denoiser:
         num_classes=c.model.num_classes,
         scale=c.data.scale,
     )
+
+
+def _diffusion(c: Config) -> Schedule:
+    return Schedule.create(**vars(c.diffusion))
 
 
 def _shape(c: Config) -> tuple[int, ...]:
@@ -123,7 +127,7 @@ def _levels(c: Config) -> tuple[float, ...]:
     """The standard deviations of x_0, ..., x_T for points whose own is `model.data_std`; () if that is not set."""
     if c.model.data_std is None:
         return ()
-    schedule, std = Schedule.create(**vars(c.diffusion)), c.model.data_std * c.data.scale
+    schedule, std = _diffusion(c), c.model.data_std * c.data.scale
     return tuple(np.sqrt(schedule.a_s_cum**2 * std**2 + schedule.sigmas_cum**2).tolist())
 
 
@@ -153,7 +157,10 @@ def build(config: Any) -> Built:
     """Build what `config` describes. Raises UserError for settings that do not go together."""
     c = read(config)
     train, generates, discriminator = c.train, denoiser(c), _discriminator(c)
-    num_steps, per_epoch = chosen(train.num_steps, "train.num_steps"), chosen(train.steps_per_epoch, "steps_per_epoch")
+    num_steps, per_epoch = (
+        chosen(train.num_steps, "train.num_steps"),
+        chosen(train.steps_per_epoch, "train.steps_per_epoch"),
+    )
 
     def rate(base: float, floor: float) -> Callable[[jax.Array], jax.Array]:
         if not train.lr_decay:
@@ -167,7 +174,7 @@ def build(config: Any) -> Built:
             lambda params, *args, **more: discriminator.apply({"params": params}, *args, **more),
             static_argnames="axis_name",
         ),
-        schedule=Schedule.create(**vars(c.diffusion)),
+        schedule=_diffusion(c),
         objective=_objective(c),
         optimizer=state.adam(train.adam_b1, train.adam_b2),
         lr_g=rate(train.lr_g, train.lr_min),

@@ -118,8 +118,8 @@ def main() -> int:
         else:
             traceback.print_exc()
         code = 1
-    if code:
-        processes.leave(code)
+    if code:  # after a fault at once: the threads that still try to write would hold the process for minutes
+        processes.leave(code, at_once=code == 1)
     return code
 
 

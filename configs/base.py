@@ -1,6 +1,7 @@
 """What the configurations are differences from: every field of `ddgan_jax/config.py` with its default."""
 
 import dataclasses
+import math
 import typing
 from typing import Annotated, Any
 
@@ -29,12 +30,29 @@ def _config_dict(group: Any) -> ConfigDict:
 
 
 def apply_variant(config: ConfigDict, variant: str, *own: str) -> ConfigDict:
-    """The config as it is ('paper') or shrunk ('smoke'); `own` are the variants that its file makes itself."""
+    """The config as it is ('paper'), by our recipe ('fast') or shrunk ('smoke'); `own` its file makes itself."""
     if variant == "smoke":
         smoke(config)
+    elif variant == "fast":
+        fast(config)
     elif variant != "paper":
-        raise ValueError(f"unknown variant {variant!r}: it is one of {', '.join(('paper', *own, 'smoke'))}")
+        raise ValueError(f"unknown variant {variant!r}: it is one of {', '.join(('paper', *own, 'fast', 'smoke'))}")
     return config
+
+
+def fast(config: ConfigDict) -> None:
+    """Our recipe, not the paper's: on the digits a quarter of the distance, in 1.7 times the steps (docs/claims.md).
+
+    D sees x_0 instead of x_t, which for large t hides behind the posterior's noise; G is also told x_0 by squared
+    error; D goes on learning while G settles; and x_T has no more noise than hides an image of this size, so that no
+    step is spent on noise alone.
+    """
+    config.loss.update(shown="x_0", reconstruction=2.5)
+    config.train.lr_min_d = config.train.lr_d / 2
+    if size := config.data.image_size:
+        # The mean of size^2 pixels is to be as well hidden at any size: size^2 abar_T = 1.8^2, and -ln abar_T is about
+        # beta_max / 2. That is 6 at 8 px, 12 at 32 px, and the paper's 20 at 256 px.
+        config.diffusion.beta_max = float(round(4 * math.log(size / 1.8)))
 
 
 def small(config: ConfigDict) -> None:

@@ -1,6 +1,6 @@
 """CIFAR-10 as in the paper (Xiao, Kreis and Vahdat, ICLR 2022, Appendix): the defaults of `ddgan_jax/config.py`.
 
-Variants: 'paper' (default), 'smoke' (tiny networks, made data, under a minute).
+Variants: 'paper' (default), 'fast' (our recipe), 'smoke' (tiny networks, made data, under a minute).
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,6 @@
 """LSUN Church Outdoor at 256 px as in the paper, from its LMDB or a folder in `config.data.path`.
 
-Variants: 'paper', 'smoke'.
+Variants: 'paper', 'fast' (our recipe), 'smoke'.
 """
 
 from ml_collections import ConfigDict

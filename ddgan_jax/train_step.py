@@ -21,7 +21,7 @@ import optax
 from flax import struct
 from jax import Array
 
-from ddgan_jax import parallel
+from ddgan_jax import ops, parallel
 from ddgan_jax.diffusion import Schedule
 from ddgan_jax.objectives import Before, Context, Objective, Parts, PhaseDraws
 from ddgan_jax.state import Params, TrainState, apply_gradients, update_ema
@@ -151,6 +151,7 @@ def update_d(method: Method, state: TrainState, phase: Phase, with_r1: bool) -> 
     grads, metrics = parallel.mean((grads, metrics), phase.axis_name)
     lr_d = method.lr_d(state.step)
     disc_params, disc_opt = apply_gradients(method.optimizer, grads, state.disc_opt, state.disc_params, lr_d)
+    disc_params = ops.row_major(disc_params)  # written in place, before G's phase turns them around
     return state.replace(disc_params=disc_params, disc_opt=disc_opt), metrics | {"lr_d": lr_d}
 
 

@@ -2,7 +2,7 @@
 
     python -m experiments.digits --at_once=2                    # three seeds of each
 
-Trains and evaluates configs/digits.py in runs/experiments/digits; what is finished there is not done again.
+Trains and evaluates configs/digits.py:paper in runs/experiments/digits; what is finished there is not done again.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import numpy as np
 from ddgan_jax import figures
 from experiments import common
 
-NAME, FLAGS = "digits", ["--config=configs/digits.py", "--config.log.samples_every=0"]
+NAME, FLAGS = "digits", ["--config=configs/digits.py:paper", "--config.log.samples_every=0"]
 METHODS = {
     "T = 1 (one-shot GAN)": ["--config.diffusion.num_steps=1"],
     "T = 2": ["--config.diffusion.num_steps=2"],

@@ -41,18 +41,19 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def start_group(count, *arguments, devices=1, own=None, script=""):
+def start_group(count, *arguments, devices=1, own=None, script="", env=None):
     """Start main.py in `count` processes that are joined over loopback, with so many CPU devices each.
 
-    `own` are further arguments of single ones, {index: [...]}; `script`, lines of Python, runs before in each.
+    `own` are further arguments of single ones, {index: [...]}; `script`, lines of Python, runs before in each; `env`
+    are further variables of all.
     """
     address, started = f"127.0.0.1:{free_port()}", []
     for index in range(count):
         group = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(index)}
-        env = os.environ | (group if count > 1 else {})
-        env |= {"JAX_PLATFORMS": "cpu"}
-        env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-        argv, options = command(*arguments, *(own or {}).get(index, []), env=env)
+        env_of = os.environ | (env or {}) | (group if count > 1 else {})
+        env_of |= {"JAX_PLATFORMS": "cpu"}
+        env_of["XLA_FLAGS"] = f"{env_of.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+        argv, options = command(*arguments, *(own or {}).get(index, []), env=env_of)
         if script:
             argv[1:2] = ["-c", f"{script}\nimport sys, main\nsys.argv[0] = 'main.py'\nsys.exit(main.main())"]
         started.append(subprocess.Popen(argv, **options, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 from buckets import bucket  # noqa: F401
-from commands import POINTS, ROOT, command, run
+from commands import POINTS, ROOT, command, ends, run, start_group
 
 from ddgan_jax.errors import UserError
 from ddgan_jax.storage import checkpoint, paths
@@ -193,6 +193,23 @@ def test_a_bucket_that_refuses_writes_loses_nothing(bucket, trained, cache, tmp_
     assert step >= 100
     result = run(*arguments, f"--config.train.num_steps={step + 4}", env=bucket.env)
     assert result.returncode == 0 and f"going on from step {step}" in result.stdout, result.stdout + result.stderr
+
+
+def test_a_fault_waits_for_the_save_before_it(bucket, cache):  # noqa: F811
+    script = """
+from ddgan_jax.errors import Fault
+from ddgan_jax.jobs import train
+def fail(run, name): raise Fault("no picture")
+train.samples = fail
+"""
+    workdir = f"{bucket.url}/waits"
+    bucket.be("slow")
+    every = "--config.log.samples_every=4", "--config.checkpoint.every=4"
+    group = start_group(1, POINTS, f"--workdir={workdir}", NO_TENSORFLOW, cache, *every, script=script, env=bucket.env)
+    code, output = ends(group)[0]
+    bucket.be()
+    assert code == 1 and "stopped: no picture" in output, output
+    assert f"{workdir}/checkpoints/4/commit_success.txt" in bucket.files("waits")
 
 
 def test_paths():

@@ -50,8 +50,28 @@ def test_every_config_differs_from_the_documented_one_in_values_only(name):
 
 
 def test_the_error_names_the_variants_that_there_are():
-    with pytest.raises(ValueError, match="one of paper, mnist_5k, smoke"):
+    with pytest.raises(ValueError, match="one of paper, mnist_5k, fast, smoke"):
         get_config("stacked_mnist", "tiny")
+
+
+def test_the_recipe_of_the_digits_is_not_the_papers():
+    """It is the default and that of the classes; 'paper' and 'long' have none of it."""
+    of = {variant: as_dict(get_config("digits", variant)) for variant in ("", "conditional", "paper", "long")}
+    documented = as_dict(get_config("cifar10"))
+    for variant, config in of.items():
+        ours = variant in ("", "conditional")
+        assert (config["loss"] == documented["loss"]) is not ours
+        assert (config["diffusion"] == documented["diffusion"]) is not ours
+        assert config["loss"]["shown"] == ("x_0" if ours else "x_t")
+
+
+@pytest.mark.parametrize("name, beta_max", [("cifar10", 12), ("celeba_hq_256", 20), ("image_folder", 20)])
+def test_the_recipe_of_the_other_presets(name, beta_max):
+    """The losses of the digits, no more noise than the size asks for, and a D that goes on learning."""
+    fast, paper, digits = get_config(name, "fast"), get_config(name), get_config("digits")
+    assert fast.loss == digits.loss and fast.diffusion.beta_max == beta_max
+    assert fast.train.lr_min_d == paper.train.lr_d / 2 and paper.train.lr_min_d is None
+    assert fast.generator == paper.generator and fast.diffusion.num_steps == paper.diffusion.num_steps
 
 
 def test_each_network_has_its_own_floor_of_the_learning_rate_and_stays_there():
@@ -73,17 +93,28 @@ def test_the_decay_of_a_checkpoint_that_knows_one_floor_is_as_it_was():
 
 
 @pytest.mark.parametrize(
-    "objective, name, message",
+    "objective, options, message",
     [
-        ("one_shot", "mismatched", "loss.mismatched is for pairs, and objective='one_shot' shows D no x_{t.1}: set it"),
-        ("one_shot", "moment", "loss.moment is for objective='adversarial', not 'one_shot': set it to 0"),
-        ("gaussian", "moment", "loss.moment is for objective='adversarial', not 'gaussian': set it to 0"),
+        (
+            "one_shot",
+            {"mismatched": 1.0},
+            "loss.mismatched is for pairs, and objective='one_shot' shows D no x_{t.1}: set it",
+        ),
+        ("one_shot", {"moment": 1.0}, "loss.moment is for objective='adversarial', not 'one_shot': set it to 0"),
+        ("gaussian", {"moment": 1.0}, "loss.moment is for objective='adversarial', not 'gaussian': set it to 0"),
+        ("gaussian", {"reconstruction": 1.0}, "loss.reconstruction is for objective='adversarial', not 'gaussian'"),
+        ("one_shot", {"shown": "x_0"}, "loss.shown is for objective='adversarial', not 'one_shot': set it to 'x_t'"),
+        (
+            "adversarial",
+            {"shown": "x_0", "mismatched": 1.0},
+            "loss.mismatched is for D's pairs with x_t, and loss.shown",
+        ),
     ],
 )
-def test_options_without_their_objective_are_refused(objective, name, message):
+def test_options_that_do_not_go_together_are_refused(objective, options, message):
     config = get_config("cifar10", "smoke")
     config.objective = objective
-    config.loss[name] = 1.0
+    config.loss.update(options)
     with pytest.raises(UserError, match=message):
         build(config)
 

@@ -57,7 +57,7 @@ def test_frechet_distance_in_closed_form():
 
 @pytest.mark.slow
 def test_the_main_job_draws_digits(tmp_path):
-    """All ten digits, each at least 4 %, and a Frechet distance of at most 5 (two halves of the real data: 0.58)."""
+    """All ten digits, each at least 5 %, and a Frechet distance of at most 2 (two halves of the real data: 0.58)."""
     result = run(f"--workdir={tmp_path}")
     assert result.returncode == 0, result.stderr
     for name in ("config.json", "metrics.jsonl", "results.json", "curves.png", "samples/final.png"):
@@ -69,14 +69,14 @@ def test_the_main_job_draws_digits(tmp_path):
     distance, shares = judge.distance(images), judge.shares(images)
     seconds = json.loads((tmp_path / "results.json").read_text())["seconds"]
     print(f"Frechet distance {distance:.2f}, shares {np.round(100 * shares, 1)} %, {seconds} s")
-    assert distance <= 5 and shares.min() >= 0.04
+    assert distance <= 2 and shares.min() >= 0.05
     halves = judge.real[::2], judge.real[1::2]
     assert abs(frechet_distance(*map(judge.features, halves)) - 0.58) < 0.2  # the measure is the one that is meant
 
 
 @pytest.mark.slow
 def test_a_digit_that_is_asked_for_is_drawn(tmp_path):
-    """digits:conditional: scikit-learn's classifier agrees with the label for at least 85 % of the samples."""
+    """digits:conditional: scikit-learn's classifier agrees with the label for at least 95 % of the samples."""
     result = run("--config=configs/digits.py:conditional", f"--workdir={tmp_path}")
     assert result.returncode == 0, result.stderr
     judge, agreement = Judge(), []
@@ -86,4 +86,4 @@ def test_a_digit_that_is_asked_for_is_drawn(tmp_path):
         assert result.returncode == 0, result.stderr
         agreement.append(np.mean(judge.network.predict(judge.inputs(np.load(out)["images"])) == label))
     print(f"agreement {np.mean(agreement):.3f}, by digit {np.round(agreement, 2)}")
-    assert np.mean(agreement) >= 0.85
+    assert np.mean(agreement) >= 0.95

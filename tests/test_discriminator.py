@@ -9,6 +9,7 @@ from conftest import Golden, close_to_largest, golden_inventory
 from ddgan_jax import ops
 from ddgan_jax.errors import UserError
 from ddgan_jax.models.discriminator import LARGE, SMALL, Discriminator, minibatch_stddev, preset
+from ddgan_jax.models.layers import from_patches
 from ddgan_jax.objectives import ddgan
 from ddgan_jax.torch.architecture import discriminator_config
 from ddgan_jax.torch.convert import discriminator_params, discriminator_state_dict
@@ -134,6 +135,15 @@ def test_stddev_groups_are_neighbours():
     np.testing.assert_allclose(minibatch_stddev(x[:1])[..., -1], 1e-4, rtol=1e-6)
     with pytest.raises(UserError, match="batch of 6"):
         minibatch_stddev(jnp.zeros((6, 4, 4, 3)))
+
+
+def test_patches_are_pixels_of_more_channels():
+    disc = Discriminator(ngf=8, t_emb_dim=16, **preset(8))
+    x, y = jax.random.normal(jax.random.key(0), (2, 4, 8, 8, 12))
+    t = jnp.arange(4)
+    params = disc.init(jax.random.key(1), x, t, y)
+    patched = disc.clone(patch_size=2).apply(params, from_patches(x, 2), t, from_patches(y, 2))
+    np.testing.assert_allclose(patched, disc.apply(params, x, t, y), atol=1e-6)
 
 
 def test_too_small_images():

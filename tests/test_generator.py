@@ -12,6 +12,7 @@ from conftest import Golden, close_to_largest, golden_inventory
 from ddgan_jax import ops
 from ddgan_jax.errors import UserError
 from ddgan_jax.models.generator import Generator
+from ddgan_jax.models.layers import from_patches, to_patches
 from ddgan_jax.torch.architecture import generator_config
 from ddgan_jax.torch.convert import generator_params, generator_state_dict
 
@@ -227,6 +228,15 @@ def test_rematerialisation_changes_nothing():
     assert "remat" in str(jax.make_jaxpr(jax.grad(lambda p: jnp.sum(remat.apply({"params": p}, x, t, z))))(params))
 
 
+def test_patches_are_pixels_of_more_channels():
+    generator = Generator(**TINY, image_channels=12)
+    x, t, z = inputs(8, channels=12)
+    params = random_params(generator, 8)
+    pixels = from_patches(x, 2)
+    patched = run(generator.clone(image_channels=3, patch_size=2), params, pixels, t, z)
+    np.testing.assert_allclose(to_patches(patched, 2), run(generator, params, x, t, z), atol=1e-6)
+
+
 def test_dropout_needs_keys():
     generator = Generator(**TINY, dropout=0.3)
     x, t, z = inputs(16)
@@ -244,6 +254,7 @@ def test_dropout_needs_keys():
         (dict(resblock_type="resnet"), 16, "resblock_type 'resnet'"),
         (dict(progressive="residual"), 16, "progressive 'residual'"),
         (dict(ch_mult=(1, 1, 1, 1)), 12, "12x12 do not halve 3 times"),
+        (dict(patch_size=4), 12, "12x12 do not halve 1 times, as the 2 levels .* with patches of 4 px"),
         (dict(image_channels=1), 16, "1 image channels"),
         (dict(nf=30), 16, "30 channels"),
     ],

@@ -55,6 +55,15 @@ def test_single_layers_equal_released_code(form):
     np.testing.assert_allclose(nchw(out), golden["attn/out"], atol=5e-6)
 
 
+def test_patches():
+    x = jnp.arange(2 * 4 * 6 * 3).reshape(2, 4, 6, 3)
+    patches = layers.to_patches(x, 2)
+    assert patches.shape == (2, 2, 3, 12)
+    np.testing.assert_array_equal(patches[1, 1, 2].reshape(2, 2, 3), x[1, 2:4, 4:6])
+    np.testing.assert_array_equal(layers.from_patches(patches, 2), x)
+    np.testing.assert_array_equal(layers.to_patches(x, 1), x)
+
+
 def test_leaky_relu_slope_at_zero():
     assert jax.grad(lambda x: layers.leaky_relu(x))(0.0) == np.float32(0.2)
 

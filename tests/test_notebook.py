@@ -160,7 +160,7 @@ def test_the_whole_notebook(tmp_path, name):
     outputs = [o for cell in json.loads((folder / "done.ipynb").read_text())["cells"] for o in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == len(PICTURES)
     text = "".join("".join(output.get("text", "")) for output in outputs)
-    assert "finished 1000 steps" in text and "images of 8x8x1 in 4 network calls, 10 classes" in text
+    assert "finished 1000 steps" in text and "images of 8x8x1 in 3 network calls, 10 classes" in text
     check_results(folder)
     versions = run(python, "-c", USE_AFTERWARDS, folder / "ddgan_jax_results" / "digits").split()[-2:]
     if name == "colab":

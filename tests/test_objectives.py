@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddgan_jax.objectives import ddgan, gaussian, mismatched, moment, rpsw
+from ddgan_jax.diffusion import Schedule
+from ddgan_jax.objectives import ddgan, gaussian, mismatched, moment, reconstruction, rpsw
 
 
 def quadratic(weights):
@@ -153,3 +154,15 @@ def test_rpsw_is_zero_on_average_where_the_sets_agree_and_falls_along_its_gradie
     )
     assert abs(float(mean(0.0))) < 0.05 < 0.5 < float(mean(0.5)) < float(mean(1.0))
     assert float(jax.grad(mean)(0.5)) > 0.5 and float(jax.grad(mean)(-0.5)) < -0.5
+
+
+def test_the_reconstruction_is_the_likelihood_of_the_noisy_image():
+    """SNR ||x_0 - x0_hat||^2 / d is ||sqrt(abar) (x_0 - x0_hat)||^2 / (1 - abar) / d, and falls with the noise."""
+    schedule, t = Schedule.create(4), jnp.arange(4)
+    x0, x0_hat = jax.random.normal(jax.random.key(0), (2, 4, 5, 3))
+    loss, parts = reconstruction.weighted_error(schedule, x0, x0_hat, t)
+    apart = schedule.a_s_cum[1:, None, None] * (x0 - x0_hat) / schedule.sigmas_cum[1:, None, None]
+    np.testing.assert_allclose(parts["g_squared_error"], np.mean(np.square(apart), axis=(1, 2)), rtol=1e-4)
+    assert loss == pytest.approx(np.mean(np.square(apart)), rel=1e-4)
+    one = reconstruction.weighted_error(schedule, jnp.ones((4, 2)), jnp.zeros((4, 2)), t)[1]["g_squared_error"]
+    assert (np.diff(one) < 0).all()

@@ -74,7 +74,9 @@ CASES = {
         f"group_norm {shape}, {examples} gains, silu={silu}": norm_case(shape, examples, silu)
         for shape, examples, silu in [((2, 5, 3, 12), 1, True), ((2, 5, 3, 12), 2, False), ((3, 4, 7, 160), 3, True)]
     },
+    "add_shift": ("add_shift", (images(2, 5, 3, 4), jax.random.normal(jax.random.key(1), (2, 4))), {}),
     "materialize": ("materialize", (images(2, 5, 3, 4),), {}),
+    "row_major": ("row_major", ({"kernel": images(3, 3, 5, 4), "bias": jnp.ones(4)},), {}),
 }
 
 
@@ -242,8 +244,9 @@ def test_only_a_tpu_resamples_by_matrix_products(resample):
 def test_group_norm_of_bfloat16_loses_nothing_by_its_single_pass():
     x = (20 + jax.random.normal(jax.random.key(0), (2, 16, 16, 32))).astype(jnp.bfloat16)
     gain, bias = jnp.ones((1, 32)), jnp.zeros((1, 32))
-    expected = ops.group_norm(x.astype(jnp.float32), gain, bias)
-    np.testing.assert_allclose(ops.group_norm(x, gain, bias), expected, atol=1e-4)  # x is rounded to 1 / 16
+    expected = ops.group_norm(x.astype(jnp.float32), gain, bias).astype(jnp.bfloat16)
+    difference = np.abs(ops.group_norm(x, gain, bias).astype(jnp.float32) - expected)
+    assert np.mean(difference) < 1e-4 and np.max(difference) <= 2**-6  # a few are rounded to the other side
 
     constant = jnp.full((2, 7, 9, 12), 777, jnp.bfloat16)  # for which rounding leaves a variance of -0.06
     assert np.isfinite(ops.group_norm(constant, gain[:, :12], bias[:, :12])).all()

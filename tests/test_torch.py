@@ -113,7 +113,7 @@ def fields_of(**options):
     generator = Generator(**(small | options))
     inputs = jnp.zeros((1, 16, 16, 3)), jnp.zeros(1, jnp.int32), jnp.zeros((1, generator.nz))
     shapes = jax.eval_shape(generator.init, jax.random.key(0), *inputs)["params"]
-    no_hints = ("parent", "name", "dtype", "num_classes", "remat")
+    no_hints = ("parent", "name", "dtype", "num_classes", "patch_size", "remat")
     fields = {f.name: getattr(generator, f.name) for f in dataclasses.fields(generator) if f.name not in no_hints}
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
     return fields | {"image_size": 16}, convert.generator_state_dict(zeros)

@@ -20,11 +20,13 @@ from ddgan_jax.models.generator import Generator
 from ddgan_jax.models.mlp import PointDiscriminator, PointGenerator
 from ddgan_jax.objectives import Before, PhaseDraws
 from ddgan_jax.objectives.ddgan import DDGAN
+from ddgan_jax.objectives.denoised import Denoised
 from ddgan_jax.objectives.gaussian import Gaussian
 from ddgan_jax.objectives.mismatched import Mismatched
 from ddgan_jax.objectives.moment import Moment
 from ddgan_jax.objectives.one_shot import OneShot
 from ddgan_jax.objectives.pace import pace_of_g
+from ddgan_jax.objectives.reconstruction import Reconstruction
 from ddgan_jax.torch import architecture, convert
 
 
@@ -333,6 +335,28 @@ def test_mismatched_pairs_are_of_the_image_before():
     grad, _ = ts.d_gradients(method, state, ts.Phase(x0, draws), False)
     expected = (-x_t + fake_x_t + weight[:, None] * other).mean(axis=0) / 2
     np.testing.assert_allclose(grad, expected, rtol=1e-5)
+
+
+def test_d_can_be_shown_the_image_without_noise():
+    """D's gradient is that of x_0 and x0_hat; G's has the squared error's beside that of D."""
+    objective = Reconstruction(Denoised(DDGAN(0.0)), 2.0)
+    method, state = linear(schedule=Schedule.create(4), objective=objective)
+    x0 = jax.random.normal(jax.random.key(1), (8, 2))
+    draws = ts.draw(jax.random.key(0), jnp.arange(8), 4, (2,), 1, False).d
+    paper = dataclasses.replace(method, objective=DDGAN(0.0))
+    shown, usual = (pairs_of(m, state, x0, draws) for m in (method, paper))
+    np.testing.assert_array_equal(shown.x_t, x0)
+    np.testing.assert_array_equal(shown.fake_x_t, usual.x0_hat)
+    np.testing.assert_array_equal(shown.x_tp1, usual.x_tp1)
+    grad, _ = ts.d_gradients(method, state, ts.Phase(x0, draws), False)  # at v = 0, as above
+    np.testing.assert_allclose(grad, (usual.x0_hat - x0).mean(axis=0) / 2, rtol=1e-5, atol=1e-7)
+
+    grad, parts = ts.g_gradients(method, state, ts.Phase(x0, draws))  # D = 0 has no gradient to give
+    snr = (method.schedule.a_s_cum[1:] / method.schedule.sigmas_cum[1:])[draws.t] ** 2
+    generated = lambda params: ts.bind(method.gen, params)(usual.x_tp1, draws.t, draws.z)  # noqa: E731
+    expected = jax.grad(lambda params: 2 * jnp.mean(snr[:, None] * jnp.square(x0 - generated(params))))
+    np.testing.assert_allclose(grad, expected(state.gen_params), rtol=1e-4, atol=1e-6)
+    assert set(parts) == {"g_fake", "g_loss", "g_squared_error"}
 
 
 def test_a_shift_of_all_logits_is_no_lead():

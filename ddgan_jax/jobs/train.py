@@ -4,12 +4,14 @@ The step is the only clock. Run the same command again and it goes on from the n
 the numbers that an unbroken run would have had.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -82,17 +84,33 @@ def train(config: Any, workdir: str, data: Data | None = None) -> Any:
     """
     with Interrupt() as interrupt:
         run = begin(config, workdir, data)
-        with interrupt.held():
-            stopped = loop(run, interrupt)
-            if run.checkpoints:
-                run.checkpoints.close()
-            came = [name for name in processes.exchange(interrupt.signal) if name]  # all know: the checkpoint is there
-        if stopped:
-            if run.log:
+        with closed_after_a_fault(run):
+            with interrupt.held():
+                stopped = loop(run, interrupt)
+                if run.checkpoints:
+                    run.checkpoints.close()
+                # after this all know that the checkpoint is there
+                came = [name for name in processes.exchange(interrupt.signal) if name]
+            if not stopped:
+                finish(run)
+            elif run.log:
                 run.log.close()
+        if stopped:
             raise Interrupted(f"{came[0]}: saved step {run.step} in {workdir}; run the same command to go on")
-        finish(run)
     return run.state
+
+
+@contextlib.contextmanager
+def closed_after_a_fault(run: Run) -> Iterator[None]:
+    """What raises within may end the process at once: what was begun to be written is written first."""
+    try:
+        yield
+    except Exception:
+        for part in (run.checkpoints, run.log):
+            with contextlib.suppress(Exception):
+                if part:
+                    part.close()
+        raise
 
 
 # --- Setting up ---------------------------------------------------------------------------------------------------

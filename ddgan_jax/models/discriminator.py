@@ -5,6 +5,7 @@ discriminators of the paper are presets of it, and `preset` gives the like for e
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -51,13 +52,13 @@ class Stage(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, t_emb: jax.Array) -> jax.Array:
-        h = layers.conv(self.features, 3, self.dtype, "conv_0", layers.init_out())(layers.leaky_relu(x))
+        conv = partial(layers.Conv, self.features, kernel_init=layers.init_out(), dtype=self.dtype)
         time = nn.Dense(self.features, kernel_init=layers.init_out(), dtype=self.dtype, name="time")
-        h = layers.leaky_relu(h + time(t_emb)[:, None, None, :])
+        h = layers.leaky_relu(conv(name="conv_0")(layers.leaky_relu(x), time(t_emb)))
         if self.downsample:
             h, x = ops.fir_downsample(h), ops.fir_downsample(x)
-        h = layers.conv(self.features, 3, self.dtype, "conv_1", layers.init_out(0.0))(h)
-        x = layers.conv(self.features, 1, self.dtype, "shortcut", layers.init_out(), use_bias=False)(x)
+        h = conv(kernel_init=layers.init_out(0.0), name="conv_1")(h)
+        x = conv(size=1, use_bias=False, name="shortcut")(x)
         return layers.merge(x, h, rescale=True)
 
 
@@ -94,6 +95,7 @@ class Discriminator(nn.Module):
     stages: Stages = SMALL
     t_emb_dim: Positive = 256
     zero_final: bool = True  # start the last convolution at (almost) zero
+    patch_size: Positive = 1  # as the generator's
     num_classes: int = 0  # 0: unconditional
     dtype: Dtype = jnp.float32
 
@@ -113,8 +115,11 @@ class Discriminator(nn.Module):
         t_emb = layers.leaky_relu(dense(self.t_emb_dim, "time_0")(t_emb))
         t_emb = layers.leaky_relu(dense(self.t_emb_dim, "time_1")(t_emb))
 
-        x = jnp.concatenate([x_t, x_tp1], axis=-1).astype(self.dtype)
-        h = layers.conv(round(self.start * self.ngf), 1, self.dtype, "conv_in", layers.init_out())(x)
+        images = [layers.to_patches(image, self.patch_size) for image in (x_t, x_tp1)]
+        x = jnp.concatenate(images, axis=-1).astype(self.dtype)
+        h = layers.Conv(
+            round(self.start * self.ngf), 1, kernel_init=layers.init_out(), dtype=self.dtype, name="conv_in"
+        )(x)
         for i, (width, downsample) in enumerate(self.stages):
             if downsample and min(h.shape[1:3]) < 2:
                 raise UserError(
@@ -125,7 +130,7 @@ class Discriminator(nn.Module):
 
         h = minibatch_stddev(h, axis_name)
         scale = 0.0 if self.zero_final else 1.0
-        h = layers.conv(h.shape[-1] - 1, 3, self.dtype, "conv_out", layers.init_out(scale))(h)
+        h = layers.Conv(h.shape[-1] - 1, kernel_init=layers.init_out(scale), dtype=self.dtype, name="conv_out")(h)
         h = jnp.sum(layers.leaky_relu(h).astype(jnp.float32), axis=(1, 2))
         logits = dense(1, "out", jnp.float32)(h)[:, 0]
         if self.num_classes:

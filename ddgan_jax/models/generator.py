@@ -59,6 +59,7 @@ class Generator(nn.Module):
     dropout: Below1 = 0.0
     dtype: Dtype = jnp.float32
     num_classes: int = 0  # 0: unconditional
+    patch_size: Positive = 1  # blocks of so many pixels a side are the channels of one position (1: the paper)
     remat: bool = False  # recompute the residual blocks in the backward pass: less memory, about a third more work
 
     @nn.compact
@@ -91,14 +92,15 @@ class Generator(nn.Module):
             return layers.Resample(direction, features, fir_kernel, dtype, name=name)(x)
 
         def to_image(x: jax.Array, level: str) -> jax.Array:
-            h = layers.GroupNorm(silu=True, name=f"{level}_norm")(x).astype(dtype)
-            return layers.conv(self.image_channels, 3, dtype, f"{level}_conv", layers.init_avg(0.0))(h)
+            h = layers.GroupNorm(silu=True, name=f"{level}_norm")(x)
+            channels = self.image_channels * self.patch_size**2
+            return layers.Conv(channels, kernel_init=layers.init_avg(0.0), dtype=dtype, name=f"{level}_conv")(h)
 
         z_emb, t_emb = self._z_embedding(z, y), self._t_embedding(t) if self.conditional else None
 
         x = x.astype(dtype) if self.centered else (2 * x - 1).astype(dtype)
-        pyramid = x
-        h = layers.conv(self.nf, 3, dtype, "conv_in")(x)
+        x = pyramid = layers.to_patches(x, self.patch_size)
+        h = layers.Conv(self.nf, dtype=dtype, name="conv_in")(x)
 
         skips = [h]
         for level, mult in enumerate(self.ch_mult):
@@ -112,7 +114,7 @@ class Generator(nn.Module):
             h = resample(h, "down", f"down_{level}_resample")
             if self.progressive_input == "input_skip":
                 pyramid = layers.resample(pyramid, "down", fir_kernel)
-                p = layers.conv(h.shape[-1], 1, dtype, f"down_{level}_combine")(pyramid)
+                p = layers.Conv(h.shape[-1], 1, dtype=dtype, name=f"down_{level}_combine")(pyramid)
                 h = p + h if self.progressive_combine == "sum" else jnp.concatenate([p, h], axis=-1)
             elif self.progressive_input == "residual":  # the next level's pyramid starts from the merged tensor
                 p = layers.Resample("down", h.shape[-1], fir_kernel, dtype, name=f"down_{level}_pyramid")(pyramid)
@@ -126,9 +128,8 @@ class Generator(nn.Module):
         image = None
         for level in reversed(range(len(self.ch_mult))):
             for i in range(self.num_res_blocks + 1):
-                h = block(
-                    jnp.concatenate([h, skips.pop()], axis=-1), self.nf * self.ch_mult[level], f"up_{level}_block_{i}"
-                )
+                h = jnp.concatenate([h, skips.pop()], axis=-1)
+                h = block(h, self.nf * self.ch_mult[level], f"up_{level}_block_{i}")
             if h.shape[1] in self.attn_resolutions:
                 h = attention(h, f"up_{level}_attn")
             if self.progressive == "output_skip":
@@ -139,7 +140,7 @@ class Generator(nn.Module):
 
         if image is None:
             image = to_image(h, "out")
-        image = image.astype(jnp.float32)
+        image = layers.from_patches(image.astype(jnp.float32), self.patch_size)
         return jnp.tanh(image) if self.tanh else image
 
     def _z_embedding(self, z: jax.Array, y: jax.Array | None) -> jax.Array:
@@ -163,11 +164,12 @@ class Generator(nn.Module):
         for option, choices in CHOICES.items():
             if getattr(self, option) not in choices:
                 raise UserError(f"unknown {option} {getattr(self, option)!r}: it is one of {', '.join(choices)}")
-        halvings = len(self.ch_mult) - 1
-        if x.shape[1] % 2**halvings or x.shape[2] % 2**halvings:
+        levels, part = len(self.ch_mult), self.patch_size * 2 ** (len(self.ch_mult) - 1)
+        patches = f" with patches of {self.patch_size} px" if self.patch_size > 1 else ""
+        if x.shape[1] % part or x.shape[2] % part:
             raise UserError(
-                f"images of {x.shape[1]}x{x.shape[2]} do not halve {halvings} times, as the {halvings + 1} levels of "
-                f"ch_mult={tuple(self.ch_mult)} need: choose sizes divisible by {2**halvings}, or fewer levels"
+                f"images of {x.shape[1]}x{x.shape[2]} do not halve {levels - 1} times, as the {levels} levels of "
+                f"ch_mult={tuple(self.ch_mult)} need{patches}: choose sizes divisible by {part}, or fewer levels"
             )
         if x.shape[-1] != self.image_channels or z.shape[-1] != self.nz:
             raise UserError(

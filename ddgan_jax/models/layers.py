@@ -8,7 +8,8 @@ FIR resampling follows upfirdn (Karras et al., "Analyzing and Improving the Imag
 (up), convolve with the kernel outer(k, k) / sum, keep every second pixel (down).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -42,12 +43,29 @@ def embed(classes: int, features: int, dtype: Dtype, name: str, std: float) -> n
     return nn.Embed(classes, features, embedding_init=init, dtype=dtype, name=name)
 
 
-def conv(features: int, size: int, dtype: Dtype, name: str, init: Initializer | None = None, **options) -> nn.Conv:
-    """A size x size convolution, zero-padded to keep height and width unless `options` says otherwise."""
-    if size in (1, 3) and not {"strides", "padding", "conv_general_dilated"} & set(options):
-        function = ops.pointwise if size == 1 else ops.conv
-        options["conv_general_dilated"] = lambda x, kernel, *_, **__: function(x, kernel)
-    return nn.Conv(features, (size, size), kernel_init=init or init_avg(), dtype=dtype, name=name, **options)
+class Conv(nn.Module):
+    """A size x size convolution with a bias, zero-padded to keep height and width: [B,H,W,C] -> [B,H,W,features].
+
+    `shift` [B, features] is added with the bias. `convolve` is for other functions of an image and a kernel
+    [size, size, C, features] than this convolution.
+    """
+
+    features: int
+    size: int = 3
+    kernel_init: Initializer = init_avg()
+    use_bias: bool = True
+    dtype: Dtype = jnp.float32
+    convolve: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, shift: jax.Array | None = None) -> jax.Array:
+        kernel = self.param("kernel", self.kernel_init, (self.size, self.size, x.shape[-1], self.features))
+        convolve = self.convolve or (ops.pointwise if self.size == 1 else ops.conv)
+        y = convolve(x.astype(self.dtype), kernel.astype(self.dtype))
+        if not self.use_bias:
+            return y
+        bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+        return y + bias if shift is None else ops.add_shift(y, bias + shift)
 
 
 # --- Resampling ---------------------------------------------------------------------------------------------------
@@ -73,16 +91,37 @@ class Resample(nn.Module):
         if self.features is None:
             return resample(x, self.direction, self.fir_kernel)
         # The name tells weights trained with a FIR kernel from those without: they do not interchange.
-        name = "fir_conv" if self.fir_kernel else "conv"
+        conv = partial(Conv, self.features, dtype=self.dtype, name="fir_conv" if self.fir_kernel else "conv")
         if self.direction == "down":
             pad = (0, 0) if self.fir_kernel else (0, 1)  # without FIR at the right and the bottom only
             if self.fir_kernel:
                 x = ops.fir_filter(x, self.fir_kernel, pad=len(self.fir_kernel))
-            return conv(self.features, 3, self.dtype, name, strides=2, padding=[pad, pad])(x)
+            return conv(convolve=partial(_convolve, stride=2, pad=pad))(x)
         if self.fir_kernel:  # the convolution sees the filter's tails beyond the edge, not zeros
             x = ops.fir_upsample(x, self.fir_kernel, margin=1)
-            return conv(self.features, 3, self.dtype, name, padding="VALID")(x)
-        return conv(self.features, 3, self.dtype, name)(resample(x, "up", None))
+            return conv(convolve=partial(_convolve, stride=1, pad=(0, 0)))(x)
+        return conv()(resample(x, "up", None))
+
+
+def _convolve(x: jax.Array, kernel: jax.Array, stride: int, pad: tuple[int, int]) -> jax.Array:
+    """[B, H, W, C] convolved with [k, k, C, F], of every stride-th place, with `pad` zeros before and after."""
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), (pad, pad), dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def to_patches(x: jax.Array, size: int) -> jax.Array:
+    """[B,H,W,C] -> [B, H/size, W/size, size*size*C]: the pixels of a patch, row by row, become channels."""
+    b, h, w, c = x.shape
+    patches = x.reshape(b, h // size, size, w // size, size, c).swapaxes(2, 3)
+    return patches.reshape(b, h // size, w // size, size * size * c)
+
+
+def from_patches(x: jax.Array, size: int) -> jax.Array:
+    """[B,H,W,size*size*C] -> [B, H*size, W*size, C]: the inverse of `to_patches`."""
+    b, h, w, c = x.shape
+    pixels = x.reshape(b, h, w, size, size, c // size**2).swapaxes(2, 3)
+    return pixels.reshape(b, h * size, w * size, c // size**2)
 
 
 # --- Embeddings -------------------------------------------------------------------------------------------------
@@ -213,36 +252,33 @@ class ResBlock(nn.Module):
     def __call__(
         self, x: jax.Array, t_emb: jax.Array | None, z_emb: jax.Array, t_emb_dim: int, keys: jax.Array | None = None
     ) -> jax.Array:
+        conv = partial(Conv, self.features, dtype=self.dtype)
         in_features = x.shape[-1]
-        h = AdaptiveGroupNorm(silu=True, dtype=self.dtype, name="norm_0")(x, z_emb).astype(self.dtype)
+        h = AdaptiveGroupNorm(silu=True, dtype=self.dtype, name="norm_0")(x, z_emb)
         if self.direction:
             h = resample(h, self.direction, self.fir_kernel)
         if self.direction == "down":
             x = resample(x, "down", self.fir_kernel)
-        h = conv(self.features, 3, self.dtype, "conv_0")(h)
         # Without time conditioning the layer exists all the same, unused, as it does in released weights.
         time = nn.Dense(self.features, kernel_init=init_avg(), dtype=self.dtype, name="time")
         t_shift = time(jnp.zeros((1, t_emb_dim)) if t_emb is None else jax.nn.silu(t_emb))
-        if t_emb is not None:
-            h = h + t_shift[:, None, None, :]
-        h = ops.materialize(h)
+        h = conv(name="conv_0")(h, None if t_emb is None else t_shift)
         if self.kind == "biggan_oneadagn":
             h = GroupNorm(silu=True, name="norm_1")(h)
         else:
             h = AdaptiveGroupNorm(silu=True, dtype=self.dtype, name="norm_1")(h, z_emb)
-        h = dropout(h.astype(self.dtype), self.dropout, keys)
-        h = conv(self.features, 3, self.dtype, "conv_1", init_avg(0.0))(h)
+        h = dropout(h, self.dropout, keys)
+        h = conv(kernel_init=init_avg(0.0), name="conv_1")(h)
         if self.kind == "ddpm":
             if in_features != self.features:
                 x = nn.Dense(self.features, kernel_init=init_avg(0.1), dtype=self.dtype, name="shortcut")(x)
         elif self.direction == "up":
 
-            def convolve_and_resample(x: jax.Array, kernel: jax.Array, *_: Any, **__: Any) -> jax.Array:
-                x = ops.pointwise(x, kernel)  # first: a quarter of the products
-                return resample(x, "up", self.fir_kernel)
+            def convolve_and_resample(x: jax.Array, kernel: jax.Array) -> jax.Array:
+                return resample(ops.pointwise(x, kernel), "up", self.fir_kernel)  # first: a quarter of the products
 
             # The bias comes last: the resampling's zeros around the image would take from it at the edges.
-            x = conv(self.features, 1, self.dtype, "shortcut", conv_general_dilated=convolve_and_resample)(x)
+            x = conv(size=1, convolve=convolve_and_resample, name="shortcut")(x)
         elif in_features != self.features or self.direction:
-            x = conv(self.features, 1, self.dtype, "shortcut")(x)
+            x = conv(size=1, name="shortcut")(x)
         return merge(x, h, self.skip_rescale)

@@ -28,7 +28,9 @@ from ddgan_jax.ops.compiler import collector_paused, compiler_for, compiler_opti
 from ddgan_jax.ops.conv import conv as _conv
 from ddgan_jax.ops.conv import pointwise as _pointwise
 from ddgan_jax.ops.fir import upfirdn as _upfirdn
+from ddgan_jax.ops.memory import add_shift as _add_shift
 from ddgan_jax.ops.memory import materialize as _materialize
+from ddgan_jax.ops.memory import row_major as _row_major
 from ddgan_jax.ops.norm import group_norm as _group_norm
 from ddgan_jax.ops.reference import FIR_KERNEL
 
@@ -89,10 +91,24 @@ upfirdn = _operation(
 group_norm = _operation(
     reference.group_norm,
     _group_norm,
-    cpu="sums of channels, then of groups by matrix products; in memory",
-    gpu="sums of channels, then of groups by matrix products",
+    cpu="sums of channels, then of groups by a matrix product; in memory",
+    gpu="sums of channels, then of groups by a matrix product",
+)
+add_shift = _operation(
+    reference.add_shift,
+    _add_shift,
+    cpu="in memory",
+    gpu="apart from the convolution",
+    tpu="as the reference",
 )
 materialize = _operation(reference.materialize, _materialize, cpu="a border that fusion does not cross")
+row_major = _operation(
+    reference.row_major,
+    _row_major,
+    cpu="as the reference",
+    gpu="kernels of convolutions in memory, in the order of their axes",
+    tpu="as the reference",
+)
 
 
 def fir_filter(x: jax.Array, kernel: Sequence[float], pad: int) -> jax.Array:
@@ -116,6 +132,7 @@ __all__ = [
     "FIR_KERNEL",
     "FORMS",
     "TABLE",
+    "add_shift",
     "collector_paused",
     "compiler_for",
     "compiler_options",
@@ -127,6 +144,7 @@ __all__ = [
     "jit_once",
     "materialize",
     "pointwise",
+    "row_major",
     "upfirdn",
     "use_reference",
 ]

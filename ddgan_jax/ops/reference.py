@@ -58,20 +58,30 @@ def num_groups(channels: int) -> int:
 
 
 def group_norm(x: jax.Array, gain: jax.Array, bias: jax.Array, silu: bool = False) -> jax.Array:
-    """gain (x - mean) / sqrt(variance + 1e-6) + bias of [B, H, W, C], float32, then SiLU if asked for.
+    """gain (x - mean) / sqrt(variance + 1e-6) + bias of [B, H, W, C], then SiLU if asked for: in float32, of x's type.
 
-    Mean and variance are of a group of channels of an example; gain and bias are [B, C], or [1, C] for all.
+    Mean and variance are of a group of channels of an example; gain and bias are [B, C], or [1, C] for all, float32.
     """
     groups = x.astype(jnp.float32).reshape(len(x), -1, num_groups(x.shape[-1]), x.shape[-1] // num_groups(x.shape[-1]))
     mean, variance = (moment(groups, (1, 3), keepdims=True) for moment in (jnp.mean, jnp.var))
     normed = ((groups - mean) / jnp.sqrt(variance + 1e-6)).reshape(x.shape)
     y = normed * gain[:, None, None] + bias[:, None, None]
-    return jax.nn.silu(y) if silu else y
+    return (jax.nn.silu(y) if silu else y).astype(x.dtype)
 
 
 # --- Memory -----------------------------------------------------------------------------------------------------
 
 
+def add_shift(x: jax.Array, shift: jax.Array) -> jax.Array:
+    """[B, H, W, C] + [B, C], the same for all pixels of an example."""
+    return x + shift[:, None, None]
+
+
 def materialize(tree: Any) -> Any:
+    """The arrays of `tree`."""
+    return tree
+
+
+def row_major(tree: Any) -> Any:
     """The arrays of `tree`."""
     return tree

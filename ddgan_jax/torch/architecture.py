@@ -42,8 +42,8 @@ def generator_config(state_dict: StateDict, /, **hints: Any) -> dict[str, Any]:
 
     `hints` tell what arrays do not, under the names of the Generator's fields or of the reference's flags:
     `image_size`, if levels have attention; `fir`, unless a layer tells it; `skip_rescale`, `tanh`, `centered`. All
-    flags of a run may be passed, or all fields of a Generator but dtype, num_classes and remat. Raises UserError that
-    names the hints which are missing, unknown, or contradict the arrays.
+    flags of a run may be passed, or all fields of a Generator but dtype, num_classes, patch_size and remat. Raises
+    UserError that names the hints which are missing, unknown, or contradict the arrays.
     """
     given, arrays = fields_of(hints), convert.arrays_of(state_dict)
     table, fields = names.generator(arrays, 0)

@@ -317,6 +317,8 @@ def _check_together(c: Config) -> None:
         raise UserError("data.flip=True mirrors images, and points are none: set it to False")
     if points and c.model.num_classes:
         raise UserError(f"model.num_classes={c.model.num_classes}: networks for points are unconditional, set it to 0")
+    if points and c.model.patch_size > 1:
+        raise UserError(f"model.patch_size={c.model.patch_size}: points have no pixels to make patches of, set it to 1")
     if c.train.accumulate > 1 and c.loss.generator == "rpsw":
         raise UserError("loss.generator='rpsw' compares the whole batch at once: set train.accumulate to 1")
     if c.loss.mismatched and c.objective == "one_shot":

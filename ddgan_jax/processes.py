@@ -8,6 +8,7 @@ import pickle
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -213,7 +214,8 @@ def leave(exit_code: int, at_once: bool = False) -> None:
 
     Or if that is asked for: it would wait for its threads too, which may compile, or wait for a disk, for minutes.
 
-    Process 0 is the last, if the others leave within 10 s too: without it they are aborted before they have spoken.
+    Process 0 is the last, if the others leave within 10 s too: where it ends first, JAX aborts them. It gives them half
+    a second after their last word, since a process that is aborted between that and its end has the wrong exit code.
     """
     if not (jax.distributed.is_initialized() or at_once):
         return
@@ -224,6 +226,7 @@ def leave(exit_code: int, at_once: bool = False) -> None:
             if is_primary():
                 for index in range(1, jax.process_count()):
                     _client().blocking_key_value_get(f"ddgan_jax/left/{index}", 10_000)
+                time.sleep(0.5)
             else:
                 _client().key_value_set(f"ddgan_jax/left/{jax.process_index()}", "left")
     os._exit(exit_code)

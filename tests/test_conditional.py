@@ -140,6 +140,7 @@ def test_the_number_of_classes_is_that_of_the_data(tmp_path):
     config = as_dict(__import__("configs.gaussians", fromlist=["x"]).get_config("smoke"))
     for changes, message in (
         ({"num_classes": 2}, "networks for points are unconditional"),
+        ({"patch_size": 2}, "points have no pixels"),
         ({"num_classes": -1}, "at least 0"),
     ):
         with pytest.raises(UserError, match=message):

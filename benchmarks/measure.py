@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -66,12 +67,17 @@ def reference(operations: str) -> AbstractContextManager[None]:
 class Program:
     """A compiled function, what it was compiled for, and what the compiler says of it."""
 
+    function: Callable
     call: Any
     args: tuple[Any, ...]
     trace_seconds: float  # Python's part: tracing and lowering
     compile_seconds: float  # the compiler's
     keeps: bool  # its first argument is donated and comes back as its first result
-    gflop: float  # `operations`
+
+    @functools.cached_property
+    def gflop(self) -> float:
+        """See `operations`, which trace it again."""
+        return operations(self.function, *self.args)
 
     @property
     def gigabytes(self) -> float:
@@ -103,7 +109,7 @@ def compiled(function: Callable, *args: Any, keeps: bool = False) -> Program:
     middle = time.perf_counter()
     call = ops.compiler_for(args)(lowered)
     seconds = middle - start, time.perf_counter() - middle
-    return Program(call, args, *seconds, keeps, operations(function, *args))
+    return Program(function, call, args, *seconds, keeps)
 
 
 def operations(function: Callable, *args: Any) -> float:

@@ -1,6 +1,6 @@
 """Which recipe learns the digits fastest? Each for the same processor time, beside the paper's and the baselines.
 
-    python -m experiments.recipe --seconds=200 --at_once=2      # three seeds of each
+    python -m experiments.recipe --seconds=150 --at_once=2      # three seeds of each
 
 Every recipe gets as many steps as a core takes in so many seconds, which is measured before, without compilation. It
 trains and evaluates configs/digits.py:paper, with its changes, in runs/experiments/recipe; what is finished there is
@@ -9,15 +9,21 @@ not done again. To try another recipe, add it at the end of RECIPES.
 
 import argparse
 import json
+import multiprocessing
 import os
 import pathlib
 import statistics
-import subprocess
-import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
+import jax
+from tqdm import tqdm
+
+from benchmarks import measure
 from configs.digits import get_config
-from ddgan_jax import figures
+from ddgan_jax import figures, ops
+from ddgan_jax.build import build
 from ddgan_jax.config import as_dict, flat
 from experiments import common
 from experiments.digits import MEASURES
@@ -44,43 +50,61 @@ RECIPES = {
     "one-shot GAN": ["--config.diffusion.num_steps=1"],
     "Gaussian, 100 steps": ["--config.objective=gaussian", "--config.diffusion.num_steps=100"],
 }
-TIMED = 20  # runs of a step
+TIMED = 60  # runs of a step
 
 
-def steps_in(seconds: float, flags: list[str]) -> int:
-    """How many steps of the recipe `flags` one core does in so many seconds of processor time. Measured once, kept."""
+def seconds_a_step() -> dict[str, float]:
+    """Processor time of a step of each recipe on one core, with R1's share. Measured once, kept."""
     path = common.ROOT / "runs" / "experiments" / NAME / "seconds_a_step.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
-    key = " ".join(flags)
-    if key not in known:
-        found = {name: measured(flags, name) for name in ("step", "step with R1")}
-        plain, with_r1 = (one["programs"][name]["processor_seconds"] for name, one in found.items())
-        known[key] = plain + (with_r1 - plain) / found["step"]["r1_every"]
+    if not path.exists():
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as one:  # its core and memory are its own
+            found = one.submit(measured).result()
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(known, indent=2) + "\n")
-    return int(seconds / known[key])
+        path.write_text(json.dumps(found, indent=2) + "\n")
+    return json.loads(path.read_text())
 
 
-def measured(flags: list[str], program: str) -> dict[str, Any]:
-    """What benchmarks.step finds for a program of the recipe `flags`, on one core."""
-    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
-    command = [sys.executable, "-m", "benchmarks.step", *FLAGS, *flags, f"--only={program}", f"--runs={TIMED}"]
-    try:
-        if cores:
-            os.sched_setaffinity(0, {min(cores)})  # which a child inherits
-        done = subprocess.run(command, cwd=common.ROOT, stdout=subprocess.PIPE, text=True, check=True)
-    finally:
-        if cores:
-            os.sched_setaffinity(0, cores)
-    return json.loads(done.stdout.splitlines()[-1])
+def measured() -> dict[str, float]:
+    """See `seconds_a_step`. The recipes take turns, so that what else the machine does costs all of them the same."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    programs: dict[tuple[str, bool], tuple[measure.Program, list[float]]] = {}
+    for recipe in tqdm([recipe for recipe in RECIPES if recipe != THIRD], desc="compiling"):
+        built = build(recipe_config(RECIPES[recipe]))
+        make, images = ops.jit_once(built.init_state), measure.examples(built, built.batch_size)
+        for with_r1 in (False, True):
+            step = measure.compiled(built.step(with_r1, None), make(), jax.device_put(images), keeps=True)
+            programs[recipe, with_r1] = step, []
+    for round_ in range(TIMED + 1):
+        for program, seconds in programs.values():
+            start = time.process_time()
+            program.seconds()
+            if round_:  # the first is slower
+                seconds.append(time.process_time() - start)
+    found, r1_every = {}, recipe_config([]).train.r1_every
+    for recipe, _ in programs:
+        plain, seconds = (statistics.median(programs[recipe, kind][1]) for kind in (False, True))
+        found[recipe] = plain + (seconds - plain) / r1_every
+    return found
+
+
+def recipe_config(flags: list[str]) -> Any:
+    """The configuration that main.py makes of the flags of a recipe."""
+    config = get_config("paper")
+    for flag in flags:
+        field, value = flag.removeprefix("--config.").split("=")
+        *groups, name = field.split(".")
+        group = config[groups[0]] if groups else config
+        group[name] = type(group[name])(value) if group[name] is not None else float(value)
+    return config
 
 
 def experiment(args: argparse.Namespace) -> dict[str, Any]:
     """Time, train and evaluate all."""
-    seconds = float(args.seconds)
-    methods = {}
+    seconds, methods = float(args.seconds), {}
+    one_step = seconds_a_step()
     for name, flags in RECIPES.items():
-        steps = steps_in(seconds / 3 if name == THIRD else seconds, flags)
+        steps = int(seconds / 3 / one_step["ours"] if name == THIRD else seconds / one_step[name])
         methods[name] = [*flags, f"--config.train.num_steps={steps}"]
     return {"seconds": seconds, "runs": common.sweep(NAME, FLAGS, methods, args.at_once)}
 
@@ -91,8 +115,8 @@ def table(results: dict[str, Any]) -> str:
     for recipe in RECIPES:
         runs = common.of_method(results, recipe)
         cells = []
-        for measure in MEASURES:
-            values, digits = [run["judged"][measure] for run in runs], 1 if measure == "classifier_frechet" else 2
+        for name in MEASURES:
+            values, digits = [run["judged"][name] for run in runs], 1 if name == "classifier_frechet" else 2
             low, middle, high = (f"{x:.{digits}f}" for x in (min(values), statistics.median(values), max(values)))
             cells.append(f"{middle} ({low} to {high})")
         calls = runs[0]["judged"]["sampling"]["network_calls"]
@@ -104,9 +128,9 @@ def draw_figure(results: dict[str, Any], path: pathlib.Path) -> None:
     """A panel a measure, a row a recipe, every seed a dot."""
     plt = figures.pyplot()
     figure, panels = plt.subplots(1, len(MEASURES), figsize=(13, 0.45 * len(RECIPES) + 1), layout="constrained")
-    for axis, (measure, title) in zip(panels, MEASURES.items(), strict=True):
+    for axis, (name, title) in zip(panels, MEASURES.items(), strict=True):
         for row, recipe in enumerate(RECIPES):
-            values = [run["judged"][measure] for run in common.of_method(results, recipe)]
+            values = [run["judged"][name] for run in common.of_method(results, recipe)]
             axis.plot(values, [row] * len(values), "o", color=f"C{row % 10}", alpha=0.7)
         axis.set(title=title, yticks=range(len(RECIPES)), yticklabels=list(RECIPES) if axis is panels[0] else [])
         axis.invert_yaxis()

@@ -7,10 +7,12 @@ import time
 import numpy as np
 import pytest
 
+from configs import digits
+from ddgan_jax.config import as_dict, flat
 from ddgan_jax.diffusion import Schedule
 from ddgan_jax.errors import Fault
 from ddgan_jax.metrics.modes import grid_centres
-from experiments import common, gaussians, trilemma
+from experiments import common, gaussians, recipe, trilemma
 from experiments import why_gaussian_fails as why
 
 
@@ -66,6 +68,16 @@ def test_tables_are_those_of_the_results(name):
 def test_the_trilemma_is_of_the_committed_results():
     results = json.loads((common.RESULTS / "trilemma" / "results.json").read_text())
     assert results["rows"] == trilemma.rows()
+
+
+def test_a_timed_recipe_is_the_one_that_is_trained():
+    """What is timed is made of the flags in another way than main.py makes it."""
+    paper, ours = (flat(as_dict(digits.get_config(variant))) for variant in ("paper", ""))
+    changed = {part.split("=")[0].removeprefix("--config.") for part in recipe.PARTS.values()}
+    found = flat(as_dict(recipe.recipe_config(recipe.RECIPES["ours"])))
+    assert found == paper | {name: ours[name] for name in changed}
+    assert all(paper[name] != ours[name] for name in changed)
+    assert changed | {"train.num_steps"} == {name for name in ours if ours[name] != paper[name]}  # and nothing else is
 
 
 def test_width_of_exact_samples():

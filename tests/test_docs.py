@@ -18,7 +18,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in PAGES}
 # Flags of our other commands, and of other programs (those of XLA begin with xla_).
 OTHER_FLAGS = set(
-    "at_once path batch largest only reference target "  # experiments, benchmarks
+    "at_once seconds path batch largest only reference target "  # experiments, benchmarks
     "help file_format manual_dir logdir strict "  # any command, tfds, TensorBoard, mkdocs
     "accelerator-type command python recurse spot version worker zone "  # gcloud, uv
     "gpus-per-node gpus-per-task nodes ntasks-per-node open-mode requeue signal time".split()  # SLURM

@@ -233,8 +233,7 @@ def expected(program: Any, device: Gpu | Tpu) -> dict[str, Any]:
 
 def hours(config_steps: int, r1_every: int, share: float, ms: dict[str, float]) -> float:
     """Of a whole training of `config_steps`, each `share` of the batch of these devices."""
-    plain, with_r1 = ms["step"], ms["step with R1"]
-    return config_steps * share * (plain + (with_r1 - plain) / r1_every) / 3.6e6
+    return config_steps * share * measure.mean_step(ms["step"], ms["step with R1"], r1_every) / 3.6e6
 
 
 def print_groups(rows: list[dict[str, Any]]) -> None:

@@ -50,7 +50,7 @@ def main() -> None:
         per_100 = measure.median([sampling.seconds() for _ in range(flags.runs)])
         num_steps, batch_size, r1_every = schedule
         plain, with_r1 = (programs[key]["seconds"] for key in ("step", "step with R1"))
-        hours = num_steps * batch_size / built.batch_size * (plain + (with_r1 - plain) / r1_every) / 3600
+        hours = num_steps * batch_size / built.batch_size * measure.mean_step(plain, with_r1, r1_every) / 3600
         tflops = programs["step"]["gflop"] / plain / 1000
         matrix_tflops = measure.rate(matrix, matrix.gflop) / 1000
         found[name] = {

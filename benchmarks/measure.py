@@ -140,6 +140,11 @@ def phases(built: Built) -> tuple[Callable, Callable]:
     return d_part, g_part
 
 
+def mean_step(plain: float, with_r1: float, r1_every: int) -> float:
+    """The time of a step, from those without R1 and with it, which every `r1_every`-th has."""
+    return plain + (with_r1 - plain) / r1_every
+
+
 def sampler(built: Built) -> Callable:
     """(params, indices [B]) -> samples x_0."""
     method = built.method

@@ -8,13 +8,10 @@ time) and `work` (seconds x its TFLOP/s) mean the same on a busy machine as on a
 the compiler counts where every convolution is done directly, so that doing it in fewer counts as speed. `trace` are the
 seconds of tracing and lowering, the second step's less for what it shares with the first, `compile` the compiler's.
 
-The JSON line also has the processor time of each program, all its threads together.
-
 --only=step measures the program of that name; --reference=conv,group_norm or =all runs operations of `ddgan_jax.ops` in
 their plain form.
 """
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -68,21 +65,18 @@ def rows(
             continue
         program = measure.compiled(function, make(), images, keeps=keeps)
         program.seconds()
-        gflop, seconds, processor_seconds, shares, work = program.gflop, [], [], [], []
+        gflop, seconds, shares, work = program.gflop, [], [], []
         if name == "sampling":  # the compiler counts the body of a loop once
             gflop *= built.schedule.num_steps
         before = measure.rate(plain, plain_gflop)
         for _ in range(runs):
-            start = time.process_time()
             seconds.append(program.seconds())
-            processor_seconds.append(time.process_time() - start)
             after = measure.rate(plain, plain_gflop)
             shares.append(gflop / seconds[-1] / ((before + after) / 2))
             work.append(seconds[-1] * (before + after) / 2000)
             before = after
         found[name] = row = {
             "seconds": measure.median(seconds),
-            "processor_seconds": measure.median(processor_seconds),
             "gflop": measure.rounded(gflop),
             "of_plain": measure.median(shares),
             "work": measure.median(work),
@@ -114,8 +108,7 @@ def main() -> None:
         "matrix_gflops": round(measure.rate(matrix, matrix.gflop), 1),
     }
     print(f"plain convolution {rates['conv_gflops']} GFLOP/s, matrix product {rates['matrix_gflops']} GFLOP/s")
-    about = {"batch": built.batch_size, "r1_every": config.train.r1_every, "reference": flags.reference}
-    measure.print_line(about | {"programs": found} | rates)
+    measure.print_line({"batch": built.batch_size, "reference": flags.reference, "programs": found} | rates)
 
 
 if __name__ == "__main__":

@@ -31,24 +31,28 @@ from experiments.digits import MEASURES
 NAME, FLAGS = "recipe", ["--config=configs/digits.py:paper", "--config.log.samples_every=0"]
 OURS = flat(as_dict(get_config()))
 PARTS = {  # what configs/digits.py changes, which the table takes away one by one
-    part: f"--config.{field}={OURS[field]}"
-    for part, field in {
-        "x_0 shown to D": "loss.shown",
-        "squared error": "loss.reconstruction",
-        "less noise": "diffusion.beta_max",
-        "T = 3": "diffusion.num_steps",
-        "a smaller D": "discriminator.ngf",
-        "D learning on": "train.lr_min_d",
-    }.items()
+    "x_0 shown to D": "loss.shown",
+    "squared error": "loss.reconstruction",
+    "less noise": "diffusion.beta_max",
+    "T = 3": "diffusion.num_steps",
+    "a smaller D": "discriminator.ngf",
+    "D learning on": "train.lr_min_d",
 }
+
+
+def ours(but: str = "") -> dict[str, Any]:
+    """The fields of our recipe, without one of its parts."""
+    return {field: OURS[field] for part, field in PARTS.items() if part != but}
+
+
 THIRD = "ours, a third of the time"
-RECIPES = {
-    "the paper's": [],
-    "ours": list(PARTS.values()),
-    **{f"ours without {part}": [flag for name, flag in PARTS.items() if name != part] for part in PARTS},
-    THIRD: list(PARTS.values()),
-    "one-shot GAN": ["--config.diffusion.num_steps=1"],
-    "Gaussian, 100 steps": ["--config.objective=gaussian", "--config.diffusion.num_steps=100"],
+RECIPES: dict[str, dict[str, Any]] = {  # the fields of configs/digits.py:paper that each changes
+    "the paper's": {},
+    "ours": ours(),
+    **{f"ours without {part}": ours(but=part) for part in PARTS},
+    THIRD: ours(),
+    "one-shot GAN": {"diffusion.num_steps": 1},
+    "Gaussian, 100 steps": {"objective": "gaussian", "diffusion.num_steps": 100},
 }
 TIMED = 60  # runs of a step
 
@@ -70,7 +74,9 @@ def measured() -> dict[str, float]:
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     programs: dict[tuple[str, bool], tuple[measure.Program, list[float]]] = {}
     for recipe in tqdm([recipe for recipe in RECIPES if recipe != THIRD], desc="compiling"):
-        built = build(recipe_config(RECIPES[recipe]))
+        config = get_config("paper")
+        config.update_from_flattened_dict(RECIPES[recipe])
+        built = build(config)
         make, images = ops.jit_once(built.init_state), measure.examples(built, built.batch_size)
         for with_r1 in (False, True):
             step = measure.compiled(built.step(with_r1, None), make(), jax.device_put(images), keeps=True)
@@ -81,31 +87,20 @@ def measured() -> dict[str, float]:
             program.seconds()
             if round_:  # the first is slower
                 seconds.append(time.process_time() - start)
-    found, r1_every = {}, recipe_config([]).train.r1_every
+    found = {}
     for recipe, _ in programs:
-        plain, seconds = (statistics.median(programs[recipe, kind][1]) for kind in (False, True))
-        found[recipe] = plain + (seconds - plain) / r1_every
+        plain, with_r1 = (statistics.median(programs[recipe, kind][1]) for kind in (False, True))
+        found[recipe] = measure.mean_step(plain, with_r1, config.train.r1_every)
     return found
-
-
-def recipe_config(flags: list[str]) -> Any:
-    """The configuration that main.py makes of the flags of a recipe."""
-    config = get_config("paper")
-    for flag in flags:
-        field, value = flag.removeprefix("--config.").split("=")
-        *groups, name = field.split(".")
-        group = config[groups[0]] if groups else config
-        group[name] = type(group[name])(value) if group[name] is not None else float(value)
-    return config
 
 
 def experiment(args: argparse.Namespace) -> dict[str, Any]:
     """Time, train and evaluate all."""
     seconds, methods = float(args.seconds), {}
     one_step = seconds_a_step()
-    for name, flags in RECIPES.items():
+    for name, fields in RECIPES.items():
         steps = int(seconds / 3 / one_step["ours"] if name == THIRD else seconds / one_step[name])
-        methods[name] = [*flags, f"--config.train.num_steps={steps}"]
+        methods[name] = [f"--config.{field}={value}" for field, value in (fields | {"train.num_steps": steps}).items()]
     return {"seconds": seconds, "runs": common.sweep(NAME, FLAGS, methods, args.at_once)}
 
 

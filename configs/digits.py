@@ -1,6 +1,6 @@
 """Real handwritten digits, 8x8, embedded in scikit-learn: the default, minutes on a CPU.
 
-Variants: '' (our recipe, at most 5 minutes on 2 CPU cores), 'conditional' (on the ten classes, for `--label`), 'paper'
+Variants: '' (our recipe, 4 to 8 minutes on 2 CPU cores), 'conditional' (on the ten classes, for `--label`), 'paper'
 (the paper's losses and noise, for minutes), 'long' (those for about an hour), 'smoke' (made data, under a minute).
 """
 

@@ -135,7 +135,7 @@ def phases(built: Built) -> tuple[Callable, Callable]:
     def g_part(state: Any, images: jax.Array) -> Any:
         x0 = train_step.to_x0(images, method.scale)
         draws = train_step.step_draws(method, built.seed, state.step, x0)
-        return train_step.update_g(method, state, train_step.Phase(x0, draws.g, key=draws.batch_key))
+        return train_step.update_g(method, state, train_step.Phase(x0, draws.g))
 
     return d_part, g_part
 

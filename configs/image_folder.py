@@ -1,8 +1,8 @@
 """Your own images: `--config=configs/image_folder.py --config.data.path=DIR`, a folder or a zip, also gs://.
 
 Variants: 'paper' (the networks of CIFAR-10, for 32 to 64 px), 'large' (of CelebA-HQ, for 128 and 256 px), 'fast' (those
-of 'paper', by our recipe), 'small' (at 32 px, for an hour or two on a CPU core; judged in a classifier's features while
-training, if there is one folder a class), 'smoke'.
+of 'paper', by our recipe), 'small' (at 32 px, by our recipe, for an hour on a CPU core; judged in a classifier's
+features while training, if there is one folder a class), 'smoke'.
 """
 
 from ml_collections import ConfigDict

@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -26,12 +25,8 @@ from ddgan_jax.objectives import Objective
 from ddgan_jax.objectives.ddgan import DDGAN
 from ddgan_jax.objectives.denoised import Denoised
 from ddgan_jax.objectives.gaussian import Gaussian
-from ddgan_jax.objectives.mismatched import Mismatched
-from ddgan_jax.objectives.moment import Moment
 from ddgan_jax.objectives.one_shot import OneShot
-from ddgan_jax.objectives.pace import pace_of_g
 from ddgan_jax.objectives.reconstruction import Reconstruction
-from ddgan_jax.objectives.rpsw import Paths, Rpsw
 from ddgan_jax.train_step import Method
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -185,7 +180,6 @@ def build(config: Any) -> Built:
         lr_d=rate(train.lr_d, train.lr_min_d or train.lr_min),
         nz=generates.nz,
         ema_decay=train.ema_decay,
-        pace=functools.partial(pace_of_g, d_lead=train.d_lead) if train.d_lead else None,
         flip=c.data.flip,
         dropout=c.generator.get("dropout", 0) > 0,
         accumulate=train.accumulate,
@@ -209,13 +203,7 @@ def _objective(c: Config) -> Objective:
         return objective
     if c.loss.shown == "x_0":
         objective = Denoised(objective)
-    if c.loss.generator == "rpsw":
-        objective = Rpsw(objective, Paths(c.loss.projections, c.loss.kappa))
-    if c.loss.mismatched:
-        objective = Mismatched(objective, c.loss.mismatched)
-    if c.loss.reconstruction:
-        objective = Reconstruction(objective, c.loss.reconstruction)
-    return Moment(objective, c.loss.moment) if c.loss.moment else objective
+    return Reconstruction(objective, c.loss.reconstruction) if c.loss.reconstruction else objective
 
 
 # --- What depends on the data, and on the devices --------------------------------------------------------------------

@@ -11,6 +11,7 @@ import difflib
 import math
 import types
 import typing
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from typing import Annotated, Any, Literal, NamedTuple
@@ -93,7 +94,6 @@ class TrainConfig:
     lr_decay_steps: Positive | None = None  # and constant afterwards; None: num_steps (paper)
     lr_min: Weight = 1e-5  # (released code)
     lr_min_d: PositiveFloat | None = None  # of the discriminator; None: lr_min (released code)
-    d_lead: Weight = 0.0  # above 0: G waits for D, its rate is whole where D's loss is so far below 2 ln 2
     steps_per_epoch: Positive | None = 195  # the learning rate moves once an epoch (released code); None: an epoch
     adam_b1: Below1 = 0.5  # (paper)
     adam_b2: Below1 = 0.9  # (paper)
@@ -106,14 +106,8 @@ class TrainConfig:
 class LossConfig:
     """`config.loss`: additions to the paper's losses, off by default."""
 
-    generator: Literal["nonsaturating", "rpsw"] = "nonsaturating"  # (paper); 'rpsw': sliced Wasserstein distances
-    # along random paths (Nguyen 2024)
     shown: Literal["x_t", "x_0"] = "x_t"  # what D sees with x_{t+1} (paper); 'x_0': the image without noise
     reconstruction: Weight = 0.0  # weight in G's loss of the squared error of x_0, times the signal-to-noise ratio
-    mismatched: Weight = 0.0  # weight in D's loss of pairs of two images, which are not real
-    moment: Weight = 0.0  # weight in G's loss of the error of its mean over z (Lee 2019)
-    projections: Positive = 1_000  # of 'rpsw', for each distance
-    kappa: PositiveFloat = 50.0  # of 'rpsw': their concentration about the paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +192,16 @@ class Config:
         _check_together(self)
 
 
+REMOVED = {  # settings that are gone, which checkpoints from before still name, and what switched them off
+    "train.d_lead": 0.0,
+    "loss.generator": "nonsaturating",
+    "loss.mismatched": 0.0,
+    "loss.moment": 0.0,
+    "loss.projections": 1_000,
+    "loss.kappa": 50.0,
+}
+
+
 def read(config: Any) -> Config:
     """The Config in an ml_collections.ConfigDict or in nested dicts, such as JSON's; fields that it lacks are defaults.
 
@@ -261,6 +265,9 @@ def _read(cls: Any, given: Any, prefix: str) -> Any:
     groups = {f.name: f.type for f in dataclasses.fields(cls) if dataclasses.is_dataclass(f.type)}
     read_ = {name: _read(groups[name], value, f"{prefix}{name}.") for name, value in given.items() if name in groups}
     rest = {name: value for name, value in given.items() if name not in groups}
+    for name in [name for name in rest if prefix + name in REMOVED]:
+        if (value := rest.pop(name)) != REMOVED[prefix + name]:
+            warnings.warn(f"{prefix}{name}={value!r} is ignored: this setting is gone", stacklevel=2)
     return cls(**read_, **fields_of(cls, rest, prefix))
 
 
@@ -319,12 +326,6 @@ def _check_together(c: Config) -> None:
         raise UserError(f"model.num_classes={c.model.num_classes}: networks for points are unconditional, set it to 0")
     if points and c.model.patch_size > 1:
         raise UserError(f"model.patch_size={c.model.patch_size}: points have no pixels to make patches of, set it to 1")
-    if c.train.accumulate > 1 and c.loss.generator == "rpsw":
-        raise UserError("loss.generator='rpsw' compares the whole batch at once: set train.accumulate to 1")
-    if c.loss.mismatched and c.objective == "one_shot":
-        raise UserError("loss.mismatched is for pairs, and objective='one_shot' shows D no x_{t+1}: set it to 0")
-    if c.loss.mismatched and c.loss.shown == "x_0":
-        raise UserError("loss.mismatched is for D's pairs with x_t, and loss.shown='x_0' has none: set it to 0")
-    for name, off in {"shown": "x_t", "reconstruction": 0, "moment": 0}.items():
+    for name, off in {"shown": "x_t", "reconstruction": 0}.items():
         if getattr(c.loss, name) != off and c.objective != "adversarial":
             raise UserError(f"loss.{name} is for objective='adversarial', not {c.objective!r}: set it to {off!r}")

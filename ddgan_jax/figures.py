@@ -177,7 +177,7 @@ def curves(metrics: Given, path: Given) -> None:
     plt = pyplot()
     records = read_metrics(metrics)
     panels: list[tuple[str, Sequence[str]]] = [
-        ("losses", ("d_loss", "g_loss", "d_mismatched", "g_moment_error", "g_squared_error")),
+        ("losses", ("d_loss", "g_loss", "g_squared_error")),
         ("mean logits", ("d_real", "d_fake")),
         ("loss of D by t", [k for k in sorted(records[-1]) if k.startswith("d_loss_t")] if records else []),
         ("loss of G by t", [k for k in sorted(records[-1]) if k.startswith("g_loss_t")] if records else []),

@@ -149,20 +149,6 @@ def gather_neighbours(x: jax.Array, axis_name: str | None, multiple: int) -> tup
     return rows, jax.lax.axis_index(axis_name) % m * x.shape[0]
 
 
-def gather(x: jax.Array, axis_name: str | None) -> jax.Array:
-    """Inside a replica: the rows [b, ...] of all replicas, [B, ...], in the order of the global batch."""
-    return x if axis_name is None else jax.lax.all_gather(x, axis_name, tiled=True)
-
-
-def previous(x: jax.Array, axis_name: str | None) -> jax.Array:
-    """Inside a replica: for each of its rows [b, ...] the one before it in the global batch, for the first the last."""
-    before = x[-1:]
-    if axis_name is not None:
-        n = jax.lax.axis_size(axis_name)
-        before = jax.lax.ppermute(before, axis_name, [(i, (i + 1) % n) for i in range(n)])
-    return jnp.concatenate([before, x[:-1]])
-
-
 def accumulate(gradients: Callable[[Any], tuple[Any, Any]], examples: Any, num: int) -> tuple[Any, Any]:
     """`gradients(examples)` -> (gradients of a mean, numbers [B, ...]), from `num` equal parts, one after the other.
 

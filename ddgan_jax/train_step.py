@@ -23,7 +23,7 @@ from jax import Array
 
 from ddgan_jax import ops, parallel
 from ddgan_jax.diffusion import Schedule
-from ddgan_jax.objectives import Before, Context, Objective, Parts, PhaseDraws
+from ddgan_jax.objectives import Context, Objective, Parts, PhaseDraws
 from ddgan_jax.state import Params, TrainState, apply_gradients, update_ema
 
 Metrics = dict[str, Array]
@@ -42,7 +42,6 @@ class Method:
     lr_d: Callable[[Array], Array]
     nz: int
     ema_decay: float
-    pace: Callable[[Metrics], Array] | None = None  # D's metrics -> share of its learning rate that G moves at
     flip: bool = False  # mirror half of the images
     dropout: bool = False  # does gen take dropout keys?
     accumulate: int = 1  # parts of a batch that are taken one after the other, for the memory of one
@@ -55,7 +54,6 @@ class Draws(struct.PyTreeNode):
     flip: Array  # [B] bool, mirror the image?
     d: PhaseDraws
     g: PhaseDraws
-    batch_key: Array | None = None  # [] for what belongs to the batch, where the objective compares a whole one
 
 
 def draw(key: Array, indices: Array, num_steps: int, image_shape: tuple[int, ...], nz: int, dropout: bool) -> Draws:
@@ -83,10 +81,7 @@ def step_draws(method: Method, seed: int, step: Array, x0: Array, axis_name: str
     """The random numbers of training step `step` for this replica's x_0 [B, *d], from the seed and the step."""
     key = jax.random.fold_in(jax.random.key(seed), step)
     indices = parallel.global_indices(x0.shape[0], axis_name)
-    draws = draw(key, indices, method.schedule.num_steps, x0.shape[1:], method.nz, method.dropout)
-    if method.objective.whole_batch:
-        draws = draws.replace(batch_key=jax.random.fold_in(key, 2**31 - 1))  # no example has this index
-    return draws
+    return draw(key, indices, method.schedule.num_steps, x0.shape[1:], method.nz, method.dropout)
 
 
 def make_train_step(
@@ -128,8 +123,7 @@ def update(
     metrics: Metrics = {}
     if method.objective.trains_disc:
         state, metrics = update_d(method, state, Phase(x0, draws.d, y, axis_name), with_r1)
-    pace = method.pace(metrics) if method.pace else 1.0
-    state, g_metrics = update_g(method, state, Phase(x0, draws.g, y, axis_name, draws.batch_key), pace)
+    state, g_metrics = update_g(method, state, Phase(x0, draws.g, y, axis_name))
     return state, metrics | g_metrics
 
 
@@ -141,7 +135,6 @@ class Phase:
     draws: PhaseDraws
     y: Array | None = None  # [B]
     axis_name: str | None = None
-    key: Array | None = None
 
 
 def update_d(method: Method, state: TrainState, phase: Phase, with_r1: bool) -> tuple[TrainState, Metrics]:
@@ -155,12 +148,12 @@ def update_d(method: Method, state: TrainState, phase: Phase, with_r1: bool) -> 
     return state.replace(disc_params=disc_params, disc_opt=disc_opt), metrics | {"lr_d": lr_d}
 
 
-def update_g(method: Method, state: TrainState, phase: Phase, pace: Array | float = 1.0) -> tuple[TrainState, Metrics]:
-    """2 and 3 of `update`: the state with the new G, at `pace` times its learning rate, and its moving average."""
+def update_g(method: Method, state: TrainState, phase: Phase) -> tuple[TrainState, Metrics]:
+    """2 and 3 of `update`: the state with the new G and its moving average."""
     grads, parts = g_gradients(method, state, phase)
     metrics = _metrics("g", parts, phase.draws.t, method)
     grads, metrics = parallel.mean((grads, metrics), phase.axis_name)
-    lr_g = method.lr_g(state.step) * pace
+    lr_g = method.lr_g(state.step)
     gen_params, gen_opt = apply_gradients(method.optimizer, grads, state.gen_opt, state.gen_params, lr_g)
     state = state.replace(
         step=state.step + 1,
@@ -174,8 +167,8 @@ def update_g(method: Method, state: TrainState, phase: Phase, pace: Array | floa
 def d_gradients(method: Method, state: TrainState, phase: Phase, with_r1: bool) -> tuple[Params, Parts]:
     """Gradients of D's parameters, and the parts of its loss. No gradient of G is computed."""
 
-    def gradients(phase: Phase, before: Before | None) -> tuple[Params, Parts]:
-        c = context(method, state, phase, before)
+    def gradients(phase: Phase) -> tuple[Params, Parts]:
+        c = context(method, state, phase)
         pairs = method.objective.pairs(c)
 
         def loss(params: Params) -> tuple[Array, Parts]:
@@ -190,8 +183,8 @@ def d_gradients(method: Method, state: TrainState, phase: Phase, with_r1: bool) 
 def g_gradients(method: Method, state: TrainState, phase: Phase) -> tuple[Params, Parts]:
     """Gradients of G's parameters through D, whose own get none, and the parts of G's loss."""
 
-    def gradients(phase: Phase, before: Before | None) -> tuple[Params, Parts]:
-        c = context(method, state, phase, before)
+    def gradients(phase: Phase) -> tuple[Params, Parts]:
+        c = context(method, state, phase)
 
         def loss(params: Params) -> tuple[Array, Parts]:
             with_params = dataclasses.replace(c, gen=bind(method.gen, params, phase.y))
@@ -202,11 +195,11 @@ def g_gradients(method: Method, state: TrainState, phase: Phase) -> tuple[Params
     return in_parts(gradients, method, phase)
 
 
-def context(method: Method, state: TrainState, phase: Phase, before: Before | None = None) -> Context:
+def context(method: Method, state: TrainState, phase: Phase) -> Context:
     """A phase as the objective sees it, with the networks as they are."""
     gen = bind(method.gen, state.gen_params, phase.y)
     disc = bind(method.disc, state.disc_params, phase.y, phase.axis_name)
-    return Context(gen, disc, method.schedule, phase.x0, phase.draws, before, phase.axis_name, phase.key)
+    return Context(gen, disc, method.schedule, phase.x0, phase.draws)
 
 
 def bind(
@@ -218,18 +211,14 @@ def bind(
     return partial(network, params, **{name: value for name, value in given.items() if value is not None})
 
 
-def in_parts(
-    gradients: Callable[[Phase, Before | None], tuple[Params, Parts]], method: Method, phase: Phase
-) -> tuple[Params, Parts]:
+def in_parts(gradients: Callable[[Phase], tuple[Params, Parts]], method: Method, phase: Phase) -> tuple[Params, Parts]:
     """`gradients` of a phase -> (gradients of a mean, parts [B]), in `method.accumulate` parts to save memory."""
-    previous = partial(parallel.previous, axis_name=phase.axis_name)
-    before = Before(previous(phase.x0), previous(phase.draws.z)) if method.objective.looks_back else None
 
     def of_part(examples: Any) -> tuple[Params, Parts]:
-        x0, draws, y, before = examples
-        return gradients(dataclasses.replace(phase, x0=x0, draws=draws, y=y), before)
+        x0, draws, y = examples
+        return gradients(dataclasses.replace(phase, x0=x0, draws=draws, y=y))
 
-    return parallel.accumulate(of_part, (phase.x0, phase.draws, phase.y, before), method.accumulate)
+    return parallel.accumulate(of_part, (phase.x0, phase.draws, phase.y), method.accumulate)
 
 
 def _metrics(network: str, parts: Parts, t: Array, method: Method) -> Metrics:

@@ -1,6 +1,6 @@
-"""Real colour images: the whole path on a folder of CIFAR-10's pictures, with a small network, on two cores.
+"""Real colour images: the whole path on a folder of CIFAR-10's pictures, with a small network, on a CPU core.
 
-    python -m experiments.colour_images --path=cifar10      # 1.3 hours; started again, it goes on
+    python -m experiments.colour_images --path=cifar10      # about an hour; started again, it goes on
 
 `--path` is a folder or zip with one folder a class, as the 50,000 training images of CIFAR-10 saved as files. It shows
 that training, sampling and evaluation work on natural images; it is not the paper's result, which takes a network 40
@@ -63,7 +63,8 @@ def table(results: dict[str, Any]) -> str:
     ]
     hours, time = f"{run['train_seconds'] / 3600:.2f} h", f"{judged['sampling']['seconds_per_100']:.2g}"
     numbers = lambda of: f"{of['classifier_frechet']:.2f} | {of['precision']:.2f} | {of['recall']:.2f}"  # noqa: E731
-    lines.append(f"| {results['samples']:,} samples, T = 4 | {run['steps']:,} | {hours} | {numbers(judged)} | {time} |")
+    made = f"{results['samples']:,} samples, T = {judged['sampling']['network_calls']}"
+    lines.append(f"| {made} | {run['steps']:,} | {hours} | {numbers(judged)} | {time} |")
     lines.append(f"| {REAL:,} of the real images | | | {numbers(real)} | |")
     return "\n".join(lines)
 
@@ -82,6 +83,7 @@ def draw_figure(results: dict[str, Any], path: pathlib.Path) -> None:
     panels[1].axhline(results["real"]["classifier_frechet"], linestyle="--", color="k", label="real images")
     panels[1].set(title="Frechet distance, of fewer samples", xlabel="step", yscale="log")
     panels[1].legend()
+    panels[1].locator_params(axis="x", nbins=5)
     with np.load(path.parent / "samples.npz") as arrays:
         for axis, step in zip(panels[2:], arrays.files, strict=True):
             axis.imshow(arrays[step])

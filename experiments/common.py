@@ -11,7 +11,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,6 @@ from ddgan_jax.errors import Fault
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results"
 SEEDS = (0, 1, 2)
-INIT_FROM = "--config.train.init_from="
 
 
 def machine() -> str:
@@ -56,14 +55,23 @@ def train_and_judge(workdir: pathlib.Path, *flags: str, quiet: bool = False) -> 
             raise Fault(f"{workdir} holds a run of {shlex.join(found['flags'])}: move it away, or delete it")
         return found
     workdir.mkdir(parents=True, exist_ok=True)
-    output = workdir / "output.txt" if quiet else None
-    main(*flags, f"--workdir={workdir}", output=output)
-    main(*flags, f"--workdir={workdir}", "--mode=evaluate", f"--out={workdir}/evaluation", output=output)
-    trained, judged = (json.loads((workdir / name).read_text()) for name in ("results.json", "evaluation/results.json"))
+    main(*flags, f"--workdir={workdir}", output=workdir / "output.txt" if quiet else None)
+    trained = json.loads((workdir / "results.json").read_text())
     found = {"flags": list(flags), "steps": trained["step"], "train_seconds": trained["seconds"], "machine": machine()}
-    found["judged"] = {k: v for k, v in judged.items() if k not in ("checkpoint", "samples", "data", "networks")}
+    found["judged"] = judge(workdir, *flags, quiet=quiet)
     done.write_text(json.dumps(found, indent=2) + "\n")
     return found
+
+
+def judge(workdir: pathlib.Path, *flags: str, at: str = "", quiet: bool = False) -> dict[str, Any]:
+    """The measures of a workdir at its last checkpoint, or at another one; what was measured is not done again."""
+    out = workdir / f"evaluation{at and '_'}{at}"
+    if not (out / "results.json").exists():
+        output = workdir / "output.txt" if quiet else None
+        where = [f"--workdir={workdir}", *([f"--checkpoint={workdir / at}"] if at else [])]
+        main(*flags, *where, "--mode=evaluate", f"--out={out}", output=output)
+    judged = json.loads((out / "results.json").read_text())
+    return {k: v for k, v in judged.items() if k not in ("checkpoint", "samples", "data", "networks")}
 
 
 def run_all(jobs: Mapping[pathlib.Path, Sequence[str]], at_once: int) -> list[dict[str, Any]]:
@@ -71,19 +79,13 @@ def run_all(jobs: Mapping[pathlib.Path, Sequence[str]], at_once: int) -> list[di
 
     Small networks leave most of a second core idle, so two runs of one core each take less time than one after the
     other. The seconds of a run are those on its share. With several at a time their output is in WORKDIR/output.txt.
-    A run that begins with the networks of an earlier one, INIT_FROM of a folder in ROOT, waits for it.
     """
     cores: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
     ours = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     for i in range(at_once):
         cores.put(ours[i::at_once])
 
-    runs: dict[str, Future[dict[str, Any]]] = {}
-
     def one(workdir: pathlib.Path, flags: Sequence[str]) -> dict[str, Any]:
-        for flag in flags:
-            if flag.startswith(INIT_FROM):
-                runs[flag.removeprefix(INIT_FROM)].result()
         share = cores.get()
         try:
             if share and at_once > 1:
@@ -93,10 +95,9 @@ def run_all(jobs: Mapping[pathlib.Path, Sequence[str]], at_once: int) -> list[di
             cores.put(share)
 
     with ThreadPoolExecutor(at_once) as pool:
-        for workdir, flags in jobs.items():
-            runs[os.path.relpath(workdir, ROOT)] = pool.submit(one, workdir, flags)
+        runs = [pool.submit(one, *job) for job in jobs.items()]
         try:
-            return [run.result() for run in tqdm(runs.values(), unit="run", desc="experiment")]
+            return [run.result() for run in tqdm(runs, unit="run", desc="experiment")]
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

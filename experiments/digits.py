@@ -22,7 +22,6 @@ METHODS = {
     "T = 8": ["--config.diffusion.num_steps=8"],
     "T = 4 without z": ["--config.generator.nz=0"],
     "one-shot GAN on diffused images": ["--config.objective=one_shot"],
-    "T = 4, rpsw": ["--config.loss.generator=rpsw"],
     "Gaussian denoiser, T = 4": ["--config.objective=gaussian"],
     "Gaussian denoiser, T = 100": ["--config.objective=gaussian", "--config.diffusion.num_steps=100"],
 }
@@ -66,9 +65,9 @@ def draw_figure(results: dict[str, Any], path: pathlib.Path) -> None:
     panels[0].set_yscale("log")
     above.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     with np.load(path.parent / "samples.npz") as arrays:
-        grids = below.subplots(3, 3)
+        grids = below.subplots(-(-len(METHODS) // 2), 2)
         for axis, method in zip(grids.flat, METHODS, strict=True):
-            axis.imshow(figures.grid(arrays[method], columns=SHOWN // 2))
+            axis.imshow(figures.grid(arrays[method], columns=SHOWN))
             axis.set_title(method, fontsize=9)
             axis.axis("off")
     figures.save_figure(figure, path)

@@ -24,7 +24,6 @@ METHODS = {
     "DDGAN, T = 4": [],
     "one-shot GAN (T = 1)": ["--config.diffusion.num_steps=1"],
     "DDGAN without z, T = 4": ["--config.generator.nz=0"],
-    "DDGAN, T = 4, rpsw": ["--config.loss.generator=rpsw", "--config.loss.projections=100"],
     "DDGAN, T = 4, networks without waves": PLAIN,
     "one-shot GAN (T = 1), networks without waves": ["--config.diffusion.num_steps=1", *PLAIN],
     "Gaussian denoiser, T = 4": ["--config.objective=gaussian"],
@@ -63,6 +62,8 @@ def draw_figure(results: dict[str, Any], path: pathlib.Path) -> None:
     with np.load(path.parent / "points.npz") as arrays:
         points = {name: arrays[name].astype(np.float32) for name in METHODS if name in arrays}
     figure, panels = plt.subplots(2, -(-len(points) // 2), figsize=(14, 7.6), layout="constrained")
+    for axis in panels.flat[len(points) :]:
+        axis.axis("off")
     for axis, (method, x) in zip(panels.flat, points.items(), strict=False):
         axis.plot(*x.T, ".", markersize=2, alpha=0.5)
         for centre in grid_centres():

@@ -7,6 +7,7 @@ mode, coverage the share of modes. Digits: precision and recall. StackedMNIST: p
 """
 
 import argparse
+import importlib
 import json
 import pathlib
 import statistics
@@ -33,7 +34,7 @@ def rows() -> list[dict[str, Any]]:
     for name, (data, quality, coverage) in QUALITY_AND_COVERAGE.items():
         path = common.RESULTS / name / "results.json"
         runs = json.loads(path.read_text())["runs"] if path.exists() else []
-        for method in dict.fromkeys(run["method"] for run in runs):
+        for method in importlib.import_module(f"experiments.{name}").METHODS:
             measures = {"quality": quality, "coverage": coverage, "seconds_per_100": seconds_per_100}
             judged = [run["judged"] for run in runs if run["method"] == method]
             middle = {name: statistics.median(map(measure, judged)) for name, measure in measures.items()}

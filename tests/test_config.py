@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import typing
+import warnings
 
 import numpy as np
 import pytest
@@ -59,7 +60,16 @@ def test_zero_and_nothing_mean_none_where_none_is_allowed(name):
 def test_fields_for_text_and_numbers_that_may_be_none_are_known():
     optional = {name for name, kind in FIELDS.items() if config.optional(kind)}
     assert optional >= {"data.image_size", "train.num_steps", "train.lr_min_d", "eval.reference_samples", "data.dir"}
-    assert not optional & {"eval.every", "checkpoint.keep_period", "model.num_classes", "loss.moment"}
+    assert not optional & {"eval.every", "checkpoint.keep_period", "model.num_classes", "loss.reconstruction"}
+
+
+def test_settings_of_old_checkpoints_that_are_gone():
+    """Those that were off are nothing to speak of; of others a warning says that they have no effect."""
+    old = {"train": {"lr_g": 3e-4, "d_lead": 0.0}, "loss": {"generator": "nonsaturating", "moment": 0.0, "kappa": 50.0}}
+    with warnings.catch_warnings(action="error"):
+        assert config.read(old).train.lr_g == 3e-4
+    with pytest.warns(UserWarning, match="loss.moment=50.0 is ignored: this setting is gone"):
+        assert config.read({"loss": {"moment": 50.0}}) == config.Config()
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -80,10 +90,10 @@ def test_every_field_refuses_what_it_cannot_be(name):
     "name, value, message",
     [
         ("train.lr_decay_steps", -1, "train.lr_decay_steps=-1 must be an integer of at least 1, or None"),
-        ("train.d_lead", -0.5, "train.d_lead=-0.5 must be a number of at least 0"),
+        ("train.r1_gamma", -0.5, "train.r1_gamma=-0.5 must be a number of at least 0"),
         ("train.batch_size", 1.5, "train.batch_size=1.5 must be an integer of at least 1, or None"),
         ("train.ema_decay", 1.1, "train.ema_decay=1.1 must be a number from 0 to 1"),
-        ("loss.mismatched", -1.0, "loss.mismatched=-1.0 must be a number of at least 0"),
+        ("loss.reconstruction", -1.0, "loss.reconstruction=-1.0 must be a number of at least 0"),
         ("model.network", "cnn", "model.network='cnn' is not supported: it is unet or mlp"),
         ("seed", -1, "seed=-1 must be an integer from 0 to 4294967295"),
         ("train.lr", 1.0, "there is no setting train.lr: did you mean train.lr_g?"),

@@ -95,20 +95,8 @@ def test_the_decay_of_a_checkpoint_that_knows_one_floor_is_as_it_was():
 @pytest.mark.parametrize(
     "objective, options, message",
     [
-        (
-            "one_shot",
-            {"mismatched": 1.0},
-            "loss.mismatched is for pairs, and objective='one_shot' shows D no x_{t.1}: set it",
-        ),
-        ("one_shot", {"moment": 1.0}, "loss.moment is for objective='adversarial', not 'one_shot': set it to 0"),
-        ("gaussian", {"moment": 1.0}, "loss.moment is for objective='adversarial', not 'gaussian': set it to 0"),
         ("gaussian", {"reconstruction": 1.0}, "loss.reconstruction is for objective='adversarial', not 'gaussian'"),
         ("one_shot", {"shown": "x_0"}, "loss.shown is for objective='adversarial', not 'one_shot': set it to 'x_t'"),
-        (
-            "adversarial",
-            {"shown": "x_0", "mismatched": 1.0},
-            "loss.mismatched is for D's pairs with x_t, and loss.shown",
-        ),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(objective, options, message):

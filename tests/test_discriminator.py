@@ -146,6 +146,24 @@ def test_patches_are_pixels_of_more_channels():
     np.testing.assert_allclose(patched, disc.apply(params, x, t, y), atol=1e-6)
 
 
+def test_the_product_tells_how_well_two_images_fit():
+    """log q(x_{t+1} | x_0) depends on both images through <x_0, x_{t+1}> alone: one pass over the product has it."""
+    disc = Discriminator(ngf=8, t_emb_dim=16, product=True, **preset(8))
+    x, y = jax.random.normal(jax.random.key(0), (2, 4, 8, 8, 3))
+    t = jnp.arange(4)
+    params = disc.init(jax.random.key(1), x, t, y)["params"]
+    kernel = params["conv_in"]["kernel"]
+    assert kernel.shape[-2] == 3 * 3
+    weighed = params | {"conv_in": params["conv_in"] | {"kernel": jnp.zeros_like(kernel).at[..., 6:, :].set(0.1)}}
+    plain = disc.clone(product=False)
+    product_seen = params | {
+        "conv_in": params["conv_in"] | {"kernel": jnp.zeros_like(kernel[..., :6, :]).at[..., :3, :].set(0.1)}
+    }
+    np.testing.assert_allclose(
+        disc.apply({"params": weighed}, x, t, y), plain.apply({"params": product_seen}, x * y, t, y), rtol=1e-5
+    )
+
+
 def test_too_small_images():
     with pytest.raises(UserError, match="8x8 are too small"):
         shapes_of(Discriminator(ngf=8, **preset(64)), 8)

@@ -96,6 +96,7 @@ class Discriminator(nn.Module):
     t_emb_dim: Positive = 256
     zero_final: bool = True  # start the last convolution at (almost) zero
     patch_size: Positive = 1  # as the generator's
+    product: bool = False  # also see x_t * x_{t+1}: its sum says how well the two fit (not in the paper)
     num_classes: int = 0  # 0: unconditional
     dtype: Dtype = jnp.float32
 
@@ -115,8 +116,9 @@ class Discriminator(nn.Module):
         t_emb = layers.leaky_relu(dense(self.t_emb_dim, "time_0")(t_emb))
         t_emb = layers.leaky_relu(dense(self.t_emb_dim, "time_1")(t_emb))
 
-        images = [layers.to_patches(image, self.patch_size) for image in (x_t, x_tp1)]
-        x = jnp.concatenate(images, axis=-1).astype(self.dtype)
+        images = [x_t, x_tp1, x_t * x_tp1] if self.product else [x_t, x_tp1]
+        patches = [layers.to_patches(image, self.patch_size) for image in images]
+        x = jnp.concatenate(patches, axis=-1).astype(self.dtype)
         h = layers.Conv(
             round(self.start * self.ngf), 1, kernel_init=layers.init_out(), dtype=self.dtype, name="conv_in"
         )(x)

@@ -44,13 +44,6 @@ class Pairs(NamedTuple):
     x0_hat: Array
 
 
-class Before(NamedTuple):
-    """Of the example before each one in the global batch, which is as likely as its own."""
-
-    x0: Array  # [b, *d]
-    z: Array  # [b, nz]
-
-
 @dataclasses.dataclass(frozen=True)
 class Context:
     """One phase of a step, for the b examples of a replica or of a part of its batch."""
@@ -60,9 +53,6 @@ class Context:
     schedule: Schedule
     x0: Array  # [b, *d] in [-1, 1]
     draws: PhaseDraws
-    before: Before | None = None  # for objectives that look back
-    axis_name: str | None = None  # of the replicas
-    key: Array | None = None  # for draws that belong to the batch
 
     def generate(self, x_tp1: Array, t: Array, z: Array) -> Array:
         """x0_hat [b, *d], with this phase's dropout."""
@@ -77,16 +67,6 @@ class Objective:
     def trains_disc(self) -> bool:
         """Is there a D?"""
         return True
-
-    @property
-    def looks_back(self) -> bool:
-        """Does it need `Context.before`?"""
-        return False
-
-    @property
-    def whole_batch(self) -> bool:
-        """Does it compare all examples of a batch at once, with draws of its own?"""
-        return False
 
     @property
     def at_once(self) -> bool:
@@ -114,14 +94,6 @@ class Wrapped(Objective):
     @property
     def trains_disc(self) -> bool:
         return self.base.trains_disc
-
-    @property
-    def looks_back(self) -> bool:
-        return self.base.looks_back
-
-    @property
-    def whole_batch(self) -> bool:
-        return self.base.whole_batch
 
     @property
     def at_once(self) -> bool:

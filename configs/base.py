@@ -56,11 +56,11 @@ def fast(config: ConfigDict) -> None:
 
 
 def small(config: ConfigDict) -> None:
-    """Our recipe, and networks for 32 px that a CPU core trains in an hour (docs/claims.md has the evidence)."""
+    """Our recipe for a `data.image_size` of 32, and networks that a CPU core trains in an hour (docs/claims.md)."""
     fast(config)
     # squared error is a mean over 48 times as many numbers as in the digits, whose weight is 2.5
     config.loss.reconstruction = 30.0
-    config.diffusion.update(num_steps=3, beta_max=12.0)
+    config.diffusion.num_steps = 3
     config.model.patch_size = 4  # with 8x8 positions instead of 32x32, wide networks are cheap
     config.generator.update(nf=32, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,))
     config.generator.update(nz=64, z_emb_dim=128, n_mlp=3)

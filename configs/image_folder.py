@@ -22,8 +22,8 @@ def get_config(variant: str = "paper") -> ConfigDict:
         config.diffusion.num_steps = 4
         return config
     if variant == "small":
-        small(config)  # with its own number of steps: a CPU allows no more, for however many images
         config.data.image_size = 32
+        small(config)  # with its own number of steps: a CPU allows no more, for however many images
         config.eval.update(features="classifier", num_samples=10_000, reference_samples=10_000, manifold_samples=5_000)
         config.eval.update(every=1_000, online_samples=2_000)
         return config

@@ -55,23 +55,14 @@ def train_and_judge(workdir: pathlib.Path, *flags: str, quiet: bool = False) -> 
             raise Fault(f"{workdir} holds a run of {shlex.join(found['flags'])}: move it away, or delete it")
         return found
     workdir.mkdir(parents=True, exist_ok=True)
-    main(*flags, f"--workdir={workdir}", output=workdir / "output.txt" if quiet else None)
-    trained = json.loads((workdir / "results.json").read_text())
+    output = workdir / "output.txt" if quiet else None
+    main(*flags, f"--workdir={workdir}", output=output)
+    main(*flags, f"--workdir={workdir}", "--mode=evaluate", f"--out={workdir}/evaluation", output=output)
+    trained, judged = (json.loads((workdir / name).read_text()) for name in ("results.json", "evaluation/results.json"))
     found = {"flags": list(flags), "steps": trained["step"], "train_seconds": trained["seconds"], "machine": machine()}
-    found["judged"] = judge(workdir, *flags, quiet=quiet)
+    found["judged"] = {k: v for k, v in judged.items() if k not in ("checkpoint", "samples", "data", "networks")}
     done.write_text(json.dumps(found, indent=2) + "\n")
     return found
-
-
-def judge(workdir: pathlib.Path, *flags: str, at: str = "", quiet: bool = False) -> dict[str, Any]:
-    """The measures of a workdir at its last checkpoint, or at another one; what was measured is not done again."""
-    out = workdir / f"evaluation{at and '_'}{at}"
-    if not (out / "results.json").exists():
-        output = workdir / "output.txt" if quiet else None
-        where = [f"--workdir={workdir}", *([f"--checkpoint={workdir / at}"] if at else [])]
-        main(*flags, *where, "--mode=evaluate", f"--out={out}", output=output)
-    judged = json.loads((out / "results.json").read_text())
-    return {k: v for k, v in judged.items() if k not in ("checkpoint", "samples", "data", "networks")}
 
 
 def run_all(jobs: Mapping[pathlib.Path, Sequence[str]], at_once: int) -> list[dict[str, Any]]:

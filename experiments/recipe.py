@@ -73,10 +73,11 @@ def measured() -> dict[str, float]:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     programs: dict[tuple[str, bool], tuple[measure.Program, list[float]]] = {}
+    r1_every = {}
     for recipe in tqdm([recipe for recipe in RECIPES if recipe != THIRD], desc="compiling"):
         config = get_config("paper")
         config.update_from_flattened_dict(RECIPES[recipe])
-        built = build(config)
+        built, r1_every[recipe] = build(config), config.train.r1_every
         make, images = ops.jit_once(built.init_state), measure.examples(built, built.batch_size)
         for with_r1 in (False, True):
             step = measure.compiled(built.step(with_r1, None), make(), jax.device_put(images), keeps=True)
@@ -88,9 +89,9 @@ def measured() -> dict[str, float]:
             if round_:  # the first is slower
                 seconds.append(time.process_time() - start)
     found = {}
-    for recipe, _ in programs:
+    for recipe in r1_every:
         plain, with_r1 = (statistics.median(programs[recipe, kind][1]) for kind in (False, True))
-        found[recipe] = measure.mean_step(plain, with_r1, config.train.r1_every)
+        found[recipe] = measure.mean_step(plain, with_r1, r1_every[recipe])
     return found
 
 

@@ -1,6 +1,6 @@
 """StackedMNIST: how many of 1,000 modes after an hour on a CPU core.
 
-    python -m experiments.stacked_mnist                         # about 70 minutes
+    python -m experiments.stacked_mnist                         # about an hour
 
 Trains and evaluates configs/stacked_mnist.py:mnist_5k in runs/experiments/stacked_mnist; what is finished there is not
 done again. One seed.

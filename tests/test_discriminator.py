@@ -154,14 +154,14 @@ def test_the_product_tells_how_well_two_images_fit():
     params = disc.init(jax.random.key(1), x, t, y)["params"]
     kernel = params["conv_in"]["kernel"]
     assert kernel.shape[-2] == 3 * 3
-    weighed = params | {"conv_in": params["conv_in"] | {"kernel": jnp.zeros_like(kernel).at[..., 6:, :].set(0.1)}}
-    plain = disc.clone(product=False)
-    product_seen = params | {
-        "conv_in": params["conv_in"] | {"kernel": jnp.zeros_like(kernel[..., :6, :]).at[..., :3, :].set(0.1)}
-    }
-    np.testing.assert_allclose(
-        disc.apply({"params": weighed}, x, t, y), plain.apply({"params": product_seen}, x * y, t, y), rtol=1e-5
-    )
+
+    def reading(kernel):
+        return {"params": params | {"conv_in": params["conv_in"] | {"kernel": kernel}}}
+
+    only_product = reading(jnp.zeros_like(kernel).at[..., 6:, :].set(0.1))
+    only_first = reading(jnp.zeros_like(kernel[..., :6, :]).at[..., :3, :].set(0.1))
+    expected = disc.clone(product=False).apply(only_first, x * y, t, y)
+    np.testing.assert_allclose(disc.apply(only_product, x, t, y), expected, rtol=1e-5)
 
 
 def test_too_small_images():

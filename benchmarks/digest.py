@@ -10,7 +10,6 @@ calls another, nor what nobody uses changes it. `--only=cifar10` takes the confi
 """
 
 import hashlib
-import importlib
 import re
 import sys
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import measure
-from ddgan_jax import parallel
+from ddgan_jax import parallel, presets
 from ddgan_jax.build import Built, build
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -133,7 +132,7 @@ def main() -> None:
         label = " ".join([f"{name}:{variant}", *(f"{key}={value}" for key, value in changes.items())])
         if options.get("only", "") not in label:
             continue
-        config = importlib.import_module(f"configs.{name}").get_config(variant)
+        config = presets.get(f"{name}:{variant}")
         for key, value in changes.items():
             config.update_from_flattened_dict({key: value})
         built, digests = build(config), []

@@ -2,13 +2,12 @@
 
 from ml_collections import ConfigDict
 
-from configs.base import apply_variant
-from configs.cifar10 import get_config as cifar10
+from ddgan_jax import presets
 
 
 def get_config(variant: str = "paper") -> ConfigDict:
     """The paper's setting: FID 7.64, recall 0.36 with two network calls an image."""
-    config = cifar10()
+    config = presets.get("cifar10")
     config.data.update(name="celeb_a_hq/256", split="train[:27000]", image_size=256)  # as many as in the released code
     config.diffusion.num_steps = 2
     config.generator.update(nf=64, ch_mult=(1, 1, 2, 2, 4, 4), n_mlp=3)
@@ -23,4 +22,4 @@ def get_config(variant: str = "paper") -> ConfigDict:
         ema_decay=0.9999,
     )
     config.sample.update(batch_size=8, grid=16)
-    return apply_variant(config, variant)
+    return presets.apply_variant(config, variant)

@@ -5,11 +5,11 @@ Variants: 'paper' (default), 'fast' (our recipe), 'smoke' (tiny networks, made d
 
 from ml_collections import ConfigDict
 
-from configs import base
+from ddgan_jax import presets
 
 
 def get_config(variant: str = "paper") -> ConfigDict:
     """The paper's setting: FID 3.75, IS 9.63, recall 0.57 with four network calls an image."""
-    config = base.get_config()
+    config = presets.defaults()
     config.data.update(name="cifar10", image_size=32, channels=3)
-    return base.apply_variant(config, variant)
+    return presets.apply_variant(config, variant)

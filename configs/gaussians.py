@@ -5,7 +5,7 @@ Variants: '' (the mixture), 'smoke' (a few steps).
 
 from ml_collections import ConfigDict
 
-from configs.cifar10 import get_config as cifar10
+from ddgan_jax import presets
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -16,7 +16,7 @@ def get_config(variant: str = "") -> ConfigDict:
     one only sharpens them (the second table of `python -m experiments.why_gaussian_fails`). `octaves` let the networks
     see the modes, 40 times narrower than their distance, as sharply as they are.
     """
-    config = cifar10()
+    config = presets.get("cifar10")
     config.data.update(name="gaussians", image_size=1, channels=2, flip=False, scale=4.0)
     config.model.update(network="mlp", data_std=2.83)
     # The fields of PointGenerator and PointDiscriminator

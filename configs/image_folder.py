@@ -7,14 +7,12 @@ features while training, if there is one folder a class), 'smoke'.
 
 from ml_collections import ConfigDict
 
-from configs.base import apply_variant, small
-from configs.celeba_hq_256 import get_config as celeba
-from configs.cifar10 import get_config as cifar10
+from ddgan_jax import presets
 
 
 def get_config(variant: str = "paper") -> ConfigDict:
     """The size, the batch and the number of steps are chosen for the images, unless flags name others."""
-    config = celeba() if variant == "large" else cifar10()
+    config = presets.get("celeba_hq_256") if variant == "large" else presets.get("cifar10")
     config.data.update(name="image_folder", split="train", image_size=None, channels=None)
     config.train.update(num_steps=None, batch_size=None, steps_per_epoch=None)  # ddgan_jax/automatic.py says how
     config.checkpoint.every = config.log.samples_every = None
@@ -23,8 +21,8 @@ def get_config(variant: str = "paper") -> ConfigDict:
         return config
     if variant == "small":
         config.data.image_size = 32
-        small(config)  # with its own number of steps: a CPU allows no more, for however many images
+        presets.small(config)  # with its own number of steps: a CPU allows no more, for however many images
         config.eval.update(features="classifier", num_samples=10_000, reference_samples=10_000, manifold_samples=5_000)
         config.eval.update(every=1_000, online_samples=2_000)
         return config
-    return apply_variant(config, variant, "large", "small")
+    return presets.apply_variant(config, variant, "large", "small")

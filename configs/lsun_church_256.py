@@ -5,13 +5,12 @@ Variants: 'paper', 'fast' (our recipe), 'smoke'.
 
 from ml_collections import ConfigDict
 
-from configs.base import apply_variant
-from configs.celeba_hq_256 import get_config as celeba
+from ddgan_jax import presets
 
 
 def get_config(variant: str = "paper") -> ConfigDict:
     """The paper's setting: FID 5.25, recall 0.36 with four network calls an image."""
-    config = celeba()
+    config = presets.get("celeba_hq_256")
     config.data.update(
         name="lsun_church", split="train[:120000]", image_size=256
     )  # the part that the released code uses
@@ -26,4 +25,4 @@ def get_config(variant: str = "paper") -> ConfigDict:
         r1_every=10,
         ema_decay=0.999,
     )
-    return apply_variant(config, variant)
+    return presets.apply_variant(config, variant)

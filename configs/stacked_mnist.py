@@ -7,19 +7,18 @@ The paper gives the networks (those of CIFAR-10) and not the training; everythin
 
 from ml_collections import ConfigDict
 
-from configs.base import apply_variant, small
-from configs.cifar10 import get_config as cifar10
+from ddgan_jax import presets
 
 
 def get_config(variant: str = "paper") -> ConfigDict:
     """The networks of the paper: 1,000 modes, KL 0.071."""
-    config = cifar10()
+    config = presets.get("cifar10")
     config.data.update(name="stacked_mnist", flip=False)
     # 25,600 samples are counted (as in the paper's comparison); distances are secondary here
     config.eval.update(features="classifier", num_samples=25_600, reference_samples=10_000, manifold_samples=5_000)
     if variant != "mnist_5k":
-        return apply_variant(config, variant, "mnist_5k")
+        return presets.apply_variant(config, variant, "mnist_5k")
     config.data.name = "stacked_mnist_5k"
-    small(config)
+    presets.small(config)
     config.eval.update(every=3_000, online_samples=5_000)
     return config

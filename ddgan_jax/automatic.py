@@ -7,7 +7,7 @@ import math
 from dataclasses import replace
 
 from ddgan_jax.config import Config
-from ddgan_jax.models.discriminator import STDDEV_GROUP
+from ddgan_jax.networks.discriminator import STDDEV_GROUP
 
 # What the paper trains in all: CIFAR-10, 32 px, 1,800 epochs of 50,000 images; at 256 px CelebA-HQ, 800 epochs of
 # 27,000, and LSUN Church, 500 epochs of 120,000.

@@ -18,9 +18,9 @@ from ddgan_jax.config import Config, chosen, fields_of, read
 from ddgan_jax.data import sources
 from ddgan_jax.diffusion import Schedule
 from ddgan_jax.errors import UserError
-from ddgan_jax.models.discriminator import STDDEV_GROUP, Discriminator, preset
-from ddgan_jax.models.generator import Generator
-from ddgan_jax.models.mlp import PointDiscriminator, PointGenerator
+from ddgan_jax.networks.discriminator import STDDEV_GROUP, Discriminator, preset
+from ddgan_jax.networks.generator import Generator
+from ddgan_jax.networks.mlp import PointDiscriminator, PointGenerator
 from ddgan_jax.objectives import Objective
 from ddgan_jax.objectives.ddgan import DDGAN
 from ddgan_jax.objectives.denoised import Denoised

@@ -124,7 +124,7 @@ class LogConfig:
     """`config.log`: what a run shows."""
 
     every: Positive = 100  # steps between two lines of metrics
-    tensorboard: bool = True
+    tensorboard: bool | None = None  # None: if clu is installed
     samples_every: Positive | None = 5_000  # steps between two grids of samples; None: about a fiftieth of all
 
 

@@ -7,6 +7,8 @@ sample i is of class i modulo the number of classes. Nothing here reads data, or
 
 import dataclasses
 import os
+import pathlib
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -17,12 +19,12 @@ import numpy as np
 
 from ddgan_jax import build, editing, processes, sampling
 from ddgan_jax.build import Denoiser
-from ddgan_jax.config import Config, read
+from ddgan_jax.config import Config, as_dict, read
 from ddgan_jax.diffusion import q_sample
 from ddgan_jax.errors import UserError
 from ddgan_jax.sampler import POSTERIORS, Sampler, default_labels, noise_of, to_images
 from ddgan_jax.sampler import sample as draw
-from ddgan_jax.storage import checkpoint
+from ddgan_jax.storage import checkpoint, paths, safetensors
 from ddgan_jax.torch import files
 from ddgan_jax.train_step import bind, to_x0
 
@@ -80,6 +82,7 @@ class Model:
     denoiser: Denoiser
     config: Config  # of a `.pth`, whose training is not known, with defaults
     step: int
+    about: Mapping[str, str] = dataclasses.field(default_factory=dict)  # what a .safetensors file tells besides
 
     @property
     def num_steps(self) -> int:
@@ -225,6 +228,19 @@ class Model:
         export = jax.export.export(jax.jit(sample), platforms=("cpu", "cuda", "tpu"), disabled_checks=[layout])
         return bytes(export(*arguments).serialize())
 
+    def save(self, path: str | os.PathLike, half: bool = False, about: Mapping[str, str] | None = None) -> None:
+        """Write a .safetensors file that `load` reads: the weights, as float16 if `half`, with what they are.
+
+        `about` is any text that is to be found in it again. Raises UserError if `path` does not end so; OSError if it
+        cannot be written.
+        """
+        if not os.fspath(path).endswith(".safetensors"):
+            raise UserError(f"{path} must end in .safetensors")
+        arrays = checkpoint.flatten(self.params)
+        if half:
+            arrays = {name: array.astype(np.float16) for name, array in arrays.items()}
+        safetensors.write(path, arrays, as_dict(self.config), self.step, {**self.about, **(about or {})})
+
     def _labels(self, label: Any, num: int, one: bool = False) -> np.ndarray | None:
         """Labels [num], as asked, or all classes in turn unless the images are to be of `one`; None: unconditional."""
         classes = self.num_classes
@@ -268,21 +284,49 @@ def _at_least_one(name: str, value: int) -> None:
         raise UserError(f"{name}={value} must be at least 1")
 
 
-def load(path: str | os.PathLike, config: Any = None, **hints: Any) -> Model:
-    """The model in a workdir, a checkpoint, or a `.pth` file of the PyTorch reference.
+PRETRAINED = pathlib.Path(__file__).parent / "pretrained"
 
-    The arrays of a `netG_*.pth` do not tell everything: the rest is told by the `config` of its training, or by hints,
-    `num_steps` (4) and those of `torch.architecture.generator_config`, such as `image_size=32`. Raises UserError if
-    there is no model, or if hints are missing or contradict the arrays; Fault if it is damaged.
+
+def models() -> dict[str, str]:
+    """The models that come with the package: what `load` takes, and what each is."""
+    found = {file.stem: safetensors.about(file) for file in sorted(PRETRAINED.glob("*.safetensors"))}
+    return {name: about.get("summary", "") for name, about in found.items()}
+
+
+def file_of(path: str) -> str | None:
+    """The file that holds the model that `path` names, if it is one, or one of `models()`; None for a folder."""
+    if path.endswith((".pth", ".safetensors")):
+        return path
+    pretrained = PRETRAINED / f"{path}.safetensors"
+    return str(pretrained) if "/" not in path and pretrained.exists() and not paths.exists(path) else None
+
+
+def beside(path: str, name: str) -> str:
+    """Where the result `name` of a model goes by default: into its folder, or beside its file."""
+    file = file_of(path)
+    return f"{path}/{name}" if file is None else f"{os.path.splitext(path)[0]}.{name}"
+
+
+def load(path: str | os.PathLike, config: Any = None, **hints: Any) -> Model:
+    """The model in a workdir, a checkpoint, a .safetensors file, or a `.pth` file of the PyTorch reference.
+
+    Also one of `models()`, by its name. The arrays of a `netG_*.pth` do not tell everything: the rest is told by the
+    `config` of its training, or by hints, `num_steps` (4) and those of `torch.architecture.generator_config`, such as
+    `image_size=32`. Raises UserError if there is no model, or if hints are missing or contradict the arrays; Fault if
+    it is damaged.
     """
-    path = os.fspath(path)
+    path, about = os.fspath(path), dict[str, str]()
     if path.endswith(".pth"):
         return _load_reference(path, None if config is None else read(config), hints)
-    params, found, step = processes.from_primary(lambda: checkpoint.restore_ema(path))
+    if file := file_of(path):
+        arrays, found, step, about = processes.from_primary(lambda: safetensors.read(file))
+        params = checkpoint.nested(arrays)
+    else:
+        params, found, step = processes.from_primary(lambda: checkpoint.restore_ema(path))
     c = read(found)
     generates = build.denoiser(c)
     checkpoint.check_like(params, jax.eval_shape(generates.init_gen, jax.random.key(0)), f"the checkpoint in {path}")
-    return Model(params, generates, c, step)
+    return Model(params, generates, c, step, about)
 
 
 def _load_reference(path: str, config: Config | None, hints: dict[str, Any]) -> Model:
@@ -321,7 +365,12 @@ def networks_of(c: Config, like: Any) -> tuple[str, Any, Any]:
     UserError if there are none, or they are of another architecture than `c`'s; Fault if they are damaged.
     """
     path = c.train.init_from or ""
-    if not path.endswith(".pth"):
+    file = file_of(path)
+    if file and not file.endswith(".pth"):
+        params = load(path).params
+        checkpoint.check_like(params, like.gen_params, f"{path} of train.init_from")
+        return file, params, None
+    if not file:
         folder = checkpoint.find(path)
         found = checkpoint.unflatten(checkpoint.read(folder)[0], like, f"the checkpoint {folder} of train.init_from")
         return str(folder), found.ema_params, found.disc_params

@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from configs.image_folder import get_config
-from ddgan_jax import figures
+from ddgan_jax import figures, presets
 from ddgan_jax.config import read
 from ddgan_jax.data import sources
 from ddgan_jax.storage.log import read_metrics
@@ -33,7 +32,7 @@ def experiment(args: argparse.Namespace) -> dict[str, Any]:
     flags = ["--config=configs/image_folder.py:small", f"--config.data.path={path}"]
     workdir = common.ROOT / "runs" / "experiments" / NAME
     found = common.train_and_judge(workdir, *flags)
-    config = get_config("small")
+    config = presets.get("image_folder:small")
     config.data.path = path
     images = sources.open_data(read(config).data).images
     chosen = np.sort(np.random.default_rng(0).choice(len(images), REAL, replace=False))

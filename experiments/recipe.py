@@ -21,15 +21,14 @@ import jax
 from tqdm import tqdm
 
 from benchmarks import measure
-from configs.digits import get_config
-from ddgan_jax import figures, ops
+from ddgan_jax import figures, ops, presets
 from ddgan_jax.build import build
 from ddgan_jax.config import as_dict, flat
 from experiments import common
 from experiments.digits import MEASURES
 
 NAME, FLAGS = "recipe", ["--config=configs/digits.py:paper", "--config.log.samples_every=0"]
-OURS = flat(as_dict(get_config()))
+OURS = flat(as_dict(presets.get("digits")))
 PARTS = {  # what configs/digits.py changes, which the table takes away one by one
     "x_0 shown to D": "loss.shown",
     "squared error": "loss.reconstruction",
@@ -75,7 +74,7 @@ def measured() -> dict[str, float]:
     programs: dict[tuple[str, bool], tuple[measure.Program, list[float]]] = {}
     r1_every = {}
     for recipe in tqdm([recipe for recipe in RECIPES if recipe != THIRD], desc="compiling"):
-        config = get_config("paper")
+        config = presets.get("digits:paper")
         config.update_from_flattened_dict(RECIPES[recipe])
         built, r1_every[recipe] = build(config), config.train.r1_every
         make, images = ops.jit_once(built.init_state), measure.examples(built, built.batch_size)

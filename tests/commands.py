@@ -28,10 +28,10 @@ def run_module(name, *arguments):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
 
 
-def python(script: str, *arguments) -> subprocess.Popen:
+def python(script: str, *arguments, env=None) -> subprocess.Popen:
     """Start lines of Python in the root of the project."""
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command, env = [sys.executable, "-c", script, *map(str, arguments)], os.environ | (env or {})
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def free_port() -> int:

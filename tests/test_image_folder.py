@@ -14,7 +14,6 @@ from commands import python, run
 from PIL import Image, ImageFile
 from test_configs import get_config
 
-from configs.image_folder import get_config as image_folder_config
 from ddgan_jax import automatic
 from ddgan_jax.build import build, settle
 from ddgan_jax.config import DataConfig, read
@@ -366,7 +365,7 @@ def test_no_room_for_the_copy(tmp_path):
 
 def settings_of(path, variant="paper", **fields):
     """The configuration of a folder whose copies lie beside it, with `fields` such as data__image_size=8."""
-    config = image_folder_config(variant)
+    config = get_config("image_folder", variant)
     config.data.update(path=str(path), dir=str(path.parent / "cache"))
     for name, value in fields.items():
         group, _, field = name.partition("__")
@@ -418,7 +417,7 @@ def test_a_size_that_no_network_takes_is_refused_before_anything_is_decoded(
     ],
 )
 def test_numbers_for_so_many_images(size, num_images, devices, batch, steps):
-    config = image_folder_config("large" if size > 64 else "paper")
+    config = get_config("image_folder", "large" if size > 64 else "paper")
     config.data.update(image_size=size, channels=3)
     settled, (said,) = automatic.choose(read(config), num_images, False, devices)
     assert (settled.train.batch_size, settled.train.num_steps) == (batch, steps)
@@ -438,7 +437,7 @@ def test_a_batch_that_is_taken_in_parts():
 
 
 def test_what_is_said_and_that_flags_win():
-    config = image_folder_config()
+    config = get_config("image_folder")
     config.data.image_size = 64
     assert automatic.choose(read(config), 2_000, False, 1)[1] == [
         "2,000 images: 64 px, batch 64, 56,250 steps (1,800 epochs), chosen for this number of images; "

@@ -5,16 +5,17 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from commands import ROOT, python, run
 from conftest import GOLDEN
 from PIL import Image
 
 import ddgan_jax
-from ddgan_jax import editing, sampling
+from ddgan_jax import editing, presets, sampling
 from ddgan_jax.build import build
 from ddgan_jax.config import as_dict
 from ddgan_jax.diffusion import Schedule, deterministic_posterior, q_sample
-from ddgan_jax.errors import UserError
+from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.jobs import generate
 from ddgan_jax.model import to_images, to_x0
 from ddgan_jax.storage import checkpoint
@@ -29,9 +30,8 @@ def grow(params):
 
 def workdir_of(folder, num_steps=4, name="digits", num_classes=0):
     """A workdir of a tiny generator with weights that matter."""
-    import importlib
 
-    c = as_dict(importlib.import_module(f"configs.{name}").get_config("smoke"))
+    c = as_dict(presets.get(f"{name}:smoke"))
     c["diffusion"]["num_steps"] = num_steps
     c["model"]["num_classes"] = num_classes
     state = jax.jit(build(c).init_state)()
@@ -294,10 +294,51 @@ def test_weights_for_the_reference(model, workdir, tmp_path):
     np.testing.assert_array_equal(again.sample(3), model.sample(3))
 
 
+def test_one_file(model, workdir, tmp_path):
+    """Written by the command and read again, from Python and by commands: the same bits; results go beside it."""
+    result = run("--mode=export", f"--workdir={workdir}", f"--out={tmp_path}/own.safetensors")
+    assert result.returncode == 0, result.stderr
+    again = ddgan_jax.load(tmp_path / "own.safetensors")
+    assert (again.step, again.config) == (model.step, model.config)
+    jax.tree.map(np.testing.assert_array_equal, again.params, jax.tree.map(np.asarray, model.params))
+    result = run("--mode=sample", f"--checkpoint={tmp_path}/own.safetensors", "--num_samples=3")
+    assert result.returncode == 0 and (tmp_path / "own.sample.png").exists(), result.stderr
+    model.save(tmp_path / "half.safetensors", half=True, about={"summary": "eights"})
+    half = ddgan_jax.load(tmp_path / "half.safetensors")
+    assert half.about == {"summary": "eights"}
+    full, halved = ((tmp_path / f"{name}.safetensors").stat().st_size for name in ("own", "half"))
+    assert halved < 0.7 * full
+    for ours, theirs in zip(jax.tree.leaves(model.params), jax.tree.leaves(half.params), strict=True):
+        assert theirs.dtype == np.float32
+        np.testing.assert_allclose(theirs, ours, rtol=2**-11, atol=1e-7)
+    with pytest.raises(UserError, match=r"x.bin must end in .safetensors"):
+        model.save("x.bin")
+
+
+def test_one_file_that_is_damaged_or_foreign(model, tmp_path):
+    """Any byte that is missing or wrong is one sentence; so is a file of somebody else."""
+    model.save(tmp_path / "own.safetensors")
+    content = (tmp_path / "own.safetensors").read_bytes()
+    bad = tmp_path / "bad.safetensors"
+    start = 8 + int.from_bytes(content[:8], "little")
+    flips = [0, 7, 8, start // 2, start - 1, start, (start + len(content)) // 2, len(content) - 1]
+    cases = [b"", content[:4], content[:start], content[:-1], content + b"0", b"x" * 100, content[::-1]]
+    cases += [content[:i] + bytes([content[i] ^ 16]) + content[i + 1 :] for i in flips]
+    for case in cases:
+        bad.write_bytes(case)
+        with pytest.raises((Fault, UserError), match=r"bad.safetensors (is damaged|was not written by ddgan_jax)"):
+            ddgan_jax.load(bad)
+    safetensors.numpy.save_file({"x": np.zeros(3)}, bad)
+    with pytest.raises(UserError, match="was not written by ddgan_jax"):
+        ddgan_jax.load(bad)
+    with pytest.raises(UserError, match=r"none\.safetensors cannot be read"):
+        ddgan_jax.load(tmp_path / "none.safetensors")
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--mode=export", "--out=x.onnx"], "must end in .bin (the sampler for jax alone), in .pth (weights"),
+        (["--mode=export", "--out=x.onnx"], "must end in .safetensors (the generator in one file), in .bin"),
         (["--mode=edit"], "name a picture with --image=PATH"),
         (["--mode=edit", "--image=nothing.png"], "--image=nothing.png cannot be read"),
         (["--mode=inpaint", f"--image={ROOT / 'docs' / 'digits.png'}"], "name a picture with --mask=PATH"),

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, Golden, close_to_largest
 
-from configs import digits
-from ddgan_jax import ops
+from ddgan_jax import ops, presets
 from ddgan_jax.build import build
 from ddgan_jax.errors import UserError
 from ddgan_jax.ops import fir, reference
@@ -279,7 +278,7 @@ def test_the_table_has_every_operation():
 
 def test_the_switch_changes_functions_that_are_traced_already():
     """The networks of `build` and a whole step are traced again in the other form, and nothing fast is left in one."""
-    built = build(digits.get_config("smoke"))
+    built = build(presets.get("digits:smoke"))
     x, t, z = jnp.zeros((1, *built.image_shape)), jnp.zeros(1, jnp.int32), jnp.zeros((1, built.method.nz))
     state, step = jax.eval_shape(built.init_state), jax.jit(built.step(True, None))
     batch = jax.ShapeDtypeStruct((built.batch_size, *built.image_shape), jnp.uint8)

@@ -10,8 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import gaussians
-from ddgan_jax import build, parallel, processes
+from ddgan_jax import build, parallel, presets, processes
 from ddgan_jax.errors import UserError
 
 SCRIPT = """
@@ -21,8 +20,8 @@ from test_generator import random_params
 from test_train_step import method_of
 from ddgan_jax import parallel, state as state_lib, train_step as ts
 from ddgan_jax.torch import convert
-from ddgan_jax.models.discriminator import Discriminator, minibatch_stddev, preset
-from ddgan_jax.models.generator import Generator
+from ddgan_jax.networks.discriminator import Discriminator, minibatch_stddev, preset
+from ddgan_jax.networks.generator import Generator
 from ddgan_jax.objectives.ddgan import DDGAN
 from ddgan_jax.objectives.denoised import Denoised
 from ddgan_jax.objectives.reconstruction import Reconstruction
@@ -159,7 +158,7 @@ def test_batches_that_devices_can_share(batch, accumulate, devices, message, mon
 
 def test_the_new_state_takes_the_place_of_the_old_one():
     """Two states at a time would cost CIFAR-10's step another 0.9 GB on every device."""
-    built = build.build(gaussians.get_config("smoke"))
+    built = build.build(presets.get("gaussians:smoke"))
     state = jax.eval_shape(built.init_state)
     points = jax.ShapeDtypeStruct((1, built.batch_size, 2), np.float32)
     memory = parallel.map_step(built.step(True)).lower(state, points).compile().memory_analysis()

@@ -7,7 +7,7 @@ import pytest
 from conftest import Golden
 
 from ddgan_jax.diffusion import Schedule
-from ddgan_jax.models.generator import Generator
+from ddgan_jax.networks.generator import Generator
 from ddgan_jax.sampling import Noise, denoise, draw_noise, sample
 from ddgan_jax.torch.architecture import generator_config
 from ddgan_jax.torch.convert import generator_params

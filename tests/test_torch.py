@@ -17,8 +17,8 @@ from commands import run_module
 from conftest import GOLDEN, Golden
 
 from ddgan_jax.errors import UserError
-from ddgan_jax.models.discriminator import Discriminator
-from ddgan_jax.models.generator import Generator
+from ddgan_jax.networks.discriminator import Discriminator
+from ddgan_jax.networks.generator import Generator
 from ddgan_jax.torch import architecture, convert, files
 
 torch = pytest.importorskip("torch")

@@ -15,9 +15,9 @@ from test_discriminator import to_neighbours
 from ddgan_jax import state as state_lib
 from ddgan_jax import train_step as ts
 from ddgan_jax.diffusion import Schedule
-from ddgan_jax.models.discriminator import Discriminator
-from ddgan_jax.models.generator import Generator
-from ddgan_jax.models.mlp import PointDiscriminator, PointGenerator
+from ddgan_jax.networks.discriminator import Discriminator
+from ddgan_jax.networks.generator import Generator
+from ddgan_jax.networks.mlp import PointDiscriminator, PointGenerator
 from ddgan_jax.objectives import PhaseDraws
 from ddgan_jax.objectives.ddgan import DDGAN
 from ddgan_jax.objectives.denoised import Denoised

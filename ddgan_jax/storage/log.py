@@ -35,10 +35,11 @@ class Log:
     A record in a local file is there at once, in a bucket within half a minute, and everywhere after `flush`.
     """
 
-    def __init__(self, workdir: Path, config: dict[str, Any], tensorboard: bool, start_step: int):
+    def __init__(self, workdir: Path, config: dict[str, Any], tensorboard: bool | None, start_step: int):
         """Open the log; records of steps after `start_step`, from a run that broke off, are dropped.
 
-        UserError if it is to write for TensorBoard, and clu is missing; Fault if it cannot be written.
+        With `tensorboard`, or None and clu installed, it also writes for TensorBoard. UserError if it is to, and clu is
+        missing; Fault if it cannot be written.
         """
         self.path = workdir / "metrics.jsonl"
         records = [record for record in read_metrics(self.path) if record["step"] <= start_step]
@@ -50,14 +51,17 @@ class Log:
             if not paths.is_remote(self.path):
                 self._file = open(self.path, "a")
         self._lines = lines if self._file is None else []  # in a bucket: what the file is to hold
-        if not tensorboard:
+        if tensorboard is False:
             return
         try:
             with quiet():  # it imports TensorFlow
                 from clu import metric_writers
         except ModuleNotFoundError as error:
+            if tensorboard is None:
+                return
             raise UserError(
-                f"log.tensorboard=True needs {error.name}: run `pip install -r requirements.txt`, or set it to False"
+                f"log.tensorboard=True needs {error.name}: run `pip install clu tensorflow-cpu tensorboard`, or set it "
+                "to False"
             ) from error
         self._events = workdir / "tensorboard"
         # TensorFlow has its own way to a bucket, with its own credentials: what it writes goes there by ours.

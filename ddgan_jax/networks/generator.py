@@ -17,8 +17,8 @@ from flax import linen as nn
 
 from ddgan_jax.config import Below1, Count, Positive, Positives
 from ddgan_jax.errors import UserError
-from ddgan_jax.models import layers
-from ddgan_jax.models.layers import Dtype
+from ddgan_jax.networks import layers
+from ddgan_jax.networks.layers import Dtype
 from ddgan_jax.ops import FIR_KERNEL
 
 CHOICES = {

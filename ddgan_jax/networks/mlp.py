@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ddgan_jax.config import Count, Positive
-from ddgan_jax.models import layers
-from ddgan_jax.models.layers import Dtype
+from ddgan_jax.networks import layers
+from ddgan_jax.networks.layers import Dtype
 
 
 def _see(x: jax.Array, levels: Sequence[float], k: jax.Array, octaves: int) -> jax.Array:

@@ -15,8 +15,8 @@ from flax import linen as nn
 from ddgan_jax import ops, parallel
 from ddgan_jax.config import Positive, PositiveFloat
 from ddgan_jax.errors import UserError
-from ddgan_jax.models import layers
-from ddgan_jax.models.layers import Dtype
+from ddgan_jax.networks import layers
+from ddgan_jax.networks.layers import Dtype
 
 STDDEV_GROUP = 4  # examples that share one minibatch-stddev feature
 

@@ -1,16 +1,57 @@
-"""What the configurations are differences from: every field of `ddgan_jax/config.py` with its default."""
+"""Configurations as ml_collections' ConfigDicts: the presets of `configs/` by name, and what they are made of.
+
+    config = presets.get("digits:long")  # configs/digits.py, get_config("long")
+    config.train.batch_size = 64
+
+`configs/` lies beside the package in a checkout, and inside it where it is installed.
+"""
 
 import dataclasses
+import importlib.util
 import math
+import os
+import pathlib
 import typing
 from typing import Annotated, Any
 
 from ml_collections import ConfigDict, FieldReference
 
 from ddgan_jax.config import Config, optional
+from ddgan_jax.errors import UserError
+
+_HERE = pathlib.Path(__file__).parent
+FOLDER = next((folder for folder in (_HERE / "configs", _HERE.parent / "configs") if folder.is_dir()), _HERE)
 
 
-def get_config() -> ConfigDict:
+def names() -> list[str]:
+    """Of the presets, without their variants."""
+    return sorted(path.stem for path in FOLDER.glob("*.py"))
+
+
+def find(name: str) -> str:
+    """The FILE.py:VARIANT of a preset named as `digits`, `digits:long` or `configs/digits.py:long`; others as given.
+
+    A file that is there goes before a preset.
+    """
+    path, colon, variant = name.partition(":")
+    preset = FOLDER / pathlib.Path(path).with_suffix(".py").name
+    if os.path.exists(path) or path not in (preset.stem, f"configs/{preset.name}") or not preset.exists():
+        return name
+    return f"{preset}{colon}{variant}"
+
+
+def get(name: str) -> ConfigDict:
+    """The configuration that `--config=NAME` is. UserError if there is none."""
+    path, _, variant = find(name).partition(":")
+    if not path.endswith(".py") or not os.path.exists(path):
+        raise UserError(f"there is no configuration {name!r}: it is one of {', '.join(names())}, or a file")
+    spec = importlib.util.spec_from_file_location(f"_config_{pathlib.Path(path).stem}", path)
+    module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    spec.loader.exec_module(module)  # type: ignore[union-attr]
+    return module.get_config(*([variant] if variant else []))
+
+
+def defaults() -> ConfigDict:
     """Every field with its default, the paper's for CIFAR-10, as a ConfigDict whose fields are also flags."""
     return _config_dict(Config())
 
@@ -27,6 +68,9 @@ def _config_dict(group: Any) -> ConfigDict:
             value = FieldReference(value, field_type=kind)
         config[field.name] = ConfigDict(value) if isinstance(value, dict) else value
     return config
+
+
+# --- Variants -------------------------------------------------------------------------------------------------------
 
 
 def apply_variant(config: ConfigDict, variant: str, *own: str) -> ConfigDict:

@@ -1,0 +1,157 @@
+"""Denoising Diffusion GANs. Without flags this trains on digits; docs/ explains the flags and all else.
+
+--config.FIELD=VALUE sets a field of the configuration; docs/configuration.md lists them.
+"""
+
+import functools
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from ddgan_jax import errors, presets
+from ddgan_jax.errors import Fault, Interrupted, UserError
+
+MODES = ("train", "sample", "vary", "edit", "inpaint", "interpolate", "export", "evaluate")
+
+flags.DEFINE_string("workdir", "runs/digits", "Where a run keeps its checkpoints, metrics and pictures.")
+flags.DEFINE_string("mode", "train", f"What to do: {', '.join(MODES)}.")
+flags.DEFINE_string(
+    "checkpoint", None, "Use this model instead of --workdir: a workdir, checkpoint or file, or one that comes along."
+)
+flags.DEFINE_string(
+    "samples", None, "Evaluate these images, an .npz with one array or a folder, instead of a checkpoint."
+)
+flags.DEFINE_string("out", None, "Where the result goes; docs/editing.md says what each mode writes.")
+flags.DEFINE_integer("num_samples", None, "How many images to sample (64) or evaluate (config.eval.num_samples).")
+flags.DEFINE_integer("sample_seed", 0, "Image i depends on this and on i alone.")
+flags.DEFINE_integer("label", None, "Class of the images of a class-conditional model; all in turn if not given.")
+flags.DEFINE_enum("posterior", "gaussian", ["gaussian", "deterministic"], "How x_t follows from x_{t+1} and x_0.")
+flags.DEFINE_string("trajectory", None, "sample: also write here (.png, .gif) how the first samples came about.")
+flags.DEFINE_integer("num_variants", 15, "vary, edit, inpaint: how many images; interpolate: how many from end to end.")
+flags.DEFINE_string("image", None, "edit, inpaint, vary: a picture; it is cropped and resized to the model's size.")
+flags.DEFINE_string("mask", None, "inpaint: a picture that is white where --image is to be filled in.")
+flags.DEFINE_integer("start_step", None, "edit: diffuse to this step, 0 (nothing) to T (all); T / 2 if not given.")
+flags.DEFINE_integer("t", None, "vary: the step x_{t+1} -> x_t to look at, 0 to T-1; T-1 if not given.")
+flags.DEFINE_integer("rounds", 1, "inpaint: times that each step is taken; more let old and new agree better.")
+flags.DEFINE_list("between", ["0", "1"], "interpolate: from this sample to that one.")
+flags.DEFINE_integer("interrupted_exit_code", 75, "Of a training that a signal ended early: ask to be started again.")
+flags.DEFINE_string("compilation_cache", None, "Keep compiled programs in this directory for the next start.")
+
+
+def read_flags(argv: list[str]) -> list[str]:
+    """Parse the command line; returns what is no flag. UserError for wrong use.
+
+    A configuration is a file, or a preset's name: `--config=digits:long` is `--config=configs/digits.py:long`.
+    """
+    argv = [_with_preset(*pair) for pair in zip(["", *argv], argv, strict=False)]
+    sys.argv = argv  # where the fields of the configuration are read, which are flags of their own
+    with errors.of_flags():
+        config_flags.DEFINE_config_file("config", presets.find("digits"), "A preset or a file, with :VARIANT.")
+        rest = flags.FLAGS(argv)
+        flags.FLAGS.config.lock()
+    return rest
+
+
+def _with_preset(before: str, argument: str) -> str:
+    name, equals, value = argument.partition("=")
+    if name in ("--config", "-config") and equals:
+        return f"{name}={presets.find(value)}"
+    return presets.find(argument) if before in ("--config", "-config") else argument
+
+
+def run(argv: list[str]) -> None:
+    """Read the flags and do the job. Raises UserError for wrong use."""
+    FLAGS = flags.FLAGS
+    if {"--help", "-help", "-h"} & set(argv):
+        print(f"{__doc__}\n{FLAGS.module_help(__name__)}\n  --config: A preset or a file, with :VARIANT.")
+        print(f"    <{'|'.join(presets.names())}|FILE.py>\n    (default: 'digits')")
+        return
+    rest, config = read_flags(argv), FLAGS.config
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]!r}: every option is a flag, --name=value")
+    if FLAGS.mode not in MODES:
+        raise UserError(f"unknown --mode={FLAGS.mode}: it is one of {', '.join(MODES)}")
+    if FLAGS.num_samples is not None and FLAGS.num_samples < 1:
+        raise UserError(f"--num_samples={FLAGS.num_samples} must be at least 1")
+    from ddgan_jax import processes  # with jax, whose second neither --help nor a mistake waits for
+
+    if FLAGS.compilation_cache:
+        import jax
+
+        jax.config.update("jax_compilation_cache_dir", FLAGS.compilation_cache)
+    processes.initialize()
+    if FLAGS.mode == "train":
+        from ddgan_jax.jobs.train import train
+
+        train(config, FLAGS.workdir)
+        return
+    path = FLAGS.checkpoint or FLAGS.workdir
+    if FLAGS.mode == "evaluate":
+        from ddgan_jax.jobs.evaluate import evaluate
+
+        num, out = FLAGS.num_samples or 0, FLAGS.out or ""
+        job: Callable[[], Any] = functools.partial(
+            evaluate, config, path, FLAGS.samples or "", out, num, FLAGS.sample_seed
+        )
+        by_all = not FLAGS.samples
+    else:
+        job, by_all = functools.partial(generate, config, path), FLAGS.mode == "sample"
+    job() if by_all else processes.by_primary(job)
+
+
+def generate(config: Any, path: str) -> None:
+    """Do what --mode says, with the model in `path`."""
+    from ddgan_jax import model
+    from ddgan_jax.jobs import generate
+
+    FLAGS = flags.FLAGS
+    num, image = FLAGS.num_variants, FLAGS.image or ""
+    name = "model.safetensors" if FLAGS.mode == "export" else f"{FLAGS.mode}.png"
+    one = dict(seed=FLAGS.sample_seed, label=FLAGS.label)
+    how = dict(posterior=FLAGS.posterior) | one
+    options = {
+        "sample": dict(num=FLAGS.num_samples or 64, trajectory=FLAGS.trajectory or "", **how),
+        "vary": dict(num=num, t=FLAGS.t, image=image, **one),
+        "edit": dict(num=num, image=image, start_step=FLAGS.start_step, **how),
+        "inpaint": dict(num=num, image=image, mask=FLAGS.mask or "", rounds=FLAGS.rounds, **how),
+        "interpolate": dict(num=num, samples=FLAGS.between, **how),
+        "export": dict(posterior=FLAGS.posterior),
+    }
+    told = config if FLAGS["config"].present else None  # of a .pth, which does not tell everything
+    generate.generate(FLAGS.mode, model.load(path, told), FLAGS.out or model.beside(path, name), **options[FLAGS.mode])
+
+
+def main() -> int:
+    """Run, and tell mistakes (exit code 2), faults (1) and signals (75) in one sentence."""
+    code = 0
+    try:
+        run(sys.argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except (Fault, OSError) as error:  # the latter of a disk or a bucket
+        print(f"stopped: {error}", file=sys.stderr)
+        code = 1
+    except Interrupted as error:
+        from ddgan_jax import processes
+
+        print(error)
+        processes.leave(flags.FLAGS.interrupted_exit_code, at_once=True)
+    except Exception as error:
+        from ddgan_jax import processes
+
+        if processes.lost_others(error):
+            print("stopped: another process of this job is gone; the checkpoints are intact", file=sys.stderr)
+        else:
+            traceback.print_exc()
+        code = 1
+    if code and "ddgan_jax.processes" in sys.modules:  # it may have joined others
+        from ddgan_jax import processes
+
+        # after a fault at once: the threads that still try to write would hold the process for minutes
+        processes.leave(code, at_once=code == 1)
+    return code

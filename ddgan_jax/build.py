@@ -203,7 +203,9 @@ def _objective(c: Config) -> Objective:
         return objective
     if c.loss.shown == "x_0":
         objective = Denoised(objective)
-    return Reconstruction(objective, c.loss.reconstruction) if c.loss.reconstruction else objective
+    if not c.loss.reconstruction:
+        return objective
+    return Reconstruction(objective, c.loss.reconstruction, c.loss.fade)
 
 
 # --- What depends on the data, and on the devices --------------------------------------------------------------------

@@ -4,6 +4,7 @@
 """
 
 import functools
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from ml_collections import config_flags
 from ddgan_jax import errors, presets
 from ddgan_jax.errors import Fault, Interrupted, UserError
 
-MODES = ("train", "sample", "vary", "edit", "inpaint", "interpolate", "export", "evaluate")
+MODES = ("train", "sample", "vary", "edit", "inpaint", "interpolate", "export", "evaluate", "demo")
 
 flags.DEFINE_string("workdir", "runs/digits", "Where a run keeps its checkpoints, metrics and pictures.")
 flags.DEFINE_string("mode", "train", f"What to do: {', '.join(MODES)}.")
@@ -38,6 +39,8 @@ flags.DEFINE_integer("start_step", None, "edit: diffuse to this step, 0 (nothing
 flags.DEFINE_integer("t", None, "vary: the step x_{t+1} -> x_t to look at, 0 to T-1; T-1 if not given.")
 flags.DEFINE_integer("rounds", 1, "inpaint: times that each step is taken; more let old and new agree better.")
 flags.DEFINE_list("between", ["0", "1"], "interpolate: from this sample to that one.")
+flags.DEFINE_string("host", "127.0.0.1", "demo: the address that the page answers on; 0.0.0.0 for other machines.")
+flags.DEFINE_integer("port", 7860, "demo: of the page.")
 flags.DEFINE_integer("interrupted_exit_code", 75, "Of a training that a signal ended early: ask to be started again.")
 flags.DEFINE_string("compilation_cache", None, "Keep compiled programs in this directory for the next start.")
 
@@ -98,9 +101,19 @@ def run(argv: list[str]) -> None:
             evaluate, config, path, FLAGS.samples or "", out, num, FLAGS.sample_seed
         )
         by_all = not FLAGS.samples
+    elif FLAGS.mode == "demo":
+        job, by_all = functools.partial(demo, path), False
     else:
         job, by_all = functools.partial(generate, config, path), FLAGS.mode == "sample"
     job() if by_all else processes.by_primary(job)
+
+
+def demo(path: str) -> None:
+    """Serve the page of the model in `path`."""
+    from ddgan_jax import model
+    from ddgan_jax.jobs.demo import demo
+
+    demo(model.load(path), os.path.basename(path.rstrip("/")), flags.FLAGS.host, flags.FLAGS.port)
 
 
 def generate(config: Any, path: str) -> None:

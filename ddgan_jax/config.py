@@ -108,6 +108,7 @@ class LossConfig:
 
     shown: Literal["x_t", "x_0"] = "x_t"  # what D sees with x_{t+1} (paper); 'x_0': the image without noise
     reconstruction: Weight = 0.0  # weight in G's loss of the squared error of x_0, times the signal-to-noise ratio
+    fade: bool = False  # does that weight fall with the square of G's learning rate?
 
 
 @dataclasses.dataclass(frozen=True)
@@ -326,6 +327,6 @@ def _check_together(c: Config) -> None:
         raise UserError(f"model.num_classes={c.model.num_classes}: networks for points are unconditional, set it to 0")
     if points and c.model.patch_size > 1:
         raise UserError(f"model.patch_size={c.model.patch_size}: points have no pixels to make patches of, set it to 1")
-    for name, off in {"shown": "x_t", "reconstruction": 0}.items():
+    for name, off in {"shown": "x_t", "reconstruction": 0, "fade": False}.items():
         if getattr(c.loss, name) != off and c.objective != "adversarial":
             raise UserError(f"loss.{name} is for objective='adversarial', not {c.objective!r}: set it to {off!r}")

@@ -103,30 +103,30 @@ class Model:
     ) -> np.ndarray:
         """Samples 0..num-1 of `seed`, uint8 [num, H, W, C]."""
         _at_least_one("num", num)
-        return self.sampler(posterior)(self.params, seed, num, self._labels(label, num), progress)
+        return self.sampler(posterior)(self.params, seed, num, self.labels(label, num), progress)
 
     def trajectory(
-        self, num: int, seed: int = 0, posterior: str = "gaussian", label: Any = None
+        self, num: int, seed: int = 0, posterior: str = "gaussian", label: Any = None, first: int = 0
     ) -> sampling.Trajectory:
-        """Every step of the samples 0..num-1, float32 [T, num, ...]: x_{t+1}, x0_hat, x_t; x_t[0] are the samples."""
+        """Every step of `num` samples from `first` on, float32 [T, num, ...]: x_{t+1}, x0_hat, x_t; x_t[0] is x_0."""
         _at_least_one("num", num)
-        noise = noise_of(self.denoiser, jnp.uint32(seed), jnp.arange(num))
-        y = self._labels(label, num)
+        noise = noise_of(self.denoiser, jnp.uint32(seed), first + jnp.arange(num))
+        y = self.labels(label, num, first=first)
         return jax.device_get(_trajectory(self.denoiser, _known(posterior), self.params, y, noise))
 
     def vary(
-        self, num: int, t: int, image: Any = None, seed: int = 0, label: int | None = None
+        self, num: int, t: int, image: Any = None, seed: int = 0, label: int | None = None, index: int = 0
     ) -> tuple[np.ndarray, np.ndarray]:
         """(x_{t+1} [H, W, C] float32, `num` draws of x_0 from it by z alone, uint8): Figure 8 of the paper.
 
-        x_{t+1} is on the way of sample 0 of `seed`, or `image` diffused to it; t in 0..T-1.
+        x_{t+1} is on the way of sample `index` of `seed`, or `image` diffused to it; t in 0..T-1.
         """
         _at_least_one("num", num)
         self._check_step("t", t, 0, self.num_steps - 1)
-        y = self._labels(label, num, one=True)
+        y = self.labels(label, num, one=True)
         noise = noise_of(self.denoiser, jnp.uint32(seed), jnp.arange(num))
         if image is None:
-            x_tp1 = self.trajectory(1, seed, label=label).x_tp1[t, 0]
+            x_tp1 = self.trajectory(1, seed, label=label, first=index).x_tp1[t, 0]
         else:
             x0 = self._to_x0(self._check_images(np.asarray(image)[None]))
             x_tp1 = q_sample(self.denoiser.schedule, x0, jnp.full(1, t + 1), noise.x_T[:1])[0]
@@ -148,7 +148,7 @@ class Model:
         _at_least_one("num_variants", num_variants)
         self._check_step("start_step", start_step, 0, self.num_steps)
         images = np.repeat(self._check_images(np.asarray(image)[None]), num_variants, axis=0)
-        y = self._labels(label, num_variants)
+        y = self.labels(label, num_variants)
         if not start_step:
             return images
         noise = noise_of(self.denoiser, jnp.uint32(seed), jnp.arange(num_variants))
@@ -177,7 +177,7 @@ class Model:
         if known.shape != images.shape[1:3]:
             raise UserError(f"the mask is {list(known.shape)}, but the image is {list(images.shape[1:3])}")
         mask = jnp.broadcast_to(known[None, ..., None], images.shape).astype(jnp.float32)
-        y, indices = self._labels(label, num_variants), jnp.arange(num_variants)
+        y, indices = self.labels(label, num_variants), jnp.arange(num_variants)
         x0, way = self._to_x0(images), _known(posterior)
         x = _inpaint(self.denoiser, way, rounds, self.params, y, x0, mask, jnp.uint32(seed), indices)
         return np.where(known[None, ..., None], images, np.asarray(x))
@@ -194,7 +194,7 @@ class Model:
         """`num` images from sample `first` to `last` of `seed`, uint8 [num, ...]: their draws mixed on a sphere."""
         if num < 2:
             raise UserError(f"num={num} must be at least 2: the two ends")
-        y = self._labels(label, num, one=True)
+        y = self.labels(label, num, one=True)
         a, b = (noise_of(self.denoiser, jnp.uint32(seed), jnp.array([i])) for i in (first, last))
         noise = editing.interpolate(a, b, jnp.linspace(0, 1, num))
         return np.asarray(self.to_images(_trajectory(self.denoiser, _known(posterior), self.params, y, noise).x_t[0]))
@@ -241,8 +241,11 @@ class Model:
             arrays = {name: array.astype(np.float16) for name, array in arrays.items()}
         safetensors.write(path, arrays, as_dict(self.config), self.step, {**self.about, **(about or {})})
 
-    def _labels(self, label: Any, num: int, one: bool = False) -> np.ndarray | None:
-        """Labels [num], as asked, or all classes in turn unless the images are to be of `one`; None: unconditional."""
+    def labels(self, label: Any, num: int, one: bool = False, first: int = 0) -> np.ndarray | None:
+        """Labels [num] from sample `first` on: as asked, or all classes in turn unless the images are to be of `one`.
+
+        None for an unconditional model.
+        """
         classes = self.num_classes
         if not classes:
             if label is not None:
@@ -251,7 +254,7 @@ class Model:
         if label is None:
             if one:
                 raise UserError(f"these images are of one class: choose it, label=0 to {classes - 1}")
-            return default_labels(classes, np.arange(num))
+            return default_labels(classes, first + np.arange(num))
         labels = np.asarray(label)
         fits = labels.dtype.kind in "iu" and labels.shape in ((), (num,))
         if not fits or labels.min() < 0 or labels.max() >= classes:

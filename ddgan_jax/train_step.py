@@ -199,7 +199,8 @@ def context(method: Method, state: TrainState, phase: Phase) -> Context:
     """A phase as the objective sees it, with the networks as they are."""
     gen = bind(method.gen, state.gen_params, phase.y)
     disc = bind(method.disc, state.disc_params, phase.y, phase.axis_name)
-    return Context(gen, disc, method.schedule, phase.x0, phase.draws)
+    lr_share = method.lr_g(state.step) / method.lr_g(jnp.int32(0))
+    return Context(gen, disc, method.schedule, phase.x0, phase.draws, lr_share)
 
 
 def bind(

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ddgan_jax import presets, train_step
+from ddgan_jax.build import build
 from ddgan_jax.diffusion import Schedule
-from ddgan_jax.objectives import ddgan, gaussian, reconstruction
+from ddgan_jax.objectives import Context, Pairs, PhaseDraws, ddgan, gaussian, reconstruction
 
 
 def quadratic(weights):
@@ -101,3 +103,29 @@ def test_the_reconstruction_is_the_likelihood_of_the_noisy_image():
     assert loss == pytest.approx(np.mean(np.square(apart)), rel=1e-4)
     one = reconstruction.weighted_error(schedule, jnp.ones((4, 2)), jnp.zeros((4, 2)), t)[1]["g_squared_error"]
     assert (np.diff(one) < 0).all()
+
+
+@pytest.mark.parametrize("fade, share", [(False, 1.0), (True, 0.09)])
+def test_the_reconstruction_fades_with_the_square_of_the_learning_rate(fade, share):
+    """At 0.3 of the first learning rate 0.09 of the weight is left; without fading, all."""
+    schedule = Schedule.create(2)
+    x = jax.random.normal(jax.random.key(0), (3, 4, 2))
+    draws = PhaseDraws(jnp.zeros(4, jnp.int32), *[x[2]] * 2, jnp.zeros((4, 1)), x[2])
+    c = Context(None, lambda x_t, t, x_tp1: x_t.sum(-1), schedule, x[0], draws, lr_share=0.3)
+    pairs = Pairs(x[0], x[1], x[2], x[1])
+    alone, error = (
+        ddgan.DDGAN(0.0).g_loss(c, pairs)[0],
+        reconstruction.weighted_error(schedule, x[0], x[1], draws.t)[0],
+    )
+    loss, _ = reconstruction.Reconstruction(ddgan.DDGAN(0.0), 5.0, fade).g_loss(c, pairs)
+    assert float(loss - alone) == pytest.approx(5.0 * share * float(error), rel=1e-4)
+
+
+def test_the_step_tells_the_share_of_the_learning_rate():
+    """0.5 at the middle of a cosine to zero."""
+    config = presets.get("gaussians:smoke")
+    config.train.update(num_steps=8, lr_min=0.0)
+    built = build(config)
+    state = built.init_state()
+    c = train_step.context(built.method, state.replace(step=jnp.int32(4)), train_step.Phase(jnp.zeros((2, 2)), None))
+    assert float(c.lr_share) == pytest.approx(0.5)

@@ -5,6 +5,9 @@
 With little noise x_{t+1} nearly says what x_0 is, so that its mean is a sharp image, which squared error finds much
 sooner than D's gradients do. With much noise the mean would be a blur, and the term next to nothing. The weight by the
 signal-to-noise ratio is that of the likelihood of x_{t+1} given x_0: ||sqrt(abar) (x_0 - x0_hat)||^2 / (1 - abar).
+
+Where the weight fades, it is times s^2, s G's learning rate as a share of its first. Squared error then teaches G what
+it can, and the end is the game with D alone, which it would hold back.
 """
 
 import dataclasses
@@ -23,12 +26,14 @@ class Reconstruction(Wrapped):
 
     base: Objective
     weight: float
+    fade: bool = False
 
     def g_loss(self, c: Context, pairs: Pairs) -> tuple[Array, Parts]:
         """The loss above, with part `g_squared_error`."""
         loss, parts = self.base.g_loss(c, pairs)
         error, error_parts = weighted_error(c.schedule, c.x0, pairs.x0_hat, c.draws.t)
-        return loss + self.weight * error, parts | error_parts
+        weight = self.weight * (c.lr_share**2 if self.fade else 1.0)
+        return loss + weight * error, parts | error_parts
 
 
 def weighted_error(

@@ -74,7 +74,7 @@ sys.exit(main.main())
         (["--mode=sample", f"--out={out}/x.png", f"--trajectory={out}/t.gif"], "out/t.gif"),
         (["--mode=vary", "--t=1", f"--out={out}/v.png"], "out/v.png"),
         (["--mode=interpolate", f"--out={out}/i.npz"], "out/i.npz"),
-        (["--mode=export"], "run/sampler.bin"),
+        (["--mode=export"], "run/model.safetensors"),
         (["--mode=evaluate", "--num_samples=200"], "run/evaluation/8/results.json"),
         (["--mode=evaluate", f"--samples={out}/x.npz", f"--out={out}/judged"], "out/judged/results.json"),
     ):

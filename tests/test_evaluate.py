@@ -249,7 +249,7 @@ def test_a_file_of_the_reference_is_evaluated_and_trained_from_under_its_configu
     c["train"] = published["train"] | {"init_from": str(tmp_path / "netG_1.pth")}
     results = evaluate.evaluate(c, c["train"]["init_from"], num_samples=12)
     assert results["checkpoint"] == c["train"]["init_from"] and results["step"] == 0 and results["fid"] > 0
-    assert (tmp_path / "netG_1.pth.evaluation" / "samples.png").exists()
+    assert (tmp_path / "netG_1.evaluation" / "samples.png").exists()
     with pytest.raises(UserError, match="the hint nf=16 contradicts the arrays, which say 8"):
         evaluate.evaluate(c | {"generator": small | {"nf": 16}}, c["train"]["init_from"])
 

@@ -97,7 +97,8 @@ def test_what_is_installed_is_what_requirements_name():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert set(project["project"]["dependencies"]) <= set((ROOT / "requirements.txt").read_text().split("\n"))
     folders = {str(path.parent.relative_to(ROOT)) for path in (ROOT / "ddgan_jax").rglob("*.py")}
-    assert {name.replace(".", "/") for name in project["tool"]["setuptools"]["packages"]} == folders | {"ddgan_jax/configs"}
+    packages = {name.replace(".", "/") for name in project["tool"]["setuptools"]["packages"]}
+    assert packages == folders | {"ddgan_jax/configs"}
 
 
 EXECUTE = """

@@ -65,7 +65,7 @@ def to_eight_bits(image: Any) -> Any:
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, np.float64)
         scale = 255 / 65535 if values.max() > 255 else 1.0
-        return Image.fromarray(np.uint8(np.clip(np.round(values * scale), 0, 255)))
+        return Image.fromarray(np.clip(np.round(values * scale), 0, 255).astype(np.uint8))
     if image.mode in ("1", "L"):
         return image.convert("L")
     if image.mode in ("LA", "La") or "transparency" in image.info or image.mode in ("RGBA", "RGBa", "PA"):

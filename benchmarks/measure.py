@@ -19,9 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from ml_collections import config_flags
 
-from ddgan_jax import errors, ops, sampling, train_step
+from ddgan_jax import errors, ops, presets, sampling, train_step
 from ddgan_jax.build import Built, build
 
 CONV = (8, 32, 32, 128)  # a 3x3 convolution of this to as many channels, zero-padded
@@ -50,10 +49,8 @@ def configuration(default: str, **options: int | str) -> tuple[Any, Any]:
     """
     for name, value in options.items():
         (flags.DEFINE_string if isinstance(value, str) else flags.DEFINE_integer)(name, value, "")
-    with errors.of_flags():
-        config_flags.DEFINE_config_file("config", default, "Configuration, FILE.py or FILE.py:VARIANT.")
-        flags.FLAGS(sys.argv)
-        return flags.FLAGS.config, flags.FLAGS
+    presets.read_flags(sys.argv, default)
+    return flags.FLAGS.config, flags.FLAGS
 
 
 def reference(operations: str) -> AbstractContextManager[None]:

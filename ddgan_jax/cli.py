@@ -11,9 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
 
-from ddgan_jax import errors, presets
+from ddgan_jax import presets
 from ddgan_jax.errors import Fault, Interrupted, UserError
 
 MODES = ("train", "sample", "vary", "edit", "inpaint", "interpolate", "export", "evaluate", "demo")
@@ -45,27 +44,6 @@ flags.DEFINE_integer("interrupted_exit_code", 75, "Of a training that a signal e
 flags.DEFINE_string("compilation_cache", None, "Keep compiled programs in this directory for the next start.")
 
 
-def read_flags(argv: list[str]) -> list[str]:
-    """Parse the command line; returns what is no flag. UserError for wrong use.
-
-    A configuration is a file, or a preset's name: `--config=digits:long` is `--config=configs/digits.py:long`.
-    """
-    argv = [_with_preset(*pair) for pair in zip(["", *argv], argv, strict=False)]
-    sys.argv = argv  # where the fields of the configuration are read, which are flags of their own
-    with errors.of_flags():
-        config_flags.DEFINE_config_file("config", presets.find("digits"), "A preset or a file, with :VARIANT.")
-        rest = flags.FLAGS(argv)
-        flags.FLAGS.config.lock()
-    return rest
-
-
-def _with_preset(before: str, argument: str) -> str:
-    name, equals, value = argument.partition("=")
-    if name in ("--config", "-config") and equals:
-        return f"{name}={presets.find(value)}"
-    return presets.find(argument) if before in ("--config", "-config") else argument
-
-
 def run(argv: list[str]) -> None:
     """Read the flags and do the job. Raises UserError for wrong use."""
     FLAGS = flags.FLAGS
@@ -73,7 +51,8 @@ def run(argv: list[str]) -> None:
         print(f"{__doc__}\n{FLAGS.module_help(__name__)}\n  --config: A preset or a file, with :VARIANT.")
         print(f"    <{'|'.join(presets.names())}|FILE.py>\n    (default: 'digits')")
         return
-    rest, config = read_flags(argv), FLAGS.config
+    rest, config = presets.read_flags(argv, "digits"), FLAGS.config
+    config.lock()
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}: every option is a flag, --name=value")
     if FLAGS.mode not in MODES:

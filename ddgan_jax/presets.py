@@ -11,11 +11,14 @@ import importlib.util
 import math
 import os
 import pathlib
+import sys
 import typing
 from typing import Annotated, Any
 
-from ml_collections import ConfigDict, FieldReference
+from absl import flags
+from ml_collections import ConfigDict, FieldReference, config_flags
 
+from ddgan_jax import errors
 from ddgan_jax.config import Config, optional
 from ddgan_jax.errors import UserError
 
@@ -49,6 +52,25 @@ def get(name: str) -> ConfigDict:
     module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
     spec.loader.exec_module(module)  # type: ignore[union-attr]
     return module.get_config(*([variant] if variant else []))
+
+
+def read_flags(argv: list[str], default: str) -> list[str]:
+    """Parse a command line with `--config`, a preset or a file, into absl's FLAGS; returns what is no flag.
+
+    `--config=digits:long` is `--config=configs/digits.py:long`. UserError for wrong use.
+    """
+    argv = [_with_preset(*pair) for pair in zip(["", *argv], argv, strict=False)]
+    sys.argv = argv  # where the fields of the configuration are read, which are flags of their own
+    with errors.of_flags():
+        config_flags.DEFINE_config_file("config", find(default), "A preset or a file, with :VARIANT.")
+        return flags.FLAGS(argv)
+
+
+def _with_preset(before: str, argument: str) -> str:
+    name, equals, value = argument.partition("=")
+    if name in ("--config", "-config") and equals:
+        return f"{name}={find(value)}"
+    return find(argument) if before in ("--config", "-config") else argument
 
 
 def defaults() -> ConfigDict:

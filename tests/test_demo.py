@@ -124,11 +124,6 @@ class Browser:
         self.until(lambda: not self.find(".toast-body.error"))
         return text
 
-    def type(self, label, text):
-        field = self.until(lambda: self.find(f"input[aria-label='{label}']"))[0]
-        field.clear()
-        field.send_keys(text)
-
 
 @pytest.fixture(scope="module")
 def browser(served):

@@ -56,9 +56,8 @@ def test_links_lead_somewhere(page):
 
 def known_flags() -> set[str]:
     """Those of main.py, but for the fields of a configuration."""
-    calls = (
-        node for node in ast.walk(ast.parse((ROOT / "ddgan_jax" / "cli.py").read_text())) if isinstance(node, ast.Call)
-    )
+    files = [ROOT / "ddgan_jax" / name for name in ("cli.py", "presets.py")]
+    calls = (node for file in files for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call))
     defined = (call.args[0] for call in calls if ast.unparse(call.func).partition(".DEFINE_")[1] and call.args)
     return {name.value for name in defined if isinstance(name, ast.Constant)}
 

@@ -21,8 +21,10 @@ from PIL import Image
 from ddgan_jax import figures
 from ddgan_jax.data import decoding
 from ddgan_jax.errors import UserError
+from ddgan_jax.jobs.generate import frames_of
 from ddgan_jax.model import Model
 from ddgan_jax.sampler import Sampler
+from ddgan_jax.storage import paths
 
 CANVAS = 512  # px, of what one draws on
 SHOWN = 192  # px, at least, of an image on the page
@@ -52,13 +54,10 @@ def steps_of(
     model: Model, seed: int, label: int | None = None, first: int = 0, num: int = 1
 ) -> list[tuple[np.ndarray, str]]:
     """How samples come about: (picture, name) of x_T, x0_hat, x_{T-1}, x0_hat, ..., x_0."""
-    steps = model.trajectory(num, seed, label=label, first=first)
-    frames = []
-    for t in reversed(range(model.num_steps)):
-        frames += [(steps.x_tp1[t], f"x_{t + 1}"), (steps.x0_hat[t], f"x_0 as predicted from x_{t + 1}")]
-    frames.append((steps.x_t[0], "x_0"))
-    images = [(np.asarray(model.to_images(x)), name) for x, name in frames]
-    return [(enlarged(x)[0] if x.ndim == 4 else figures.picture(x), name) for x, name in images]
+    names = [name for t in range(model.num_steps, 0, -1) for name in (f"x_{t}", f"x_0 as predicted from x_{t}")]
+    frames = frames_of(model, num, seed=seed, label=label, first=first)
+    pictures = [enlarged(frame)[0] if frame.ndim == 4 else figures.picture(frame) for frame in frames]
+    return list(zip(pictures, [*names, "x_0"], strict=True))
 
 
 def drawing(model: Model, drawn: dict[str, Any] | None) -> np.ndarray:
@@ -183,12 +182,14 @@ def samples_tab(page: Page) -> None:
 
     def sample(seed: Any, choice: str, count: int) -> Iterator[Any]:
         seed, label = whole(seed, "The seed"), page.chosen_label(choice)
-        labels, images = model.labels(label, count), np.zeros((0, *model.denoiser.image_shape), np.uint8)
+        labels, chunks, pictures = model.labels(label, count), [], []
         yield [], (seed, label), None, [], gr.DownloadButton(interactive=False)
         for chunk in Sampler(model.denoiser, AT_ONCE).chunks(model.params, seed, count, labels):
-            images = np.concatenate([images, chunk])
-            yield enlarged(images), *[gr.skip()] * 4
-        yield *[gr.skip()] * 4, gr.DownloadButton(value=zipped(images, page.folder), interactive=True)
+            chunks.append(chunk)
+            pictures += enlarged(chunk)
+            yield pictures, *[gr.skip()] * 4
+        archive = zipped(np.concatenate(chunks), page.folder)
+        yield *[gr.skip()] * 4, gr.DownloadButton(value=archive, interactive=True)
 
     def choose(drawn: tuple[int, int | None], event: gr.SelectData) -> Iterator[Any]:  # type: ignore[name-defined]
         frames = steps_of(model, *drawn, first=event.index)
@@ -198,9 +199,9 @@ def samples_tab(page: Page) -> None:
         if drawn is None or index is None:
             raise UserError("Draw samples, and choose one, first.")
         seed, label = drawn
-        if model.num_classes and label is None:
-            label = index % model.num_classes
-        x_t, images = model.vary(VARIANTS - 1, t - 1, seed=seed, label=label, index=index)
+        labels = model.labels(label, 1, first=index)
+        own = None if labels is None else int(labels[0])
+        x_t, images = model.vary(VARIANTS - 1, t - 1, seed=seed, label=own, index=index)
         yield enlarged(np.concatenate([np.asarray(model.to_images(x_t[None])), images]))
 
     page.on(button.click, sample, [seed, label, count], [samples, drawn, index, frames, download])
@@ -314,7 +315,7 @@ def interpolate_tab(page: Page) -> None:
         images = model.interpolate(count, ends[0], ends[1], whole(seed, "The seed"), label=page.chosen_label(choice))
         pictures = enlarged(images)
         path = os.path.join(tempfile.mkdtemp(dir=page.folder), "between.gif")
-        figures.save_gif(figures.paths.path(path), [*pictures, *pictures[-2:0:-1]])
+        figures.save_gif(paths.path(path), [*pictures, *pictures[-2:0:-1]])
         yield pictures, path
 
     page.on(button.click, interpolate, [seed, label, first, last, count], [between, film])

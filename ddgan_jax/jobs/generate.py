@@ -67,16 +67,20 @@ def sample(model: Model, out: str, num: int, trajectory: str = "", **how: Any) -
 
 def draw_trajectory(model: Model, out: str, num: int, **how: Any) -> None:
     """How the samples 0..num-1 come about, into a .png or .gif."""
-    steps = model.trajectory(num, **how)
-    # x_T, ..., x_1 are what the generator saw, and x_0 is the sample.
-    rows = [*(model.to_images(x) for x in steps.x_tp1[::-1]), model.to_images(steps.x_t[0])]
-    guesses = [model.to_images(x) for x in steps.x0_hat[::-1]]
+    frames = frames_of(model, num, **how)
     if out.endswith(".gif"):
-        frames = [rows[0], *(frame for pair in zip(guesses, rows[1:], strict=True) for frame in pair)]
-        figures.save_gif(paths.path(out), [figures.picture(np.asarray(frame)) for frame in frames])
+        figures.save_gif(paths.path(out), [figures.picture(frame) for frame in frames])
     else:
-        names = [f"$x_{t}$" for t in range(len(guesses), -1, -1)]
-        figures.trajectory(np.array(rows), np.array(guesses), names, paths.path(out))
+        names = [f"$x_{t}$" for t in range(model.num_steps, -1, -1)]
+        figures.trajectory(np.array(frames[::2]), np.array(frames[1::2]), names, paths.path(out))
+
+
+def frames_of(model: Model, num: int, **how: Any) -> list[np.ndarray]:
+    """How samples come about, as `model.trajectory` of `how`: the images or points x_T, x0_hat, x_{T-1}, ..., x_0."""
+    steps, frames = model.trajectory(num, **how), []
+    for t in reversed(range(model.num_steps)):
+        frames += [steps.x_tp1[t], steps.x0_hat[t]]  # what the generator saw, and what it made of it
+    return [np.asarray(model.to_images(frame)) for frame in [*frames, steps.x_t[0]]]
 
 
 def vary(model: Model, out: str, num: int, t: int | None, image: str, **how: Any) -> None:

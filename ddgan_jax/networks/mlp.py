@@ -35,17 +35,22 @@ def _mlp(inputs: list[jax.Array], width: int, depth: int, outputs: int, dtype: D
     return nn.Dense(outputs, dtype=jnp.float32, name="out")(h.astype(jnp.float32))
 
 
-class PointGenerator(nn.Module):
-    """G(x_{t+1} [B,d], t [B], z [B,nz]) -> x0_hat [B,d] float32, unbounded. `keys` is accepted and unused."""
+class _PointNetwork(nn.Module):
+    """The fields that both networks have."""
 
-    dim: int = 2
-    nz: Count = 2
     width: Positive = 128
     depth: Count = 4
     t_emb_dim: Positive = 32
     octaves: Count = 0
     levels: Sequence[float] = ()
     dtype: Dtype = jnp.float32
+
+
+class PointGenerator(_PointNetwork):
+    """G(x_{t+1} [B,d], t [B], z [B,nz]) -> x0_hat [B,d] float32, unbounded. `keys` is accepted and unused."""
+
+    dim: int = 2
+    nz: Count = 2
 
     @nn.compact
     def __call__(self, x: jax.Array, t: jax.Array, z: jax.Array, keys: jax.Array | None = None) -> jax.Array:
@@ -54,15 +59,8 @@ class PointGenerator(nn.Module):
         return scale * _mlp(inputs, self.width, self.depth, self.dim, self.dtype)
 
 
-class PointDiscriminator(nn.Module):
+class PointDiscriminator(_PointNetwork):
     """D(x_t [B,d], t [B], x_{t+1} [B,d]) -> logits [B] float32; it compares no examples, on whatever axis they lie."""
-
-    width: Positive = 128
-    depth: Count = 4
-    t_emb_dim: Positive = 32
-    octaves: Count = 0
-    levels: Sequence[float] = ()
-    dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x_t: jax.Array, t: jax.Array, x_tp1: jax.Array, axis_name: str | None = None) -> jax.Array:

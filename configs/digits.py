@@ -1,6 +1,6 @@
 """Real handwritten digits, 8x8, embedded in scikit-learn: the default, minutes on a CPU.
 
-Variants: '' (our recipe, 4 to 8 minutes on 2 CPU cores), 'long' (the same for about 40 minutes of one core),
+Variants: '' (our recipe, 4 to 8 minutes on 2 CPU cores), 'long' (the same for about an hour of one core),
 'conditional' (on the ten classes, for `--label`), 'paper' (the paper's losses and noise), 'smoke' (made data, under a
 minute).
 """

@@ -52,7 +52,6 @@ def run(argv: list[str]) -> None:
         print(f"    <{'|'.join(presets.names())}|FILE.py>\n    (default: 'digits')")
         return
     rest, config = presets.read_flags(argv, "digits"), FLAGS.config
-    config.lock()
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}: every option is a flag, --name=value")
     if FLAGS.mode not in MODES:

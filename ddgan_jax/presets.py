@@ -63,7 +63,9 @@ def read_flags(argv: list[str], default: str) -> list[str]:
     sys.argv = argv  # where the fields of the configuration are read, which are flags of their own
     with errors.of_flags():
         config_flags.DEFINE_config_file("config", find(default), "A preset or a file, with :VARIANT.")
-        return flags.FLAGS(argv)
+        rest = flags.FLAGS(argv)
+        flags.FLAGS.config.lock()  # a file that could not be loaded says so at its first use only
+    return rest
 
 
 def _with_preset(before: str, argument: str) -> str:

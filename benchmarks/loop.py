@@ -23,7 +23,7 @@ import numpy as np
 from benchmarks import measure
 from ddgan_jax import parallel
 from ddgan_jax.build import Built
-from ddgan_jax.config import read
+from ddgan_jax.config import LogConfig, read
 from ddgan_jax.data.sources import Data
 from ddgan_jax.jobs import train
 from ddgan_jax.jobs.progress import say
@@ -65,7 +65,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, Interrupt() as interrupt:
         path = pathlib.Path(folder)
         c = read(config)
-        log = Log(path, {}, False, 0)
+        log = Log(path, {}, LogConfig(tensorboard=False), 0)
         draw = Sampler(built, c.sample.batch_size)
         run = train.Run(c, free, Data(images), None, path, state, 0, None, log, time.time(), draw)
         profile = cProfile.Profile() if flags.profile else None

@@ -205,7 +205,7 @@ def _objective(c: Config) -> Objective:
         objective = Denoised(objective)
     if not c.loss.reconstruction:
         return objective
-    return Reconstruction(objective, c.loss.reconstruction, c.loss.fade)
+    return Reconstruction(objective, c.loss.reconstruction, c.loss.reconstruction_end)
 
 
 # --- What depends on the data, and on the devices --------------------------------------------------------------------

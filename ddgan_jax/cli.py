@@ -74,9 +74,15 @@ def run(argv: list[str]) -> None:
     if FLAGS.mode == "evaluate":
         from ddgan_jax.jobs.evaluate import evaluate
 
-        num, out = FLAGS.num_samples or 0, FLAGS.out or ""
+        told = FLAGS.samples or path.endswith(".pth") or any(flag.startswith(("--config", "-config")) for flag in argv)
         job: Callable[[], Any] = functools.partial(
-            evaluate, config, path, FLAGS.samples or "", out, num, FLAGS.sample_seed
+            evaluate,
+            config if told else None,
+            path,
+            FLAGS.samples or "",
+            FLAGS.out or "",
+            FLAGS.num_samples or 0,
+            FLAGS.sample_seed,
         )
         by_all = not FLAGS.samples
     elif FLAGS.mode == "demo":

@@ -108,7 +108,7 @@ class LossConfig:
 
     shown: Literal["x_t", "x_0"] = "x_t"  # what D sees with x_{t+1} (paper); 'x_0': the image without noise
     reconstruction: Weight = 0.0  # weight in G's loss of the squared error of x_0, times the signal-to-noise ratio
-    fade: bool = False  # does that weight fall with the square of G's learning rate?
+    reconstruction_end: Weight | None = None  # where it falls to with the square of G's learning rate; None: nowhere
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +126,7 @@ class LogConfig:
 
     every: Positive = 100  # steps between two lines of metrics
     tensorboard: bool | None = None  # None: if clu is installed
+    wandb: str | None = None  # a project of Weights & Biases to show the run in
     samples_every: Positive | None = 5_000  # steps between two grids of samples; None: about a fiftieth of all
 
 
@@ -327,6 +328,6 @@ def _check_together(c: Config) -> None:
         raise UserError(f"model.num_classes={c.model.num_classes}: networks for points are unconditional, set it to 0")
     if points and c.model.patch_size > 1:
         raise UserError(f"model.patch_size={c.model.patch_size}: points have no pixels to make patches of, set it to 1")
-    for name, off in {"shown": "x_t", "reconstruction": 0, "fade": False}.items():
+    for name, off in {"shown": "x_t", "reconstruction": 0, "reconstruction_end": None}.items():
         if getattr(c.loss, name) != off and c.objective != "adversarial":
             raise UserError(f"loss.{name} is for objective='adversarial', not {c.objective!r}: set it to {off!r}")

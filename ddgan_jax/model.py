@@ -13,17 +13,15 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from ddgan_jax import build, editing, processes, sampling
+from ddgan_jax import build, deployment, editing, processes, sampling
 from ddgan_jax.build import Denoiser
 from ddgan_jax.config import Config, as_dict, read
 from ddgan_jax.diffusion import q_sample
 from ddgan_jax.errors import UserError
 from ddgan_jax.sampler import POSTERIORS, Sampler, default_labels, noise_of, to_images
-from ddgan_jax.sampler import sample as draw
 from ddgan_jax.storage import checkpoint, paths, safetensors
 from ddgan_jax.torch import files
 from ddgan_jax.train_step import bind, to_x0
@@ -207,26 +205,14 @@ class Model:
         return to_x0(jnp.asarray(images), self.denoiser.scale)
 
     def export(self, posterior: str = "gaussian") -> bytes:
-        """The whole sampler, weights included, for jax alone on a CPU, GPU or TPU.
+        """The sampler, weights included, for jax alone on a CPU, GPU or TPU: see `deployment.for_jax`."""
+        return deployment.for_jax(self.denoiser, self.params, _known(posterior))
 
-        `jax.export.deserialize(data).call(seed, indices)` with uint32 [] and int32 [B], any B, gives the samples of
-        these indices: float32 [B, H, W, C] in [-1, 1], or points. A class-conditional one is
-        `call(seed, indices, labels)`, int32 [B].
-        """
-        way = _known(posterior)
-
-        def sample(seed: jax.Array, indices: jax.Array, y: Any = None) -> jax.Array:
-            x0 = draw(self.denoiser, way, self.params, seed, indices, y)
-            return x0 if x0.ndim > 2 else self.to_images(x0)
-
-        (b,) = jax.export.symbolic_shape("b")
-        each = jax.ShapeDtypeStruct((b,), jnp.int32)
-        arguments = jax.ShapeDtypeStruct((), jnp.uint32), each, *([each] if self.num_classes else [])
-        layout = jax.export.DisabledSafetyCheck.custom_call(
-            "LayoutConstraint"
-        )  # jax's own, though not promised to stay
-        export = jax.export.export(jax.jit(sample), platforms=("cpu", "cuda", "tpu"), disabled_checks=[layout])
-        return bytes(export(*arguments).serialize())
+    def export_onnx(self, posterior: str = "gaussian") -> bytes:
+        """The sampler, weights included, for an ONNX runtime, computing in float32: see `deployment.for_onnx`."""
+        network = dataclasses.replace(self.config.model, dtype="float32")  # runtimes know bfloat16 in few operations
+        denoiser = build.denoiser(dataclasses.replace(self.config, model=network))
+        return deployment.for_onnx(denoiser, self.params, _known(posterior))
 
     def save(self, path: str | os.PathLike, half: bool = False, about: Mapping[str, str] | None = None) -> None:
         """Write a .safetensors file that `load` reads: the weights, as float16 if `half`, with what they are.

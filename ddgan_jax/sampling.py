@@ -61,7 +61,7 @@ def denoise(
 
     def step(x_tp1: Array, inputs: tuple[Array, Array, Array]) -> tuple[Array, Trajectory]:
         t, z, posterior_noise = inputs
-        t = jnp.full(x_tp1.shape[:1], t)
+        t = jnp.broadcast_to(t, x_tp1.shape[:1])
         x0_hat = gen(x_tp1, t, z)
         x_t = posterior(schedule, x0_hat, x_tp1, t, posterior_noise)
         return x_t, Trajectory(x_tp1=x_tp1, x0_hat=x0_hat, x_t=x_t)

@@ -67,7 +67,7 @@ def golden_generator(request) -> Golden:
     return Golden(request.param)
 
 
-@pytest.fixture(params=ops.FORMS)
+@pytest.fixture(params=("fast", "reference"))
 def form(request):
     """Runs the test twice, with the fast operations and with the reference ones."""
     with ops.use_reference() if request.param == "reference" else contextlib.nullcontext():

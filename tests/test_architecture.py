@@ -13,14 +13,15 @@ ROOT = pathlib.Path(__file__).parent.parent
 # Within the models, layers.py is the lower one.
 RANKS = {
     0: "errors ops storage cluster processes config diffusion state parallel torch data metrics networks.layers",
-    1: "objectives jobs.signals sampling storage.log networks.generator networks.discriminator networks.mlp",
+    1: "objectives jobs.signals sampling storage.log storage.dashboards networks",
     2: "automatic figures train_step editing metrics.features metrics.judge",
     3: "build presets",
     4: "sampler jobs.progress",
-    5: "model",
-    6: "jobs",
-    7: "cli",
-    8: "__main__",
+    5: "deployment",
+    6: "model",
+    7: "jobs",
+    8: "cli",
+    9: "__main__",
 }
 BELOW_ALL = ("errors", "ops", "cluster", "processes", "config", "storage.paths")
 RANK_OF = {module: rank for rank, modules in RANKS.items() for module in modules.split()}

@@ -171,7 +171,8 @@ def test_while_training(tmp_path):
     assert marked["value"] == pytest.approx(min(values.values()), rel=1e-4)
     steps = {int(path.name) for path in (tmp_path / "checkpoints").iterdir()}
     assert steps == {marked["step"], 8}
-    result = run(POINTS, "--mode=evaluate", f"--checkpoint={tmp_path}/best", f"--out={tmp_path}/out")
+    # without --config it is that of the training
+    result = run("--mode=evaluate", f"--checkpoint={tmp_path}/best", f"--out={tmp_path}/out")
     assert result.returncode == 0, result.stderr
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["step"] == marked["step"] and results["num_samples"] == 20_000

@@ -265,12 +265,14 @@ def test_an_exported_sampler_needs_jax_alone(model, workdir, tmp_path):
     """In a process that cannot import this package, nor flax; any number of samples, by their indices."""
     result = run("--mode=export", f"--workdir={workdir}", f"--out={tmp_path}/sampler.bin")
     assert result.returncode == 0, result.stderr
+    assert f"written by jax {jax.__version__}" in result.stdout
     script = f"""
 import sys
 sys.modules["ddgan_jax"] = sys.modules["flax"] = None
 import jax.export, numpy as np
 sampler = jax.export.deserialize(open({str(tmp_path / "sampler.bin")!r}, "rb").read())
 assert set(sampler.platforms) == {{"cpu", "cuda", "tpu"}}
+assert sampler.fun_name == "sampler of jax {jax.__version__}"
 for count in (5, 3):
     images = sampler.call(np.uint32(4), np.arange(count, dtype=np.int32))
     np.save({str(tmp_path)!r} + f"/{{count}}.npy", images)
@@ -338,7 +340,8 @@ def test_one_file_that_is_damaged_or_foreign(model, tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--mode=export", "--out=x.onnx"], "must end in .safetensors (the generator in one file), in .bin"),
+        (["--mode=export", "--out=x.pt"], "must end in .safetensors (the generator in one file), in .bin"),
+        (["--mode=export", "--out=x.onnx"], "written by jax2onnx: pip install 'ddgan_jax[onnx]'"),
         (["--mode=edit"], "name a picture with --image=PATH"),
         (["--mode=edit", "--image=nothing.png"], "--image=nothing.png cannot be read"),
         (["--mode=inpaint", f"--image={ROOT / 'docs' / 'digits.png'}"], "name a picture with --mask=PATH"),

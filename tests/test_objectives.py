@@ -105,9 +105,9 @@ def test_the_reconstruction_is_the_likelihood_of_the_noisy_image():
     assert (np.diff(one) < 0).all()
 
 
-@pytest.mark.parametrize("fade, share", [(False, 1.0), (True, 0.09)])
-def test_the_reconstruction_fades_with_the_square_of_the_learning_rate(fade, share):
-    """At 0.3 of the first learning rate 0.09 of the weight is left; without fading, all."""
+@pytest.mark.parametrize("end, weight", [(None, 5.0), (0.0, 0.45), (2.0, 2.27), (10.0, 9.55)])
+def test_the_weight_of_the_reconstruction_goes_to_its_end(end, weight):
+    """At 0.3 of the first learning rate 0.09 of the way is left; without an end, all."""
     schedule = Schedule.create(2)
     x = jax.random.normal(jax.random.key(0), (3, 4, 2))
     draws = PhaseDraws(jnp.zeros(4, jnp.int32), *[x[2]] * 2, jnp.zeros((4, 1)), x[2])
@@ -117,8 +117,8 @@ def test_the_reconstruction_fades_with_the_square_of_the_learning_rate(fade, sha
         ddgan.DDGAN(0.0).g_loss(c, pairs)[0],
         reconstruction.weighted_error(schedule, x[0], x[1], draws.t)[0],
     )
-    loss, _ = reconstruction.Reconstruction(ddgan.DDGAN(0.0), 5.0, fade).g_loss(c, pairs)
-    assert float(loss - alone) == pytest.approx(5.0 * share * float(error), rel=1e-4)
+    loss, _ = reconstruction.Reconstruction(ddgan.DDGAN(0.0), 5.0, end).g_loss(c, pairs)
+    assert float(loss - alone) == pytest.approx(weight * float(error), rel=1e-4)
 
 
 def test_the_step_tells_the_share_of_the_learning_rate():

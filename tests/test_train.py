@@ -14,10 +14,12 @@ import pytest
 from commands import POINTS, ROOT, SMOKE, command, ends, python, run, start_group
 from PIL import Image
 
+from ddgan_jax import figures, presets
 from ddgan_jax.errors import Fault, Interrupted
 from ddgan_jax.jobs import progress
 from ddgan_jax.jobs.signals import Interrupt
-from ddgan_jax.storage import checkpoint
+from ddgan_jax.jobs.train import train
+from ddgan_jax.storage import checkpoint, log
 
 
 @pytest.mark.parametrize(
@@ -101,6 +103,56 @@ def test_a_run_begins_with_the_networks_of_another(tmp_path):
         POINTS, f"--workdir={tmp_path}/c", f"--config.train.init_from={tmp_path}/a", "--config.generator.depth=9"
     )
     assert deeper.returncode == 2 and "of train.init_from is of another architecture" in deeper.stderr
+
+
+def test_it_says_what_it_does(tmp_path, capsys, monkeypatch):
+    """What comes and where the pictures are, what it waits for, what to try next; curves with every grid of samples."""
+    drawn = []
+    monkeypatch.setattr(figures, "curves", lambda metrics, path: drawn.append(len(log.read_metrics(metrics))))
+    train(presets.get("gaussians:smoke"), str(tmp_path))
+    assert drawn == [2, 4]  # records: at step 4, and at the end
+    lines = capsys.readouterr().out.splitlines()
+    expected = [
+        f"8 steps to train; pictures every 4 steps: {tmp_path}/samples and {tmp_path}/curves.png",
+        "compiling the training step: ",
+        "compiled in ",
+        "step 1 done, ",
+        "finished 8 steps in ",
+        "next: ",
+    ]
+    places = [next(i for i, line in enumerate(lines) if line.startswith(start)) for start in expected]
+    assert places == sorted(places)
+    commands = json.loads((tmp_path / "results.json").read_text())["next"]
+    assert [line.split(": ")[-1].strip() for line in lines[places[-1] :]] == commands
+    modes = ("sample", "evaluate", "demo")
+    assert [command.partition(" --")[2] for command in commands] == [f"mode={m} --workdir={tmp_path}" for m in modes]
+
+
+WITH_WANDB = """
+import sys
+import numpy as np
+from ddgan_jax.config import LogConfig
+from ddgan_jax.storage import log, paths
+for step in (0, 2):
+    run = log.Log(paths.path(sys.argv[1]), {"seed": 0}, LogConfig(tensorboard=False, wandb="probe"), step)
+    run.scalars(step + 2, {"d_loss": 1.0})
+    run.image(step + 2, "samples", np.zeros((4, 4, 3), np.uint8))
+    run.close()
+"""
+
+
+def test_weights_and_biases(tmp_path):
+    """Offline: a run that was resumed is the same one there, with its pictures; without wandb it is one sentence."""
+    child = python(WITH_WANDB, tmp_path, env={"WANDB_MODE": "offline"})
+    _, err = child.communicate(timeout=240)
+    assert child.returncode == 0, err
+    name = (tmp_path / "wandb_id.txt").read_text()
+    found = list((tmp_path / "wandb").glob(f"offline-run-*/run-{name}.wandb"))
+    assert found and all(b"d_loss" in file.read_bytes() for file in found)
+    assert len(list((tmp_path / "wandb").glob("offline-run-*/files/media/images/samples_*.png"))) == 2
+    assert [record["step"] for record in log.read_metrics(tmp_path / "metrics.jsonl")] == [2, 4]
+    child = python(f"import sys\nsys.modules['wandb'] = None\n{WITH_WANDB}", tmp_path)
+    assert "UserError: log.wandb=probe needs wandb: run `pip install wandb`" in child.communicate(timeout=120)[1]
 
 
 @pytest.mark.slow

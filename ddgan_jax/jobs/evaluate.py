@@ -92,36 +92,37 @@ def time_sampling(draw: Sampler, params: Any, seed: int, batch: int, num_steps: 
 def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_samples: int = 0, seed: int = 0) -> Results:
     """Judge the checkpoint or workdir `path`, or the `samples` of a file or folder, against `config.data`.
 
+    Without a `config`, that of the checkpoint's training is taken.
     Writes results.json and pictures into the folder `out`, by default `path`/evaluation/STEP, or beside the file of a
     model. Returns the results, {} in all processes but the first.
     Raises UserError where `config` is of other data than the checkpoint.
     """
-    c, start = read(config), time.time()
+    start, model = time.time(), None if samples else load(path, config)
+    c = model.config if model and config is None else read(config)
     count = num_samples or c.eval.num_samples
     results: Results = {"num_samples": count}
-    if samples:
+    if model is None:
         chunks, count = read_samples(samples, num_samples)
         folder = paths.path(out or f"{samples.rstrip('/')}.evaluation")
         results = {"samples": samples}
     else:
-        model = load(path, c)
         c, step = _same_data(c, model.config, path), model.step
         draw = Sampler(model.denoiser, c.sample.batch_size)
         folder = paths.path(out or beside(path, "evaluation" if file_of(path) else f"evaluation/{step}"))
         found = path if file_of(path) else processes.from_primary(lambda: str(checkpoint.find(path)))
         results = {"checkpoint": found, "step": step, "seed": seed}
     judge_, labels = open_judge(c), None
-    if not samples:
+    if model:
         labels = like_real(labels_of(judge_.data, model.num_classes, c.data.name), count)
         chunks = draw.chunks(model.params, seed, count, labels)
     judged = judge(judge_, chunks, count, "reading" if samples else "sampling", labels)
-    if not samples:
+    if model:
         batch = min(count, 100, c.sample.batch_size * jax.device_count())
         speed = time_sampling(draw, model.params, seed, batch, model.num_steps)
     if judged is None:  # another process has the numbers
         return {}
     results |= {"features": c.eval.features} | judge_.about | judged.results
-    results |= {"sampling": speed} if not samples else {}
+    results |= {"sampling": speed} if model else {}
     results["seconds"] = round(time.time() - start, 1)
     paths.write(folder / "results.json", json.dumps(results, indent=2, default=float) + "\n")
     draw_figures(judge_, judged, folder, path if not samples else "")

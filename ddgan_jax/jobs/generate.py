@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from ddgan_jax import figures, processes
@@ -22,6 +23,7 @@ KINDS = {
     ".gif": "an animation",
     ".npz": "an array",
     ".bin": "the sampler for jax alone",
+    ".onnx": "the sampler for ONNX runtimes",
     ".safetensors": "the generator in one file",
     ".pth": "weights for the PyTorch reference",
     "": "a directory",
@@ -122,10 +124,13 @@ def interpolate(model: Model, out: str, num: int, samples: Sequence[str], **how:
 
 
 def export(model: Model, out: str, posterior: str = "gaussian") -> None:
-    """One file: the generator (.safetensors), its weights for the reference (.pth), or the sampler for jax (.bin)."""
-    check_out(out, ".safetensors", ".bin", ".pth")
+    """One file: the generator (.safetensors, .pth for the reference), or the sampler (.bin for jax, .onnx)."""
+    check_out(out, ".safetensors", ".bin", ".onnx", ".pth")
     if out.endswith(".bin"):
         paths.write(paths.path(out), model.export(posterior))
+        print(f"written by jax {jax.__version__}, which reads it, as later versions do; older ones may not")
+    elif out.endswith(".onnx"):
+        paths.write(paths.path(out), model.export_onnx(posterior))
     elif out.endswith(".safetensors"):
         model.save(out)
     elif model.num_classes:

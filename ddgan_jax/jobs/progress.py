@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +35,15 @@ def clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(int(minutes), 60)
     return f"{hours}:{minutes:02d}:{int(seconds):02d}" if hours else f"{minutes}:{int(seconds):02d}"
+
+
+def next_commands(workdir: str, evaluates: bool) -> list[str]:
+    """What to try with a run that has finished, as its user calls this program."""
+    program = {"main.py": "python main.py", "__main__.py": "python -m ddgan_jax"}.get(
+        os.path.basename(sys.argv[0]), "ddgan-jax"
+    )
+    modes = ("sample", *(["evaluate"] if evaluates else []), "demo")
+    return [f"{program} --mode={mode} --workdir={shlex.quote(workdir)}" for mode in modes]
 
 
 def overview(built: Built, shapes: Any, per_device: int, data: Data) -> None:

@@ -25,7 +25,7 @@ from ddgan_jax.config import Config, as_dict, flat, read
 from ddgan_jax.data.batches import batches, like_real
 from ddgan_jax.data.sources import Data, fingerprint, open_data
 from ddgan_jax.errors import Interrupted, UserError
-from ddgan_jax.jobs.progress import Meter, clock, losses_line, overview, say
+from ddgan_jax.jobs.progress import Meter, clock, losses_line, next_commands, overview, say
 from ddgan_jax.jobs.signals import Interrupt, until
 from ddgan_jax.metrics.judge import RANKED_BY, Judge, judge, open_judge
 from ddgan_jax.model import networks_of
@@ -92,7 +92,7 @@ def train(config: Any, workdir: str, data: Data | None = None) -> Any:
                 # after this all know that the checkpoint is there
                 came = [name for name in processes.exchange(interrupt.signal) if name]
             if not stopped:
-                finish(run)
+                finish(run, next_commands(workdir, evaluates=data is None))
             elif run.log:
                 run.log.close()
         if stopped:
@@ -162,7 +162,7 @@ def begin(config: Any, workdir: str, opened: Data | None) -> Run:
         make = ops.jit_once(built.init_state)
         with ThreadPoolExecutor() as background:  # the log imports TensorFlow for seconds, making compiles as long
             made = background.submit(lambda: jax.device_get(make())) if restored is None else None
-            log = Log(path, as_dict(c), c.log.tensorboard, 0 if restored is None else int(restored.step))
+            log = Log(path, as_dict(c), c.log, 0 if restored is None else int(restored.step))
         if made is None:
             return restored
         return with_networks_of(c, made.result()) if c.train.init_from else made.result()
@@ -174,6 +174,10 @@ def begin(config: Any, workdir: str, opened: Data | None) -> Run:
         say(f"{workdir} has already finished its {run.num_steps} steps")
     elif step:
         say(f"going on from step {step}")
+    if step < run.num_steps:
+        every = c.log.samples_every
+        pictures = f"pictures every {every:,} steps" if every else "pictures at the end"
+        say(f"{run.num_steps - step:,} steps to train; {pictures}: {path / 'samples'} and {path / 'curves.png'}")
     if c.eval.every:
         run.judge = open_judge(c, data)
     return run
@@ -209,6 +213,7 @@ class Steps:
 
     def __init__(self, built: Built, stop: parallel.Stop, state: Any, batch: Any, r1_every: int):
         """Begin to compile."""
+        say("compiling the training step: seconds for a small network, minutes for a large one")
         self._start = time.time()
         one = r1_every == 1 or not built.method.objective.trains_disc  # R1 in every step, or in none
         kinds = [True] if one else [True, False]
@@ -248,7 +253,9 @@ def loop(run: Run, interrupt: Interrupt) -> bool:
     steps = Steps(run.built, stop, run.state, first, r1_every)
     meter = Meter(run.built.batch_size, run.step)
     hidden = None if processes.is_primary() else True
-    with tqdm(total=run.num_steps, initial=run.step, unit="step", disable=hidden, file=sys.stdout) as bar:
+    with tqdm(
+        total=run.num_steps, initial=run.step, desc="compiling", unit="step", disable=hidden, file=sys.stdout
+    ) as bar:
         for batch in itertools.chain([first], stream):
             with meter.paused():  # for the compiler: the time to go is that of steps
                 step = steps(run.step % r1_every == 0)
@@ -256,6 +263,8 @@ def loop(run: Run, interrupt: Interrupt) -> bool:
             meter.add(metrics)
             run.step += 1
             bar.update()
+            if run.step - run.first == 1:
+                bar.set_description("training")
             if run.step - run.first <= 3:  # with all that was compiled before
                 jax.block_until_ready(metrics)
                 bar.unpause()
@@ -282,7 +291,7 @@ def loop(run: Run, interrupt: Interrupt) -> bool:
                 return stop.now and not last
             if run.due(c.log.samples_every):
                 with meter.paused():
-                    samples(run, f"step_{run.step:07d}.png")
+                    pictures(run, f"step_{run.step:07d}.png")
     raise AssertionError("batches are endless")
 
 
@@ -344,32 +353,33 @@ def evaluation(run: Run, interrupt: Interrupt) -> dict[str, float]:
     return {f"eval/{name}": float(value) for name, value in judged.results.items()} if judged else {}
 
 
-def samples(run: Run, name: str) -> None:
-    """Draw a grid of samples by all devices; process 0 writes it."""
+def pictures(run: Run, name: str) -> None:
+    """Draw a grid of samples by all devices; process 0 writes it, and the curves so far."""
     images = run.draw(jax.device_get(run.state.ema_params), 0, run.config.sample.grid)
     if run.log:
         grid = figures.picture(images)
         figures.save_image(run.path / "samples" / name, grid)
         run.log.image(run.step, "samples", grid)
+        figures.curves(run.path / "metrics.jsonl", run.path / "curves.png")
 
 
 # --- The end ------------------------------------------------------------------------------------------------------
 
 
-def finish(run: Run) -> None:
-    """The last pictures and results.json."""
-    samples(run, "final.png")
+def finish(run: Run, then: list[str]) -> None:
+    """The last pictures and results.json, with the commands to try `then`."""
+    pictures(run, "final.png")
     if run.log:
-        figures.curves(run.path / "metrics.jsonl", run.path / "curves.png")
         if run.first < run.num_steps or not paths.exists(run.path / "results.json"):  # a finished one stays as it was
-            write_results(run.path, run.step, run.first, run.seconds())
+            write_results(run.path, run.step, run.first, run.seconds(), then)
         run.log.close()
     processes.barrier()  # none leaves while process 0 still draws
     end = clock(time.time() - run.started)
     say(f"finished {run.num_steps} steps in {end}: see {run.path / 'samples' / 'final.png'}")
+    say("next: " + "\n      ".join(then))
 
 
-def write_results(workdir: Path, step: int, resumed_from: int, seconds: float) -> None:
+def write_results(workdir: Path, step: int, resumed_from: int, seconds: float, then: list[str]) -> None:
     """Leave results.json: how the run ended, the `seconds` of all its parts together, and its last metrics."""
     records = read_metrics(workdir / "metrics.jsonl")
     results = {
@@ -378,5 +388,6 @@ def write_results(workdir: Path, step: int, resumed_from: int, seconds: float) -
         "resumed_from": resumed_from,
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "metrics": records[-1] if records else {},
+        "next": then,
     }
     paths.write(workdir / "results.json", json.dumps(results, indent=2) + "\n")

@@ -145,7 +145,7 @@ class Generator(nn.Module):
 
     def _z_embedding(self, z: jax.Array, y: jax.Array | None) -> jax.Array:
         """[B, z_emb_dim], what every adaptive norm sees."""
-        z = z if self.nz else jnp.zeros((len(z), 1))  # without z the embedding is a learned constant
+        z = z if self.nz else z.sum(axis=1, keepdims=True)  # zeros [B, 1]: without z a learned constant
         z_emb = layers.pixel_norm(z.astype(jnp.float32))
         for i in range(self.n_mlp + 1):
             z_emb = nn.Dense(self.z_emb_dim, kernel_init=layers.init_out(), dtype=self.dtype, name=f"z_{i}")(z_emb)

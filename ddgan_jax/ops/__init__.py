@@ -27,6 +27,7 @@ from ddgan_jax.ops import reference
 from ddgan_jax.ops.compiler import collector_paused, compiler_for, compiler_options, jit_once
 from ddgan_jax.ops.conv import conv as _conv
 from ddgan_jax.ops.conv import pointwise as _pointwise
+from ddgan_jax.ops.fir import products as _products
 from ddgan_jax.ops.fir import upfirdn as _upfirdn
 from ddgan_jax.ops.memory import add_shift as _add_shift
 from ddgan_jax.ops.memory import materialize as _materialize
@@ -36,7 +37,7 @@ from ddgan_jax.ops.reference import FIR_KERNEL
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-FORMS = ("fast", "reference")
+FORMS = ("fast", "reference", "portable")
 _form = jax.make_user_context(os.environ.get("DDGAN_OPS") or "fast")
 
 
@@ -45,30 +46,43 @@ def use_reference(*operations: str) -> AbstractContextManager[None]:
     return _form(f"reference:{','.join(operations)}" if operations else "reference")
 
 
+def portable() -> AbstractContextManager[None]:
+    """Within it functions are traced in forms that converters to other formats know: the reference's, or plainer."""
+    return _form("portable")
+
+
 @functools.cache
 def _as_reference(form: str) -> frozenset[str]:
     """The operations that run in their reference form. UserError for an unknown `form`."""
     word, _, names = form.partition(":")
     chosen = frozenset(names.split(",") if names else TABLE)
-    if word not in FORMS or (word == "fast" and names):
-        forms = f"{' or '.join(FORMS)}, or for some of them reference:conv,group_norm"
+    if word not in FORMS or (word != "reference" and names):
+        forms = f"{', '.join(FORMS)}, or for some of them reference:conv,group_norm"
         raise UserError(f"DDGAN_OPS={form} is not a form of the operations: it is {forms}")
     if unknown := ", ".join(sorted(chosen - set(TABLE))):
         raise UserError(f"DDGAN_OPS={form}: no operation {unknown}: they are {', '.join(TABLE)}")
-    return chosen if word == "reference" else frozenset()
+    return frozenset() if word == "fast" else chosen
 
 
 # {operation: {"reference", "cpu", "gpu", "tpu": what is done there}}
 TABLE: dict[str, dict[str, str]] = {}
 
 
-def _operation(plain: F, fast: Callable[..., Any], cpu: str, gpu: str = "as the reference", tpu: str = "") -> F:
-    """The operation `plain`, in the form that is asked for. `tpu` is as `gpu` if it is not given."""
+def _operation(
+    plain: F,
+    fast: Callable[..., Any],
+    cpu: str,
+    gpu: str = "as the reference",
+    tpu: str = "",
+    portable: Callable[..., Any] | None = None,
+) -> F:
+    """The operation `plain`, in the form that is asked for. `tpu` is as `gpu`, `portable` as `plain` if not given."""
 
     @functools.wraps(plain)
     def operation(*args: Any, **kwargs: Any) -> Any:
         with jax.named_scope(plain.__name__):  # for those who read a compiled program or a profile
-            return (plain if plain.__name__ in _as_reference(_form.value) else fast)(*args, **kwargs)
+            slow = portable if portable and _form.value == "portable" else plain
+            return (slow if plain.__name__ in _as_reference(_form.value) else fast)(*args, **kwargs)
 
     what = (plain.__doc__ or "").partition("\n")[0]
     TABLE[plain.__name__] = {"reference": what, "cpu": cpu, "gpu": gpu, "tpu": tpu or gpu}
@@ -87,6 +101,7 @@ upfirdn = _operation(
     _upfirdn,
     cpu="as the reference",
     tpu="a matrix product for each axis",
+    portable=_products,
 )
 group_norm = _operation(
     reference.group_norm,
@@ -144,6 +159,7 @@ __all__ = [
     "jit_once",
     "materialize",
     "pointwise",
+    "portable",
     "row_major",
     "upfirdn",
     "use_reference",

@@ -1,18 +1,17 @@
-"""What a run says while it trains: metrics.jsonl, one record a line, and TensorBoard."""
+"""What a run says while it trains: metrics.jsonl, one record a line, and the dashboards that are asked for."""
 
 import contextlib
 import json
-import os
-import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from ddgan_jax.data.sources import quiet
+from ddgan_jax.config import LogConfig
 from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.storage import paths
+from ddgan_jax.storage.dashboards import TensorBoard, WeightsAndBiases
 from ddgan_jax.storage.paths import Path
 
 SECONDS_BETWEEN_UPLOADS = 30  # a file in a bucket cannot be appended to: it is written whole
@@ -35,41 +34,36 @@ class Log:
     A record in a local file is there at once, in a bucket within half a minute, and everywhere after `flush`.
     """
 
-    def __init__(self, workdir: Path, config: dict[str, Any], tensorboard: bool | None, start_step: int):
+    def __init__(self, workdir: Path, config: dict[str, Any], settings: LogConfig, start_step: int):
         """Open the log; records of steps after `start_step`, from a run that broke off, are dropped.
 
-        With `tensorboard`, or None and clu installed, it also writes for TensorBoard. UserError if it is to, and clu is
-        missing; Fault if it cannot be written.
+        UserError if a dashboard that is asked for is not installed; Fault if the log cannot be written.
         """
         self.path = workdir / "metrics.jsonl"
         records = [record for record in read_metrics(self.path) if record["step"] <= start_step]
         self.seconds = records[-1].get("seconds", 0.0) if records else 0.0  # that the steps so far took, with all else
         lines = [json.dumps(record) + "\n" for record in records]
-        self._uploaded, self._file, self._writer = time.time(), None, None
+        self._uploaded, self._file = time.time(), None
+        self._dashboards: list[TensorBoard | WeightsAndBiases] = []
         with self._guard():
             paths.write(self.path, "".join(lines))
             if not paths.is_remote(self.path):
                 self._file = open(self.path, "a")
         self._lines = lines if self._file is None else []  # in a bucket: what the file is to hold
-        if tensorboard is False:
-            return
-        try:
-            with quiet():  # it imports TensorFlow
-                from clu import metric_writers
-        except ModuleNotFoundError as error:
-            if tensorboard is None:
-                return
-            raise UserError(
-                f"log.tensorboard=True needs {error.name}: run `pip install clu tensorflow-cpu tensorboard`, or set it "
-                "to False"
-            ) from error
-        self._events = workdir / "tensorboard"
-        # TensorFlow has its own way to a bucket, with its own credentials: what it writes goes there by ours.
-        self._local = tempfile.TemporaryDirectory(prefix="tensorboard") if paths.is_remote(workdir) else None
-        folder = self._local.name if self._local else str(self._events)
-        self._writer = metric_writers.AsyncWriter(metric_writers.SummaryWriter(folder))
-        text = "    " + json.dumps(config, indent=2).replace("\n", "\n    ")  # indented: Markdown shows it as it is
-        self._writer.write_texts(start_step, {"config": text})
+        if settings.tensorboard is not False:
+            try:
+                self._dashboards.append(TensorBoard(workdir, config, start_step))
+            except ModuleNotFoundError as error:
+                if settings.tensorboard:
+                    raise UserError(
+                        f"log.tensorboard=True needs {error.name}: run `pip install clu tensorflow-cpu tensorboard`, "
+                        "or set it to False"
+                    ) from error
+        if settings.wandb:
+            try:
+                self._dashboards.append(WeightsAndBiases(workdir, config, settings.wandb, start_step))
+            except ModuleNotFoundError as error:
+                raise UserError(f"log.wandb={settings.wandb} needs {error.name}: run `pip install wandb`") from error
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Append one record. Raises Fault if it cannot be written."""
@@ -82,34 +76,29 @@ class Log:
                 self._lines.append(line)
                 if time.time() - self._uploaded > SECONDS_BETWEEN_UPLOADS:
                     self._upload()
-        if self._writer:
-            self._writer.write_scalars(step, values)
+        for dashboard in self._dashboards:
+            dashboard.scalars(step, values)
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Show uint8 [H, W, 3] in TensorBoard."""
-        if self._writer:
-            self._writer.write_images(step, {name: image[None]})
+        """Show uint8 [H, W, 3] in the dashboards."""
+        for dashboard in self._dashboards:
+            dashboard.image(step, name, image)
 
     def flush(self) -> None:
         """Return when all records are where they belong. Raises Fault if they cannot be written."""
         with self._guard():
             if not self._file:
                 self._upload()
-            if self._writer:
-                self._writer.flush()
-                for name in os.listdir(self._local.name) if self._local else ():
-                    with open(os.path.join(self._local.name, name), "rb") as file:  # type: ignore[union-attr]
-                        paths.write(self._events / name, file.read())
+            for dashboard in self._dashboards:
+                dashboard.flush()
 
     def close(self) -> None:
         """Write what is pending. Raises Fault if it cannot be written."""
         self.flush()
         if self._file:
             self._file.close()
-        if self._writer:
-            self._writer.close()
-            if self._local:
-                self._local.cleanup()
+        for dashboard in self._dashboards:
+            dashboard.close()
 
     def _upload(self) -> None:
         paths.write(self.path, "".join(self._lines))

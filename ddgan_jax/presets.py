@@ -34,13 +34,12 @@ def names() -> list[str]:
 def find(name: str) -> str:
     """The FILE.py:VARIANT of a preset named as `digits`, `digits:long` or `configs/digits.py:long`; others as given.
 
-    A file that is there goes before a preset.
+    A file configs/digits.py that is there goes before the preset.
     """
     path, colon, variant = name.partition(":")
     preset = FOLDER / pathlib.Path(path).with_suffix(".py").name
-    if os.path.exists(path) or path not in (preset.stem, f"configs/{preset.name}") or not preset.exists():
-        return name
-    return f"{preset}{colon}{variant}"
+    ours = path == preset.stem or (path == f"configs/{preset.name}" and not os.path.exists(path))
+    return f"{preset}{colon}{variant}" if ours and preset.exists() else name
 
 
 def get(name: str) -> ConfigDict:

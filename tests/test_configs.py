@@ -113,3 +113,14 @@ def test_smoke(name, tmp_path):
     result = run(f"--config=configs/{name}.py:smoke", f"--workdir={tmp_path}")
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "checkpoints" / "8").exists() and (tmp_path / "samples" / "final.png").exists()
+
+
+def test_a_folder_of_the_same_name_hides_no_preset(tmp_path, monkeypatch):
+    """As one with CIFAR-10's images, which the presets are made of; a file configs/digits.py of one's own goes first."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cifar10").mkdir()
+    (tmp_path / "digits").mkdir()
+    assert presets.get("digits:long").train.num_steps == 30_000
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "digits.py").write_text("def get_config():\n    return 'mine'\n")
+    assert presets.get("configs/digits.py") == "mine"

@@ -58,7 +58,7 @@ def choose(c: Config, num_images: int, labelled: bool, devices: int) -> tuple[Co
             steps_per_epoch=c.train.steps_per_epoch or max(count // batch, 1),
         ),
         checkpoint=replace(c.checkpoint, every=c.checkpoint.every or often),
-        log=replace(c.log, samples_every=c.log.samples_every or often),
+        log=replace(c.log, samples_every=often if c.log.samples_every is None else c.log.samples_every),
     )
     if why := why_not_judged(c, labelled):
         chosen = replace(chosen, eval=replace(c.eval, every=0))

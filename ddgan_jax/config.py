@@ -127,7 +127,7 @@ class LogConfig:
     every: Positive = 100  # steps between two lines of metrics
     tensorboard: bool | None = None  # None: if clu is installed
     wandb: str | None = None  # a project of Weights & Biases to show the run in
-    samples_every: Positive | None = 5_000  # steps between two grids of samples; None: about a fiftieth of all
+    samples_every: Count | None = 5_000  # steps between two grids of samples; None: about a fiftieth of all; 0: no grid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,10 +288,17 @@ def _lists(value: Any) -> Any:
     return [_lists(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+def _holds(annotation: Any, value: Any) -> bool:
+    """Is there a range in the annotation, and is the value in it?"""
+    ranges = typing.get_args(annotation)[1:]
+    return bool(ranges) and all(allowed.holds(value) for allowed in ranges)
+
+
 def _checked(value: Any, annotation: Any, name: str, or_none: str = "") -> Any:
     """The value of a field, an int as a float where that is asked for. UserError unless it is what it must be."""
     if (inner := optional(annotation)) is not None:
-        if value is None or (value in (0, "") and value is not False):
+        zero = value == 0 and value is not False  # on the command line None, if it is no value
+        if value is None or value == "" or (zero and not _holds(inner, value)):
             return None
         return _checked(value, inner, name, ", or None")
     ranges: tuple[Any, ...] = ()

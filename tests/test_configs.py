@@ -116,7 +116,7 @@ def test_smoke(name, tmp_path):
 
 
 def test_a_folder_of_the_same_name_hides_no_preset(tmp_path, monkeypatch):
-    """As one with CIFAR-10's images, which the presets are made of; a file configs/digits.py of one's own goes first."""
+    """As one with the images of CIFAR-10, which the presets are made of; a file configs/digits.py goes first."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "cifar10").mkdir()
     (tmp_path / "digits").mkdir()

@@ -1,5 +1,7 @@
 """What a trained model makes: variants, edits, fillings, ways between samples; from Python and as commands."""
 
+import json
+
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -17,7 +19,7 @@ from ddgan_jax.config import as_dict
 from ddgan_jax.diffusion import Schedule, deterministic_posterior, q_sample
 from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.jobs import generate
-from ddgan_jax.model import to_images, to_x0
+from ddgan_jax.model import PRETRAINED, to_images, to_x0
 from ddgan_jax.storage import checkpoint
 
 
@@ -315,6 +317,25 @@ def test_one_file(model, workdir, tmp_path):
         np.testing.assert_allclose(theirs, ours, rtol=2**-11, atol=1e-7)
     with pytest.raises(UserError, match=r"x.bin must end in .safetensors"):
         model.save("x.bin")
+
+
+def test_the_models_that_come_along():
+    """All together 8 MB; each tells how it was made and what it measures, as the results do, and where it was not."""
+    names = list(ddgan_jax.models())
+    files = [PRETRAINED / f"{name}.safetensors" for name in names]
+    assert sum(file.stat().st_size for file in files) <= 8e6
+    results = json.loads((ROOT / "docs" / "results" / "pretrained" / "results.json").read_text())["models"]
+    assert sorted(results) == names and {"digits", "digits_conditional"} <= set(names)
+    for name, file in zip(names, files, strict=True):
+        model = ddgan_jax.load(name)
+        told = model.about | json.loads(model.about["measures"]) | {"step": model.step, "bytes": file.stat().st_size}
+        assert {key: told[key] for key in results[name] if key != "train_seconds"} == {
+            key: value for key, value in results[name].items() if key != "train_seconds"
+        }
+        assert model.config.data.dir is None and "/" not in (model.config.data.path or "")
+        samples = model.sample(8).astype(np.float32)
+        assert np.isfinite(samples).all() and samples.std() > 1
+    assert ddgan_jax.models()["digits"] == results["digits"]["summary"]
 
 
 def test_one_file_that_is_damaged_or_foreign(model, tmp_path):

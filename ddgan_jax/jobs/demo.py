@@ -248,7 +248,7 @@ def stroke_tab(page: Page) -> None:
             start = gr.Slider(
                 0,
                 model.num_steps,
-                -(-model.num_steps // 2),
+                max(1, model.num_steps // 2),
                 step=1,
                 label="Diffuse to step: the more, the freer",
                 elem_id="start",

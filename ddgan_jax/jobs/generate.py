@@ -94,9 +94,9 @@ def vary(model: Model, out: str, num: int, t: int | None, image: str, **how: Any
 
 
 def edit(model: Model, out: str, image: str, start_step: int | None, num: int, **how: Any) -> None:
-    """The image, then `num` variants of it from step `start_step`, which is T / 2 rounded up unless given."""
+    """The image, then `num` variants of it from step `start_step`, by default T / 2 rounded down, or 1."""
     check_out(out, ".png", ".npz", "")
-    start_step = -(-model.num_steps // 2) if start_step is None else start_step
+    start_step = max(1, model.num_steps // 2) if start_step is None else start_step
     given = read_image(model, image)
     images = model.edit(given, start_step, num, **how)
     save(np.concatenate([given[None], images]) if out.endswith(".png") else images, out)

@@ -1,0 +1,103 @@
+"""The models that come with the package: trained, written at half precision, and judged as they are written.
+
+    python -m experiments.pretrained --path=cifar10             # about three hours of one core
+
+`--path` is a folder or zip with one folder a class, as the 50,000 training images of CIFAR-10 saved as files. What is
+trained in runs/experiments/pretrained is not trained again. Writes ddgan_jax/pretrained/NAME.safetensors, whose
+metadata tell how each was made and what it measures.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import shlex
+from typing import Any
+
+import numpy as np
+
+import ddgan_jax
+from ddgan_jax import figures
+from ddgan_jax.model import PRETRAINED
+from experiments import common
+
+NAME = "pretrained"
+# The points keep their width without a moving average: z turns while G follows D, and averaged maps are narrow.
+WIDE = [f"--config.train.{field}" for field in ("lr_min_d=5e-4", "r1_gamma=0.003", "ema_decay=0.0")]
+# {name: (what it is, the flags of its training)}
+MODELS = {
+    "digits": ("handwritten digits, 8x8", ["--config=digits:long"]),
+    "digits_conditional": ("handwritten digits by class, 8x8", ["--config=digits:conditional"]),
+    "gaussians": ("the mixture of 25 Gaussians, points", ["--config=gaussians", *WIDE]),
+    "stacked_mnist": ("three digits in the colour channels, 32x32", ["--config=stacked_mnist:mnist_5k"]),
+    "cifar10_small": ("CIFAR-10's images by a small network, 32x32", ["--config=image_folder:small"]),
+}
+MEASURES = ("classifier_frechet", "precision", "recall", "modes", "kl", "high_quality", "num_samples")
+SHOWN = 32
+MEGABYTES = 8  # of all
+
+
+def experiment(args: argparse.Namespace) -> dict[str, Any]:
+    """Train, write and judge each."""
+    runs = {}
+    for name, (what, flags) in MODELS.items():
+        path = args.path if name == "cifar10_small" else None
+        flags = [*flags, f"--config.data.path={path}"] if path else flags
+        workdir = common.ROOT / "runs" / "experiments" / NAME / name
+        common.main(*flags, f"--workdir={workdir}")
+        model, file = ddgan_jax.load(workdir), PRETRAINED / f"{name}.safetensors"
+        data = dataclasses.replace(model.config.data, dir=None, path=path)  # not where this machine keeps it
+        model = dataclasses.replace(model, config=dataclasses.replace(model.config, data=data))
+        about = {"summary": what, "command": shlex.join(["python", "main.py", *flags])}
+        PRETRAINED.mkdir(exist_ok=True)
+        model.save(file, half=True, about=about)
+        common.main(*flags, "--mode=evaluate", f"--checkpoint={file}", f"--out={workdir}/evaluation")
+        judged = json.loads((workdir / "evaluation" / "results.json").read_text())
+        measures = {measure: judged[measure] for measure in MEASURES if measure in judged}
+        model.save(file, half=True, about=about | {"measures": json.dumps(measures)})
+        seconds = json.loads((workdir / "results.json").read_text())["seconds"]
+        runs[name] = about | {"step": model.step, "train_seconds": seconds, "bytes": file.stat().st_size} | measures
+    size = sum(run["bytes"] for run in runs.values()) / 1e6
+    assert size <= MEGABYTES, f"{size:.1f} MB are too much for a package"
+    count = {"gaussians": 2_000}
+    common.keep(NAME, "samples", {name: ddgan_jax.load(name).sample(count.get(name, SHOWN)) for name in MODELS})
+    return {"models": runs}
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown: a row a model."""
+    lines = [
+        "| name | what | steps | training | MB | Frechet distance | precision | recall | modes | KL |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, m in results["models"].items():
+        shares = (f"{m[measure]:.2f}" if measure in m else "" for measure in ("precision", "recall"))
+        frechet = f"{m['classifier_frechet']:.3g}" if "classifier_frechet" in m else ""
+        modes, kl = (
+            f"{m[measure]:{form}}" if measure in m else "" for measure, form in (("modes", ","), ("kl", ".3f"))
+        )
+        cells = [f"`{name}`", m["summary"], f"{m['step']:,}", f"{m['train_seconds'] / 60:.0f} min"]
+        cells += [f"{m['bytes'] / 1e6:.1f}", frechet, *shares, modes, kl]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw_figure(results: dict[str, Any], path: pathlib.Path) -> None:
+    """Samples of each."""
+    plt = figures.pyplot()
+    figure, panels = plt.subplots(1, len(MODELS), figsize=(3.2 * len(MODELS), 6.4), layout="constrained")
+    with np.load(path.parent / "samples.npz") as arrays:
+        for axis, name in zip(panels, MODELS, strict=True):
+            samples = arrays[name]
+            if samples.ndim == 2:
+                axis.scatter(*samples.T, s=1)
+                axis.set_aspect("equal")
+            else:
+                axis.imshow(figures.grid(samples, columns=4))
+                axis.axis("off")
+            axis.set_title(name)
+    figures.save_figure(figure, path)
+
+
+if __name__ == "__main__":
+    common.run(__file__, experiment, path="CIFAR-10's images: a folder or zip with one folder a class")

@@ -201,7 +201,7 @@ def test_a_fault_waits_for_the_save_before_it(bucket, cache):  # noqa: F811
 from ddgan_jax.errors import Fault
 from ddgan_jax.jobs import train
 def fail(run, name): raise Fault("no picture")
-train.samples = fail
+train.pictures = fail
 """
     workdir = f"{bucket.url}/waits"
     bucket.be("slow")

@@ -11,6 +11,7 @@ from ddgan_jax import ops
 from ddgan_jax.build import Denoiser
 from ddgan_jax.errors import UserError
 from ddgan_jax.sampler import POSTERIORS, sample, to_images
+from ddgan_jax.sampling import denoise_once
 from ddgan_jax.train_step import bind
 
 
@@ -61,11 +62,10 @@ def for_onnx(denoiser: Denoiser, params: Any, posterior: str = "gaussian") -> by
         given = dict(zip(inputs, values, strict=True))
         gen = bind(denoiser.gen, params, given.get("labels"))
 
-        def step(x: jax.Array, inputs: dict[str, jax.Array]) -> tuple[jax.Array, None]:
-            t = jnp.broadcast_to(inputs["t"], x.shape[:1])
-            z = inputs["z"] if denoiser.nz else x.reshape(x.shape[0], -1)[:, :0]
-            noise = inputs["noise"] if posterior == "gaussian" else jnp.zeros(())
-            return POSTERIORS[posterior](denoiser.schedule, gen(x, t, z), x, t, noise), None
+        def step(x: jax.Array, now: dict[str, jax.Array]) -> tuple[jax.Array, None]:
+            z = now["z"] if "z" in now else x.reshape(x.shape[0], -1)[:, :0]
+            noise = now.get("noise", jnp.zeros(()))
+            return denoise_once(gen, denoiser.schedule, x, now["t"], z, noise, POSTERIORS[posterior]).x_t, None
 
         # from T-1 down to 0, but forwards: the converter knows no scan that runs backwards
         by_step = {name: given[name][::-1] for name in ("z", "noise") if name in given}

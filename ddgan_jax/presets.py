@@ -42,11 +42,18 @@ def find(name: str) -> str:
     return f"{preset}{colon}{variant}" if ours and preset.exists() else name
 
 
-def get(name: str) -> ConfigDict:
-    """The configuration that `--config=NAME` is. UserError if there is none."""
-    path, _, variant = find(name).partition(":")
+def _existing(name: str) -> str:
+    """`find` of a name. UserError if there is no such file."""
+    found = find(name)
+    path = found.partition(":")[0]
     if not path.endswith(".py") or not os.path.exists(path):
         raise UserError(f"there is no configuration {name!r}: it is one of {', '.join(names())}, or a file")
+    return found
+
+
+def get(name: str) -> ConfigDict:
+    """The configuration that `--config=NAME` is. UserError if there is none."""
+    path, _, variant = _existing(name).partition(":")
     spec = importlib.util.spec_from_file_location(f"_config_{pathlib.Path(path).stem}", path)
     module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
     spec.loader.exec_module(module)  # type: ignore[union-attr]
@@ -63,15 +70,15 @@ def read_flags(argv: list[str], default: str) -> list[str]:
     with errors.of_flags():
         config_flags.DEFINE_config_file("config", find(default), "A preset or a file, with :VARIANT.")
         rest = flags.FLAGS(argv)
-        flags.FLAGS.config.lock()  # a file that could not be loaded says so at its first use only
+        flags.FLAGS.config.lock()  # what a file raises comes at its first use only
     return rest
 
 
 def _with_preset(before: str, argument: str) -> str:
     name, equals, value = argument.partition("=")
     if name in ("--config", "-config") and equals:
-        return f"{name}={find(value)}"
-    return find(argument) if before in ("--config", "-config") else argument
+        return f"{name}={_existing(value)}"
+    return _existing(argument) if before in ("--config", "-config") else argument
 
 
 def defaults() -> ConfigDict:

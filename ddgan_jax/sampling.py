@@ -51,6 +51,21 @@ def draw_noise(key: Array, indices: Int[Array, "b"], num_steps: int, image_shape
     return jax.vmap(one, out_axes=Noise(x_T=0, z=1, posterior=1))(example_keys(key, indices))  # type: ignore[arg-type]
 
 
+def denoise_once(
+    gen: Gen,
+    schedule: Schedule,
+    x_tp1: Float[Array, "b *d"],
+    t: Int[Array, ""],
+    z: Float[Array, "b nz"],
+    noise: Array,
+    posterior: Posterior = sample_posterior,
+) -> Trajectory:
+    """The step x_{t+1} -> x_t, t in 0..T-1; `noise` is of the posterior. Its fields are [b, *d], of this step alone."""
+    steps = jnp.broadcast_to(t, x_tp1.shape[:1])
+    x0_hat = gen(x_tp1, steps, z)
+    return Trajectory(x_tp1=x_tp1, x0_hat=x0_hat, x_t=posterior(schedule, x0_hat, x_tp1, steps, noise))
+
+
 def denoise(
     gen: Gen,
     schedule: Schedule,
@@ -60,11 +75,8 @@ def denoise(
     """Run the steps len(noise.z) - 1, ..., 0 on given draws, from noise.x_T; T steps unless the draws are for fewer."""
 
     def step(x_tp1: Array, inputs: tuple[Array, Array, Array]) -> tuple[Array, Trajectory]:
-        t, z, posterior_noise = inputs
-        t = jnp.broadcast_to(t, x_tp1.shape[:1])
-        x0_hat = gen(x_tp1, t, z)
-        x_t = posterior(schedule, x0_hat, x_tp1, t, posterior_noise)
-        return x_t, Trajectory(x_tp1=x_tp1, x0_hat=x0_hat, x_t=x_t)
+        taken = denoise_once(gen, schedule, x_tp1, *inputs, posterior)
+        return taken.x_t, taken
 
     steps = jnp.arange(len(noise.z))
     return jax.lax.scan(step, noise.x_T, (steps, noise.z, noise.posterior), reverse=True)[1]

@@ -55,7 +55,7 @@ def environment(tmp_path_factory):
 def model(request, tmp_path_factory):
     """A trained model, and the folder that holds it as own.safetensors."""
     folder = tmp_path_factory.mktemp(request.param)
-    workdir = workdir_of(folder / "run", **({"num_classes": 3} if request.param == "classes" else {}))
+    workdir = workdir_of(folder / "run", num_classes=CLASSES[request.param])
     found = ddgan_jax.load(str(workdir))
     found.save(folder / "own.safetensors")
     return found, folder

@@ -349,8 +349,8 @@ def test_operations_are_chosen_one_by_one():
 @pytest.mark.parametrize(
     ("form", "message"),
     [
-        ("quick", "DDGAN_OPS=quick .*: it is fast, reference"),
-        ("fast:conv", "DDGAN_OPS=fast:conv .*: it is fast, reference"),
+        ("quick", "DDGAN_OPS=quick .*: it is fast, reference, portable"),
+        ("fast:conv", "DDGAN_OPS=fast:conv .*: it is fast, reference, portable"),
         ("reference:cov", "no operation cov: they are conv, "),
     ],
 )

@@ -21,7 +21,7 @@ from PIL import Image
 from ddgan_jax import figures
 from ddgan_jax.data import decoding
 from ddgan_jax.errors import UserError
-from ddgan_jax.jobs.generate import frames_of
+from ddgan_jax.jobs.generate import frames_of, halfway
 from ddgan_jax.model import Model
 from ddgan_jax.sampler import Sampler
 from ddgan_jax.storage import paths
@@ -248,7 +248,7 @@ def stroke_tab(page: Page) -> None:
             start = gr.Slider(
                 0,
                 model.num_steps,
-                max(1, model.num_steps // 2),
+                halfway(model),
                 step=1,
                 label="Diffuse to step: the more, the freer",
                 elem_id="start",

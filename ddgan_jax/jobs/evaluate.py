@@ -97,8 +97,9 @@ def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_sampl
     model. Returns the results, {} in all processes but the first.
     Raises UserError where `config` is of other data than the checkpoint.
     """
-    start, model = time.time(), None if samples else load(path, config)
-    c = model.config if model and config is None else read(config)
+    start, told = time.time(), None if config is None else read(config)
+    model = None if samples else load(path, told)
+    c = told or (model.config if model else Config())
     count = num_samples or c.eval.num_samples
     results: Results = {"num_samples": count}
     if model is None:

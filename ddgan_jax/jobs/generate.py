@@ -93,10 +93,15 @@ def vary(model: Model, out: str, num: int, t: int | None, image: str, **how: Any
     save(images if out.endswith(".npz") else np.concatenate([model.to_images(x_tp1[None]), images]), out)
 
 
+def halfway(model: Model) -> int:
+    """The step that an edit begins at unless it is told: T / 2 rounded down, or 1."""
+    return max(1, model.num_steps // 2)
+
+
 def edit(model: Model, out: str, image: str, start_step: int | None, num: int, **how: Any) -> None:
-    """The image, then `num` variants of it from step `start_step`, by default T / 2 rounded down, or 1."""
+    """The image, then `num` variants of it from step `start_step`, by default `halfway`."""
     check_out(out, ".png", ".npz", "")
-    start_step = max(1, model.num_steps // 2) if start_step is None else start_step
+    start_step = halfway(model) if start_step is None else start_step
     given = read_image(model, image)
     images = model.edit(given, start_step, num, **how)
     save(np.concatenate([given[None], images]) if out.endswith(".png") else images, out)

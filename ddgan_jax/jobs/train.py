@@ -176,8 +176,8 @@ def begin(config: Any, workdir: str, opened: Data | None) -> Run:
         say(f"going on from step {step}")
     if step < run.num_steps:
         every = c.log.samples_every
-        pictures = f"pictures every {every:,} steps" if every else "pictures at the end"
-        say(f"{run.num_steps - step:,} steps to train; {pictures}: {path / 'samples'} and {path / 'curves.png'}")
+        when = f"every {every:,} steps" if every else "at the end"
+        say(f"{run.num_steps - step:,} steps to train; pictures {when}: {path / 'samples'} and {path / 'curves.png'}")
     if c.eval.every:
         run.judge = open_judge(c, data)
     return run

@@ -10,8 +10,8 @@ One switch runs everything as the reference: the environment variable DDGAN_OPS=
         state, metrics = jax.jit(built.step(True, None))(state, images)
 
 DDGAN_OPS=reference:conv,group_norm, or `ops.use_reference("conv", "group_norm")`, does so for these operations alone.
-The switch is read while a function is traced, and is part of the key of `jax.jit`'s caches: a function that was traced
-in one form is traced again in the other.
+`ops.portable()` is for converters to other formats. The switch is read while a function is traced, and is part of the
+key of `jax.jit`'s caches: a function that was traced in one form is traced again in the other.
 """
 
 import functools

@@ -62,9 +62,8 @@ def group_norm(x: jax.Array, gain: jax.Array, bias: jax.Array, silu: bool = Fals
 
     Mean and variance are of a group of channels of an example; gain and bias are [B, C], or [1, C] for all, float32.
     """
-    groups = x.astype(jnp.float32).reshape(
-        x.shape[0], -1, num_groups(x.shape[-1]), x.shape[-1] // num_groups(x.shape[-1])
-    )
+    batch, channels, count = x.shape[0], x.shape[-1], num_groups(x.shape[-1])
+    groups = x.astype(jnp.float32).reshape(batch, -1, count, channels // count)
     mean, variance = (moment(groups, (1, 3), keepdims=True) for moment in (jnp.mean, jnp.var))
     normed = ((groups - mean) / jnp.sqrt(variance + 1e-6)).reshape(x.shape)
     y = normed * gain[:, None, None] + bias[:, None, None]

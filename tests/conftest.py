@@ -54,6 +54,11 @@ def close_to_largest(actual, expected, rtol: float, what: str = "") -> None:
     assert error <= rtol * scale + 1e-12, f"{what}: off by {error:.2g} where the largest is {scale:.2g}"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="tests/chaos: all cases, which takes hours")
+    parser.addoption("--record", metavar="FOLDER", help="tests/chaos: write what was found there")
+
+
 LONG = ("test_one_replica_equals_four", "test_as_commands", "test_the_measures_of_the_paper")
 
 

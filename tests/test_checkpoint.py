@@ -39,7 +39,7 @@ def workdir(tmp_path):
 
 def restore(workdir):
     said = []
-    restored = checkpoint.Checkpoints(str(workdir)).restore_latest(jax.eval_shape(tiny_state), said.append)
+    restored = checkpoint.Checkpoints(str(workdir)).restore_latest(jax.eval_shape(tiny_state), said.append)[0]
     return restored, said
 
 

@@ -103,14 +103,12 @@ def check_finite(first_step: int, window: list[Metrics], intact: Callable[[], in
 class Meter:
     """The metrics of the steps since the last record, and the time that these took."""
 
-    def __init__(self, batch_size: int, step: int):
-        """Begin before the first step after `step`."""
+    def __init__(self, batch_size: int, step: int, unlogged: dict[str, Any] | None = None):
+        """Begin before the first step after `step`, with what `unlogged` returned when a run broke off there."""
         self._batch_size = batch_size
-        self._restart(step)
-
-    def _restart(self, step: int) -> None:
-        self._window: list[Metrics] = []
-        self._from, self._mark = step, time.time()
+        self._window: list[Metrics] = list(unlogged["steps"]) if unlogged else []
+        self._from = step - len(self._window)
+        self._mark = time.time() - (unlogged["seconds"] if unlogged else 0)
 
     def add(self, metrics: Metrics) -> None:
         """Of one step more, still on the devices."""
@@ -123,19 +121,27 @@ class Meter:
         yield
         self._mark += time.time() - since
 
-    def values(self, last: Callable[[], Metrics], intact: Callable[[], int | None]) -> tuple[dict[str, float], float]:
-        """(the means since the last record, and the metrics `last()`; the seconds that a step took); begins anew.
+    def check(self, intact: Callable[[], int | None]) -> None:
+        """Wait for the steps. Raises Fault where a metric is not finite; `intact` as of `check_finite`."""
+        self._window = jax.device_get(self._window)
+        check_finite(self._from, self._window, intact)
 
-        Raises Fault where a metric is not finite; `intact` as of `check_finite`.
+    def values(self, last: Metrics, intact: Callable[[], int | None]) -> tuple[dict[str, float], float]:
+        """(the means since the last record, and the metrics `last`; the seconds that a step took); begins anew.
+
+        To be called after `check`. Raises Fault where `last` is not finite.
         """
-        window, steps = jax.device_get(self._window), len(self._window)
-        seconds = time.time() - self._mark
-        check_finite(self._from, window, intact)
-        now = jax.device_get(last())
-        check_finite(self._from + steps - 1, [now], intact)
-        self._restart(self._from + steps)
+        steps, seconds, last = len(self._window), time.time() - self._mark, jax.device_get(last)
+        check_finite(self._from + steps - 1, [last], intact)
         speed = {"images_per_second": steps * self._batch_size / max(seconds, 1e-9)}
-        return summarise(window) | summarise([now]) | speed, seconds / max(steps, 1)
+        values = summarise(self._window) | summarise([last]) | speed
+        self._window, self._from, self._mark = [], self._from + steps, time.time()
+        return values, seconds / max(steps, 1)
+
+    def unlogged(self) -> dict[str, Any]:
+        """The metrics that are in no record yet, as JSON: a run that breaks off goes on with them."""
+        steps = [{name: np.asarray(value).tolist() for name, value in metrics.items()} for metrics in self._window]
+        return {"steps": steps, "seconds": time.time() - self._mark}
 
 
 def losses_line(values: dict[str, float]) -> str:

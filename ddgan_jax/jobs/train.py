@@ -9,10 +9,11 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
+import os
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -53,11 +54,12 @@ class Run:
     log: Log | None
     started: float
     draw: Sampler
+    unlogged: dict[str, Any] | None = None  # in process 0: metrics of steps before this one that are in no record yet
     judge: Judge | None = None
 
     def __post_init__(self) -> None:
         self.first = self.step
-        self.spent = self.log.seconds if self.log else 0.0  # seconds, before this run of the command
+        self.spent = self.log.last.get("seconds", 0.0) if self.log else 0.0  # before this run of the command
 
     @property
     def num_steps(self) -> int:
@@ -67,6 +69,19 @@ class Run:
     def due(self, every: int | None) -> bool:
         """Is it the step for what is done `every` so many steps? For 0 it never is."""
         return every is not None and every > 0 and self.step % every == 0
+
+    def keeps(self) -> bool:
+        """Is it a step with a checkpoint?"""
+        c = self.config
+        return self.due(c.checkpoint.every) or self.due(c.eval.every) or self.step == self.num_steps
+
+    def logs(self) -> bool:
+        """Is it a step with a record?"""
+        return self.due(self.config.log.every) or self.keeps()
+
+    def draws(self) -> bool:
+        """Is it a step with a picture? The last picture, final.png, is another one."""
+        return self.due(self.config.log.samples_every) and self.step < self.num_steps
 
     def seconds(self) -> float:
         """That the run has taken, with all its parts."""
@@ -149,27 +164,30 @@ def begin(config: Any, workdir: str, opened: Data | None) -> Run:
     if jax.process_count() > 1:
         processes.agree(facts(c, data))
     labels, shapes = labels_of(data, built.num_classes, c.data.name), jax.eval_shape(built.init_state)
+    check_memory(built, shapes)
     checkpoints: checkpoint.Checkpoints | None = None
     log: Log | None = None
+    unlogged: dict[str, Any] | None = None
 
     def open_files() -> Any:
         """In process 0: the files of the run, and its state on the host, restored or initialised, never both."""
-        nonlocal checkpoints, log
+        nonlocal checkpoints, log, unlogged
         open_workdir(path, as_dict(c))
         overview(built, shapes, built.batch_size // jax.device_count(), data)
         checkpoints = checkpoint.Checkpoints(workdir, c.checkpoint.keep, c.checkpoint.keep_period)
-        restored = checkpoints.restore_latest(shapes, say)
-        make = ops.jit_once(built.init_state)
-        with ThreadPoolExecutor() as background:  # the log imports TensorFlow for seconds, making compiles as long
-            made = background.submit(lambda: jax.device_get(make())) if restored is None else None
-            log = Log(path, as_dict(c), c.log, 0 if restored is None else int(restored.step))
-        if made is None:
-            return restored
-        return with_networks_of(c, made.result()) if c.train.init_from else made.result()
+        restored, told = checkpoints.restore_latest(shapes, say)
+        log = Log(path, as_dict(c), c.log, 0 if restored is None else int(restored.step))
+        if told:
+            unlogged = told["unlogged"]
+            if log.checksum() != told["log"]:
+                say(
+                    f"note: {log.path} is damaged, or was changed: its records differ from those at the last checkpoint"
+                )
+        return new_state(c, built, shapes) if restored is None else restored
 
     state = processes.from_primary(open_files)
     step, draw = int(state.step), Sampler(built, c.sample.batch_size)
-    run = Run(c, built, data, labels, path, parallel.replicate(state), step, checkpoints, log, started, draw)
+    run = Run(c, built, data, labels, path, parallel.replicate(state), step, checkpoints, log, started, draw, unlogged)
     if step >= run.num_steps:
         say(f"{workdir} has already finished its {run.num_steps} steps")
     elif step:
@@ -183,6 +201,24 @@ def begin(config: Any, workdir: str, opened: Data | None) -> Run:
     return run
 
 
+def check_memory(built: Built, shapes: Any) -> None:
+    """UserError if the state, or a batch, is larger than the memory of a device."""
+    device = jax.local_devices()[0]
+    memory = (device.memory_stats() or {}).get("bytes_limit") or os.sysconf("SC_PHYS_PAGES") * os.sysconf(
+        "SC_PAGE_SIZE"
+    )
+    state = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+    batch = 4 * math.prod((built.batch_size // jax.device_count(), *built.image_shape))
+    for size, what, lower in (
+        (state, "the state of networks of this size", "generator.nf and discriminator.ngf, or width and depth"),
+        (batch, f"a batch of {built.batch_size:,}", "train.batch_size"),
+    ):
+        if size > memory:
+            raise UserError(
+                f"{what} takes {size / 2**30:,.0f} GiB, of {memory / 2**30:,.0f} GiB of memory: lower {lower}"
+            )
+
+
 def open_workdir(workdir: Path, config: dict[str, Any]) -> None:
     """Create the workdir and write config.json. Raises UserError if it cannot be written."""
     try:
@@ -193,14 +229,22 @@ def open_workdir(workdir: Path, config: dict[str, Any]) -> None:
             if changed:
                 say(f"note: {workdir} was started with other values of {', '.join(changed)}")
         paths.write(old, json.dumps(config, indent=2) + "\n")
+        for folder in (workdir, workdir / "samples"):
+            paths.remove_unfinished(folder)
     except (OSError, ValueError) as error:
         raise UserError(f"--workdir={workdir} cannot be used: {error}") from error
 
 
-def with_networks_of(c: Config, state: Any) -> Any:
-    """The host state of a new run, with the networks that `train.init_from` names: its D, and the moving average of its
-    G, which is what it samples with. UserErrors and Faults as of `model.networks_of`."""
-    where, gen_params, disc_params = networks_of(c, state)
+def new_state(c: Config, built: Built, shapes: Any) -> Any:
+    """The host state that a run begins with. UserErrors and Faults as of `model.networks_of`, before any work.
+
+    `train.init_from` names other networks than new ones: a D, and the moving average of a G, which is what it samples
+    with.
+    """
+    if not c.train.init_from:
+        return jax.device_get(ops.jit_once(built.init_state)())
+    where, gen_params, disc_params = networks_of(c, shapes)
+    state = jax.device_get(ops.jit_once(built.init_state)())
     say(f"the networks are those of {where}" + ("" if disc_params else ", which holds no discriminator: D starts anew"))
     return state.replace(gen_params=gen_params, ema_params=gen_params, disc_params=disc_params or state.disc_params)
 
@@ -245,13 +289,17 @@ class Steps:
 
 def loop(run: Run, interrupt: Interrupt) -> bool:
     """Train to the last step, or until a signal comes to any process: then True. The step is saved in both cases."""
+    meter = Meter(run.built.batch_size, run.step, run.unlogged)
+    try:
+        catch_up(run, meter, interrupt)
+    except Interrupted:
+        return True
     if run.step >= run.num_steps:
         return False
     stream, stop = parallel.prefetch(batches_of(run)), parallel.Stop()
     first = next(stream)
-    c, r1_every = run.config, run.config.train.r1_every
+    r1_every = run.config.train.r1_every
     steps = Steps(run.built, stop, run.state, first, r1_every)
-    meter = Meter(run.built.batch_size, run.step)
     hidden = None if processes.is_primary() else True
     with tqdm(
         total=run.num_steps, initial=run.step, desc="compiling", unit="step", disable=hidden, file=sys.stdout
@@ -274,25 +322,40 @@ def loop(run: Run, interrupt: Interrupt) -> bool:
                 jax.block_until_ready(metrics)
                 say(automatic.expected_time((time.time() - warm) / TIMED, run.num_steps - run.step))
 
-            last = run.step == run.num_steps
-            keeps = run.due(c.checkpoint.every) or run.due(c.eval.every) or last or stop.now
-            if run.due(c.log.every) or keeps:
-                values, seconds_per_step = meter.values(lambda: norms_of(run), lambda: intact(run))
-                if run.due(c.eval.every) and run.judge and not stop.now:
-                    with meter.paused():
-                        try:
-                            values |= evaluation(run, interrupt)
-                        except Interrupted:
-                            stop.now = True
-                record(run, values, seconds_per_step, bar)
-                if keeps or stop.now:
-                    save(run, values)
-            if stop.now or last:
-                return stop.now and not last
-            if run.due(c.log.samples_every):
+            values: dict[str, float] | None = {}
+            if run.logs():
+                values = record(run, meter, interrupt, stop.now, bar)
+                stop.now = stop.now or values is None
+            if run.keeps() or stop.now:
+                save(run, values or {}, meter)
+            if stop.now or run.step == run.num_steps:
+                return values is None or run.step < run.num_steps
+            if run.draws():
                 with meter.paused():
-                    pictures(run, f"step_{run.step:07d}.png")
+                    pictures(run)
     raise AssertionError("batches are endless")
+
+
+def catch_up(run: Run, meter: Meter, interrupt: Interrupt) -> None:
+    """Do what a run that broke off has not done at its step: the record, the mark of the best, the picture.
+
+    Interrupted, where a signal ends an evaluation.
+    """
+
+    def lacks() -> tuple[bool, bool]:
+        assert run.log
+        recorded, drawn = run.log.last.get("step") == run.step, paths.exists(run.path / "samples" / picture_of(run))
+        return run.logs() and not recorded, run.draws() and not drawn
+
+    if not run.step:
+        return
+    lacks_record, lacks_picture = processes.from_primary(lacks)
+    if lacks_record and record(run, meter, interrupt, False) is None:
+        raise Interrupted(interrupt.signal)
+    if run.checkpoints and run.log:
+        offer(run, run.log.last)
+    if lacks_picture:
+        pictures(run)
 
 
 def batches_of(run: Run) -> Any:
@@ -314,25 +377,50 @@ def norms_of(run: Run) -> dict[str, jax.Array]:
     return {name: value for name, value in norms(run.state).items() if name[0] in trained}
 
 
-def record(run: Run, values: dict[str, float], seconds_per_step: float, bar: tqdm) -> None:
-    """Log a record, and tell people."""
-    if run.log is None:
-        return
-    run.log.scalars(run.step, values | {"seconds": run.seconds()})
-    line = losses_line(values)
-    bar.set_postfix_str(line)
-    if bar.disable:
-        say(f"step {run.step}/{run.num_steps}: {line}, {clock((run.num_steps - run.step) * seconds_per_step)} to go")
+def record(
+    run: Run, meter: Meter, interrupt: Interrupt, stops: bool, bar: tqdm | None = None
+) -> dict[str, float] | None:
+    """Evaluate if it is time, log a record, tell people, and return its values.
+
+    None, with nothing logged, where a signal ended the evaluation, or came before it (`stops`).
+    """
+    meter.check(lambda: intact(run))
+    judged: dict[str, float] = {}
+    if run.due(run.config.eval.every) and run.judge:
+        try:
+            with meter.paused():
+                judged = {} if stops else evaluation(run, interrupt)
+        except Interrupted:
+            stops = True
+        if stops:
+            return None
+    values, seconds_per_step = meter.values(norms_of(run), lambda: intact(run))
+    values |= judged
+    if run.log:
+        run.log.scalars(run.step, values | {"seconds": run.seconds()})
+        line = losses_line(values)
+        if bar is not None:
+            bar.set_postfix_str(line)
+        if bar is None or bar.disable:
+            left = clock((run.num_steps - run.step) * seconds_per_step)
+            say(f"step {run.step}/{run.num_steps}: {line}, {left} to go")
+    return values
 
 
-def save(run: Run, values: dict[str, float]) -> None:
-    """Begin to save the state; mark it as the best if an evaluation says so."""
-    if run.checkpoints is None or run.log is None:
-        return
-    run.log.flush()
-    run.checkpoints.save(run.step, run.state, as_dict(run.config))
+def save(run: Run, values: dict[str, float], meter: Meter) -> None:
+    """Begin to save the state, with the metrics that are in no record yet; mark it as the best if `values` say so."""
+    meter.check(lambda: intact(run))
+    if run.checkpoints and run.log:
+        run.log.flush()
+        told = {"unlogged": meter.unlogged(), "log": run.log.checksum()}
+        run.checkpoints.save(run.step, run.state, as_dict(run.config), told)
+        offer(run, values)
+
+
+def offer(run: Run, values: dict[str, float]) -> None:
+    """Mark the checkpoint of this step as the best if an evaluation among `values` says so."""
     ranked_by = f"eval/{RANKED_BY[run.config.eval.features]}"
-    if ranked_by in values and run.checkpoints.offer(run.step, ranked_by, values[ranked_by]):
+    if run.checkpoints and ranked_by in values and run.checkpoints.offer(run.step, ranked_by, values[ranked_by]):
         say(f"step {run.step} is the best so far: {ranked_by} {values[ranked_by]:.4g}")
 
 
@@ -353,12 +441,17 @@ def evaluation(run: Run, interrupt: Interrupt) -> dict[str, float]:
     return {f"eval/{name}": float(value) for name, value in judged.results.items()} if judged else {}
 
 
-def pictures(run: Run, name: str) -> None:
+def picture_of(run: Run) -> str:
+    """The name of the picture of this step."""
+    return f"step_{run.step:07d}.png"
+
+
+def pictures(run: Run, name: str = "") -> None:
     """Draw a grid of samples by all devices; process 0 writes it, and the curves so far."""
     images = run.draw(jax.device_get(run.state.ema_params), 0, run.config.sample.grid)
     if run.log:
         grid = figures.picture(images)
-        figures.save_image(run.path / "samples" / name, grid)
+        figures.save_image(run.path / "samples" / (name or picture_of(run)), grid)
         run.log.image(run.step, "samples", grid)
         figures.curves(run.path / "metrics.jsonl", run.path / "curves.png")
 

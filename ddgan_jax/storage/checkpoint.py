@@ -1,11 +1,11 @@
 """Checkpoints: the only file that knows Orbax.
 
 A checkpoint `workdir/checkpoints/<step>/` holds three items: `state` (every array of the training state but the moving
-average), `ema` (the moving average, all that sampling needs) and `config` (JSON: the configuration, and a checksum of
-every array). Arrays are written from host memory under their paths, by process 0 alone, so that a checkpoint restores
-on any number of devices and processes. Orbax writes in the background, and a checkpoint is there when it is finished:
-a folder is renamed into place, in a bucket a file `commit_success.txt` is written last. The checksums tell whether one
-was damaged later.
+average), `ema` (the moving average, all that sampling needs) and `config` (JSON: the configuration, a checksum of every
+array, and what the job wants to find there). Arrays are written from host memory under their paths, by process 0
+alone, so that a checkpoint restores on any number of devices and processes. Orbax writes in the background, and a
+checkpoint is there when it is finished: a folder is renamed into place, in a bucket a file `commit_success.txt` is
+written last. The checksums tell whether one was damaged later.
 """
 
 import json
@@ -93,11 +93,29 @@ class _Best(managers.PreservationPolicy):
 
 
 def best(workdir: Path) -> dict[str, Any]:
-    """What `workdir`/best.json says: the step of the best checkpoint, what it is best in, and the value; or {}."""
+    """What `workdir`/best.json says: the step of the best checkpoint, what it is best in, and the value; or {}.
+
+    {} as well if it is damaged.
+    """
     try:
-        return json.loads(paths.read(workdir / "best.json"))
-    except (OSError, json.JSONDecodeError):
+        return _unsealed(json.loads(paths.read(workdir / "best.json")))
+    except (OSError, ValueError):
         return {}
+
+
+def _sealed(fields: dict[str, Any]) -> dict[str, Any]:
+    """JSON fields, with their checksum."""
+    return fields | {"checksum": zlib.crc32(json.dumps(fields, sort_keys=True).encode())}
+
+
+def _unsealed(fields: Any) -> dict[str, Any]:
+    """The fields that were `_sealed`, or were written before there were checksums. ValueError if they are others."""
+    fields = dict(fields)
+    if "checksum" in fields and _sealed({k: v for k, v in fields.items() if k != "checksum"}) != fields:
+        raise ValueError("the checksum is wrong")
+    if not fields.keys() <= {"step", "measure", "value", "config", "checksums", "of_job", "checksum"}:
+        raise ValueError("it has other fields")
+    return fields
 
 
 def _untold(record: logging.LogRecord) -> bool:
@@ -135,21 +153,25 @@ class Checkpoints:
         """The steps that have a finished checkpoint, ascending."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: Any, config: dict[str, Any]) -> None:
-        """Begin to save; returns when the arrays are copied. Raises Fault if this save or the one before fails."""
+    def save(self, step: int, state: Any, config: dict[str, Any], of_job: dict[str, Any] | None = None) -> None:
+        """Begin to save; returns when the arrays are copied. Raises Fault if this save or the one before fails.
+
+        `of_job` is JSON that `restore_latest` returns.
+        """
         if step in self.steps():
             return
         arrays = flatten(state)
         checksums = {path: zlib.crc32(np.ascontiguousarray(array).tobytes()) for path, array in arrays.items()}
         ema = {path.removeprefix(_EMA): array for path, array in arrays.items() if path.startswith(_EMA)}
         rest = {path: array for path, array in arrays.items() if not path.startswith(_EMA)}
+        told = _sealed({"config": config, "checksums": checksums, "of_job": of_job})
         self._guard(
             lambda: self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(rest),
                     ema=ocp.args.StandardSave(ema),
-                    config=ocp.args.JsonSave({"config": config, "checksums": checksums}),
+                    config=ocp.args.JsonSave(told),
                 ),
             )
         )
@@ -157,12 +179,14 @@ class Checkpoints:
     def offer(self, step: int, measure: str, value: float) -> bool:
         """Mark the checkpoint of `step` as the best if `value` of `measure` is the smallest so far. Is it?
 
-        It is then `workdir`/best for `find`, and stays. NaN is never the best.
+        It is then `workdir`/best for `find`, and stays. NaN is never the best. Waits until the checkpoint is there.
         """
+        value = float(f"{value:.6g}")  # as metrics.jsonl has it, from which a run that broke off offers it again
         before = best(self.directory.parent)
         if not value < (before["value"] if before.get("measure") == measure else math.inf):
             return False
-        text = json.dumps({"step": step, "measure": measure, "value": value})
+        self.wait()
+        text = json.dumps(_sealed({"step": step, "measure": measure, "value": value}))
         paths.write(self.directory.parent / "best.json", text + "\n")
         return True
 
@@ -181,26 +205,35 @@ class Checkpoints:
                 + (f"the one of step {safe[-1]} is intact" if safe else "there is no earlier one")
             ) from error
 
-    def restore_latest(self, like: Any, report: Callable[[str], None]) -> Any | None:
-        """The newest state that is whole, in the tree of `like`, or None. Damaged ones are moved to `workdir`/damaged.
+    def restore_latest(self, like: Any, report: Callable[[str], None]) -> tuple[Any, dict[str, Any] | None]:
+        """(the newest intact state, in the tree of `like`, or None; what was saved as `of_job`).
+
+        Damaged ones are moved to `workdir`/damaged.
 
         Raises UserError if the checkpoint is of another architecture.
         """
         for step in reversed(self.steps()):
             try:
-                arrays = read(self.directory / str(step))[0]
+                arrays, told = _read(self.directory / str(step))
             except Fault as error:
                 target = self.directory.parent / "damaged" / str(step)
                 paths.move_folder(self.directory / str(step), target)
                 self._manager.reload()
                 report(f"{error}; it is moved to {target}, and the run goes on from the checkpoint before")
                 continue
-            return unflatten(arrays, like, f"the checkpoint of step {step} in {self.directory}")
-        return None
+            state = unflatten(arrays, like, f"the checkpoint of step {step} in {self.directory}")
+            return state, told.get("of_job")
+        return None, None
 
 
 def read(path: Path, ema_only: bool = False) -> tuple[Arrays, dict[str, Any]]:
     """({path: array}, config) of one checkpoint directory, on the host. Raises Fault if it is damaged."""
+    arrays, told = _read(path, ema_only)
+    return arrays, told["config"]
+
+
+def _read(path: Path, ema_only: bool = False) -> tuple[Arrays, dict[str, Any]]:
+    """({path: array}, what `save` wrote as JSON) of one checkpoint directory."""
     alone = {"multiprocessing_options": _alone()}
     handlers: dict[str, Any] = {
         "ema": ocp.StandardCheckpointHandler(**alone),
@@ -216,13 +249,15 @@ def read(path: Path, ema_only: bool = False) -> tuple[Arrays, dict[str, Any]]:
             found = checkpointer.restore(_absolute(path), args=ocp.args.Composite(**items))
         arrays = {_EMA + key: np.asarray(value) for key, value in found["ema"].items()}
         arrays |= {} if ema_only else {key: np.asarray(value) for key, value in found["state"].items()}
-        config, checksums = found["config"]["config"], found["config"]["checksums"]
-        for key, checksum in checksums.items():
+        told = _unsealed(found["config"])
+        for key, checksum in told["checksums"].items():
             if (key in arrays or not ema_only) and zlib.crc32(np.ascontiguousarray(arrays[key]).tobytes()) != checksum:
                 raise ValueError(f"the checksum of {key} is wrong")
+        if not isinstance(told["config"], dict):
+            raise ValueError("it has no configuration")
     except Exception as error:  # damage surfaces anywhere inside Orbax and TensorStore
         raise Fault(f"the checkpoint {path} is damaged ({type(error).__name__})") from error
-    return arrays, config
+    return arrays, told
 
 
 def _absolute(path: Path) -> Path:

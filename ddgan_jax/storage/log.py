@@ -3,6 +3,7 @@
 import contextlib
 import json
 import time
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,13 +19,13 @@ SECONDS_BETWEEN_UPLOADS = 30  # a file in a bucket cannot be appended to: it is 
 
 
 def read_metrics(path: paths.Given) -> list[dict]:
-    """The records of a metrics.jsonl; a last line that was cut off is left out."""
+    """The records of a metrics.jsonl; lines that are damaged, such as a last one that was cut off, are left out."""
     records = []
-    for line in paths.read(path).decode().splitlines() if paths.exists(path) else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    for line in paths.read(path).split(b"\n") if paths.exists(path) else []:
+        with contextlib.suppress(ValueError):
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                records.append(record)
     return records
 
 
@@ -41,8 +42,9 @@ class Log:
         """
         self.path = workdir / "metrics.jsonl"
         records = [record for record in read_metrics(self.path) if record["step"] <= start_step]
-        self.seconds = records[-1].get("seconds", 0.0) if records else 0.0  # that the steps so far took, with all else
+        self.last = records[-1] if records else {}  # of those that stay
         lines = [json.dumps(record) + "\n" for record in records]
+        self._checksum = zlib.crc32("".join(lines).encode())
         self._uploaded, self._file = time.time(), None
         self._dashboards: list[TensorBoard | WeightsAndBiases] = []
         with self._guard():
@@ -68,6 +70,7 @@ class Log:
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Append one record. Raises Fault if it cannot be written."""
         line = json.dumps({"step": step} | {k: float(f"{v:.6g}") for k, v in values.items()}) + "\n"
+        self._checksum = zlib.crc32(line.encode(), self._checksum)
         with self._guard():
             if self._file:
                 self._file.write(line)
@@ -78,6 +81,10 @@ class Log:
                     self._upload()
         for dashboard in self._dashboards:
             dashboard.scalars(step, values)
+
+    def checksum(self) -> int:
+        """CRC-32 of all records."""
+        return self._checksum
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """Show uint8 [H, W, 3] in the dashboards."""

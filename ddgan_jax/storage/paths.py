@@ -129,7 +129,7 @@ def write(file: Given, content: str | bytes | Callable[[IO[bytes]], Any]) -> Non
 
 def _write_local(target: epath.Path, content: bytes) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.parent / f".{target.name}.{os.getpid()}.tmp"
+    aside = target.parent / f".{target.name}.{os.getpid()}.tmp"  # `remove_unfinished` knows the name
     try:
         with open(aside, "wb") as opened:
             opened.write(content)
@@ -139,6 +139,13 @@ def _write_local(target: epath.Path, content: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             os.unlink(aside)
+
+
+def remove_unfinished(folder: Given) -> None:
+    """Remove what a `write` that was killed has left in a folder that is there or not. In a bucket nothing is left."""
+    if not is_remote(folder):
+        for aside in epath.Path(folder).glob(".*.tmp"):
+            aside.unlink()
 
 
 def move_folder(source: Given, target: Given) -> None:

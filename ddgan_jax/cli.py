@@ -122,16 +122,22 @@ def generate(config: Any, path: str) -> None:
     generate.generate(FLAGS.mode, model.load(path, told), FLAGS.out or model.beside(path, name), **options[FLAGS.mode])
 
 
+def shortened(sentence: str, most: int = 800) -> str:
+    """A sentence on one line; its middle is left out where a value in it is very long."""
+    line = " ".join(sentence.split())
+    return line if len(line) <= most else f"{line[: most // 2]} ... {line[-most // 2 :]}"
+
+
 def main() -> int:
     """Run, and tell mistakes (exit code 2), faults (1) and signals (75) in one sentence."""
     code = 0
     try:
         run(sys.argv)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {shortened(str(error))}", file=sys.stderr)
         code = 2
     except (Fault, OSError) as error:  # the latter of a disk or a bucket
-        print(f"stopped: {error}", file=sys.stderr)
+        print(f"stopped: {shortened(str(error))}", file=sys.stderr)
         code = 1
     except Interrupted as error:
         from ddgan_jax import processes

@@ -28,15 +28,22 @@ class Range(NamedTuple):
     text: str
 
 
-Positive = Annotated[int, Range(lambda n: n >= 1, "an integer of at least 1")]
-Count = Annotated[int, Range(lambda n: n >= 0, "an integer of at least 0")]
+def _at_most(most: int) -> Range:
+    return Range(lambda n: n <= most, f"an integer of at most {most}")
+
+
+Positive = Annotated[int, Range(lambda n: n >= 1, "an integer of at least 1"), _at_most(2**31 - 1)]
+Count = Annotated[int, Range(lambda n: n >= 0, "an integer of at least 0"), _at_most(2**31 - 1)]
+Width = Annotated[Positive, _at_most(16_384)]
+Layers = Annotated[Count, _at_most(1_000)]
+Blocks = Annotated[Positive, _at_most(1_000)]
 PositiveFloat = Annotated[float, Range(lambda x: x > 0, "a number above 0")]
 Weight = Annotated[float, Range(lambda x: x >= 0, "a number of at least 0")]
 Share = Annotated[float, Range(lambda x: 0 <= x <= 1, "a number from 0 to 1")]
 Below1 = Annotated[float, Range(lambda x: 0 <= x < 1, "a number of at least 0 and below 1")]
 
 Positives = Annotated[
-    Sequence[int], Range(lambda ns: all(type(n) is int and n >= 1 for n in ns), "integers of at least 1")
+    Sequence[int], Range(lambda ns: all(type(n) is int and 1 <= n < 2**31 for n in ns), "integers of at least 1")
 ]
 
 # --8<-- [start:fields]  (docs/configuration.md shows what is between these two lines)
@@ -49,8 +56,8 @@ class DataConfig:
     name: str = "cifar10"  # of tfds, or one of ours: the table in docs/data.md
     split: str = "train"  # or a part: 'train[:90%]'
     dir: str | None = None  # of tfds and of prepared copies; None: $TFDS_DATA_DIR or ~/tensorflow_datasets
-    image_size: Positive | None = None  # None: what the images have; of a folder, at most 256
-    channels: Positive | None = None  # None: what the images have
+    image_size: Annotated[Positive, _at_most(4096)] | None = None  # None: that of the images; of a folder, at most 256
+    channels: Annotated[Positive, _at_most(64)] | None = None  # None: what the images have
     path: str | None = None  # of 'image_folder' and 'lsun_church': a folder, a zip or an LMDB; also gs://
     max_bad_share: Share = 0.01  # of such a folder: the share of files that may be skipped as damaged
     in_memory_mib: Count = 2048  # larger sets are decoded as they are read
@@ -62,7 +69,7 @@ class DataConfig:
 class DiffusionConfig:
     """`config.diffusion`: the fields of `Schedule.create`."""
 
-    num_steps: Positive = 4  # T (paper)
+    num_steps: Annotated[Positive, _at_most(100_000)] = 4  # T (paper)
     kind: Literal["vp", "geometric"] = "vp"  # (paper)
     beta_min: PositiveFloat = 0.1  # (paper)
     beta_max: PositiveFloat = 20.0  # (paper)
@@ -135,7 +142,7 @@ class SampleConfig:
     """`config.sample`: how samples are drawn."""
 
     batch_size: Positive = 64  # images drawn at once on a device; halved where memory runs out
-    grid: Positive = 64  # images in a grid
+    grid: Annotated[Positive, _at_most(65_536)] = 64  # images in a grid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,11 +318,13 @@ def _checked(value: Any, annotation: Any, name: str, or_none: str = "") -> Any:
     wanted = {int: "an integer", float: "a number", bool: "True or False", str: "text"}
     if annotation is float and type(value) is int:
         value = float(value)
+    if typing.get_origin(annotation) is Mapping and not isinstance(value, dict):
+        raise UserError(f"{name} is {value!r}, and must be a group of settings")
     is_list = typing.get_origin(annotation) is Sequence
     fits = isinstance(value, tuple) if is_list else annotation not in wanted or type(value) is annotation
     if not fits or (isinstance(value, float) and not math.isfinite(value)):
         raise UserError(f"{name}={value!r} must be {ranges[0].text if ranges else wanted[annotation]}{or_none}")
-    for allowed in ranges:
+    for allowed in reversed(ranges):  # the narrowest first
         if not allowed.holds(value):
             raise UserError(f"{name}={value!r} must be {allowed.text}{or_none}")
     return value

@@ -1,6 +1,7 @@
 """The exceptions that are told in one sentence instead of a traceback."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 
 from absl import flags
@@ -26,6 +27,8 @@ def of_flags() -> Iterator[None]:
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         # A traceback inside the message ends in the sentence that a configuration raised.
         text = " ".join(str(error).split("Error: ")[-1].replace("\\n", " ").split())
+        if name := re.fullmatch(r"[\"']*(\w+)[\"']*", text):  # all that a KeyError says
+            text = f"this configuration has no field {name[1]!r}: a flag sets one that it has; add others in its file"
         if "Did you mean" in text:
             text = "unknown field of the configuration: did you mean" + text.split("Did you mean")[1].rstrip("'")
         raise UserError(text) from error

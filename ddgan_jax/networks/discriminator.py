@@ -13,7 +13,7 @@ import numpy as np
 from flax import linen as nn
 
 from ddgan_jax import ops, parallel
-from ddgan_jax.config import Positive, PositiveFloat
+from ddgan_jax.config import Positive, PositiveFloat, Width
 from ddgan_jax.errors import UserError
 from ddgan_jax.networks import layers
 from ddgan_jax.networks.layers import Dtype
@@ -90,10 +90,10 @@ class Discriminator(nn.Module):
     (Miyato and Koyama, "cGANs with Projection Discriminator", equation 4).
     """
 
-    ngf: Positive = 64
+    ngf: Width = 64
     start: PositiveFloat = 2  # width of the 1x1 convolution that reads the two images, in units of ngf
     stages: Stages = SMALL
-    t_emb_dim: Positive = 256
+    t_emb_dim: Width = 256
     zero_final: bool = True  # start the last convolution at (almost) zero
     patch_size: Positive = 1  # as the generator's
     product: bool = False  # also see x_t * x_{t+1}: its sum says how well the two fit (not in the paper)
@@ -120,7 +120,7 @@ class Discriminator(nn.Module):
         patches = [layers.to_patches(image, self.patch_size) for image in images]
         x = jnp.concatenate(patches, axis=-1).astype(self.dtype)
         h = layers.Conv(
-            round(self.start * self.ngf), 1, kernel_init=layers.init_out(), dtype=self.dtype, name="conv_in"
+            layers.width(self.start * self.ngf), 1, kernel_init=layers.init_out(), dtype=self.dtype, name="conv_in"
         )(x)
         for i, (width, downsample) in enumerate(self.stages):
             if downsample and min(h.shape[1:3]) < 2:
@@ -128,7 +128,7 @@ class Discriminator(nn.Module):
                     f"images of {x.shape[1]}x{x.shape[2]} are too small for a discriminator that halves them "
                     f"{sum(down for _, down in self.stages)} times"
                 )
-            h = Stage(round(width * self.ngf), downsample, self.dtype, name=f"stage_{i}")(h, t_emb)
+            h = Stage(layers.width(width * self.ngf), downsample, self.dtype, name=f"stage_{i}")(h, t_emb)
 
         h = minibatch_stddev(h, axis_name)
         scale = 0.0 if self.zero_final else 1.0

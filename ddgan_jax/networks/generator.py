@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ddgan_jax.config import Below1, Count, Positive, Positives
+from ddgan_jax.config import Below1, Blocks, Count, Layers, Positive, Positives, Width
 from ddgan_jax.errors import UserError
 from ddgan_jax.networks import layers
 from ddgan_jax.networks.layers import Dtype
@@ -38,13 +38,13 @@ class Generator(nn.Module):
     """
 
     image_channels: int = 3
-    nf: Positive = 128  # width of the first level
+    nf: Width = 128  # width of the first level
     ch_mult: Positives = (1, 2, 2, 2)  # width of every level, in units of nf
-    num_res_blocks: Positive = 2
+    num_res_blocks: Blocks = 2
     attn_resolutions: Positives = (16,)  # heights of the levels that get attention
     nz: Count = 100  # 0: no latent variable, for comparison
-    z_emb_dim: Positive = 256
-    n_mlp: Count = 4  # hidden layers of the z mapping
+    z_emb_dim: Width = 256
+    n_mlp: Layers = 4  # hidden layers of the z mapping
     resblock_type: str = "biggan"
     conditional: bool = True  # on t
     fir: bool = True

@@ -19,7 +19,8 @@ from flax import linen as nn
 from jax.nn.initializers import Initializer, variance_scaling
 
 from ddgan_jax import ops
-from ddgan_jax.ops import FIR_KERNEL
+from ddgan_jax.errors import UserError
+from ddgan_jax.ops import FIR_KERNEL, MOST_CHANNELS
 
 Dtype = Any
 
@@ -108,6 +109,13 @@ def _convolve(x: jax.Array, kernel: jax.Array, stride: int, pad: tuple[int, int]
     return jax.lax.conv_general_dilated(
         x, kernel, (stride, stride), (pad, pad), dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
+
+
+def width(channels: float) -> int:
+    """The next whole number of channels. UserError where there are none, or more than MOST_CHANNELS."""
+    if not 0.5 < channels <= MOST_CHANNELS:
+        raise UserError(f"a layer of {channels:g} channels cannot be: discriminator.start, stages or ngf do not fit")
+    return round(channels)
 
 
 def to_patches(x: jax.Array, size: int) -> jax.Array:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ddgan_jax.config import Count, Positive
+from ddgan_jax.config import Count, Layers, Width
 from ddgan_jax.networks import layers
 from ddgan_jax.networks.layers import Dtype
 
@@ -38,10 +38,10 @@ def _mlp(inputs: list[jax.Array], width: int, depth: int, outputs: int, dtype: D
 class _PointNetwork(nn.Module):
     """The fields that both networks have."""
 
-    width: Positive = 128
-    depth: Count = 4
-    t_emb_dim: Positive = 32
-    octaves: Count = 0
+    width: Width = 128
+    depth: Layers = 4
+    t_emb_dim: Width = 32
+    octaves: Layers = 0
     levels: Sequence[float] = ()
     dtype: Dtype = jnp.float32
 

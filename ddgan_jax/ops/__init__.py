@@ -33,7 +33,7 @@ from ddgan_jax.ops.memory import add_shift as _add_shift
 from ddgan_jax.ops.memory import materialize as _materialize
 from ddgan_jax.ops.memory import row_major as _row_major
 from ddgan_jax.ops.norm import group_norm as _group_norm
-from ddgan_jax.ops.reference import FIR_KERNEL
+from ddgan_jax.ops.reference import FIR_KERNEL, MOST_CHANNELS
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -146,6 +146,7 @@ def fir_upsample(x: jax.Array, kernel: Sequence[float] = FIR_KERNEL, margin: int
 __all__ = [
     "FIR_KERNEL",
     "FORMS",
+    "MOST_CHANNELS",
     "TABLE",
     "add_shift",
     "collector_paused",

@@ -13,6 +13,7 @@ import numpy as np
 from ddgan_jax.errors import UserError
 
 FIR_KERNEL = (1, 3, 3, 1)
+MOST_CHANNELS = 16_384  # of a layer
 
 # --- Convolutions -----------------------------------------------------------------------------------------------
 
@@ -48,6 +49,8 @@ def upfirdn(
 
 def num_groups(channels: int) -> int:
     """min(C // 4, 32), the groups of a norm. UserError where they do not divide the channels."""
+    if channels > MOST_CHANNELS:
+        raise UserError(f"a layer of {channels:,} channels is too wide: lower nf or ch_mult")
     groups = min(channels // 4, 32)
     if groups == 0 or channels % groups:
         raise UserError(

@@ -1,0 +1,121 @@
+"""Any value in any field and any flag: it trains a step, or one sentence says what would be right.
+
+A mistake ends with exit code 2, in one sentence that names the field or the flag, before anything is compiled.
+"""
+
+import hypothesis
+import pytest
+from forks import Forks
+from hypothesis import strategies as st
+
+from ddgan_jax import config, presets
+
+PRESETS = ("gaussians", "digits", "image_folder", "cifar10", "stacked_mnist", "lsun_church_256")
+NUMBERS = ["0", "1", "2", "3", "7", "-1", "0.5", "1e-30", "1e30", "1000000000", "100000000000000000000", "nan", "inf"]
+WORDS = ["", " ", "True", "None", "abc", "é", "a=b", "../..", "/dev/null", "gs://", "x" * 5000, "%s", "'", '"', "$HOME"]
+LISTS = ["()", "[]", "(1,)", "(0,)", "(1,2", "(1,2.5)", "1,2", "((4,True),)", "((2,False),(4,True))", "{'a':1}"]
+FIELDS = sorted(config.flat(config.as_dict(config.Config())))
+FIELDS += ["discriminator.stages", "discriminator.start", "generator", "train", "", "train.batchsize", "a.b.c"]
+FLAGS = {
+    "mode": ["train", "sample", "vary", "edit", "inpaint", "interpolate", "export", "evaluate", "training"],
+    **{name: [] for name in "num_samples sample_seed label posterior num_variants start_step t rounds between".split()},
+    **{name: [] for name in "checkpoint samples image mask interrupted_exit_code host port config nothing".split()},
+}
+
+# A run ends after its first step, as after a signal.
+ONE_STEP = """
+import os, signal
+from ddgan_jax import parallel
+step = parallel.Stop.step
+def once(*arguments):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return step(*arguments)
+parallel.Stop.step = once
+"""
+
+
+@pytest.fixture(scope="module")
+def forks():
+    started = Forks(XLA_FLAGS="--xla_backend_optimization_level=0", TFDS_DATA_DIR="/nonexistent")
+    yield started
+    started.close()
+
+
+def values(name: str):
+    """What someone could write: numbers, words, lists, and what the field is in another preset."""
+    others = [config.flat(config.as_dict(presets.get(preset))).get(name) for preset in PRESETS]
+    return st.sampled_from([*NUMBERS, *WORDS, *LISTS, *sorted({str(value) for value in others})])
+
+
+@st.composite
+def settings(draw) -> list[str]:
+    """One or two fields of a preset that is shrunk."""
+    preset = draw(st.sampled_from(PRESETS))
+    chosen = draw(st.lists(st.sampled_from(FIELDS), min_size=1, max_size=2, unique=True))
+    return [f"--config={preset}:smoke", *(f"--config.{name}={draw(values(name))}" for name in chosen)]
+
+
+@st.composite
+def flags(draw) -> list[str]:
+    """A mode, and one or two flags."""
+    mode = draw(st.sampled_from(FLAGS["mode"]))
+    chosen = draw(st.lists(st.sampled_from(sorted(FLAGS)), min_size=1, max_size=2, unique=True))
+    told = (f"--{name}={draw(st.sampled_from([*NUMBERS, *WORDS, *LISTS, *FLAGS[name]]))}" for name in chosen)
+    return [f"--mode={mode}", *told]
+
+
+def failures_of(case, number: int, check) -> list[str]:
+    """What `check(arguments)` says is wrong, for so many cases, the same ones each time."""
+    wrong = []
+
+    def one(told) -> None:
+        try:
+            check(told)
+        except AssertionError as error:
+            wrong.append(f"{' '.join(told)[:300]}: {str(error)[:1500]}")
+
+    quiet = dict(deadline=None, database=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck))
+    phases = [hypothesis.Phase.generate]
+    hypothesis.settings(max_examples=number, phases=phases, **quiet)(hypothesis.given(case)(one))()
+    return wrong
+
+
+def test_settings(forks, full, count, tmp_path, cache):
+    seen = {"trained": 0, "refused": 0}
+
+    def check(told):
+        workdir = tmp_path / str(sum(seen.values()))
+        argv = [*told, f"--workdir={workdir}", cache, "--config.log.tensorboard=False"]
+        ended = forks.run(*argv, before=ONE_STEP, seconds=300)
+        seen["refused" if ended.code == 2 else "trained"] += 1
+        judge(ended, (75, 0))
+
+    wrong = failures_of(settings(), 700 if full else 150, check)
+    assert not wrong, "\n\n".join(wrong)
+    count(**seen)
+
+
+def test_flags(forks, full, count, tmp_path, cache):
+    """With a model of the digits, and without one."""
+    seen = {"done": 0, "refused": 0}
+
+    def check(told):
+        out = tmp_path / str(sum(seen.values()))
+        out.mkdir()
+        argv = ["--checkpoint=digits_conditional", *told, f"--workdir={out}", f"--out={out}/out", cache]
+        ended = forks.run(*argv, before=ONE_STEP, seconds=300)
+        seen["refused" if ended.code == 2 else "done"] += 1
+        judge(ended, (0, 75))
+
+    wrong = failures_of(flags(), 400 if full else 100, check)
+    assert not wrong, "\n\n".join(wrong)
+    count(**seen)
+
+
+def judge(ended, good) -> None:
+    """UserErrors name what is wrong in one sentence, and come before the compiler."""
+    assert "Traceback" not in ended.errors, ended.errors[-1500:]
+    assert ended.code in (2, *good), f"{ended.code}, {ended.seconds:.0f} s, {ended.mib:.0f} MiB: {ended.errors}"
+    if ended.code == 2:
+        assert ended.sentence.startswith("error: ") and len(ended.sentence) < 1000, ended.errors
+        assert not ended.compiled, f"only after compiling: {ended.sentence}"

@@ -2,12 +2,18 @@
 
 import contextlib
 import io
+import math
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 MIN_SIDE = 2  # px; a tracking pixel is no picture
+# What a name or an extension says counts for nothing; of other formats Pillow reads some by running programs.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM")
+LARGE = 25_000_000  # pixels; threads decode such files one after the other
+_LARGE = threading.Lock()
 MAX_PIXELS = 100_000_000  # of one file: beyond it is more likely an attack on the memory than a photograph
 
 
@@ -20,6 +26,24 @@ def open_image(content: bytes) -> Any:
         image.load()
         ImageOps.exif_transpose(image, in_place=True)  # else it copies every image
         return image
+
+
+def decode(content: bytes, size: int, channels: int) -> np.ndarray:
+    """`fit` of `open_image`, with little memory where the image is large; ValueError with the reason if it is none."""
+    with _reasons():
+        pixels = math.prod(_open(content).size)
+    if pixels <= LARGE:
+        return fit(open_image(content), size, channels)
+    with _LARGE:
+        return fit(_shrunk(open_image(content), size), size, channels)
+
+
+def _shrunk(image: Any, size: int) -> Any:
+    """The image with blocks of pixels averaged to one, and at least three times as large as `size`."""
+    if image.mode == "P":
+        image = image.convert("RGBA" if "transparency" in image.info else "RGB")
+    factor = min(image.size) // (3 * size)
+    return image.reduce(factor) if factor > 1 and image.mode in ("L", "LA", "RGB", "RGBA", "CMYK") else image
 
 
 def look_at(head: bytes) -> tuple[int, bool]:
@@ -35,7 +59,7 @@ def _open(content: bytes) -> Any:
 
     if not content:
         raise ValueError("it is empty")
-    image = Image.open(io.BytesIO(content))
+    image = Image.open(io.BytesIO(content), formats=FORMATS)
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS:,}")
     if min(image.size) < MIN_SIDE:
@@ -63,16 +87,17 @@ def to_eight_bits(image: Any) -> Any:
     from PIL import Image
 
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, np.float64)
-        scale = 255 / 65535 if values.max() > 255 else 1.0
-        return Image.fromarray(np.clip(np.round(values * scale), 0, 255).astype(np.uint8))
+        values = np.array(image, np.float32)
+        values *= 255 / 65535 if values.max() > 255 else 1.0
+        return Image.fromarray(np.clip(np.rint(values, out=values), 0, 255, out=values).astype(np.uint8))
     if image.mode in ("1", "L"):
         return image.convert("L")
     if image.mode in ("LA", "La") or "transparency" in image.info or image.mode in ("RGBA", "RGBa", "PA"):
-        grey = image.mode in ("LA", "La", "L")
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("L" if grey else "RGB")
+        mode = "L" if image.mode in ("LA", "La") else "RGB"
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
+        opaque = Image.new(mode, image.size, "white")
+        opaque.paste(image.convert(mode), mask=image.getchannel("A"))
+        return opaque
     return image.convert("RGB")
 
 
@@ -80,10 +105,12 @@ def fit(image: Any, size: int, channels: int) -> np.ndarray:
     """A Pillow image -> uint8 [size, size, channels]: the largest square of its centre, resized (Lanczos)."""
     from PIL import Image
 
-    image = to_eight_bits(image).convert("RGB" if channels == 3 else "L")
+    image, mode = to_eight_bits(image), "RGB" if channels == 3 else "L"
+    image = image if image.mode == mode else image.convert(mode)  # which copies even where nothing changes
     side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    image = image.crop((left, top, left + side, top + side))
+    if image.width != image.height:
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.crop((left, top, left + side, top + side))
     if side != size:
         image = image.resize((size, size), Image.Resampling.LANCZOS, reducing_gap=3.0)
     return np.asarray(image).reshape(size, size, channels)

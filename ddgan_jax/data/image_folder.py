@@ -14,6 +14,8 @@ import json
 import os
 import pathlib
 import shutil
+import subprocess
+import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -22,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from ddgan_jax.data.decoding import fit, look_at, open_image
+from ddgan_jax.data.decoding import decode, look_at
 from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.storage import paths
 
@@ -59,6 +61,8 @@ class _Folder:
         target = (self.root / name).resolve()
         if not target.is_relative_to(self.root):
             raise ValueError("it is a link to a file outside the folder")
+        if target.exists() and not target.is_file():  # a pipe would be waited for, and a device never ends
+            raise ValueError("it is not a regular file")
         return target
 
     def head(self, name: str) -> bytes:
@@ -137,6 +141,14 @@ class _Zip:
         self.opened.close()
 
 
+_WALK = """
+import sys, lmdb
+with lmdb.open(sys.argv[1], subdir=sys.argv[2] == "True", readonly=True, lock=False).begin() as transaction:
+    for key in transaction.cursor().iternext(values=False):
+        transaction.get(key)
+"""
+
+
 class _Lmdb:
     """The values of an LMDB, each the bytes of an image file, in the order of their keys: LSUN as it is published."""
 
@@ -145,11 +157,16 @@ class _Lmdb:
             import lmdb
         except ImportError:
             raise UserError(f"data.path={path} is an LMDB: to read it run `pip install lmdb`") from None
+        # Of a damaged file the library reads anything, up to the end of the process: so another process reads it first.
+        walk = [sys.executable, "-c", _WALK, str(path), str(path.is_dir())]
+        if subprocess.run(walk, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode:
+            raise UserError(f"data.path={path} cannot be read as an LMDB: it is damaged, or none")
         try:
             # Without its lock file, so that nothing is written beside somebody's data.
             self.environment = lmdb.open(str(path), subdir=path.is_dir(), readonly=True, lock=False, readahead=False)
             with self.environment.begin() as transaction:
-                self.names = [key.decode("utf-8", "surrogateescape") for key, _ in transaction.cursor()]
+                keys = transaction.cursor().iternext(values=False)
+                self.names = [key.decode("utf-8", "surrogateescape") for key in keys]
         except lmdb.Error as error:
             raise UserError(f"data.path={path} cannot be read as an LMDB: {error}") from error
         self.file = path / "data.mdb" if path.is_dir() else path
@@ -298,7 +315,7 @@ def open_folder(
         if image_size is None or channels is None:
             _, image_size, channels, _ = _look(source, path, image_size, channels, cache_dir)
         # The first number changes when the rules of this file do.
-        copy = _place(source, path, cache_dir, f"2 {image_size} {channels}")
+        copy = _place(source, path, cache_dir, f"3 {image_size} {channels}")
         if not (copy / "dataset.json").exists():
             _prepare(source, path, copy, image_size, channels)
         total = len(source.names)
@@ -326,8 +343,8 @@ def _prepare(source: Any, path: str, copy: pathlib.Path, size: int, channels: in
             aside.mkdir()
             labels, bad, classes = [], {}, _classes(source)
             with (aside / "images.bin").open("wb") as file:
-                decode = lambda name: fit(open_image(source.read(name)), size, channels)  # noqa: E731
-                for name, result in _in_order(source, decode, "decoding"):
+                read = lambda name: decode(source.read(name), size, channels)  # noqa: E731
+                for name, result in _in_order(source, read, "decoding"):
                     if isinstance(result, str):
                         bad[name] = result
                     else:

@@ -334,7 +334,7 @@ def _bring(page: Page, editor: Any, name: str) -> Any:
     def bring(path: str) -> Iterator[Any]:
         try:
             with open(path, "rb") as file:
-                picture = decoding.fit(decoding.open_image(file.read()), CANVAS, 3)
+                picture = decoding.decode(file.read(), CANVAS, 3)
         except (OSError, ValueError) as error:
             raise UserError(f"This picture cannot be read: {error}.") from error
         yield _holding(picture)

@@ -154,7 +154,7 @@ def read_image(model: Model, path: str, flag: str = "--image") -> np.ndarray:
         raise UserError(f"name a picture with {flag}=PATH")
     size, _, channels = model.denoiser.image_shape
     try:
-        return decoding.fit(decoding.open_image(paths.read(paths.path(path))), size, channels)
+        return decoding.decode(paths.read(paths.path(path)), size, channels)
     except (OSError, ValueError) as error:
         raise UserError(f"{flag}={path} cannot be read: {error}") from error
 

@@ -23,8 +23,11 @@ def get_config(variant: str = "") -> ConfigDict:
     config.generator = ConfigDict({"nz": 2, "width": 128, "depth": 4, "t_emb_dim": 32, "octaves": 4})
     config.discriminator = ConfigDict({"width": 128, "depth": 4, "t_emb_dim": 32, "octaves": 4})
     config.train.update(
-        num_steps=20_000, batch_size=256, lr_g=1e-3, lr_d=1e-3, steps_per_epoch=1, r1_every=1, ema_decay=0.999
+        num_steps=20_000, batch_size=256, lr_g=1e-3, lr_d=1e-3, lr_min_d=5e-4, steps_per_epoch=1, r1_every=1
     )
+    # The modes keep their width with little R1 and without a moving average: z turns while G follows D, and the average
+    # of maps that are turned against each other is narrow (0.029 of 0.049, where G itself has 0.046)
+    config.train.update(r1_gamma=0.003, ema_decay=0.0)
     config.checkpoint.update(every=5_000, keep_period=0)
     config.log.update(every=100, samples_every=2_000)
     config.sample.update(batch_size=4096, grid=4096)

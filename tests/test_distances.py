@@ -91,6 +91,18 @@ def test_bad_files_of_moments(tmp_path, message):
     in_one_sentence(error)
 
 
+def test_moments_of_another_network(tmp_path):
+    """Of the same width; a file that says nothing of its network is believed."""
+    found, file = moments([features(20, 6, 0)]), tmp_path / "stats.npz"
+    save_moments(file, found, network="a1b2")
+    np.testing.assert_array_equal(load_moments(file, 6, network="a1b2").mu, found.mu)
+    np.testing.assert_array_equal(load_moments(file, 6).mu, found.mu)
+    with pytest.raises(UserError, match=r"stats.npz is of features of the network a1b2, and those of ffff are needed"):
+        load_moments(file, 6, network="ffff")
+    save_moments(file, found)
+    np.testing.assert_array_equal(load_moments(file, 6, network="ffff").mu, found.mu)
+
+
 def test_files_that_are_no_npz(tmp_path):
     (tmp_path / "text.npz").write_text("mu = 0")
     (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04 and no more")

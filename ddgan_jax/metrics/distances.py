@@ -102,16 +102,20 @@ def moments(chunks: Iterable[ArrayLike]) -> Moments:
     return result
 
 
-def save_moments(path: str | os.PathLike, values: Moments) -> None:
-    """Write `mu` and `sigma` as an npz, the form in which others publish theirs; `path` should end in .npz."""
-    paths.write(paths.path(path), lambda file: np.savez(file, mu=values.mu, sigma=values.sigma))
+def save_moments(path: str | os.PathLike, values: Moments, network: str = "") -> None:
+    """Write `mu` and `sigma` as an npz, the form in which others publish theirs; `path` should end in .npz.
+
+    `network` says what made the features, such as the `fingerprint` of a Network: `load_moments` compares it.
+    """
+    paths.write(paths.path(path), lambda file: np.savez(file, mu=values.mu, sigma=values.sigma, network=network))
 
 
-def load_moments(path: str | os.PathLike, width: int | None = None) -> Moments:
+def load_moments(path: str | os.PathLike, width: int | None = None, network: str = "") -> Moments:
     """Read an npz with `mu` [D] and `sigma` [D, D]; other arrays in it are ignored.
 
     Raises UserError if the file or an array is missing, shapes do not fit, a number is not finite, sigma is not
-    symmetric, or D is not the `width` asked for.
+    symmetric, D is not the `width` asked for, or the file says that it is of another `network`; published ones say
+    nothing of it.
     """
     try:
         with np.load(io.BytesIO(paths.read(paths.path(path)))) as file:
@@ -119,6 +123,7 @@ def load_moments(path: str | os.PathLike, width: int | None = None) -> Moments:
             if missing:
                 raise UserError(f"{path} has no array {missing[0]!r} (it has {', '.join(file) or 'none'})")
             mu, sigma = (np.asarray(file[name], np.float64) for name in ("mu", "sigma"))
+            made_by = str(file["network"]) if "network" in file else ""
     except UserError:
         raise
     except OSError as error:
@@ -131,6 +136,8 @@ def load_moments(path: str | os.PathLike, width: int | None = None) -> Moments:
         )
     if width is not None and len(mu) != width:
         raise UserError(f"{path} is of features of width {len(mu)}, and {width} is needed")
+    if network and made_by not in ("", network):
+        raise UserError(f"{path} is of features of the network {made_by[:40]}, and those of {network} are needed")
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise UserError(f"{path} holds NaN or infinity")
     if np.abs(sigma - sigma.T).max(initial=0) > 1e-4 * np.abs(sigma).max(initial=0):

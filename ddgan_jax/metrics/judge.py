@@ -48,7 +48,7 @@ class Judge:
         """Of the real images in the first network's features, or those that others published."""
         published = self.config.eval.reference_statistics
         if published and self.config.eval.features == "inception":
-            return distances.load_moments(published, self.real[0].features.shape[1])
+            return distances.load_moments(published, self.real[0].features.shape[1], self.networks[0].fingerprint)
         return distances.moments(_slices(self.real[0].features))
 
     @functools.cached_property

@@ -1,0 +1,57 @@
+"""A run of 100,000 steps, with all that is logged, saved and evaluated: it ends as light and as fast as it began."""
+
+import json
+import pathlib
+import re
+import statistics
+import subprocess
+
+import pytest
+from commands import POINTS, command
+
+
+def weight(pid: int) -> dict[str, int]:
+    """Resident KiB, open files and threads of a process."""
+    status = pathlib.Path(f"/proc/{pid}/status").read_text()
+    found = {name: int(re.search(rf"{name}:\s+(\d+)", status)[1]) for name in ("VmRSS", "Threads")}
+    return found | {"files": len(list(pathlib.Path(f"/proc/{pid}/fd").iterdir()))}
+
+
+@pytest.mark.parametrize("tensorboard", [False, True], ids=["plain", "tensorboard"])
+def test_a_long_run(tensorboard, full, count, tmp_path):
+    if tensorboard:
+        pytest.importorskip("clu")
+    steps = 100_000 if full else 5_000
+    argv, options = command(
+        POINTS,
+        f"--workdir={tmp_path}",
+        f"--config.train.num_steps={steps}",
+        f"--config.log.tensorboard={tensorboard}",
+        "--config.log.every=50",
+        "--config.log.samples_every=500",
+        "--config.checkpoint.every=500",
+        "--config.eval.every=500",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    weights = {}
+    with subprocess.Popen(argv, **options) as process:
+        for line in process.stdout:
+            if match := re.match(r"step (\d+)/", line):
+                step = int(match[1])
+                if step % (steps // 10) == 250:  # between two saves, which have threads and files of their own
+                    weights[step - 250] = weight(process.pid)
+    assert process.returncode == 0
+    early, late = weights[steps // 10], weights[steps // 10 * 9]
+    print(weights)
+    # a tenth of the short run is not enough to have used all that a run uses
+    allowed = 1.02 if full else 1.1
+    for name in early:
+        assert late[name] <= early[name] * allowed, (name, weights)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(records) == steps // 50
+    speeds = [record["images_per_second"] for record in records]
+    tenth = len(speeds) // 10
+    first, last = statistics.median(speeds[tenth : 2 * tenth]), statistics.median(speeds[-tenth:])
+    assert last > 0.8 * first, (first, last)  # neighbours make times waver
+    count(steps=steps, mib_early=early["VmRSS"] / 1024, mib_late=late["VmRSS"] / 1024, speed=last / first)

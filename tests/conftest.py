@@ -54,16 +54,14 @@ def close_to_largest(actual, expected, rtol: float, what: str = "") -> None:
     assert error <= rtol * scale + 1e-12, f"{what}: off by {error:.2g} where the largest is {scale:.2g}"
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="tests/chaos: all cases, which takes hours")
-    parser.addoption("--record", metavar="FOLDER", help="tests/chaos: write what was found there")
-
-
 LONG = ("test_one_replica_equals_four", "test_as_commands", "test_the_measures_of_the_paper")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest tests first, so that processes which share the tests end together."""
+    """The longest tests first, so that processes which share the tests end together; all of chaos/ are `chaos`."""
+    for item in items:
+        if item.path.parent.name == "chaos":
+            item.add_marker("chaos")
     items.sort(key=lambda item: item.name not in LONG)
 
 
@@ -83,3 +81,41 @@ def form(request):
 def cache(tmp_path_factory) -> str:
     """The flag that lets the commands of a module compile each program once."""
     return f"--compilation_cache={tmp_path_factory.mktemp('cache')}"
+
+
+# --- tests/chaos ---------------------------------------------------------------------------------------------------
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="tests/chaos: all cases, which takes hours")
+    parser.addoption("--record", metavar="FOLDER", help="tests/chaos: write what was found there")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`lives(few, many)` repeats a test with `life` = 0, 1, ...: `few` times, or `many` with --full."""
+    if marker := metafunc.definition.get_closest_marker("lives"):
+        few, many = marker.args
+        metafunc.parametrize("life", range(many if metafunc.config.getoption("--full") else few))
+
+
+@pytest.fixture
+def full(request) -> bool:
+    return request.config.getoption("--full")
+
+
+@pytest.fixture
+def count(request):
+    """Add to the figures of docs/reliability.md: count("killed", kills=3) after what it tells has held."""
+    folder = request.config.getoption("--record")
+    name = request.node.originalname
+
+    def add(**figures: float) -> None:
+        print({name: figures})
+        if folder:
+            line = {"test": name, "case": request.node.name} | figures
+            path = pathlib.Path(folder)
+            path.mkdir(parents=True, exist_ok=True)
+            with open(path / "cases.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")  # at once: processes that share the tests append whole lines
+
+    return add

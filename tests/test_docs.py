@@ -19,6 +19,7 @@ TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in PAGES}
 # Flags of our other commands, and of other programs (those of XLA begin with xla_).
 OTHER_FLAGS = set(
     "at_once seconds path batch largest only reference target "  # experiments, benchmarks
+    "full record "  # tests
     "help file_format manual_dir logdir strict inplace "  # any command, tfds, TensorBoard, mkdocs, jupyter
     "accelerator-type command python recurse spot version worker zone "  # gcloud, uv
     "gpus-per-node gpus-per-task nodes ntasks-per-node open-mode requeue signal time".split()  # SLURM

@@ -321,14 +321,14 @@ def test_splits_and_labels(tmp_path):
 OPEN = """
 import os, pathlib, signal, sys, time
 from ddgan_jax.data import image_folder
-fit, seen = image_folder.fit, []
+decode, seen = image_folder.decode, []
 def counted(*arguments):
     seen.append(1)
     if len(seen) == 20 and sys.argv[3] == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(0.02)  # long enough for the other process to come
-    return fit(*arguments)
-image_folder.fit = counted
+    return decode(*arguments)
+image_folder.decode = counted
 images = image_folder.open_folder(sys.argv[1], None, None, sys.argv[2])[0]
 print(images.shape, int(images.sum()), len(seen))
 """

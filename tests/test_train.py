@@ -88,7 +88,10 @@ def test_points(tmp_path):
 def test_a_run_begins_with_the_networks_of_another(tmp_path):
     """The moving average of its G, and its D; with learning rates of 0 they are still there at the end."""
     still = [f"--config.train.{name}=0.0" for name in ("lr_g", "lr_d", "lr_min")]
-    for name, flags in (("a", []), ("b", [f"--config.train.init_from={tmp_path}/a", *still])):
+    for name, flags in (
+        ("a", ["--config.train.ema_decay=0.9"]),
+        ("b", [f"--config.train.init_from={tmp_path}/a", *still]),
+    ):
         result = run(POINTS, f"--workdir={tmp_path}/{name}", *flags)
         assert result.returncode == 0, result.stderr
     assert f"the networks are those of {tmp_path}/a/checkpoints/8" in result.stdout

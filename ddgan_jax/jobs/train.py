@@ -332,7 +332,7 @@ def loop(run: Run, interrupt: Interrupt) -> bool:
                 return values is None or run.step < run.num_steps
             if run.draws():
                 with meter.paused():
-                    pictures(run)
+                    pictures(run, picture_of(run))
     raise AssertionError("batches are endless")
 
 
@@ -355,7 +355,7 @@ def catch_up(run: Run, meter: Meter, interrupt: Interrupt) -> None:
     if run.checkpoints and run.log:
         offer(run, run.log.last)
     if lacks_picture:
-        pictures(run)
+        pictures(run, picture_of(run))
 
 
 def batches_of(run: Run) -> Any:
@@ -446,12 +446,12 @@ def picture_of(run: Run) -> str:
     return f"step_{run.step:07d}.png"
 
 
-def pictures(run: Run, name: str = "") -> None:
+def pictures(run: Run, name: str) -> None:
     """Draw a grid of samples by all devices; process 0 writes it, and the curves so far."""
     images = run.draw(jax.device_get(run.state.ema_params), 0, run.config.sample.grid)
     if run.log:
         grid = figures.picture(images)
-        figures.save_image(run.path / "samples" / (name or picture_of(run)), grid)
+        figures.save_image(run.path / "samples" / name, grid)
         run.log.image(run.step, "samples", grid)
         figures.curves(run.path / "metrics.jsonl", run.path / "curves.png")
 

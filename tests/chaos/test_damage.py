@@ -143,7 +143,7 @@ def test_every_file(run, broken_off, full, count, tmp_path):
             few = rng.sample(modes, 1) if str(file).startswith(("samples", "evaluation", "curves")) else modes
             cases += [(file, how, mode) for mode in few]
     if not full:
-        cases = rng.sample(cases, 20)
+        cases = rng.sample(cases, 12)
     seen, wrong = {}, []
     for i, (file, how, mode) in enumerate(cases):
         copy = tmp_path / str(i)

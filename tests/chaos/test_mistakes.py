@@ -90,7 +90,7 @@ def test_settings(forks, full, count, tmp_path, cache):
         seen["refused" if ended.code == 2 else "trained"] += 1
         judge(ended, (75, 0))
 
-    wrong = failures_of(settings(), 700 if full else 150, check)
+    wrong = failures_of(settings(), 700 if full else 25, check)
     assert not wrong, "\n\n".join(wrong)
     count(**seen)
 
@@ -107,7 +107,7 @@ def test_flags(forks, full, count, tmp_path, cache):
         seen["refused" if ended.code == 2 else "done"] += 1
         judge(ended, (0, 75))
 
-    wrong = failures_of(flags(), 400 if full else 100, check)
+    wrong = failures_of(flags(), 400 if full else 30, check)
     assert not wrong, "\n\n".join(wrong)
     count(**seen)
 

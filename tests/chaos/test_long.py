@@ -45,13 +45,13 @@ def test_a_long_run(tensorboard, full, count, tmp_path):
     early, late = weights[steps // 10], weights[steps // 10 * 9]
     print(weights)
     # a tenth of the short run is not enough to have used all that a run uses
-    allowed = 1.02 if full else 1.1
-    for name in early:
-        assert late[name] <= early[name] * allowed, (name, weights)
+    allowed = {"VmRSS": 1.02, "Threads": 1.02, "files": 1.02} if full else {"VmRSS": 1.15, "Threads": 1.5, "files": 2}
+    for name, times in allowed.items():
+        assert late[name] <= early[name] * times, (name, weights)
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert len(records) == steps // 50
     speeds = [record["images_per_second"] for record in records]
     tenth = len(speeds) // 10
     first, last = statistics.median(speeds[tenth : 2 * tenth]), statistics.median(speeds[-tenth:])
-    assert last > 0.8 * first, (first, last)  # neighbours make times waver
+    assert last > (0.8 if full else 0.4) * first, (first, last)  # neighbours make times waver
     count(steps=steps, mib_early=early["VmRSS"] / 1024, mib_late=late["VmRSS"] / 1024, speed=last / first)

@@ -8,6 +8,7 @@ checkpoint is there when it is finished: a folder is renamed into place, in a bu
 written last. The checksums tell whether one was damaged later.
 """
 
+import functools
 import json
 import logging
 import math
@@ -132,6 +133,7 @@ class Checkpoints:
         The last `keep` stay, every one whose step `keep_period` divides (0: none), and the one that `offer` found best.
         """
         self.directory = _absolute(paths.path(workdir)) / "checkpoints"
+        self._rules = keep, keep_period
         policies = [managers.LatestN(keep), _Best(self.directory.parent)]
         policies += [managers.EveryNSteps(keep_period)] if keep_period else []
         self._options = ocp.CheckpointManagerOptions(
@@ -188,7 +190,16 @@ class Checkpoints:
         self.wait()
         text = json.dumps(_sealed({"step": step, "measure": measure, "value": value}))
         paths.write(self.directory.parent / "best.json", text + "\n")
+        self._prune()
         return True
+
+    def _prune(self) -> None:
+        """Delete what no rule keeps: the best so far when another is, and what a killed run had not deleted yet."""
+        steps, keep, period = self.steps(), *self._rules
+        kept = {*steps[-keep:], best(self.directory.parent).get("step")}
+        for step in steps:
+            if step not in kept and not (period and step % period == 0):
+                self._guard(functools.partial(self._manager.delete, step))
 
     def wait(self) -> None:
         """Return when everything is on disk. Raises Fault if it could not be written."""
@@ -222,6 +233,7 @@ class Checkpoints:
                 report(f"{error}; it is moved to {target}, and the run goes on from the checkpoint before")
                 continue
             state = unflatten(arrays, like, f"the checkpoint of step {step} in {self.directory}")
+            self._prune()
             return state, told.get("of_job")
         return None, None
 

@@ -81,6 +81,8 @@ def failures_of(case, number: int, check) -> list[str]:
 
 
 def test_settings(forks, full, count, tmp_path, cache):
+    if not full:
+        pytest.skip("what can be trained is compiled, which takes an hour for all: --full")
     seen = {"trained": 0, "refused": 0}
 
     def check(told):
@@ -90,7 +92,7 @@ def test_settings(forks, full, count, tmp_path, cache):
         seen["refused" if ended.code == 2 else "trained"] += 1
         judge(ended, (75, 0))
 
-    wrong = failures_of(settings(), 700 if full else 25, check)
+    wrong = failures_of(settings(), 700, check)
     assert not wrong, "\n\n".join(wrong)
     count(**seen)
 

@@ -3,6 +3,7 @@
 `step` is the only clock: randomness, data order and learning rates are functions of it.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -88,3 +89,8 @@ def norms(state: TrainState) -> dict[str, jax.Array]:
         "g_grad_norm": optax.tree.norm(state.gen_opt.mu),
         "g_param_norm": optax.tree.norm(state.gen_params),
     }
+
+
+def num_bytes(shapes: Any) -> int:
+    """Of all arrays, or shapes, in a tree."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))

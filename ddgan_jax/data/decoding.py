@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import math
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -19,23 +18,29 @@ MAX_PIXELS = 100_000_000  # of one file: beyond it is more likely an attack on t
 
 def open_image(content: bytes) -> Any:
     """The first frame of an image file as Pillow reads it, upright; ValueError with the reason if it is none."""
+    with _reasons():
+        return _loaded(_open(content))
+
+
+def _loaded(image: Any) -> Any:
+    """What `_open` returned, decoded and upright."""
     from PIL import ImageOps
 
-    with _reasons():
-        image = _open(content)
-        image.load()
-        ImageOps.exif_transpose(image, in_place=True)  # else it copies every image
-        return image
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)  # else it copies every image
+    return image
 
 
 def decode(content: bytes, size: int, channels: int) -> np.ndarray:
     """`fit` of `open_image`, with little memory where the image is large; ValueError with the reason if it is none."""
     with _reasons():
-        pixels = math.prod(_open(content).size)
-    if pixels <= LARGE:
-        return fit(open_image(content), size, channels)
-    with _LARGE:
-        return fit(_shrunk(open_image(content), size), size, channels)
+        image = _open(content)
+    large = image.width * image.height > LARGE
+    with _LARGE if large else contextlib.nullcontext():
+        with _reasons():
+            image = _loaded(image)
+        image = _shrunk(image, size) if large else image
+        return fit(image, size, channels)
 
 
 def _shrunk(image: Any, size: int) -> Any:

@@ -143,9 +143,9 @@ class _Zip:
 
 _WALK = """
 import sys, lmdb
-with lmdb.open(sys.argv[1], subdir=sys.argv[2] == "True", readonly=True, lock=False).begin() as transaction:
+with lmdb.open(sys.argv[1], subdir=sys.argv[2] == "True", readonly=True, lock=False).begin(buffers=True) as transaction:
     for key in transaction.cursor().iternext(values=False):
-        transaction.get(key)
+        bytes(transaction.get(key)[-1:])  # the end of each value: what is between is no part of the structure
 """
 
 

@@ -17,6 +17,7 @@ from ddgan_jax import cluster, processes
 from ddgan_jax.build import Built
 from ddgan_jax.data.sources import Data
 from ddgan_jax.errors import Fault
+from ddgan_jax.state import num_bytes
 
 Metrics = dict[str, Any]
 
@@ -49,10 +50,9 @@ def next_commands(workdir: str, evaluates: bool) -> list[str]:
 def overview(built: Built, shapes: Any, per_device: int, data: Data) -> None:
     """Say what is trained: networks, batch layout, state (of these `shapes`), classes."""
     count = lambda tree: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))  # noqa: E731
-    megabytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)) / 2**20
     say(
         f"generator {count(shapes.gen_params):,} parameters, discriminator {count(shapes.disc_params):,}; "
-        f"the state takes {megabytes:.1f} MiB"
+        f"the state takes {num_bytes(shapes) / 2**20:.1f} MiB"
     )
     say(
         f"{len(data.images):,} examples of {'x'.join(map(str, built.image_shape))}; batch {built.batch_size} = "

@@ -31,7 +31,7 @@ from ddgan_jax.jobs.signals import Interrupt, until
 from ddgan_jax.metrics.judge import RANKED_BY, Judge, judge, open_judge
 from ddgan_jax.model import networks_of
 from ddgan_jax.sampler import Sampler
-from ddgan_jax.state import norms
+from ddgan_jax.state import norms, num_bytes
 from ddgan_jax.storage import checkpoint, paths
 from ddgan_jax.storage.log import Log, read_metrics
 from ddgan_jax.storage.paths import Path
@@ -179,7 +179,7 @@ def begin(config: Any, workdir: str, opened: Data | None) -> Run:
         log = Log(path, as_dict(c), c.log, 0 if restored is None else int(restored.step))
         if told:
             unlogged = told["unlogged"]
-            if log.checksum() != told["log"]:
+            if log.checksum != told["log"]:
                 say(
                     f"note: {log.path} is damaged, or was changed: its records differ from those at the last checkpoint"
                 )
@@ -207,10 +207,13 @@ def check_memory(built: Built, shapes: Any) -> None:
     memory = (device.memory_stats() or {}).get("bytes_limit") or os.sysconf("SC_PHYS_PAGES") * os.sysconf(
         "SC_PAGE_SIZE"
     )
-    state = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
     batch = 4 * math.prod((built.batch_size // jax.device_count(), *built.image_shape))
     for size, what, lower in (
-        (state, "the state of networks of this size", "generator.nf and discriminator.ngf, or width and depth"),
+        (
+            num_bytes(shapes),
+            "the state of networks of this size",
+            "generator.nf and discriminator.ngf, or width and depth",
+        ),
         (batch, f"a batch of {built.batch_size:,}", "train.batch_size"),
     ):
         if size > memory:
@@ -412,7 +415,7 @@ def save(run: Run, values: dict[str, float], meter: Meter) -> None:
     meter.check(lambda: intact(run))
     if run.checkpoints and run.log:
         run.log.flush()
-        told = {"unlogged": meter.unlogged(), "log": run.log.checksum()}
+        told = {"unlogged": meter.unlogged(), "log": run.log.checksum}
         run.checkpoints.save(run.step, run.state, as_dict(run.config), told)
         offer(run, values)
 

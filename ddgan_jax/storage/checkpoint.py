@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import types
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -133,11 +134,11 @@ class Checkpoints:
         The last `keep` stay, every one whose step `keep_period` divides (0: none), and the one that `offer` found best.
         """
         self.directory = _absolute(paths.path(workdir)) / "checkpoints"
-        self._rules = keep, keep_period
         policies = [managers.LatestN(keep), _Best(self.directory.parent)]
         policies += [managers.EveryNSteps(keep_period)] if keep_period else []
+        self._policy = managers.AnyPreservationPolicy(policies)
         self._options = ocp.CheckpointManagerOptions(
-            preservation_policy=managers.AnyPreservationPolicy(policies),
+            preservation_policy=self._policy,
             cleanup_tmp_directories=True,
             multiprocessing_options=_alone(),
             create=False,  # Orbax does not create directories for a part of the processes
@@ -194,12 +195,11 @@ class Checkpoints:
         return True
 
     def _prune(self) -> None:
-        """Delete what no rule keeps: the best so far when another is, and what a killed run had not deleted yet."""
-        steps, keep, period = self.steps(), *self._rules
-        kept = {*steps[-keep:], best(self.directory.parent).get("step")}
-        for step in steps:
-            if step not in kept and not (period and step % period == 0):
-                self._guard(functools.partial(self._manager.delete, step))
+        """Delete now what Orbax would delete at the next save: the best so far when another is, or after a kill."""
+        found = [types.SimpleNamespace(step=step) for step in self.steps()]
+        for info, stays in zip(found, self._policy.should_preserve(found, context=None), strict=True):
+            if not stays:
+                self._guard(functools.partial(self._manager.delete, info.step))
 
     def wait(self) -> None:
         """Return when everything is on disk. Raises Fault if it could not be written."""

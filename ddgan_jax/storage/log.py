@@ -44,7 +44,7 @@ class Log:
         records = [record for record in read_metrics(self.path) if record["step"] <= start_step]
         self.last = records[-1] if records else {}  # of those that stay
         lines = [json.dumps(record) + "\n" for record in records]
-        self._checksum = zlib.crc32("".join(lines).encode())
+        self.checksum = zlib.crc32("".join(lines).encode())  # of all records
         self._uploaded, self._file = time.time(), None
         self._dashboards: list[TensorBoard | WeightsAndBiases] = []
         with self._guard():
@@ -70,7 +70,7 @@ class Log:
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Append one record. Raises Fault if it cannot be written."""
         line = json.dumps({"step": step} | {k: float(f"{v:.6g}") for k, v in values.items()}) + "\n"
-        self._checksum = zlib.crc32(line.encode(), self._checksum)
+        self.checksum = zlib.crc32(line.encode(), self.checksum)
         with self._guard():
             if self._file:
                 self._file.write(line)
@@ -81,10 +81,6 @@ class Log:
                     self._upload()
         for dashboard in self._dashboards:
             dashboard.scalars(step, values)
-
-    def checksum(self) -> int:
-        """CRC-32 of all records."""
-        return self._checksum
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """Show uint8 [H, W, 3] in the dashboards."""

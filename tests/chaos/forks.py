@@ -16,6 +16,8 @@ import tempfile
 import time
 from typing import NamedTuple
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
 MOST_MEMORY = 8 * 2**30  # bytes that a case may allocate
@@ -37,6 +39,23 @@ class Ended(NamedTuple):
         return (self.errors.strip().splitlines() or [""])[-1]
 
 
+def at_step(step: int, do: str) -> str:
+    """Lines for `before` of Forks.run: a line of Python that runs just before the step after `step` is taken."""
+    return f"""
+import os, signal
+from ddgan_jax import parallel
+take = parallel.Stop.step
+def with_it(self, run, state, *rest):
+    if int(state.step) == {step}:
+        {do}
+    return take(self, run, state, *rest)
+parallel.Stop.step = with_it
+"""
+
+
+SIGTERM = "os.kill(os.getpid(), signal.SIGTERM)"
+
+
 class Forks:
     """A server of its own, which ends with this object."""
 
@@ -55,6 +74,14 @@ class Forks:
 
     def close(self) -> None:
         self._process.communicate()
+
+
+@pytest.fixture(scope="module")
+def forks():
+    """Of a module's own, without datasets and with quick code generation."""
+    started = Forks(XLA_FLAGS="--xla_backend_optimization_level=0", TFDS_DATA_DIR="/nonexistent")
+    yield started
+    started.close()
 
 
 def work(request: dict, out: str, err: str, compiled: str) -> None:

@@ -13,33 +13,17 @@ import shutil
 import numpy as np
 import pytest
 from commands import POINTS
-from forks import Forks
+from forks import SIGTERM, at_step, forks  # noqa: F401
 from test_killed import OFTEN, outcome
 
 FLAGS = [POINTS, *OFTEN, "--config.checkpoint.keep=2", "--config.checkpoint.keep_period=4"]
-STOP_AT_6 = """
-import os, signal
-from ddgan_jax import parallel
-step = parallel.Stop.step
-def signalled(self, run, state, *rest):
-    if int(state.step) == 5:
-        os.kill(os.getpid(), signal.SIGTERM)
-    return step(self, run, state, *rest)
-parallel.Stop.step = signalled
-"""
+STOP_AT_6 = at_step(5, SIGTERM)
 SAMPLE = ["--mode=sample", "--num_samples=100"]
 EVALUATE = ["--mode=evaluate", "--num_samples=200"]
 
 
 @pytest.fixture(scope="module")
-def forks():
-    started = Forks(XLA_FLAGS="--xla_backend_optimization_level=0")
-    yield started
-    started.close()
-
-
-@pytest.fixture(scope="module")
-def run(forks, tmp_path_factory, cache):
+def run(forks, cache):  # noqa: F811
     """Runs main.py on a workdir."""
 
     def start(workdir, *arguments, before=""):

@@ -12,7 +12,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from forks import Forks
+from forks import Forks, at_step
 from test_killed import Unbroken, assert_same, outcome, photos, pictures  # noqa: F401
 
 from ddgan_jax.storage import checkpoint
@@ -31,17 +31,6 @@ KINDS = {  # of writes while training, and a part of their paths
     "compiled programs": "/programs/",
     "the rest of the workdir": "/run/",
 }
-# Becomes sick in the middle of the run: for what is written from the start on
-AT_STEP_3 = """
-import os
-from ddgan_jax import parallel
-step = parallel.Stop.step
-def sick_after(self, run, state, *rest):
-    if int(state.step) == 3:
-        open(os.environ["SICK_CONTROL"], "w").write({!r})
-    return step(self, run, state, *rest)
-parallel.Stop.step = sick_after
-"""
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +69,10 @@ def test_while_training(disk, pictures, full, count, tmp_path):  # noqa: F811
             f"--compilation_cache={folder / 'programs'}" if kind == "compiled programs" else "",
         ]
         text = f"{SICK[sickness]} {KINDS[kind]}"
+        later = at_step(3, f"open({str(control)!r}, 'w').write({text!r})")
         control.write_text(text if first else "")
         try:
-            ended = server.run(*filter(None, arguments), before="" if first else AT_STEP_3.format(text), seconds=300)
+            ended = server.run(*filter(None, arguments), before="" if first else later, seconds=300)
             control.write_text("")
             codes[ended.code] = codes.get(ended.code, 0) + 1
             assert "Traceback" not in ended.errors, ended.errors[-1500:]

@@ -5,7 +5,7 @@ A mistake ends with exit code 2, in one sentence that names the field or the fla
 
 import hypothesis
 import pytest
-from forks import Forks
+from forks import SIGTERM, at_step, forks  # noqa: F401
 from hypothesis import strategies as st
 
 from ddgan_jax import config, presets
@@ -16,29 +16,12 @@ WORDS = ["", " ", "True", "None", "abc", "é", "a=b", "../..", "/dev/null", "gs:
 LISTS = ["()", "[]", "(1,)", "(0,)", "(1,2", "(1,2.5)", "1,2", "((4,True),)", "((2,False),(4,True))", "{'a':1}"]
 FIELDS = sorted(config.flat(config.as_dict(config.Config())))
 FIELDS += ["discriminator.stages", "discriminator.start", "generator", "train", "", "train.batchsize", "a.b.c"]
+ONE_STEP = at_step(0, SIGTERM)  # a run ends after it
 FLAGS = {
     "mode": ["train", "sample", "vary", "edit", "inpaint", "interpolate", "export", "evaluate", "training"],
     **{name: [] for name in "num_samples sample_seed label posterior num_variants start_step t rounds between".split()},
     **{name: [] for name in "checkpoint samples image mask interrupted_exit_code host port config nothing".split()},
 }
-
-# A run ends after its first step, as after a signal.
-ONE_STEP = """
-import os, signal
-from ddgan_jax import parallel
-step = parallel.Stop.step
-def once(*arguments):
-    os.kill(os.getpid(), signal.SIGTERM)
-    return step(*arguments)
-parallel.Stop.step = once
-"""
-
-
-@pytest.fixture(scope="module")
-def forks():
-    started = Forks(XLA_FLAGS="--xla_backend_optimization_level=0", TFDS_DATA_DIR="/nonexistent")
-    yield started
-    started.close()
 
 
 def values(name: str):
@@ -80,7 +63,7 @@ def failures_of(case, number: int, check) -> list[str]:
     return wrong
 
 
-def test_settings(forks, full, count, tmp_path, cache):
+def test_settings(forks, full, count, tmp_path, cache):  # noqa: F811
     if not full:
         pytest.skip("what can be trained is compiled, which takes an hour for all: --full")
     seen = {"trained": 0, "refused": 0}
@@ -97,7 +80,7 @@ def test_settings(forks, full, count, tmp_path, cache):
     count(**seen)
 
 
-def test_flags(forks, full, count, tmp_path, cache):
+def test_flags(forks, full, count, tmp_path, cache):  # noqa: F811
     """With a model of the digits, and without one."""
     seen = {"done": 0, "refused": 0}
 

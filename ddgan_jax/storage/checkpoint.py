@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import sys
 import types
 import zlib
 from collections.abc import Callable, Sequence
@@ -123,6 +124,18 @@ def _unsealed(fields: Any) -> dict[str, Any]:
 def _untold(record: logging.LogRecord) -> bool:
     """Orbax logs the traceback of what goes wrong in the background, and raises it again, which is told as a Fault."""
     return not (record.exc_info and "orbax" in record.pathname)
+
+
+@functools.cache  # for the whole process, since they come from other threads, also after an error is handled
+def _silence_reads_that_go_on() -> None:
+    """Where one array cannot be read, the reads of others find Orbax's event loop closed: a traceback for each."""
+    before = sys.unraisablehook
+
+    def hook(what: Any) -> None:
+        if not (isinstance(what.exc_value, RuntimeError) and str(what.exc_value) == "Event loop is closed"):
+            before(what)
+
+    sys.unraisablehook = hook
 
 
 class Checkpoints:
@@ -246,6 +259,7 @@ def read(path: Path, ema_only: bool = False) -> tuple[Arrays, dict[str, Any]]:
 
 def _read(path: Path, ema_only: bool = False) -> tuple[Arrays, dict[str, Any]]:
     """({path: array}, what `save` wrote as JSON) of one checkpoint directory."""
+    _silence_reads_that_go_on()
     alone = {"multiprocessing_options": _alone()}
     handlers: dict[str, Any] = {
         "ema": ocp.StandardCheckpointHandler(**alone),

@@ -1,10 +1,12 @@
 """What is installed, under which licences, and that nothing is fetched while it runs."""
 
 import importlib.metadata
+import json
 import pathlib
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 
 import pytest
@@ -56,6 +58,20 @@ def test_licences(request, count):
         path.mkdir(parents=True, exist_ok=True)
         (path / "licences.md").write_text("\n".join(lines) + "\n")
     count(core=len(core), with_extras=len(all_))
+
+
+def test_no_known_vulnerability(full, count):
+    """Of all that is installed here, by pip-audit; new ones come to be known, so that it is asked for by --full."""
+    pytest.importorskip("pip_audit")
+    if not full:
+        pytest.skip("asks the network: --full")
+    command = [sys.executable, "-m", "pip_audit", "--local", "--format=json", "--progress-spinner=off"]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True).stdout or '{"dependencies": []}')
+    asked = {package["name"]: package["vulns"] for package in found["dependencies"] if "vulns" in package}
+    if not asked:
+        pytest.skip("the database of known vulnerabilities cannot be reached")
+    count(packages=len(asked))
+    assert not {name: vulns for name, vulns in asked.items() if vulns}
 
 
 def test_without_a_network(count, tmp_path):

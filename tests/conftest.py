@@ -4,6 +4,7 @@ Their arrays are NCHW with PyTorch's weight layouts; `tests/golden/README.md` sa
 """
 
 import contextlib
+import datetime
 import json
 import lzma
 import os
@@ -112,7 +113,10 @@ def count(request):
     def add(**figures: float) -> None:
         print({name: figures})
         if folder:
-            line = {"test": name, "case": request.node.name} | figures
+            from experiments.common import machine
+
+            about = {"date": f"{datetime.date.today()}", "machine": machine()}
+            line = {"test": name, "case": request.node.name} | figures | about
             path = pathlib.Path(folder)
             path.mkdir(parents=True, exist_ok=True)
             with open(path / "cases.jsonl", "a") as file:

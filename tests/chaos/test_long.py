@@ -54,4 +54,4 @@ def test_a_long_run(tensorboard, full, count, tmp_path):
     tenth = len(speeds) // 10
     first, last = statistics.median(speeds[tenth : 2 * tenth]), statistics.median(speeds[-tenth:])
     assert last > (0.8 if full else 0.4) * first, (first, last)  # neighbours make times waver
-    count(steps=steps, mib_early=early["VmRSS"] / 1024, mib_late=late["VmRSS"] / 1024, speed=last / first)
+    count(steps=steps, mib=late["VmRSS"] / 1024, growth=late["VmRSS"] / early["VmRSS"], speed=last / first)

@@ -1,0 +1,99 @@
+"""The figures of docs/reliability.md, from what the tests recorded: `python tests/chaos/report.py`.
+
+`pytest -m chaos tests/chaos --full --record=docs/results/reliability` records; lines of an earlier run of a case count
+no more.
+"""
+
+import json
+import pathlib
+import string
+from collections import defaultdict
+
+FOLDER = pathlib.Path(__file__).parent.parent.parent / "docs" / "results" / "reliability"
+# {test: (what was tried, what was seen)}, with the figures that `count` was told: sums, the largest as `most_NAME`,
+# and how many `runs` there were
+ROWS = {
+    "test_at_random_moments": ("SIGKILL at random moments, points", "{kills} kills of {runs} trainings"),
+    "test_images_at_random_moments": (
+        "the same, with images to prepare and a classifier to train",
+        "{kills} kills of {runs} trainings",
+    ),
+    "test_at_every_write": ("SIGKILL before each write to the workdir", "{kills} kills"),
+    "test_in_a_save": ("SIGKILL while a checkpoint is written", "{kills} kills, {unfinished} left a part of one"),
+    "test_in_a_bucket": ("SIGKILL, workdir in a bucket (emulated)", "{kills} kills of {runs} trainings"),
+    "test_one_of_two_processes": ("SIGKILL of one of two processes", "{kills} kills of {runs} trainings"),
+    "test_sigterm": ("SIGTERM at random moments", "{signals} signals in {runs} trainings"),
+    "test_while_training": ("a sick disk under a training", "{cases} combinations of write, fault and moment"),
+    "test_while_writing_a_result": ("a sick disk under a result", "{cases} combinations"),
+    "test_every_file": (
+        "a damaged file of a workdir, then resume, sample or evaluate",
+        "{cases} cases: {right_numbers} right numbers, {an_older_checkpoint} from an older checkpoint, {told} said "
+        "what is lost, {one_sentence} ended in a sentence",
+    ),
+    "test_settings": ("random values in fields", "{trained} trained a step, {refused} were refused"),
+    "test_flags": ("random values in flags", "{done} did it, {refused} were refused"),
+    "test_mutated_files": (
+        "mutated files, of 12 kinds",
+        "{cases} files, {refused} refused; at most {most_slowest:.1f} s and {most_mib:.0f} MiB each",
+    ),
+    "test_bombs": ("images that unpack to gigabytes, in folders and zips", "{cases} cases, at most {most_mib:.0f} MiB"),
+    "test_what_is_no_file": ("pipes, devices, links and folders named as images", "{cases} kinds"),
+    "test_fifty_at_once": (
+        "requests to the page at once",
+        "{visitors} got their pictures, in {most_longest_seconds:.0f} s",
+    ),
+    "test_who_goes_away_leaves_nothing_running": ("visitors of the page who leave", "{left}"),
+    "test_a_long_run": (
+        "a long training that logs, saves, draws and evaluates 200 times",
+        "{steps} steps in {runs} trainings; memory at the end and after a tenth: {most_growth:.3f}",
+    ),
+    "test_against_torch_fidelity": (
+        "measures against torch-fidelity, up to {most_samples} x 2,048 features",
+        "relative difference of FID {most_fid:.0e}, KID {most_kid:.0e}, IS {most_inception_score:.0e}; precision "
+        "{most_precision:.4f}, recall {most_recall:.4f}",
+    ),
+    "test_without_a_network": ("commands without a network", "{commands}"),
+    "test_licences": ("packages whose licence was read", "{with_extras}, {core} of them in the core"),
+}
+
+
+def summed(runs: list[dict]) -> dict:
+    """The figures of a test's cases: their sums, and the largest as most_NAME."""
+    figures = {"runs": len(runs)}
+    for run in runs:
+        for name, value in run.items():
+            if isinstance(value, (int, float)):
+                figures[name] = figures.get(name, 0) + value
+                figures[f"most_{name}"] = max(value, figures.get(f"most_{name}", value))
+    return figures
+
+
+class Formatter(string.Formatter):
+    """Whole numbers with commas; what no case told is 0."""
+
+    def get_value(self, key, args, kwargs):
+        return kwargs.get(key, 0)
+
+    def format_field(self, value, format_spec):
+        return f"{value:,}" if isinstance(value, int) else format(value, format_spec)
+
+
+def report() -> str:
+    """Write table.md beside the records; returns it."""
+    cases: dict[str, dict[str, dict]] = defaultdict(dict)
+    for line in (FOLDER / "cases.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        cases[record["test"]][record["case"]] = record
+    lines = ["| tried | seen |", "|---|---|"]
+    for test, row in ROWS.items():
+        if runs := list(cases[test].values()):
+            lines.append("| " + " | ".join(Formatter().format(cell, **summed(runs)) for cell in row) + " |")
+    everything = [run for runs in cases.values() for run in runs.values()]
+    machines, days = (sorted({run[name] for run in everything}) for name in ("machine", "date"))
+    lines += ["", f"{'; '.join(machines)}, {days[0]} to {days[-1]}."]
+    (FOLDER / "table.md").write_text("\n".join(lines) + "\n")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(report())

@@ -35,6 +35,7 @@ def _at_most(most: int) -> Range:
 Positive = Annotated[int, Range(lambda n: n >= 1, "an integer of at least 1"), _at_most(2**31 - 1)]
 Count = Annotated[int, Range(lambda n: n >= 0, "an integer of at least 0"), _at_most(2**31 - 1)]
 Width = Annotated[Positive, _at_most(16_384)]
+Latents = Annotated[Count, _at_most(16_384)]
 Layers = Annotated[Count, _at_most(1_000)]
 Blocks = Annotated[Positive, _at_most(1_000)]
 PositiveFloat = Annotated[float, Range(lambda x: x > 0, "a number above 0")]

@@ -102,6 +102,7 @@ def test_every_field_refuses_what_it_cannot_be(name):
         ("generator.nff", 3, "there is no setting generator.nff: did you mean generator.nf?"),
         ("generator.dtype", "float32", "there is no setting generator.dtype: "),
         ("generator.nf", "wide", "generator.nf='wide' must be an integer"),
+        ("generator.nz", 10**9, "generator.nz=1000000000 must be an integer of at most 16384"),
         ("generator.nf", 0, "generator.nf=0 must be an integer of at least 1"),
         ("generator.ch_mult", (1, 0), "generator.ch_mult=.1, 0. must be integers of at least 1"),
         ("generator.dropout", 1.0, "generator.dropout=1.0 must be a number of at least 0 and below 1"),

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ddgan_jax.config import Below1, Blocks, Count, Layers, Positive, Positives, Width
+from ddgan_jax.config import Below1, Blocks, Latents, Layers, Positive, Positives, Width
 from ddgan_jax.errors import UserError
 from ddgan_jax.networks import layers
 from ddgan_jax.networks.layers import Dtype
@@ -42,7 +42,7 @@ class Generator(nn.Module):
     ch_mult: Positives = (1, 2, 2, 2)  # width of every level, in units of nf
     num_res_blocks: Blocks = 2
     attn_resolutions: Positives = (16,)  # heights of the levels that get attention
-    nz: Count = 100  # 0: no latent variable, for comparison
+    nz: Latents = 100  # 0: no latent variable, for comparison
     z_emb_dim: Width = 256
     n_mlp: Layers = 4  # hidden layers of the z mapping
     resblock_type: str = "biggan"

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ddgan_jax.config import Count, Layers, Width
+from ddgan_jax.config import Latents, Layers, Width
 from ddgan_jax.networks import layers
 from ddgan_jax.networks.layers import Dtype
 
@@ -50,7 +50,7 @@ class PointGenerator(_PointNetwork):
     """G(x_{t+1} [B,d], t [B], z [B,nz]) -> x0_hat [B,d] float32, unbounded. `keys` is accepted and unused."""
 
     dim: int = 2
-    nz: Count = 2
+    nz: Latents = 2
 
     @nn.compact
     def __call__(self, x: jax.Array, t: jax.Array, z: jax.Array, keys: jax.Array | None = None) -> jax.Array:

@@ -182,12 +182,14 @@ def samples_tab(page: Page) -> None:
 
     def sample(seed: Any, choice: str, count: int) -> Iterator[Any]:
         seed, label = whole(seed, "The seed"), page.chosen_label(choice)
-        labels, chunks, pictures = model.labels(label, count), [], []
+        labels, chunks, pictures, shown = model.labels(label, count), [], [], 0
         yield [], (seed, label), None, [], gr.DownloadButton(interactive=False)
         for chunk in Sampler(model.denoiser, AT_ONCE).chunks(model.params, seed, count, labels):
             chunks.append(chunk)
             pictures += enlarged(chunk)
-            yield pictures, *[gr.skip()] * 4
+            if len(pictures) >= min(count, 2 * shown or AT_ONCE):  # all are sent each time: after 16, 32, 64, ...
+                shown = len(pictures)
+                yield pictures, *[gr.skip()] * 4
         archive = zipped(np.concatenate(chunks), page.folder)
         yield *[gr.skip()] * 4, gr.DownloadButton(value=archive, interactive=True)
 

@@ -39,21 +39,24 @@ ROWS = {
     "test_bombs": ("images that unpack to gigabytes, in folders and zips", "{cases} cases, at most {most_mib:.0f} MiB"),
     "test_what_is_no_file": ("pipes, devices, links and folders named as images", "{cases} kinds"),
     "test_fifty_at_once": (
-        "requests to the page at once",
-        "{visitors} got their pictures, in {most_longest_seconds:.0f} s",
+        "visitors of the page at once",
+        "{visitors}, each with the right pictures within {most_longest_seconds:.0f} s",
     ),
-    "test_who_goes_away_leaves_nothing_running": ("visitors of the page who leave", "{left}"),
+    "test_who_goes_away_leaves_nothing_running": ("visitors of the page who leave", "{left}, and nothing goes on"),
     "test_a_long_run": (
         "a long training that logs, saves, draws and evaluates 200 times",
         "{steps} steps in {runs} trainings; memory at the end and after a tenth: {most_growth:.3f}",
     ),
     "test_against_torch_fidelity": (
         "measures against torch-fidelity, up to {most_samples} x 2,048 features",
-        "relative difference of FID {most_fid:.0e}, KID {most_kid:.0e}, IS {most_inception_score:.0e}; precision "
-        "{most_precision:.4f}, recall {most_recall:.4f}",
+        "largest differences: FID {most_fid:.0e}, KID {most_kid:.0e}, IS {most_inception_score:.0e} of their values; "
+        "precision {most_precision:.0e}, recall {most_recall:.0e}",
     ),
-    "test_without_a_network": ("commands without a network", "{commands}"),
-    "test_licences": ("packages whose licence was read", "{with_extras}, {core} of them in the core"),
+    "test_without_a_network": ("a machine without a network", "{commands} commands"),
+    "test_licences": (
+        "licences of the packages that are installed",
+        "{with_extras} free ones, {core} of them in the core",
+    ),
 }
 
 
@@ -90,7 +93,7 @@ def report() -> str:
             lines.append("| " + " | ".join(Formatter().format(cell, **summed(runs)) for cell in row) + " |")
     everything = [run for runs in cases.values() for run in runs.values()]
     machines, days = (sorted({run[name] for run in everything}) for name in ("machine", "date"))
-    lines += ["", f"{'; '.join(machines)}, {days[0]} to {days[-1]}."]
+    lines += ["", f"{'; '.join(machines)}, {' to '.join(sorted({days[0], days[-1]}))}."]
     (FOLDER / "table.md").write_text("\n".join(lines) + "\n")
     return "\n".join(lines)
 

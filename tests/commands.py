@@ -9,6 +9,7 @@ import sys
 ROOT = pathlib.Path(__file__).parent.parent
 SMOKE = "--config=configs/digits.py:smoke"
 POINTS = "--config=configs/gaussians.py:smoke"
+PARTS = 12  # of the longest tests in chaos/, so that each can be repeated by itself
 
 
 def command(*arguments, **options):

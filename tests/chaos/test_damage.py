@@ -12,7 +12,7 @@ import shutil
 
 import numpy as np
 import pytest
-from commands import POINTS
+from commands import PARTS, POINTS
 from forks import SIGTERM, at_step, forks  # noqa: F401
 from test_killed import OFTEN, outcome
 
@@ -115,7 +115,8 @@ def check(run, workdir, right, mode, out, file) -> str:
     return "right numbers" if step == newest else "an older checkpoint"
 
 
-def test_every_file(run, broken_off, full, count, tmp_path):
+@pytest.mark.lives(1, PARTS)
+def test_every_file(life, run, broken_off, full, count, tmp_path):
     workdir, right = broken_off
     files = sorted(path.relative_to(workdir) for path in workdir.rglob("*") if path.is_file())
     assert len(files) > 40
@@ -126,8 +127,7 @@ def test_every_file(run, broken_off, full, count, tmp_path):
         for how in ("cut", "emptied", "deleted", "folder", *["flipped"] * 3):
             few = rng.sample(modes, 1) if str(file).startswith(("samples", "evaluation", "curves")) else modes
             cases += [(file, how, mode) for mode in few]
-    if not full:
-        cases = rng.sample(cases, 12)
+    cases = cases[life::PARTS] if full else rng.sample(cases, 12)
     seen, wrong = {}, []
     for i, (file, how, mode) in enumerate(cases):
         copy = tmp_path / str(i)

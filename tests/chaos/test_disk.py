@@ -12,6 +12,7 @@ import subprocess
 
 import numpy as np
 import pytest
+from commands import PARTS
 from forks import Forks, at_step
 from test_killed import Unbroken, assert_same, outcome, photos, pictures  # noqa: F401
 
@@ -56,9 +57,10 @@ def cases() -> list[tuple[str, str, bool]]:
     return sorted(found)
 
 
-def test_while_training(disk, pictures, full, count, tmp_path):  # noqa: F811
+@pytest.mark.lives(1, PARTS)
+def test_while_training(life, disk, pictures, full, count, tmp_path):  # noqa: F811
     server, control = disk
-    chosen = cases() if full else random.Random(1).sample(cases(), 3)
+    chosen = cases()[life::PARTS] if full else random.Random(1).sample(cases(), 3)
     wrong, codes = [], {}
     for i, (kind, sickness, first) in enumerate(chosen):
         folder = tmp_path / str(i)

@@ -4,6 +4,7 @@ A mistake ends with exit code 2, in one sentence that names the field or the fla
 """
 
 import hypothesis
+import pytest
 from forks import SIGTERM, at_step, forks  # noqa: F401
 from hypothesis import strategies as st
 
@@ -47,8 +48,8 @@ def flags(draw) -> list[str]:
     return [f"--mode={mode}", *told]
 
 
-def failures_of(case, number: int, check) -> list[str]:
-    """What `check(arguments)` says is wrong, for so many cases, the same ones each time."""
+def failures_of(case, number: int, seed: int, check) -> list[str]:
+    """What `check(arguments)` says is wrong, for so many cases, the same ones for a seed each time."""
     wrong = []
 
     def one(told) -> None:
@@ -57,13 +58,15 @@ def failures_of(case, number: int, check) -> list[str]:
         except AssertionError as error:
             wrong.append(f"{' '.join(told)[:300]}: {str(error)[:1500]}")
 
-    quiet = dict(deadline=None, database=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck))
+    quiet = dict(deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck))
     phases = [hypothesis.Phase.generate]
-    hypothesis.settings(max_examples=number, phases=phases, **quiet)(hypothesis.given(case)(one))()
+    sample = hypothesis.settings(max_examples=number, phases=phases, **quiet)(hypothesis.given(case)(one))
+    hypothesis.seed(seed)(sample)()
     return wrong
 
 
-def test_settings(forks, full, count, tmp_path, cache):  # noqa: F811
+@pytest.mark.lives(1, 14)
+def test_settings(life, forks, full, count, tmp_path, cache):  # noqa: F811
     seen = {"trained": 0, "refused": 0}
 
     def check(told):
@@ -73,12 +76,13 @@ def test_settings(forks, full, count, tmp_path, cache):  # noqa: F811
         seen["refused" if ended.code == 2 else "trained"] += 1
         judge(ended, (75, 0))
 
-    wrong = failures_of(settings(), 700 if full else 6, check)
+    wrong = failures_of(settings(), 50 if full else 6, life, check)
     assert not wrong, "\n\n".join(wrong)
     count(**seen)
 
 
-def test_flags(forks, full, count, tmp_path, cache):  # noqa: F811
+@pytest.mark.lives(1, 8)
+def test_flags(life, forks, full, count, tmp_path, cache):  # noqa: F811
     """With a model of the digits, and without one."""
     seen = {"done": 0, "refused": 0}
 
@@ -90,7 +94,7 @@ def test_flags(forks, full, count, tmp_path, cache):  # noqa: F811
         seen["refused" if ended.code == 2 else "done"] += 1
         judge(ended, (0, 75))
 
-    wrong = failures_of(flags(), 400 if full else 30, check)
+    wrong = failures_of(flags(), 50 if full else 30, life, check)
     assert not wrong, "\n\n".join(wrong)
     count(**seen)
 

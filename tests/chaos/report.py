@@ -1,7 +1,7 @@
 """The figures of docs/reliability.md, from what the tests recorded: `python tests/chaos/report.py`.
 
-`pytest -m chaos tests/chaos --full --record=docs/results/reliability` records; lines of an earlier run of a case count
-no more.
+`pytest -m chaos tests/chaos --full --record=docs/results/reliability` records, for new figures into an empty folder.
+What a case recorded before counts no more.
 """
 
 import json

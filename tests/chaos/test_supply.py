@@ -51,7 +51,8 @@ def test_licences(request, count):
     for name, (_, said) in all_.items():
         assert re.search(FREE, said, re.IGNORECASE) or name.startswith(OF_NVIDIA), f"{name}: {said}"
     if folder := request.config.getoption("--record"):
-        lines = ["| package | version | licence | needed by |", "|---|---|---|---|"]
+        lines = ["# Licences", "", "Of what is installed, as the packages themselves name them.", ""]
+        lines += ["| package | version | licence | needed by |", "|---|---|---|---|"]
         for name, (version, said) in sorted(all_.items()):
             lines.append(f"| {name} | {version} | {said} | {'all' if name in core else 'extras'} |")
         path = pathlib.Path(folder)

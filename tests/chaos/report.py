@@ -10,18 +10,16 @@ import string
 from collections import defaultdict
 
 FOLDER = pathlib.Path(__file__).parent.parent.parent / "docs" / "results" / "reliability"
+KILLS = "{kills} kills of {runs} trainings"
 # {test: (what was tried, what was seen)}, with the figures that `count` was told: sums, the largest as `most_NAME`,
 # and how many `runs` there were
 ROWS = {
-    "test_at_random_moments": ("SIGKILL at random moments, points", "{kills} kills of {runs} trainings"),
-    "test_images_at_random_moments": (
-        "the same, with images to prepare and a classifier to train",
-        "{kills} kills of {runs} trainings",
-    ),
+    "test_at_random_moments": ("SIGKILL at random moments, points", KILLS),
+    "test_images_at_random_moments": ("the same, with images to prepare and a classifier to train", KILLS),
     "test_at_every_write": ("SIGKILL before each write to the workdir", "{kills} kills"),
     "test_in_a_save": ("SIGKILL while a checkpoint is written", "{kills} kills, {unfinished} left a part of one"),
-    "test_in_a_bucket": ("SIGKILL, workdir in a bucket (emulated)", "{kills} kills of {runs} trainings"),
-    "test_one_of_two_processes": ("SIGKILL of one of two processes", "{kills} kills of {runs} trainings"),
+    "test_in_a_bucket": ("SIGKILL, workdir in a bucket (emulated)", KILLS),
+    "test_one_of_two_processes": ("SIGKILL of one of two processes", KILLS),
     "test_sigterm": ("SIGTERM at random moments", "{signals} signals in {runs} trainings"),
     "test_while_training": ("a sick disk under a training", "{cases} combinations of write, fault and moment"),
     "test_while_writing_a_result": ("a sick disk under a result", "{cases} combinations"),
@@ -45,7 +43,7 @@ ROWS = {
     "test_who_goes_away_leaves_nothing_running": ("visitors of the page who leave", "{left}, and nothing goes on"),
     "test_a_long_run": (
         "a long training that logs, saves, draws and evaluates 200 times",
-        "{steps} steps in {runs} trainings; memory at the end and after a tenth: {most_growth:.3f}",
+        "{steps} steps in {runs} trainings; at the end {most_growth:.3f} times the memory after a tenth",
     ),
     "test_against_torch_fidelity": (
         "measures against torch-fidelity, up to {most_samples} x 2,048 features",

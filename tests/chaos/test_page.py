@@ -8,6 +8,7 @@ import pathlib
 import time
 import urllib.error
 import urllib.request
+import uuid
 
 import numpy as np
 import pytest
@@ -17,17 +18,19 @@ import ddgan_jax
 
 pytest.importorskip("gradio")
 from test_demo import Served
+from test_long import weight
+
+from ddgan_jax.jobs.demo import MOST
 
 MODEL = "digits_conditional"
-MOST = 256  # samples that one may ask for
 OUTSIDE = {"path": "/etc/passwd"}
 
 
 class Client:
     """One visitor of a page, who speaks as its JavaScript does."""
 
-    def __init__(self, url: str, session: str):
-        self.url, self.session = url, session
+    def __init__(self, url: str):
+        self.url, self.session = url, uuid.uuid4().hex
         with urllib.request.urlopen(f"{url}/config", timeout=60) as answer:
             config = json.load(answer)
         names = {part["id"]: part["props"].get("elem_id") for part in config["components"]}
@@ -76,11 +79,6 @@ class Client:
             return np.asarray(Image.open(io.BytesIO(answer.read())).convert("RGB"))
 
 
-def weight(pid: int) -> tuple[int, int]:
-    """Threads and open files of a process."""
-    return len(os.listdir(f"/proc/{pid}/task")), len(os.listdir(f"/proc/{pid}/fd"))
-
-
 def busy(pid: int, seconds: float) -> float:
     """How many cores a process uses."""
 
@@ -95,7 +93,7 @@ def busy(pid: int, seconds: float) -> float:
 @pytest.fixture(scope="module")
 def served():
     page = Served(MODEL)
-    Client(page.url, "first").press("go", 0, "0", 0, 1, 2)  # what is compiled is compiled
+    Client(page.url).press("go", 0, "0", 0, 1, 2)  # what is compiled is compiled
     yield page
     page.close()
 
@@ -105,7 +103,7 @@ def test_fifty_at_once(served, count):
     model = ddgan_jax.load(MODEL)
 
     def visit(number: int) -> float:
-        client, start = Client(served.url, f"visitor{number}"), time.time()
+        client, start = Client(served.url), time.time()
         told = client.press("go", number, str(number % 10), 0, 1, 4)
         seconds = time.time() - start
         assert told["success"], told
@@ -121,23 +119,22 @@ def test_fifty_at_once(served, count):
 
 
 def test_who_goes_away_leaves_nothing_running(served, count):
-    client = Client(served.url, "before")
-    client.press("sample", 0, "1", 16)
+    Client(served.url).press("sample", 0, "1", 16)
     busy(served.process.pid, 3)
     before = weight(served.process.pid)
     for number in range(20):
-        client = Client(served.url, f"leaves{number}")
+        client = Client(served.url)
         client.ask("sample", number, "1", MOST)
         client.hear(until=("estimation", "process_starts", "process_generating")[number % 3])
     start = time.time()
-    assert Client(served.url, "stays").press("sample", 0, "1", 16)["success"]
+    assert Client(served.url).press("sample", 0, "1", 16)["success"]
     waited = time.time() - start
     time.sleep(5)
     idle = busy(served.process.pid, 5)
     after = weight(served.process.pid)
     count(left=20, waited_seconds=waited, cores=idle, before=before, after=after)
     assert idle < 0.2
-    assert after[0] <= before[0] + 2 and after[1] <= before[1] + 2
+    assert all(after[name] <= before[name] + 2 for name in ("Threads", "files"))
 
 
 @pytest.mark.parametrize(
@@ -152,21 +149,17 @@ def test_who_goes_away_leaves_nothing_running(served, count):
         ("sample", (OUTSIDE, "1", 4)),
         ("go", (0, "1", 0, 2**40, 4)),
         ("edit", (None, 99, 0, "1")),
-        (
-            "edit",
-            ({"background": {"path": "/etc/passwd"}, "layers": [], "composite": {"path": "/etc/passwd"}}, 1, 0, "1"),
-        ),
+        ("edit", ({"background": OUTSIDE, "layers": [], "composite": OUTSIDE}, 1, 0, "1")),
         ("bring_to_draw", (OUTSIDE,)),
         ("bring_to_draw", ({"path": "http://127.0.0.1:1/x.png", "meta": {"_type": "gradio.FileData"}},)),
     ],
 )
 def test_what_no_browser_sends(served, button, data):
     """It is refused, and the page goes on."""
-    client = Client(served.url, f"hostile{abs(hash((button, str(data))))}")
     try:
-        said = client.error(button, *data)
+        said = Client(served.url).error(button, *data)
     except urllib.error.HTTPError as error:
         assert 400 <= error.code < 500
     else:
         assert said is None or "root:" not in said
-    assert Client(served.url, "after").press("go", 0, "0", 0, 1, 2)["success"]
+    assert Client(served.url).press("go", 0, "0", 0, 1, 2)["success"]

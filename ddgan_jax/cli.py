@@ -5,6 +5,7 @@
 
 import functools
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -48,6 +49,8 @@ def run(argv: list[str]) -> None:
     """Read the flags and do the job. Raises UserError for wrong use."""
     FLAGS = flags.FLAGS
     if {"--help", "-help", "-h"} & set(argv):
+        if hasattr(signal, "SIGPIPE"):
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` has enough of it before its end
         print(f"{__doc__}\n{FLAGS.module_help(__name__)}\n  --config: A preset or a file, with :VARIANT.")
         print(f"    <{'|'.join(presets.names())}|FILE.py>\n    (default: 'digits')")
         return

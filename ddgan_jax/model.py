@@ -283,11 +283,18 @@ def models() -> dict[str, str]:
 
 
 def file_of(path: str) -> str | None:
-    """The file that holds the model that `path` names, if it is one, or one of `models()`; None for a folder."""
+    """The file that holds the model that `path` names, if it is one, or one of `models()`; None for a folder.
+
+    Raises UserError for a name that is neither a folder nor a model.
+    """
     if path.endswith((".pth", ".safetensors")):
         return path
+    if "/" in path or paths.exists(path):
+        return None
     pretrained = PRETRAINED / f"{path}.safetensors"
-    return str(pretrained) if "/" not in path and pretrained.exists() and not paths.exists(path) else None
+    if not pretrained.exists():
+        raise UserError(f"there is no {path}: name a workdir, a checkpoint, a file, or one of {', '.join(models())}")
+    return str(pretrained)
 
 
 def beside(path: str, name: str) -> str:

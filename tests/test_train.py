@@ -70,6 +70,10 @@ def test_help():
         "--compilation_cache",
     ):
         assert flag in result.stdout, flag
+    cut = subprocess.run(
+        f"{sys.executable} main.py --help | head -1", shell=True, cwd=ROOT, capture_output=True, text=True
+    )
+    assert cut.stdout.startswith("Denoising Diffusion GANs") and not cut.stderr
 
 
 def test_points(tmp_path):

@@ -12,9 +12,9 @@ import subprocess
 
 import numpy as np
 import pytest
-from commands import PARTS
+from commands import PARTS, POINTS
 from forks import Forks, at_step
-from test_killed import Unbroken, assert_same, outcome, photos, pictures  # noqa: F401
+from test_killed import OFTEN, assert_same, outcome, photos  # noqa: F401
 
 from ddgan_jax.storage import checkpoint
 
@@ -32,6 +32,8 @@ KINDS = {  # of writes while training, and a part of their paths
     "compiled programs": "/programs/",
     "the rest of the workdir": "/run/",
 }
+OF_PICTURES = ("picture", "data copy", "cached features")  # the others are as well tried with points, which are quick
+QUICK = "from ddgan_jax.metrics import classifier; classifier.STEPS = 50\n"  # it is trained in every case
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +52,21 @@ def disk(tmp_path_factory):
     server.close()
 
 
+@pytest.fixture(scope="module")
+def unbroken(disk, photos, cache, tmp_path_factory):  # noqa: F811
+    """Of runs on points and on pictures: the arguments, and what is left on a well disk."""
+    pictures = ["--config=configs/image_folder.py:smoke", "--config.data.name=image_folder"]
+    pictures += [f"--config.data.path={photos}", "--config.eval.features=classifier"]
+    runs = {}
+    for name, own in (("points", [POINTS]), ("pictures", pictures)):
+        folder, arguments = tmp_path_factory.mktemp(name), [*own, *OFTEN, cache]
+        places = [f"--config.data.dir={folder / 'data'}", f"--workdir={folder / 'run'}"]
+        ended = disk[0].run(*arguments, *places, before=QUICK, seconds=300)
+        assert ended.code == 0, ended
+        runs[name] = arguments, outcome(folder / "run")
+    return runs
+
+
 def cases() -> list[tuple[str, str, bool]]:
     """(kind of write, sickness, from the start?)."""
     both = ("metrics", "picture", "the rest of the workdir")
@@ -58,14 +75,15 @@ def cases() -> list[tuple[str, str, bool]]:
 
 
 @pytest.mark.lives(1, PARTS)
-def test_while_training(life, disk, pictures, full, count, tmp_path):  # noqa: F811
+def test_while_training(life, disk, unbroken, full, count, tmp_path):
     server, control = disk
     chosen = cases()[life::PARTS] if full else random.Random(1).sample(cases(), 3)
     wrong, codes = [], {}
     for i, (kind, sickness, first) in enumerate(chosen):
         folder = tmp_path / str(i)
+        flags, right = unbroken["pictures" if kind in OF_PICTURES else "points"]
         arguments = [
-            *pictures.arguments,
+            *flags,
             f"--config.data.dir={folder / 'data'}",
             f"--workdir={folder / 'run'}",
             f"--compilation_cache={folder / 'programs'}" if kind == "compiled programs" else "",
@@ -74,7 +92,8 @@ def test_while_training(life, disk, pictures, full, count, tmp_path):  # noqa: F
         later = at_step(3, f"open({str(control)!r}, 'w').write({text!r})")
         control.write_text(text if first else "")
         try:
-            ended = server.run(*filter(None, arguments), before="" if first else later, seconds=300)
+            before = QUICK if first else QUICK + later
+            ended = server.run(*filter(None, arguments), before=before, seconds=300)
             control.write_text("")
             codes[ended.code] = codes.get(ended.code, 0) + 1
             assert "Traceback" not in ended.errors, ended.errors[-1500:]
@@ -84,9 +103,9 @@ def test_while_training(life, disk, pictures, full, count, tmp_path):  # noqa: F
             assert goes_on or len(ended.errors.strip().splitlines()) == 1, ended.errors
             for step in checkpoint.finished(folder / "run" / "checkpoints"):
                 checkpoint.read(checkpoint.find(folder / "run" / "checkpoints" / str(step)))
-            again = server.run(*filter(None, arguments), seconds=300)
+            again = server.run(*filter(None, arguments), before=QUICK, seconds=300)
             assert again.code == 0, again
-            assert_same(folder / "run", pictures.outcome)
+            assert_same(folder / "run", right)
         except Exception as error:
             wrong.append(f"{kind}, {sickness}, {'from the start' if first else 'at step 3'}: {str(error)[:1500]}")
         control.write_text("")

@@ -23,7 +23,7 @@ KINDS = {  # of writes while training, and a part of their paths
     "checkpoint": "/checkpoints/4",
     "metrics": "/metrics.jsonl",
     "picture": "/samples/",
-    "curves": "/curves.png",
+    "curves": "/.curves.png",
     "best": "/.best.json",
     "settings": "/.config.json",
     "results": "/.results.json",

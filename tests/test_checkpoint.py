@@ -1,5 +1,7 @@
 """Checkpoints: nothing is lost, nothing broken is believed, and sampling needs neither data nor TensorFlow."""
 
+import asyncio
+import gc
 import json
 import pathlib
 import shutil
@@ -114,6 +116,17 @@ def test_a_damaged_checkpoint_is_set_aside(workdir, damage):
     checkpoints.save(3, tiny_state(3), CONFIG)  # the step can be saved again
     checkpoints.close()
     assert int(restore(workdir)[0].step) == 3
+
+
+def test_reads_that_nobody_asks_for_are_silent(workdir, caplog):
+    """Where one array is unreadable, its Fault is the answer; what the reads of the others come to is not logged."""
+    restore(workdir)
+    loop = asyncio.new_event_loop()
+    for reason in ('DATA_LOSS: Error opening "zarr" driver [tensorstore_spec=...]', "of somebody else"):
+        loop.create_future().set_exception(ValueError(reason))
+    gc.collect()
+    loop.close()
+    assert len(caplog.records) == 1 and "of somebody else" in caplog.text
 
 
 def test_nothing_whole_is_none(workdir):

@@ -128,7 +128,10 @@ def _untold(record: logging.LogRecord) -> bool:
 
 @functools.cache  # for the whole process, since they come from other threads, also after an error is handled
 def _silence_reads_that_go_on() -> None:
-    """Where one array cannot be read, the reads of others find Orbax's event loop closed: a traceback for each."""
+    """Where one array cannot be read, a Fault says so, and nobody asks for the others: Orbax closes its event loop.
+
+    Each of their reads would print a traceback, that the loop is closed, or that nobody asked.
+    """
     before = sys.unraisablehook
 
     def hook(what: Any) -> None:
@@ -136,6 +139,7 @@ def _silence_reads_that_go_on() -> None:
             before(what)
 
     sys.unraisablehook = hook
+    logging.getLogger("asyncio").addFilter(lambda record: "tensorstore" not in record.getMessage())
 
 
 class Checkpoints:

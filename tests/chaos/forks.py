@@ -38,6 +38,11 @@ class Ended(NamedTuple):
         """The last line of the errors."""
         return (self.errors.strip().splitlines() or [""])[-1]
 
+    @property
+    def told(self) -> list[str]:
+        """The lines of the errors, but for warnings, such as Orbax's of a busy machine that saves slowly."""
+        return [line for line in self.errors.strip().splitlines() if not line.startswith("WARNING:")]
+
 
 def at_step(step: int, do: str) -> str:
     """Lines for `before` of Forks.run: a line of Python that runs just before the step after `step` is taken."""

@@ -25,8 +25,7 @@ ROWS = {
     "test_while_writing_a_result": ("a sick disk under a result", "{cases} combinations"),
     "test_every_file": (
         "a damaged file of a workdir, then resume, sample or evaluate",
-        "{cases} cases: {right_numbers} right numbers, {an_older_checkpoint} from an older checkpoint, {told} said "
-        "what is lost, {one_sentence} ended in a sentence",
+        "{cases} cases: {right_numbers} right numbers, {told} said what is lost, {one_sentence} ended in a sentence",
     ),
     "test_settings": ("random values in fields", "{trained} trained a step, {refused} were refused"),
     "test_flags": ("random values in flags", "{done} did it, {refused} were refused"),

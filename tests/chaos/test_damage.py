@@ -93,7 +93,7 @@ def check(run, workdir, right, mode, out, file) -> str:
         ended = run(workdir, *EVALUATE, f"--out={out}")
     assert "Traceback" not in ended.errors, ended.errors[-1500:]
     if ended.code:
-        assert ended.code in (1, 2) and len(ended.errors.strip().splitlines()) == 1, ended
+        assert ended.code in (1, 2) and len(ended.told) == 1, ended
         return "one sentence"
     if mode == "resume":
         ours = outcome(workdir)

@@ -102,7 +102,7 @@ def test_while_training(life, disk, unbroken, full, count, tmp_path):
             allowed = (0,) if goes_on else (1, 2) if kind in ("settings", "data copy") or first else (1,)
             assert ended.code in allowed, ended
             assert kind != "cached features" or sickness == "slow" or "will be computed again" in ended.output, ended
-            assert goes_on or len(ended.errors.strip().splitlines()) == 1, ended.errors
+            assert goes_on or len(ended.told) == 1, ended.errors
             for step in checkpoint.finished(folder / "run" / "checkpoints"):
                 checkpoint.read(checkpoint.find(folder / "run" / "checkpoints" / str(step)))
             again = server.run(*filter(None, arguments), before=QUICK, seconds=300)
@@ -126,7 +126,7 @@ def test_while_writing_a_result(mode, name, sickness, disk, count, tmp_path):
     control.write_text(f"{SICK[sickness]} {tmp_path}")
     ended = server.run(*arguments, "--sample_seed=1")
     control.write_text("")
-    assert ended.code == 1 and len(ended.errors.strip().splitlines()) == 1, ended
+    assert ended.code == 1 and len(ended.told) == 1, ended
     assert (tmp_path / name).read_bytes() == before
     assert server.run(*arguments, "--sample_seed=1").code == 0
     if name.endswith(".npz"):

@@ -179,7 +179,7 @@ def test_images_at_random_moments(life, pictures, count, tmp_path):
     count(kills=len(fell))
 
 
-@pytest.mark.lives(1, 11)
+@pytest.mark.lives(1, 12)
 def test_sigterm(life, points, count, tmp_path):
     """Ends with exit code 75, or 0 where all was done."""
     start = starter([*points.arguments, f"--workdir={tmp_path}"])
@@ -237,7 +237,7 @@ def test_in_a_save(life, points, count, tmp_path):
     count(kills=1, unfinished=any("tmp" in name for name in left))
 
 
-@pytest.mark.lives(1, 10)
+@pytest.mark.lives(1, 13)
 def test_in_a_bucket(life, bucket, points, count, tmp_path):  # noqa: F811
     workdir = f"{bucket.url}/life_{life}"
     bucket.be("slow")
@@ -260,7 +260,7 @@ def pair(tmp_path_factory, points):
     return outcome(workdir)
 
 
-@pytest.mark.lives(1, 10)
+@pytest.mark.lives(1, 15)
 def test_one_of_two_processes(life, points, pair, count, tmp_path):
     """The other one notices, and ends too; together they are started again."""
     rng, fell = random.Random(300 + life), []

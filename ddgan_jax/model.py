@@ -276,10 +276,13 @@ def _at_least_one(name: str, value: int) -> None:
 PRETRAINED = pathlib.Path(__file__).parent / "pretrained"
 
 
+def _pretrained() -> dict[str, pathlib.Path]:
+    return {file.stem: file for file in sorted(PRETRAINED.glob("*.safetensors"))}
+
+
 def models() -> dict[str, str]:
     """The models that come with the package: what `load` takes, and what each is."""
-    found = {file.stem: safetensors.about(file) for file in sorted(PRETRAINED.glob("*.safetensors"))}
-    return {name: about.get("summary", "") for name, about in found.items()}
+    return {name: safetensors.about(file).get("summary", "") for name, file in _pretrained().items()}
 
 
 def file_of(path: str) -> str | None:
@@ -291,10 +294,10 @@ def file_of(path: str) -> str | None:
         return path
     if "/" in path or paths.exists(path):
         return None
-    pretrained = PRETRAINED / f"{path}.safetensors"
-    if not pretrained.exists():
-        raise UserError(f"there is no {path}: name a workdir, a checkpoint, a file, or one of {', '.join(models())}")
-    return str(pretrained)
+    known = _pretrained()
+    if path not in known:
+        raise UserError(f"there is no {path}: name a workdir, a checkpoint, a file, or one of {', '.join(known)}")
+    return str(known[path])
 
 
 def beside(path: str, name: str) -> str:

@@ -336,8 +336,9 @@ def test_the_models_that_come_along():
         samples = model.sample(8).astype(np.float32)
         assert np.isfinite(samples).all() and samples.std() > 1
     assert ddgan_jax.models()["digits"] == results["digits"]["summary"]
-    with pytest.raises(UserError, match=r"there is no digitz: name .* or one of cifar10_small, digits, "):
-        ddgan_jax.load("digitz")
+    for name in ("digitz", "x" * 5000):  # the latter is too long for a file
+        with pytest.raises(UserError, match=rf"there is no {name}: name .* or one of cifar10_small, digits, "):
+            ddgan_jax.load(name)
 
 
 def test_one_file_that_is_damaged_or_foreign(model, tmp_path):

@@ -70,10 +70,11 @@ def test_help():
         "--compilation_cache",
     ):
         assert flag in result.stdout, flag
+    # `true` is gone when the help comes; `head` would be too, most times
     cut = subprocess.run(
-        f"{sys.executable} main.py --help | head -1", shell=True, cwd=ROOT, capture_output=True, text=True
+        f"{sys.executable} main.py --help | true", shell=True, cwd=ROOT, capture_output=True, text=True
     )
-    assert cut.stdout.startswith("Denoising Diffusion GANs") and not cut.stderr
+    assert not cut.stderr
 
 
 def test_points(tmp_path):

@@ -40,8 +40,8 @@ class Ended(NamedTuple):
 
     @property
     def told(self) -> list[str]:
-        """The lines of the errors, but for warnings, such as Orbax's of a busy machine that saves slowly."""
-        return [line for line in self.errors.strip().splitlines() if not line.startswith("WARNING:")]
+        """The lines of the errors, but for Orbax's advice to save less often, which a busy machine brings out."""
+        return [line for line in self.errors.strip().splitlines() if "Waiting for previous save" not in line]
 
 
 def at_step(step: int, do: str) -> str:

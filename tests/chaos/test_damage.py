@@ -112,7 +112,7 @@ def check(run, workdir, right, mode, out, file) -> str:
         assert np.array_equal(images, right["sample"][step]), f"other images, as if of step {step}"
     newest = 4 if mode == "best" else 6
     assert step == newest or "damaged" in ended.output + ended.errors, ended
-    return "right numbers" if step == newest else "an older checkpoint"
+    return "right numbers" if step == newest else "told"
 
 
 @pytest.mark.lives(1, PARTS)

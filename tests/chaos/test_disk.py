@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from commands import PARTS, POINTS
 from forks import Forks, at_step
-from test_killed import OFTEN, assert_same, outcome, photos  # noqa: F401
+from test_killed import OFTEN, assert_same, of_pictures, outcome, photos  # noqa: F401
 
 from ddgan_jax.storage import checkpoint
 
@@ -56,10 +56,8 @@ def disk(tmp_path_factory):
 @pytest.fixture(scope="module")
 def unbroken(disk, photos, cache, tmp_path_factory):  # noqa: F811
     """Of runs on points and on pictures: the arguments, and what is left on a well disk."""
-    pictures = ["--config=configs/image_folder.py:smoke", "--config.data.name=image_folder"]
-    pictures += [f"--config.data.path={photos}", "--config.eval.features=classifier"]
     runs = {}
-    for name, own in (("points", [POINTS]), ("pictures", pictures)):
+    for name, own in (("points", [POINTS]), ("pictures", of_pictures(photos))):
         folder, arguments = tmp_path_factory.mktemp(name), [*own, *OFTEN, cache]
         places = [f"--config.data.dir={folder / 'data'}", f"--workdir={folder / 'run'}"]
         ended = disk[0].run(*arguments, *places, before=QUICK, seconds=300)
@@ -93,7 +91,7 @@ def test_while_training(life, disk, unbroken, full, count, tmp_path):
         later = at_step(3, f"open({str(control)!r}, 'w').write({text!r})")
         control.write_text(text if first else "")
         try:
-            before = QUICK if first else QUICK + later
+            before = QUICK + ("" if first else later)
             ended = server.run(*filter(None, arguments), before=before, seconds=300)
             control.write_text("")
             codes[ended.code] = codes.get(ended.code, 0) + 1

@@ -120,12 +120,16 @@ def points(tmp_path_factory):
     return Unbroken(tmp_path_factory.mktemp("points"), POINTS)
 
 
+def of_pictures(folder: pathlib.Path) -> list[str]:
+    """Arguments of a run on a folder of pictures, which it prepares and trains a classifier for."""
+    data = ["--config.data.name=image_folder", f"--config.data.path={folder}"]
+    return ["--config=configs/image_folder.py:smoke", *data, "--config.eval.features=classifier"]
+
+
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory, photos):
     folder = tmp_path_factory.mktemp("pictures")
-    data = [f"--config.data.path={photos}", f"--config.data.dir={folder / 'data'}"]
-    arguments = ["--config=configs/image_folder.py:smoke", "--config.data.name=image_folder", *data]
-    return Unbroken(folder, *arguments, "--config.eval.features=classifier")
+    return Unbroken(folder, *of_pictures(photos), f"--config.data.dir={folder / 'data'}")
 
 
 def live(start, seconds: float, rng: random.Random, number=signal.SIGKILL) -> list[str]:

@@ -99,10 +99,13 @@ def sweep(
     common_flags: Sequence[str],
     methods: Mapping[str, Sequence[str]],
     at_once: int,
-    seeds: Sequence[int] = SEEDS,
+    cases: Sequence[tuple[str, int]] = (),
 ) -> list[dict[str, Any]]:
-    """`run_all` of every method (a name and its flags) with every seed: what it found, with `method` and `seed`."""
-    cases = [(method, seed) for seed in seeds for method in methods]  # first one seed of all
+    """`run_all` of every method (a name and its flags) with every seed: what it found, with `method` and `seed`.
+
+    `cases` are the methods and seeds that are run, where they are not all.
+    """
+    cases = cases or [(method, seed) for seed in SEEDS for method in methods]  # first one seed of all
     found = run_all(dict(job(name, common_flags, methods, *case) for case in cases), at_once)
     return [{"method": method, "seed": seed} | run for (method, seed), run in zip(cases, found, strict=True)]
 

@@ -6,7 +6,7 @@ With little noise x_{t+1} nearly says what x_0 is, so that its mean is a sharp i
 sooner than D's gradients do. With much noise the mean would be a blur, and the term next to nothing. The weight by the
 signal-to-noise ratio is that of the likelihood of x_{t+1} given x_0: ||sqrt(abar) (x_0 - x0_hat)||^2 / (1 - abar).
 
-The weight may fall from `weight` to `end` as s^2, s G's learning rate as a share of its first. Squared error then
+The weight may fall from `weight` to `end` in proportion to G's learning rate. Squared error then
 teaches G first what it can, and the end is the game with D, which a large weight would hold back; some of it keeps the
 modes' shares.
 """
@@ -34,7 +34,7 @@ class Reconstruction(Wrapped):
         loss, parts = self.base.g_loss(c, pairs)
         error, error_parts = weighted_error(c.schedule, c.x0, pairs.x0_hat, c.draws.t)
         end = self.weight if self.end is None else self.end
-        weight = end + (self.weight - end) * c.lr_share**2
+        weight = end + (self.weight - end) * c.lr_share
         return loss + weight * error, parts | error_parts
 
 

@@ -163,6 +163,29 @@ def test_weights_and_biases(tmp_path):
     assert "UserError: log.wandb=probe needs wandb: run `pip install wandb`" in child.communicate(timeout=120)[1]
 
 
+WITH_TENSORBOARD = """
+import gc, random, sys
+from ddgan_jax.config import LogConfig
+from ddgan_jax.storage import log, paths
+run, blocks = log.Log(paths.path(sys.argv[1]), {}, LogConfig(tensorboard=True), 0), []
+for step in range(1, 1001):
+    run.scalars(step, {f"loss_{i}": random.random() for i in range(20)})
+    if step % 500 == 0:
+        run.flush()
+        gc.collect()
+        blocks.append(sys.getallocatedblocks())
+run.close()
+print(blocks[1] - blocks[0])
+"""
+
+
+def test_tensorboard_keeps_no_numbers_in_memory(tmp_path):
+    """Of 10,000, each of which would be a block of memory or more."""
+    pytest.importorskip("clu")
+    out, err = python(WITH_TENSORBOARD, tmp_path).communicate(timeout=240)
+    assert int(out.split()[-1]) < 2_000, err
+
+
 @pytest.mark.slow
 def test_the_seconds_of_a_run_are_those_of_all_its_parts(tmp_path):
     """A run that goes on counts on; one that had finished keeps its results."""

@@ -1,5 +1,6 @@
 """Pictures, drawn from files and host arrays: they can be redrawn without an accelerator."""
 
+import gc
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +10,8 @@ import numpy as np
 from ddgan_jax.storage import paths
 from ddgan_jax.storage.log import read_metrics
 from ddgan_jax.storage.paths import Given
+
+POINTS = 500  # of a curve, as many as a panel has pixels: a long run's curves take no more memory than a short one's
 
 
 def grid(images: np.ndarray, columns: int | None = None, min_side: int = 64, gap: int = 2) -> np.ndarray:
@@ -135,6 +138,7 @@ def save_figure(figure: Any, path: Given) -> None:
     """Write a Matplotlib figure and close it."""
     paths.write(path, lambda file: figure.savefig(file, dpi=100, format=_format(path)))
     pyplot().close(figure)
+    gc.collect()  # a figure's parts refer to each other: megabytes that would wait for Python to look for such circles
 
 
 def save_image(path: Given, image: np.ndarray) -> None:
@@ -175,7 +179,7 @@ def trajectory(x: np.ndarray, x0_hat: np.ndarray, names: Sequence[str], path: Gi
 def curves(metrics: Given, path: Given) -> None:
     """Draw the curves of a metrics.jsonl: losses, logits, losses by t, R1, norms of gradients and parameters."""
     plt = pyplot()
-    records = read_metrics(metrics)
+    records = read_metrics(metrics, at_most=POINTS)
     panels: list[tuple[str, Sequence[str]]] = [
         ("losses", ("d_loss", "g_loss", "g_squared_error")),
         ("mean logits", ("d_real", "d_fake")),

@@ -8,6 +8,7 @@ import os
 import pathlib
 import queue
 import shlex
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 import ddgan_jax
 from ddgan_jax.errors import Fault
+from ddgan_jax.storage.log import read_metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results"
@@ -61,8 +63,22 @@ def train_and_judge(workdir: pathlib.Path, *flags: str, quiet: bool = False) -> 
     trained, judged = (json.loads((workdir / name).read_text()) for name in ("results.json", "evaluation/results.json"))
     found = {"flags": list(flags), "steps": trained["step"], "train_seconds": trained["seconds"], "machine": machine()}
     found["judged"] = {k: v for k, v in judged.items() if k not in ("checkpoint", "samples", "data", "networks")}
+    records = read_metrics(workdir / "metrics.jsonl")
+    found["images_per_second"] = statistics.median(record["images_per_second"] for record in records)
+    if way := [evaluated(record) for record in records if any(name.startswith("eval/") for name in record)]:
+        found["on_the_way"] = way
     done.write_text(json.dumps(found, indent=2) + "\n")
     return found
+
+
+def evaluated(record: dict[str, Any]) -> dict[str, float]:
+    """The measures of an evaluation while training, by the names that they have at the end, and its step."""
+    return {name.removeprefix("eval/"): v for name, v in record.items() if name.startswith("eval/") or name == "step"}
+
+
+def flags_of(fields: Mapping[str, Any]) -> list[str]:
+    """The flags that set these fields of the configuration."""
+    return [f"--config.{field}={value}" for field, value in fields.items()]
 
 
 def run_all(jobs: Mapping[pathlib.Path, Sequence[str]], at_once: int) -> list[dict[str, Any]]:

@@ -2,9 +2,10 @@
 
     python -m experiments.pretrained --path=cifar10             # about three hours of one core
 
-`--path` is a folder or zip with one folder a class, as the 50,000 training images of CIFAR-10 saved as files. What is
-trained in runs/experiments/pretrained is not trained again. Writes ddgan_jax/pretrained/NAME.safetensors, whose
-metadata tell how each was made and what it measures.
+`--path` is a folder or zip with one folder a class, as the 50,000 training images of CIFAR-10 saved as files. Writes
+ddgan_jax/pretrained/NAME.safetensors, whose metadata tell how each was made and what it measures. A model whose file is
+there stays as it is: delete the file to make it again, from its training in runs/experiments/pretrained where there is
+one.
 """
 
 import argparse
@@ -39,8 +40,13 @@ MEGABYTES = 8  # of all
 
 def experiment(args: argparse.Namespace) -> dict[str, Any]:
     """Train, write and judge each."""
+    results = common.RESULTS / NAME / "results.json"
+    before = json.loads(results.read_text())["models"] if results.exists() else {}
     runs = {}
     for name, (what, flags) in MODELS.items():
+        if name in before and (PRETRAINED / f"{name}.safetensors").exists():
+            runs[name] = before[name]
+            continue
         path = args.path if name == "cifar10_small" else None
         flags = [*flags, f"--config.data.path={path}"] if path else flags
         workdir = common.ROOT / "runs" / "experiments" / NAME / name

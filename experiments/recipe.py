@@ -100,7 +100,7 @@ def experiment(args: argparse.Namespace) -> dict[str, Any]:
     one_step = seconds_a_step()
     for name, fields in RECIPES.items():
         steps = int(seconds / 3 / one_step["ours"] if name == THIRD else seconds / one_step[name])
-        methods[name] = [f"--config.{field}={value}" for field, value in (fields | {"train.num_steps": steps}).items()]
+        methods[name] = common.flags_of(fields | {"train.num_steps": steps})
     return {"seconds": seconds, "runs": common.sweep(NAME, FLAGS, methods, args.at_once)}
 
 

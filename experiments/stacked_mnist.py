@@ -15,7 +15,6 @@ import numpy as np
 
 from ddgan_jax import figures
 from ddgan_jax.storage import checkpoint
-from ddgan_jax.storage.log import read_metrics
 from experiments import common
 
 NAME, FLAGS = "stacked_mnist", ["--config=configs/stacked_mnist.py:mnist_5k"]
@@ -37,15 +36,12 @@ def experiment(args: argparse.Namespace) -> dict[str, Any]:
         best = json.loads((out / "results.json").read_text())
         run["best"] = {name: best[name] for name in (*ON_THE_WAY, "precision", "recall")}
         run["best"]["step"] = checkpoint.best(workdir)["step"]
-        records = [record for record in read_metrics(workdir / "metrics.jsonl") if "eval/modes" in record]
-        names = ("step", "seconds", *(f"eval/{name}" for name in (*ON_THE_WAY, "num_samples")))
-        run["on_the_way"] = [{name.removeprefix("eval/"): record[name] for name in names} for record in records]
     common.keep(NAME, "samples", common.samples(NAME, METHODS, SHOWN))
     return {"runs": runs}
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown: a row a method, all seeds in it."""
+    """Markdown: a row a method and moment, all seeds in it."""
     measures = {
         "modes of 1,000": lambda judged: f"{judged['modes']:,}",
         "KL": lambda judged: f"{judged['kl']:.3f}",
@@ -53,7 +49,16 @@ def table(results: dict[str, Any]) -> str:
         "precision": lambda judged: f"{judged['precision']:.2f}",
         "recall": lambda judged: f"{judged['recall']:.2f}",
     }
-    return common.method_table(results, METHODS, measures)
+    lines = [f"| method | seed | judged after | {' | '.join(measures)} |", "|---|---|---|" + "---|" * len(measures)]
+    for method in METHODS:
+        for run in common.of_method(results, method):
+            moments = {f"{run['steps']:,} steps": run["judged"]}
+            if run["best"]["step"] != run["steps"]:
+                moments[f"{run['best']['step']:,} steps, its best"] = run["best"]
+            for moment, judged in moments.items():
+                cells = [method, str(run["seed"]), moment, *(measure(judged) for measure in measures.values())]
+                lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def draw_figure(results: dict[str, Any], path: pathlib.Path) -> None:

@@ -163,6 +163,17 @@ def test_weights_and_biases(tmp_path):
     assert "UserError: log.wandb=probe needs wandb: run `pip install wandb`" in child.communicate(timeout=120)[1]
 
 
+@pytest.mark.parametrize("count, at_most, steps", [(7, None, range(1, 8)), (7, 3, [1, 4, 7]), (6, 3, [2, 4, 6])])
+def test_some_of_the_records(tmp_path, count, at_most, steps):
+    """Evenly chosen, with the last; none that has an evaluation is left out."""
+    lines = [json.dumps({"step": step, "d_loss": 1.0}) for step in range(1, count + 1)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert [record["step"] for record in log.read_metrics(tmp_path / "metrics.jsonl", at_most)] == list(steps)
+    lines[2] = json.dumps({"step": 3, "eval/fid": 5.0})
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    assert [r["step"] for r in log.read_metrics(tmp_path / "metrics.jsonl", at_most)] == sorted({*steps, 3})
+
+
 WITH_TENSORBOARD = """
 import gc, random, sys
 from ddgan_jax.config import LogConfig

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import time
 import zlib
 from collections.abc import Iterator
@@ -18,10 +19,17 @@ from ddgan_jax.storage.paths import Path
 SECONDS_BETWEEN_UPLOADS = 30  # a file in a bucket cannot be appended to: it is written whole
 
 
-def read_metrics(path: paths.Given) -> list[dict]:
-    """The records of a metrics.jsonl; lines that are damaged, such as a last one that was cut off, are left out."""
+def read_metrics(path: paths.Given, at_most: int | None = None) -> list[dict]:
+    """The records of a metrics.jsonl; lines that are damaged, such as a last one that was cut off, are left out.
+
+    With `at_most`, so many or fewer, evenly chosen, and all that have an evaluation beside them.
+    """
+    lines = paths.read(path).splitlines() if paths.exists(path) else []
+    every = max(1, math.ceil(len(lines) / at_most)) if at_most else 1
     records = []
-    for line in paths.read(path).split(b"\n") if paths.exists(path) else []:
+    for i, line in enumerate(lines, start=1 - len(lines)):  # the last is always one of them
+        if i % every and b'"eval/' not in line:
+            continue
         with contextlib.suppress(ValueError):
             record = json.loads(line)
             if isinstance(record, dict) and isinstance(record.get("step"), int):

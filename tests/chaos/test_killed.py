@@ -264,7 +264,7 @@ def pair(tmp_path_factory, points):
     return outcome(workdir)
 
 
-@pytest.mark.lives(1, 15)
+@pytest.mark.lives(1, 17)
 def test_one_of_two_processes(life, points, pair, count, tmp_path):
     """The other one notices, and ends too; together they are started again."""
     rng, fell = random.Random(300 + life), []

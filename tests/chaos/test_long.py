@@ -46,8 +46,8 @@ def test_a_long_run(tensorboard, full, count, tmp_path):
         "--config.eval.every=500",
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        # glibc gives each thread a heap of its own; they fill slowly, by some 6 % in 100,000 steps, with nothing lost
-        env=os.environ | {"MALLOC_ARENA_MAX": "1"},
+        # what is freed is given back, and weighs no more: glibc has a heap for each thread, and keeps arrays in them
+        env=os.environ | {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072"},
     )
     weights: dict[int, dict[str, int]] = {}
     with subprocess.Popen(argv, **options) as process:

@@ -1,6 +1,8 @@
-"""Ablations on the digits, trained until the curves are flat: how many steps, and which parts, does the method need?
+"""Ablations on the digits, trained until the curves are flat.
 
     python -m experiments.ablations --at_once=2                 # two seeds of each
+
+How many steps, and which parts, does the method need?
 
 Trains and evaluates configs/digits.py:long, with the changes of METHODS, in runs/experiments/ablations; what is
 finished there is not done again. Every method has the same data, generator and number of steps.
@@ -28,6 +30,7 @@ FLAGS = ["--config=configs/digits.py:long", *common.flags_of(FIELDS)]
 BATCH = presets.get("digits:long").train.batch_size
 _PAPER = flat(as_dict(presets.get("digits:paper")))
 PAPER = {field: _PAPER[field] for field in recipe.PARTS.values()}  # the paper's losses and noise, T = 4
+PAPER["train.lr_min_d"] = _PAPER["train.lr_min"]  # there it is None, which no flag can say
 METHODS = {
     name: common.flags_of(fields)
     for name, fields in {

@@ -134,7 +134,7 @@ def test_who_goes_away_leaves_nothing_running(served, count):
     after = weight(served.process.pid)
     count(left=20, waited_seconds=waited, cores=idle, before=before, after=after)
     assert idle < 0.2
-    assert all(after[name] <= before[name] + 2 for name in ("Threads", "files"))
+    assert all(after[name] <= before[name] + 2 for name in ("threads", "files"))
 
 
 @pytest.mark.parametrize(

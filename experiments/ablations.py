@@ -17,6 +17,7 @@ import numpy as np
 from ddgan_jax import figures, presets
 from ddgan_jax.config import as_dict, flat
 from experiments import common, recipe
+from experiments.digits import COLUMNS, MEASURES, SHOWN
 
 NAME, STEPS, SEEDS = "ablations", 15_000, (0, 1)
 FIELDS = {
@@ -46,8 +47,6 @@ METHODS = {
         "Gaussian denoiser, T = 100": PAPER | {"objective": "gaussian", "diffusion.num_steps": 100},
     }.items()
 }
-MEASURES = {"classifier_frechet": "Frechet distance", "precision": "precision", "recall": "recall"}
-SHOWN = 32  # samples of each method's first seed in the figure
 
 
 def experiment(args: argparse.Namespace) -> dict[str, Any]:
@@ -60,12 +59,7 @@ def experiment(args: argparse.Namespace) -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     """Markdown: a row a method, all seeds in it."""
-    measures = {
-        "Frechet distance": lambda judged: f"{judged['classifier_frechet']:.1f}",
-        "precision": lambda judged: f"{judged['precision']:.2f}",
-        "recall": lambda judged: f"{judged['recall']:.2f}",
-    }
-    return common.method_table(results, METHODS, measures)
+    return common.method_table(results, METHODS, COLUMNS)
 
 
 def minutes(run: dict[str, Any]) -> list[float]:
@@ -92,12 +86,7 @@ def draw_figure(results: dict[str, Any], path: pathlib.Path) -> None:
         axis.grid(alpha=0.3)
     panels[0].set_yscale("log")
     above.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    with np.load(path.parent / "samples.npz") as arrays:
-        grids = below.subplots(-(-len(METHODS) // 2), 2)
-        for axis, method in zip(grids.flat, METHODS, strict=True):
-            axis.imshow(figures.grid(arrays[method], columns=SHOWN))
-            axis.set_title(method, fontsize=9)
-            axis.axis("off")
+    common.draw_samples(below, path.parent, METHODS)
     figures.save_figure(figure, path)
 
 

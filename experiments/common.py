@@ -11,7 +11,7 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 import ddgan_jax
+from ddgan_jax import figures
 from ddgan_jax.errors import Fault
 from ddgan_jax.storage.log import read_metrics
 
@@ -148,6 +149,16 @@ def keep(name: str, file: str, arrays: Mapping[str, np.ndarray]) -> None:
     folder = RESULTS / name
     folder.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(folder / f"{file}.npz", **arrays)
+
+
+def draw_samples(figure: Any, folder: pathlib.Path, methods: Collection[str]) -> None:
+    """A row of samples of each method, two methods beside each other, in a Matplotlib figure: those that were kept."""
+    with np.load(folder / "samples.npz") as arrays:
+        axes = figure.subplots(-(-len(methods) // 2), 2)
+        for axis, method in zip(axes.flat, methods, strict=True):
+            axis.imshow(figures.grid(arrays[method], columns=len(arrays[method])))
+            axis.set_title(method, fontsize=9)
+            axis.axis("off")
 
 
 def of_method(results: dict[str, Any], method: str) -> list[dict[str, Any]]:

@@ -9,8 +9,6 @@ import argparse
 import pathlib
 from typing import Any
 
-import numpy as np
-
 from ddgan_jax import figures
 from experiments import common
 
@@ -30,6 +28,11 @@ MEASURES = {
     "precision": "precision",
     "recall": "recall",
 }
+COLUMNS = {
+    "Frechet distance": lambda judged: f"{judged['classifier_frechet']:.1f}",
+    "precision": lambda judged: f"{judged['precision']:.2f}",
+    "recall": lambda judged: f"{judged['recall']:.2f}",
+}
 SHOWN = 32  # samples of each method's first seed in the figure
 
 
@@ -42,12 +45,7 @@ def experiment(args: argparse.Namespace) -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     """Markdown: a row a method, all seeds in it."""
-    measures = {
-        "Frechet distance": lambda judged: f"{judged['classifier_frechet']:.1f}",
-        "precision": lambda judged: f"{judged['precision']:.2f}",
-        "recall": lambda judged: f"{judged['recall']:.2f}",
-    }
-    return common.method_table(results, METHODS, measures)
+    return common.method_table(results, METHODS, COLUMNS)
 
 
 def draw_figure(results: dict[str, Any], path: pathlib.Path) -> None:
@@ -64,12 +62,7 @@ def draw_figure(results: dict[str, Any], path: pathlib.Path) -> None:
         axis.set(xscale="log", xlabel="network calls for a sample", title=title)
     panels[0].set_yscale("log")
     above.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    with np.load(path.parent / "samples.npz") as arrays:
-        grids = below.subplots(-(-len(METHODS) // 2), 2)
-        for axis, method in zip(grids.flat, METHODS, strict=True):
-            axis.imshow(figures.grid(arrays[method], columns=SHOWN))
-            axis.set_title(method, fontsize=9)
-            axis.axis("off")
+    common.draw_samples(below, path.parent, METHODS)
     figures.save_figure(figure, path)
 
 

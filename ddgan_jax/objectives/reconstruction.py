@@ -6,9 +6,8 @@ With little noise x_{t+1} nearly says what x_0 is, so that its mean is a sharp i
 sooner than D's gradients do. With much noise the mean would be a blur, and the term next to nothing. The weight by the
 signal-to-noise ratio is that of the likelihood of x_{t+1} given x_0: ||sqrt(abar) (x_0 - x0_hat)||^2 / (1 - abar).
 
-The weight may fall from `weight` to `end` in proportion to G's learning rate. Squared error then
-teaches G first what it can, and the end is the game with D, which a large weight would hold back; some of it keeps the
-modes' shares.
+The weight may fall from `weight` to `end` in proportion to G's learning rate. Squared error then teaches G first what
+it can, and the end is the game with D, which a large weight would hold back; some of it keeps the modes' shares.
 """
 
 import dataclasses

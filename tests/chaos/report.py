@@ -42,7 +42,7 @@ ROWS = {
     "test_who_goes_away_leaves_nothing_running": ("visitors of the page who leave", "{left}, and nothing goes on"),
     "test_a_long_run": (
         "a long training that logs, saves, draws and evaluates 200 times",
-        "{runs} trainings of {most_steps:,} steps; at the end at most {most_growth:.3f} times the memory",
+        "{runs} trainings of {most_steps:,} steps; memory grew at most {most_growth:.3f} times",
     ),
     "test_against_torch_fidelity": (
         "measures against torch-fidelity, up to {most_samples} x 2,048 features",

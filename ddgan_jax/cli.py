@@ -14,6 +14,7 @@ from typing import Any
 from absl import flags
 
 from ddgan_jax import presets
+from ddgan_jax.config import SEEDS
 from ddgan_jax.errors import Fault, Interrupted, UserError
 
 MODES = ("train", "sample", "vary", "edit", "inpaint", "interpolate", "export", "evaluate", "demo")
@@ -61,8 +62,8 @@ def run(argv: list[str]) -> None:
         raise UserError(f"unknown --mode={FLAGS.mode}: it is one of {', '.join(MODES)}")
     if FLAGS.num_samples is not None and FLAGS.num_samples < 1:
         raise UserError(f"--num_samples={FLAGS.num_samples} must be at least 1")
-    if not 0 <= FLAGS.sample_seed < 2**32:
-        raise UserError(f"--sample_seed={FLAGS.sample_seed} must be from 0 to {2**32 - 1}")
+    if not SEEDS.holds(FLAGS.sample_seed):
+        raise UserError(f"--sample_seed={FLAGS.sample_seed} must be {SEEDS.text}")
     from ddgan_jax import processes  # with jax, whose second neither --help nor a mistake waits for
 
     if FLAGS.compilation_cache:

@@ -43,6 +43,7 @@ Weight = Annotated[float, Range(lambda x: x >= 0, "a number of at least 0")]
 Share = Annotated[float, Range(lambda x: 0 <= x <= 1, "a number from 0 to 1")]
 Below1 = Annotated[float, Range(lambda x: 0 <= x < 1, "a number of at least 0 and below 1")]
 
+SEEDS = Range(lambda n: 0 <= n < 2**32, f"an integer from 0 to {2**32 - 1}")  # what 32 unsigned bits hold
 Positives = Annotated[
     Sequence[int], Range(lambda ns: all(type(n) is int and 1 <= n < 2**31 for n in ns), "integers of at least 1")
 ]
@@ -167,8 +168,7 @@ class EvalConfig:
 class Config:
     """All settings of a run."""
 
-    seed: Annotated[int, Range(lambda n: 0 <= n < 2**32, "an integer from 0 to 4294967295")] = 0  # of weights, noise,
-    # and the order of the images
+    seed: Annotated[int, SEEDS] = 0  # of weights, noise, and the order of the images
     objective: Literal["adversarial", "gaussian", "one_shot"] = "adversarial"  # or for comparison 'gaussian': x_0 by
     # squared error; 'one_shot': a GAN whose discriminator sees diffused images
     data: DataConfig = DataConfig()

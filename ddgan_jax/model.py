@@ -18,7 +18,7 @@ import numpy as np
 
 from ddgan_jax import build, deployment, editing, processes, sampling
 from ddgan_jax.build import Denoiser
-from ddgan_jax.config import Config, as_dict, read
+from ddgan_jax.config import SEEDS, Config, as_dict, read
 from ddgan_jax.diffusion import q_sample
 from ddgan_jax.errors import UserError
 from ddgan_jax.sampler import POSTERIORS, Sampler, default_labels, noise_of, to_images
@@ -101,14 +101,14 @@ class Model:
     ) -> np.ndarray:
         """Samples 0..num-1 of `seed`, uint8 [num, H, W, C]."""
         _at_least_one("num", num)
-        return self.sampler(posterior)(self.params, seed, num, self.labels(label, num), progress)
+        return self.sampler(posterior)(self.params, _known_seed(seed), num, self.labels(label, num), progress)
 
     def trajectory(
         self, num: int, seed: int = 0, posterior: str = "gaussian", label: Any = None, first: int = 0
     ) -> sampling.Trajectory:
         """Every step of `num` samples from `first` on, float32 [T, num, ...]: x_{t+1}, x0_hat, x_t; x_t[0] is x_0."""
         _at_least_one("num", num)
-        noise = noise_of(self.denoiser, jnp.uint32(seed), first + jnp.arange(num))
+        noise = self._noise(seed, first + jnp.arange(num))
         y = self.labels(label, num, first=first)
         return jax.device_get(_trajectory(self.denoiser, _known(posterior), self.params, y, noise))
 
@@ -122,7 +122,7 @@ class Model:
         _at_least_one("num", num)
         self._check_step("t", t, 0, self.num_steps - 1)
         y = self.labels(label, num, one=True)
-        noise = noise_of(self.denoiser, jnp.uint32(seed), jnp.arange(num))
+        noise = self._noise(seed, jnp.arange(num))
         if image is None:
             x_tp1 = self.trajectory(1, seed, label=label, first=index).x_tp1[t, 0]
         else:
@@ -149,7 +149,7 @@ class Model:
         y = self.labels(label, num_variants)
         if not start_step:
             return images
-        noise = noise_of(self.denoiser, jnp.uint32(seed), jnp.arange(num_variants))
+        noise = self._noise(seed, jnp.arange(num_variants))
         return np.asarray(
             _edit(self.denoiser, _known(posterior), start_step, self.params, y, self._to_x0(images), noise)
         )
@@ -177,7 +177,7 @@ class Model:
         mask = jnp.broadcast_to(known[None, ..., None], images.shape).astype(jnp.float32)
         y, indices = self.labels(label, num_variants), jnp.arange(num_variants)
         x0, way = self._to_x0(images), _known(posterior)
-        x = _inpaint(self.denoiser, way, rounds, self.params, y, x0, mask, jnp.uint32(seed), indices)
+        x = _inpaint(self.denoiser, way, rounds, self.params, y, x0, mask, jnp.uint32(_known_seed(seed)), indices)
         return np.where(known[None, ..., None], images, np.asarray(x))
 
     def interpolate(
@@ -193,13 +193,16 @@ class Model:
         if num < 2:
             raise UserError(f"num={num} must be at least 2: the two ends")
         y = self.labels(label, num, one=True)
-        a, b = (noise_of(self.denoiser, jnp.uint32(seed), jnp.array([i])) for i in (first, last))
+        a, b = (self._noise(seed, jnp.array([i])) for i in (first, last))
         noise = editing.interpolate(a, b, jnp.linspace(0, 1, num))
         return np.asarray(self.to_images(_trajectory(self.denoiser, _known(posterior), self.params, y, noise).x_t[0]))
 
     def to_images(self, x: Any) -> jax.Array:
         """A step of a trajectory [N, ...] as uint8 images, or as points."""
         return to_images(x, self.denoiser.scale)
+
+    def _noise(self, seed: int, indices: jax.Array) -> sampling.Noise:
+        return noise_of(self.denoiser, jnp.uint32(_known_seed(seed)), indices)
 
     def _to_x0(self, images: np.ndarray) -> jax.Array:
         return to_x0(jnp.asarray(images), self.denoiser.scale)
@@ -266,6 +269,12 @@ def _known(posterior: str) -> str:
     if posterior not in POSTERIORS:
         raise UserError(f"posterior={posterior!r} is not supported: it is {' or '.join(POSTERIORS)}")
     return posterior
+
+
+def _known_seed(seed: int) -> int:
+    if not isinstance(seed, (int, np.integer)) or not SEEDS.holds(seed):
+        raise UserError(f"seed={seed} must be {SEEDS.text}")
+    return int(seed)
 
 
 def _at_least_one(name: str, value: int) -> None:

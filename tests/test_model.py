@@ -184,6 +184,9 @@ def test_the_middle_of_an_interpolation_is_as_long_as_its_ends():
     "call, message",
     [
         (lambda m, x: m.sample(0), "num=0 must be at least 1"),
+        (lambda m, x: m.sample(1, seed=-1), "seed=-1 must be an integer from 0 to 4294967295"),
+        (lambda m, x: m.edit(x, 1, seed=2**32), "seed=4294967296 must be an integer from 0 to 4294967295"),
+        (lambda m, x: m.interpolate(2, seed=0.5), "seed=0.5 must be an integer from 0 to 4294967295"),
         (lambda m, x: m.sample(1, posterior="ddim"), "posterior='ddim' is not supported: it is gaussian or deter"),
         (lambda m, x: m.vary(1, 4), "t=4 is not a step of this model: it is 0 to 3"),
         (lambda m, x: m.edit(x, 5), "start_step=5 is not a step of this model: it is 0 to 4"),

@@ -31,7 +31,7 @@ from ddgan_jax.storage import checkpoint, log
         (["--config=configs/digits.py:tiny"], "unknown variant 'tiny'"),
         ([SMOKE, "--mode=dream"], "unknown --mode=dream: it is one of train, sample, vary, edit, inpaint"),
         ([SMOKE, "now"], "unexpected argument 'now'"),
-        ([SMOKE, "--sample_seed=-1"], "--sample_seed=-1 must be from 0 to 4294967295"),
+        ([SMOKE, "--sample_seed=-1"], "--sample_seed=-1 must be an integer from 0 to 4294967295"),
         (
             [SMOKE, "--config.train.batch_size=6"],
             "train.batch_size=6 does not divide by 1 device and into groups of 4 images",

@@ -1,32 +1,49 @@
-"""Ablations on the digits: how many steps, and which parts, does the method need? Same networks, steps and data.
+"""Ablations on the digits, trained until the curves are flat: which steps and parts are needed? Same data and steps.
 
-    python -m experiments.digits --at_once=2                    # three seeds of each
+    python -m experiments.digits --at_once=2                    # two seeds of each
 
-Trains and evaluates configs/digits.py:paper in runs/experiments/digits; what is finished there is not done again.
+Trains and evaluates configs/digits.py:long, with the changes of METHODS, in runs/experiments/digits; what is finished
+there is not done again.
 """
 
 import argparse
 import pathlib
 from typing import Any
 
-from ddgan_jax import figures
-from experiments import common
+import numpy as np
 
-NAME, FLAGS = "digits", ["--config=configs/digits.py:paper", "--config.log.samples_every=0"]
-METHODS = {
-    "T = 1 (one-shot GAN)": ["--config.diffusion.num_steps=1"],
-    "T = 2": ["--config.diffusion.num_steps=2"],
-    "T = 4 (DDGAN)": [],
-    "T = 8": ["--config.diffusion.num_steps=8"],
-    "T = 4 without z": ["--config.generator.nz=0"],
-    "one-shot GAN on diffused images": ["--config.objective=one_shot"],
-    "Gaussian denoiser, T = 4": ["--config.objective=gaussian"],
-    "Gaussian denoiser, T = 100": ["--config.objective=gaussian", "--config.diffusion.num_steps=100"],
+from ddgan_jax import figures, presets
+from ddgan_jax.config import as_dict, flat
+from experiments import common, recipe
+from experiments.recipe import MEASURES
+
+NAME, STEPS, SEEDS = "digits", 15_000, (0, 1)
+FIELDS = {
+    "train.num_steps": STEPS,
+    "checkpoint.every": STEPS // 6,
+    "log.samples_every": 0,
+    "eval.every": STEPS // 6,
+    "eval.online_samples": 1797,
 }
-MEASURES = {
-    "classifier_frechet": "Frechet distance",
-    "precision": "precision",
-    "recall": "recall",
+FLAGS = ["--config=configs/digits.py:long", *common.flags_of(FIELDS)]
+BATCH = presets.get("digits:long").train.batch_size
+_PAPER = flat(as_dict(presets.get("digits:paper")))
+PAPER = {field: _PAPER[field] for field in recipe.PARTS.values()}  # the paper's losses and noise, T = 4
+PAPER["train.lr_min_d"] = _PAPER["train.lr_min"]  # there it is None, which no flag can say
+METHODS = {
+    name: common.flags_of(fields)
+    for name, fields in {
+        "T = 1 (one-shot GAN)": {"diffusion.num_steps": 1},
+        "T = 2": {"diffusion.num_steps": 2},
+        "T = 3 (our recipe)": {},
+        "T = 4": {"diffusion.num_steps": 4},
+        "T = 8": {"diffusion.num_steps": 8},
+        "T = 3 without z": {"generator.nz": 0},
+        "T = 4, the paper's losses and noise": PAPER,
+        "one-shot GAN on diffused images": PAPER | {"objective": "one_shot"},
+        "Gaussian denoiser, T = 4": PAPER | {"objective": "gaussian"},
+        "Gaussian denoiser, T = 100": PAPER | {"objective": "gaussian", "diffusion.num_steps": 100},
+    }.items()
 }
 COLUMNS = {
     "Frechet distance": lambda judged: f"{judged['classifier_frechet']:.1f}",
@@ -38,7 +55,8 @@ SHOWN = 32  # samples of each method's first seed in the figure
 
 def experiment(args: argparse.Namespace) -> dict[str, Any]:
     """Train, evaluate and sample all."""
-    runs = common.sweep(NAME, FLAGS, METHODS, args.at_once)
+    cases = [(method, seed) for seed in SEEDS for method in METHODS]
+    runs = common.sweep(NAME, FLAGS, METHODS, args.at_once, cases)
     common.keep(NAME, "samples", common.samples(NAME, METHODS, SHOWN))
     return {"runs": runs}
 
@@ -48,20 +66,30 @@ def table(results: dict[str, Any]) -> str:
     return common.method_table(results, METHODS, COLUMNS)
 
 
+def minutes(run: dict[str, Any]) -> list[float]:
+    """Of training until each evaluation on the way, without the evaluations."""
+    return [way["step"] * BATCH / run["images_per_second"] / 60 for way in run["on_the_way"]]
+
+
 def draw_figure(results: dict[str, Any], path: pathlib.Path) -> None:
-    """The measures against the number of network calls, every seed a dot; below, samples of the first seed."""
+    """Each measure while training, the mean of the seeds, and every seed at its end; below, samples of the first."""
     plt = figures.pyplot()
-    figure = plt.figure(figsize=(13, 8), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=(4, 3))
+    figure = plt.figure(figsize=(14, 9), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(5, 3))
     panels = above.subplots(1, len(MEASURES))
     for axis, (measure, title) in zip(panels, MEASURES.items(), strict=True):
         for i, method in enumerate(METHODS):
-            runs = [run["judged"] for run in common.of_method(results, method)]
-            calls = [run["sampling"]["network_calls"] * 1.04 ** (i - 4) for run in runs]  # side by side
-            axis.plot(calls, [run[measure] for run in runs], "os^Dv<>Pp"[i], color=f"C{i}", label=method, alpha=0.8)
-        axis.set(xscale="log", xlabel="network calls for a sample", title=title)
+            runs = common.of_method(results, method)
+            times = np.mean([minutes(run) for run in runs], axis=0)
+            values = np.mean([[way[measure] for way in run["on_the_way"]] for run in runs], axis=0)
+            style = {"color": f"C{i}", "linestyle": "--" if "Gaussian" in method or "one-shot" in method else "-"}
+            axis.plot(times, values, label=method, alpha=0.8, **style)
+            for run in runs:
+                axis.plot(minutes(run)[-1], run["judged"][measure], "o", color=f"C{i}", alpha=0.8)
+        axis.set(xlabel="training, minutes of one core", title=title)
+        axis.grid(alpha=0.3)
     panels[0].set_yscale("log")
-    above.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    above.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     common.draw_samples(below, path.parent, METHODS)
     figures.save_figure(figure, path)
 

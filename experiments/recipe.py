@@ -25,7 +25,6 @@ from ddgan_jax import figures, ops, presets
 from ddgan_jax.build import build
 from ddgan_jax.config import as_dict, flat
 from experiments import common
-from experiments.digits import MEASURES
 
 NAME, FLAGS = "recipe", ["--config=configs/digits.py:paper", "--config.log.samples_every=0"]
 OURS = flat(as_dict(presets.get("digits")))
@@ -53,6 +52,7 @@ RECIPES: dict[str, dict[str, Any]] = {  # the fields of configs/digits.py:paper 
     "one-shot GAN": {"diffusion.num_steps": 1},
     "Gaussian, 100 steps": {"objective": "gaussian", "diffusion.num_steps": 100},
 }
+MEASURES = {"classifier_frechet": "Frechet distance", "precision": "precision", "recall": "recall"}
 TIMED = 60  # runs of a step
 
 

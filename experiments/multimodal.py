@@ -99,7 +99,7 @@ def experiment(args: argparse.Namespace) -> dict[str, Any]:
         arrays |= {f"points {kind} {t}": sets[shown][:SHOWN] for kind, sets in found.items()}
         arrays |= {f"points exact {t}": truth[shown][:SHOWN], f"points noisy {t}": x_tp1[shown]}
 
-    model, spread = trained(digits, "T = 4", seed), []
+    model, spread = trained(digits, "T = 4, the paper's losses and noise", seed), []
     for t in steps:
         x_tp1, images = model.vary(IMAGES, t, seed=SHOWN_SEED)
         arrays |= {f"digits noisy {t}": x_tp1[..., 0], f"digits {t}": images[..., 0]}

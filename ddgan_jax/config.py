@@ -43,7 +43,8 @@ Weight = Annotated[float, Range(lambda x: x >= 0, "a number of at least 0")]
 Share = Annotated[float, Range(lambda x: 0 <= x <= 1, "a number from 0 to 1")]
 Below1 = Annotated[float, Range(lambda x: 0 <= x < 1, "a number of at least 0 and below 1")]
 
-SEEDS = Range(lambda n: 0 <= n < 2**32, f"an integer from 0 to {2**32 - 1}")  # what 32 unsigned bits hold
+MAX_SEED = 2**32 - 1  # what 32 unsigned bits hold
+SEEDS = Range(lambda n: 0 <= n <= MAX_SEED, f"an integer from 0 to {MAX_SEED}")
 Positives = Annotated[
     Sequence[int], Range(lambda ns: all(type(n) is int and 1 <= n < 2**31 for n in ns), "integers of at least 1")
 ]

@@ -14,8 +14,8 @@ import numpy as np
 
 from ddgan_jax import figures, presets
 from ddgan_jax.config import as_dict, flat
-from experiments import common, recipe
-from experiments.recipe import MEASURES
+from experiments import common
+from experiments.recipe import MEASURES, PARTS
 
 NAME, STEPS, SEEDS = "digits", 15_000, (0, 1)
 FIELDS = {
@@ -28,7 +28,7 @@ FIELDS = {
 FLAGS = ["--config=configs/digits.py:long", *common.flags_of(FIELDS)]
 BATCH = presets.get("digits:long").train.batch_size
 _PAPER = flat(as_dict(presets.get("digits:paper")))
-PAPER = {field: _PAPER[field] for field in recipe.PARTS.values()}  # the paper's losses and noise, T = 4
+PAPER = {field: _PAPER[field] for field in PARTS.values()}  # the paper's losses and noise, T = 4
 PAPER["train.lr_min_d"] = _PAPER["train.lr_min"]  # there it is None, which no flag can say
 METHODS = {
     name: common.flags_of(fields)
@@ -45,11 +45,6 @@ METHODS = {
         "Gaussian denoiser, T = 100": PAPER | {"objective": "gaussian", "diffusion.num_steps": 100},
     }.items()
 }
-COLUMNS = {
-    "Frechet distance": lambda judged: f"{judged['classifier_frechet']:.1f}",
-    "precision": lambda judged: f"{judged['precision']:.2f}",
-    "recall": lambda judged: f"{judged['recall']:.2f}",
-}
 SHOWN = 32  # samples of each method's first seed in the figure
 
 
@@ -63,7 +58,12 @@ def experiment(args: argparse.Namespace) -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     """Markdown: a row a method, all seeds in it."""
-    return common.method_table(results, METHODS, COLUMNS)
+    measures = {
+        "Frechet distance": lambda judged: f"{judged['classifier_frechet']:.1f}",
+        "precision": lambda judged: f"{judged['precision']:.2f}",
+        "recall": lambda judged: f"{judged['recall']:.2f}",
+    }
+    return common.method_table(results, METHODS, measures)
 
 
 def minutes(run: dict[str, Any]) -> list[float]:

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from ddgan_jax import figures
+from ddgan_jax.config import MAX_SEED
 from ddgan_jax.data import decoding
 from ddgan_jax.errors import UserError
 from ddgan_jax.jobs.generate import frames_of, halfway
@@ -97,7 +98,7 @@ def zipped(images: np.ndarray, folder: str) -> str:
     return path
 
 
-def whole(number: Any, what: str, high: int = 2**32 - 1) -> int:
+def whole(number: Any, what: str, high: int = MAX_SEED) -> int:
     """A number that was typed in, from 0 to `high`. UserError if it is none."""
     if number is None or number != int(number) or not 0 <= number <= high:
         raise UserError(f"{what} must be a whole number from 0 to {high:,}.")

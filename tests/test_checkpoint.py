@@ -1,8 +1,10 @@
 """Checkpoints: nothing is lost, nothing broken is believed, and sampling needs neither data nor TensorFlow."""
 
 import asyncio
+import errno
 import gc
 import json
+import os
 import pathlib
 import shutil
 import subprocess
@@ -12,13 +14,14 @@ import tarfile
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 import ddgan_jax
 from ddgan_jax import state
-from ddgan_jax.errors import UserError
+from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.jobs.train import train
-from ddgan_jax.storage import checkpoint
+from ddgan_jax.storage import checkpoint, paths
 
 CONFIG = {"seed": 3, "generator": {"ch_mult": [1, 2]}}
 
@@ -111,7 +114,7 @@ def test_a_damaged_checkpoint_is_set_aside(workdir, damage):
     damage(workdir / "checkpoints" / "3")
     restored, said = restore(workdir)
     assert int(restored.step) == 2 and (workdir / "damaged" / "3").exists()
-    assert len(said) == 1 and "is damaged" in said[0] and "goes on from the checkpoint before" in said[0]
+    assert len(said) == 1 and "is damaged" in said[0] and "continues from an earlier checkpoint" in said[0]
     checkpoints = checkpoint.Checkpoints(str(workdir))
     checkpoints.save(3, tiny_state(3), CONFIG)  # the step can be saved again
     checkpoints.close()
@@ -129,11 +132,93 @@ def test_reads_that_nobody_asks_for_are_silent(workdir, caplog):
     assert len(caplog.records) == 1 and "of somebody else" in caplog.text
 
 
-def test_nothing_whole_is_none(workdir):
+def contents(folder: pathlib.Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_where_all_are_damaged_nothing_is_moved(workdir):
     for step in (1, 2, 3):
         empty(workdir / "checkpoints" / str(step))
+    before = contents(workdir)
+    with pytest.raises(Fault, match=r"no checkpoint in .* is valid, and none was moved: .*/3 is damaged"):
+        restore(workdir)
+    assert contents(workdir) == before
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "I/O error"), PermissionError(13, "denied"), MemoryError("none")])
+def test_a_read_that_fails_is_no_damage(workdir, monkeypatch, error):
+    """Every read of an array fails: in Orbax with any exception, in the copy that is tried next with the cause."""
+
+    def fail(*arguments, **options):
+        raise error
+
+    before = contents(workdir)
+    with monkeypatch.context() as patch:
+        patch.setenv("DDGAN_RETRY_SECONDS", "0")
+        patch.setattr(ocp.Checkpointer, "restore", fail if isinstance(error, MemoryError) else lambda *a, **k: {}["x"])
+        patch.setattr(type(paths.path("x")), "read_bytes", fail)
+        with pytest.raises(OSError, match=r"I/O error|denied|cannot be read: MemoryError"):
+            restore(workdir)
+    assert contents(workdir) == before and int(restore(workdir)[0].step) == 3
+
+
+def test_a_read_that_fails_once_is_tried_again(workdir, monkeypatch):
+    original, failed = ocp.Checkpointer.restore, []
+
+    def fail_once(self, *arguments, **options):
+        if not failed:
+            failed.append(True)
+            raise ValueError("Error reading local file")
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(ocp.Checkpointer, "restore", fail_once)
     restored, said = restore(workdir)
-    assert restored is None and len(said) == 3
+    assert failed and int(restored.step) == 3 and not said and not (workdir / "damaged").exists()
+
+
+def test_a_folder_that_cannot_be_listed_has_no_unknown_checkpoints(workdir, monkeypatch):
+    """pathlib, epath and Orbax take a folder that they cannot look at for a missing one."""
+
+    def fail(path, *arguments, **options):
+        raise OSError(errno.EIO, "I/O error", str(path))
+
+    for name in ("stat", "listdir"):
+        with monkeypatch.context() as patch:
+            patch.setenv("DDGAN_RETRY_SECONDS", "0")
+            patch.setattr(os, name, fail)
+            with pytest.raises(OSError, match="I/O error"):
+                checkpoint.find(str(workdir))
+    with monkeypatch.context() as patch:
+        patch.setenv("DDGAN_RETRY_SECONDS", "0")
+        patch.setattr(ocp.CheckpointManager, "all_steps", lambda self: [])
+        with pytest.raises(OSError, match="cannot be listed"):
+            checkpoint.Checkpoints(str(workdir))
+
+
+def test_the_best_is_kept_where_its_mark_cannot_be_read(tmp_path, monkeypatch):
+    checkpoints = checkpoint.Checkpoints(str(tmp_path), keep=1)
+    for step, value in ((1, 2.0), (2, 3.0)):
+        checkpoints.save(step, tiny_state(step), CONFIG)
+        checkpoints.offer(step, "fid", value)
+    checkpoints.close()
+    before = contents(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setenv("DDGAN_RETRY_SECONDS", "0")
+        patch.setattr(type(paths.path("x")), "read_bytes", lambda path: os.read(-1, 1))
+        with pytest.raises(OSError):
+            checkpoint.Checkpoints(str(tmp_path), keep=1)
+        with pytest.raises(OSError):
+            checkpoint.find(f"{tmp_path}/best")
+    assert contents(tmp_path) == before
+    (tmp_path / "best.json").write_text('{"step": 2, "mea')  # damaged: found again from the records of the run
+    again = checkpoint.Checkpoints(str(tmp_path), keep=1)
+    again.restore_latest(jax.eval_shape(tiny_state), print)
+    assert again.steps() == [1, 2]
+    again.find_best("fid", [{"step": 1, "fid": 2.0}, {"step": 2, "fid": 3.0}, {"step": 9, "fid": 1.0}, {"step": 2}])
+    assert checkpoint.find(f"{tmp_path}/best").name == "1"
+    again.save(3, tiny_state(3), CONFIG)
+    again.close()
+    assert again.steps() == [1, 3]
 
 
 def test_another_architecture_is_told(workdir):
@@ -173,7 +258,7 @@ import resource, sys
 import numpy as np
 from ddgan_jax.storage.checkpoint import Checkpoints
 from ddgan_jax.errors import Fault
-from ddgan_jax.storage import checkpoint
+from ddgan_jax.storage import checkpoint, paths
 resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
 checkpoints = Checkpoints({str(workdir)!r}, keep=5)
 try:

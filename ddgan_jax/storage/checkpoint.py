@@ -5,7 +5,10 @@ average), `ema` (the moving average, all that sampling needs) and `config` (JSON
 array, and what the job wants to find there). Arrays are written from host memory under their paths, by process 0
 alone, so that a checkpoint restores on any number of devices and processes. Orbax writes in the background, and a
 checkpoint is there when it is finished: a folder is renamed into place, in a bucket a file `commit_success.txt` is
-written last. The checksums tell whether one was damaged later.
+written last.
+
+Checksums detect a checkpoint that was damaged later. One is called damaged only if its files were read without an error
+and their content is wrong. A read that fails is an OSError, and nothing is moved, deleted or overwritten for it.
 """
 
 import functools
@@ -14,6 +17,7 @@ import logging
 import math
 import os
 import sys
+import tempfile
 import types
 import zlib
 from collections.abc import Callable, Sequence
@@ -84,26 +88,33 @@ def _alone() -> ocp.options.MultiprocessingOptions:
     )
 
 
-class _Best(managers.PreservationPolicy):
-    """Keeps the checkpoint that `best` names."""
+class Damaged(Fault):
+    """A file that was read without an error, and whose content is wrong."""
 
-    def __init__(self, workdir: Path):
-        self._workdir = workdir
+
+class _Best(managers.PreservationPolicy):
+    """Keeps the best checkpoint, and every one while it is not known which is the best."""
+
+    def __init__(self) -> None:
+        self.step: int | None = None
+        self.known = True
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        step = best(self._workdir).get("step")
-        return [checkpoint.step == step for checkpoint in checkpoints]
+        return [checkpoint.step == self.step or not self.known for checkpoint in checkpoints]
 
 
 def best(workdir: Path) -> dict[str, Any]:
-    """What `workdir`/best.json says: the step of the best checkpoint, what it is best in, and the value; or {}.
+    """The content of `workdir`/best.json: the step of the best checkpoint, the measure and its value; {} without one.
 
-    {} as well if it is damaged.
+    OSError if it cannot be read, Damaged if its content is wrong.
     """
-    try:
-        return _unsealed(json.loads(paths.read(workdir / "best.json")))
-    except (OSError, ValueError):
+    file = workdir / "best.json"
+    if not paths.exists(file):
         return {}
+    try:
+        return _unsealed(json.loads(paths.read(file)))
+    except ValueError as error:
+        raise Damaged(f"{file} is damaged: {error}") from error
 
 
 def _sealed(fields: dict[str, Any]) -> dict[str, Any]:
@@ -151,18 +162,33 @@ class Checkpoints:
         The last `keep` stay, every one whose step `keep_period` divides (0: none), and the one that `offer` found best.
         """
         self.directory = _absolute(paths.path(workdir)) / "checkpoints"
-        policies = [managers.LatestN(keep), _Best(self.directory.parent)]
+        self._best = _Best()
+        policies = [managers.LatestN(keep), self._best]
         policies += [managers.EveryNSteps(keep_period)] if keep_period else []
         self._policy = managers.AnyPreservationPolicy(policies)
-        self._options = ocp.CheckpointManagerOptions(
+        self.directory.mkdir(parents=True, exist_ok=True)
+        logging.getLogger("absl").addFilter(_untold)
+        try:
+            self._marked = best(self.directory.parent)
+            self._best.step = self._marked.get("step")
+        except Damaged:
+            self._marked, self._best.known = {}, False
+        self._manager = paths.retry(self.directory, self._open)
+
+    def _open(self) -> ocp.CheckpointManager:
+        """The manager of the checkpoints that are there. OSError where it sees others than are listed."""
+        steps = finished(self.directory, delete_unfinished=True)
+        options = ocp.CheckpointManagerOptions(
             preservation_policy=self._policy,
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=not paths.is_remote(self.directory),
             multiprocessing_options=_alone(),
             create=False,  # Orbax does not create directories for a part of the processes
         )
-        self.directory.mkdir(parents=True, exist_ok=True)
-        logging.getLogger("absl").addFilter(_untold)
-        self._manager = ocp.CheckpointManager(self.directory, options=self._options)
+        manager = ocp.CheckpointManager(self.directory, options=options)
+        if not set(steps) <= set(manager.all_steps()):  # Orbax takes what it cannot read for missing
+            manager.close()
+            raise OSError(f"{self.directory} cannot be listed")
+        return manager
 
     def close(self) -> None:
         """Wait until everything is on disk. Raises Fault if it could not be written."""
@@ -202,14 +228,26 @@ class Checkpoints:
         It is then `workdir`/best for `find`, and stays. NaN is never the best. Waits until the checkpoint is there.
         """
         value = float(f"{value:.6g}")  # as metrics.jsonl has it, from which a run that broke off offers it again
-        before = best(self.directory.parent)
+        before = self._marked
         if not value < (before["value"] if before.get("measure") == measure else math.inf):
             return False
         self.wait()
-        text = json.dumps(_sealed({"step": step, "measure": measure, "value": value}))
-        paths.write(self.directory.parent / "best.json", text + "\n")
+        marked = {"step": step, "measure": measure, "value": value}
+        paths.write(self.directory.parent / "best.json", json.dumps(_sealed(marked)) + "\n")
+        self._marked, self._best.step, self._best.known = marked, step, True
         self._prune()
         return True
+
+    def find_best(self, measure: str, records: list[dict[str, Any]]) -> None:
+        """Mark the best again, from the records of a run whose best.json is damaged; else do nothing."""
+        if self._best.known:
+            return
+        steps = set(self.steps())
+        values = [(record[measure], record["step"]) for record in records if record.get(measure) is not None]
+        for value, step in sorted(values):
+            if step in steps and self.offer(step, measure, value):
+                return
+        self._best.known = True
 
     def _prune(self) -> None:
         """Delete now what Orbax would delete at the next save: the best so far when another is, or after a kill."""
@@ -227,42 +265,81 @@ class Checkpoints:
             action()
         except Exception as error:  # a full disk surfaces as OSError, ValueError or an XLA error, depending on where
             safe = self.steps()
-            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
             raise Fault(
-                f"a checkpoint could not be written to {self.directory} ({reason}); "
+                f"a checkpoint could not be written to {self.directory} ({_reason(error)}); "
                 + (f"the one of step {safe[-1]} is intact" if safe else "there is no earlier one")
             ) from error
 
     def restore_latest(self, like: Any, report: Callable[[str], None]) -> tuple[Any, dict[str, Any] | None]:
-        """(the newest intact state, in the tree of `like`, or None; what was saved as `of_job`).
+        """(the state of the newest valid checkpoint in the tree of `like`, what was saved as `of_job`).
 
-        Damaged ones are moved to `workdir`/damaged.
+        (None, None) where there is no checkpoint. Newer ones that are damaged are then moved to `workdir`/damaged.
 
-        Raises UserError if the checkpoint is of another architecture.
+        Raises Fault, with nothing moved, if all are damaged; OSError if one cannot be read; UserError if it is of
+        another architecture.
         """
+        damaged: list[tuple[int, Damaged]] = []
         for step in reversed(self.steps()):
             try:
                 arrays, told = _read(self.directory / str(step))
-            except Fault as error:
-                target = self.directory.parent / "damaged" / str(step)
-                paths.move_folder(self.directory / str(step), target)
-                self._manager.reload()
-                report(f"{error}; it is moved to {target}, and the run goes on from the checkpoint before")
+            except Damaged as error:
+                damaged.append((step, error))
                 continue
             state = unflatten(arrays, like, f"the checkpoint of step {step} in {self.directory}")
+            for other, error in damaged:
+                target = self.directory.parent / "damaged" / str(other)
+                paths.move_folder(self.directory / str(other), target)
+                report(f"{error}; it is moved to {target}, and the run continues from an earlier checkpoint")
+            if damaged:
+                self._manager.reload()
             self._prune()
             return state, told.get("of_job")
+        if damaged:
+            raise Fault(f"no checkpoint in {self.directory} is valid, and none was moved: {damaged[0][1]}")
         return None, None
 
 
 def read(path: Path, ema_only: bool = False) -> tuple[Arrays, dict[str, Any]]:
-    """({path: array}, config) of one checkpoint directory, on the host. Raises Fault if it is damaged."""
+    """({path: array}, config) of one checkpoint directory, on the host.
+
+    Raises Damaged if its content is wrong, OSError if it cannot be read.
+    """
     arrays, told = _read(path, ema_only)
     return arrays, told["config"]
 
 
 def _read(path: Path, ema_only: bool = False) -> tuple[Arrays, dict[str, Any]]:
-    """({path: array}, what `save` wrote as JSON) of one checkpoint directory."""
+    """({path: array}, what `save` wrote as JSON) of one checkpoint directory. Errors as of `read`."""
+    if not paths.is_remote(path):
+        try:
+            return _restore(path.resolve(), ema_only)
+        except Exception as error:  # Orbax and TensorStore raise anything, for failed reads as for wrong content
+            if _out_of_memory(error):
+                raise OSError(f"the checkpoint {path} cannot be read: {_reason(error)}") from error
+    # From a copy of its files: if one of them cannot be read, this says so, and what is wrong with the copy is damage.
+    with tempfile.TemporaryDirectory(prefix="checkpoint") as copy:
+        paths.fetch(path, copy, lambda name: not (ema_only and name.startswith("state/")))
+        try:
+            return _restore(paths.Path(copy), ema_only)
+        except Exception as error:  # as above
+            if _out_of_memory(error):
+                raise OSError(f"the checkpoint {path} cannot be read: {_reason(error)}") from error
+            reason = _reason(error).replace(copy, str(path))
+            raise Damaged(f"the checkpoint {path} is damaged ({reason})") from error
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error's message, with its type."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def _restore(path: Path, ema_only: bool) -> tuple[Arrays, dict[str, Any]]:
+    """`_read` of a local directory. Raises anything where its content is wrong or cannot be read."""
     _silence_reads_that_go_on()
     alone = {"multiprocessing_options": _alone()}
     handlers: dict[str, Any] = {
@@ -274,19 +351,16 @@ def _read(path: Path, ema_only: bool = False) -> tuple[Arrays, dict[str, Any]]:
         handlers["state"] = ocp.StandardCheckpointHandler(**alone)
         items["state"] = ocp.args.StandardRestore()
     handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(**alone), **handlers)
-    try:
-        with ocp.Checkpointer(handler, **alone) as checkpointer:
-            found = checkpointer.restore(_absolute(path), args=ocp.args.Composite(**items))
-        arrays = {_EMA + key: np.asarray(value) for key, value in found["ema"].items()}
-        arrays |= {} if ema_only else {key: np.asarray(value) for key, value in found["state"].items()}
-        told = _unsealed(found["config"])
-        for key, checksum in told["checksums"].items():
-            if (key in arrays or not ema_only) and zlib.crc32(np.ascontiguousarray(arrays[key]).tobytes()) != checksum:
-                raise ValueError(f"the checksum of {key} is wrong")
-        if not isinstance(told["config"], dict):
-            raise ValueError("it has no configuration")
-    except Exception as error:  # damage surfaces anywhere inside Orbax and TensorStore
-        raise Fault(f"the checkpoint {path} is damaged ({type(error).__name__})") from error
+    with ocp.Checkpointer(handler, **alone) as checkpointer:
+        found = checkpointer.restore(path, args=ocp.args.Composite(**items))
+    arrays = {_EMA + key: np.asarray(value) for key, value in found["ema"].items()}
+    arrays |= {} if ema_only else {key: np.asarray(value) for key, value in found["state"].items()}
+    told = _unsealed(found["config"])
+    for key, checksum in told["checksums"].items():
+        if (key in arrays or not ema_only) and zlib.crc32(np.ascontiguousarray(arrays[key]).tobytes()) != checksum:
+            raise ValueError(f"the checksum of {key} is wrong")
+    if not isinstance(told["config"], dict):
+        raise ValueError("it has no configuration")
     return arrays, told
 
 
@@ -294,37 +368,38 @@ def _absolute(path: Path) -> Path:
     return path if paths.is_remote(path) else path.resolve()
 
 
-def finished(folder: Path) -> list[int]:
+def finished(folder: Path, delete_unfinished: bool = False) -> list[int]:
     """The steps of the finished checkpoints in a folder, ascending; [] where there is no such folder.
 
-    A folder that only has a number for its name is none, nor is one that was not written to its end.
+    A folder that only has a number for its name is none, nor is one that was not written to its end. In a bucket, where
+    Orbax writes in place, `delete_unfinished` deletes the latter. OSError if the folder cannot be listed.
     """
-
-    def is_checkpoint(entry: Path) -> bool:
-        ours = any((entry / name).exists() for name in ("_CHECKPOINT_METADATA", "config", "ema"))
-        return ours and ocp.utils.is_checkpoint_finalized(entry)
-
-    with paths.os_errors(folder):
-        entries = [entry for entry in folder.iterdir() if entry.name.isdigit()] if folder.is_dir() else []
-        return sorted(int(entry.name) for entry in entries if is_checkpoint(entry))
+    marks = ("_CHECKPOINT_METADATA", "config", "ema")
+    if paths.is_remote(folder):
+        files = paths.files_below(folder)
+        found = {name.partition("/")[0] for name in files if "/" in name and name.partition("/")[0].isdigit()}
+        done = {step for step in found if f"{step}/commit_success.txt" in files}
+        for step in found - done if delete_unfinished else ():
+            (folder / step).rmtree()
+    else:
+        found = {name for name in paths.names(folder) if name.isdigit()}
+        done = {step for step in found if any(paths.exists(folder / step / mark) for mark in marks)}
+    return sorted(map(int, done))
 
 
 def find(path: str | os.PathLike) -> Path:
     """The checkpoint directory that `path` names: itself, the newest of a workdir, or the best, as WORKDIR/best.
 
-    One that was not written to its end is none. Raises UserError if there is none.
+    One that was not written to its end is none. Raises UserError if there is none, OSError if it cannot be read.
     """
     given = paths.path(path)
-    try:
-        if given.name == "best" and (marked := best(given.parent)):
-            given = given.parent / "checkpoints" / str(marked["step"])
-        for folder in (given / "checkpoints", given):
-            if steps := finished(folder):
-                return folder / str(steps[-1])
-        if given.name.isdigit() and int(given.name) in finished(given.parent):
-            return given
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+    if given.name == "best" and (marked := best(given.parent)):
+        given = given.parent / "checkpoints" / str(marked["step"])
+    for folder in (given / "checkpoints", given):
+        if steps := finished(folder):
+            return folder / str(steps[-1])
+    if given.name.isdigit() and int(given.name) in finished(given.parent):
+        return given
     raise UserError(f"there is no checkpoint in {path}: train there first, or name another workdir or checkpoint")
 
 

@@ -5,13 +5,17 @@ without TensorFlow.
 """
 
 import contextlib
+import functools
 import importlib.util
 import io
 import logging
 import os
 import re
+import stat
+import sys
+import time
 from collections.abc import Callable, Iterator
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 # Before etils looks: it would open buckets with TensorFlow wherever that is installed, and import it for seconds.
 os.environ.setdefault("EPATH_USE_TF", "false")
@@ -22,6 +26,12 @@ from ddgan_jax.errors import UserError
 
 Path = epath.Path
 Given = str | os.PathLike
+T = TypeVar("T")
+
+# Seconds for which a failed read is retried: longer in a bucket, where gcsfs has retried for 30 s before.
+DISK_RETRY_SECONDS = 1.0
+BUCKET_RETRY_SECONDS = 60.0  # or the environment variable DDGAN_RETRY_SECONDS
+MAX_PAUSE = 10.0  # seconds between two attempts
 
 
 def path(given: Given) -> epath.Path:
@@ -40,7 +50,7 @@ def path(given: Given) -> epath.Path:
     if importlib.util.find_spec("gcsfs") is None:
         raise UserError(f"{text} is in a bucket, which needs gcsfs: run `pip install gcsfs`")
     for name in ("gcsfs", "google.auth"):  # they warn of every way to credentials that they try before the right one
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # and of failures, which are raised as well
     return epath.Path(text)
 
 
@@ -63,37 +73,122 @@ def os_errors(what: Given) -> Iterator[None]:
         raise OSError(f"{type(error).__name__}: {reason[0][:200]}" if reason else type(error).__name__) from error
 
 
+def retry(what: Given, action: Callable[[], T]) -> T:
+    """Returns `action()`, which reads `what`, after retries while it raises an OSError that may pass.
+
+    A missing file is final. Anything else is retried for a second on a disk and for a minute in a bucket, with growing
+    pauses; the last OSError is then raised.
+    """
+    limit = float(os.environ.get("DDGAN_RETRY_SECONDS", BUCKET_RETRY_SECONDS))
+    deadline = time.monotonic() + (limit if is_remote(what) else min(limit, DISK_RETRY_SECONDS))
+    pause = 0.1
+    while True:
+        try:
+            with os_errors(what):
+                return action()
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            raise
+        except OSError as error:
+            if time.monotonic() + pause > deadline:
+                raise
+            if is_remote(what) and pause == 0.1:
+                print(f"note: {what} cannot be read ({error}); trying again for {limit:.0f} s", file=sys.stderr)
+        time.sleep(pause)
+        pause = min(2 * pause, MAX_PAUSE)
+
+
 def read(file: Given) -> bytes:
-    """The content of a file. OSError if it cannot be read."""
-    with os_errors(file):
-        return epath.Path(file).read_bytes()
+    """The content of a file. OSError if it cannot be read, also after retries."""
+    return retry(file, epath.Path(file).read_bytes)
+
+
+def _mode(file: Given) -> int:
+    """The mode bits of a local file or folder, 0 if there is none. pathlib's tests hide some failures as absence."""
+    try:
+        return retry(file, lambda: os.stat(file).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
 
 
 def exists(file: Given) -> bool:
-    """Is it there? OSError where a bucket does not answer."""
-    with os_errors(file):
-        return epath.Path(file).exists()
+    """Whether there is such a file or folder. OSError where a disk or bucket does not answer."""
+    return retry(file, epath.Path(file).exists) if is_remote(file) else bool(_mode(file))
+
+
+def is_dir(path: Given) -> bool:
+    """Whether there is such a folder. OSError where a disk or bucket does not answer."""
+    return retry(path, epath.Path(path).is_dir) if is_remote(path) else stat.S_ISDIR(_mode(path))
+
+
+def names(folder: Given) -> list[str]:
+    """The names of the entries of a local folder, sorted; [] where there is none. OSError if it cannot be listed."""
+    try:
+        return sorted(retry(folder, lambda: os.listdir(folder)))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def read_start(file: Given, size: int) -> bytes:
     """The first `size` bytes of a file, or all of a smaller one; of a bucket no more is fetched. OSError as `read`."""
-    if is_remote(file):
-        with os_errors(file):
+
+    def start() -> bytes:
+        if is_remote(file):
             return _bucket_files().cat_file(os.fspath(file), start=0, end=size)
-    with open(file, "rb") as opened:
-        return opened.read(size)
+        with open(file, "rb") as opened:
+            return opened.read(size)
+
+    return retry(file, start)
 
 
 def files_below(folder: Given) -> dict[str, tuple[int, str]]:
-    """{name: (size, time of the last change)} of all files below a folder of a bucket, in one listing.
+    """{name: (size, time of the last change)} of all files below a folder, of a bucket in one listing.
 
-    OSError where the bucket does not answer.
+    {} where there is no such folder. OSError where it cannot be listed.
     """
-    with os_errors(folder):
-        found = _bucket_files().find(os.fspath(folder), detail=True)
-    prefix = os.fspath(folder).removeprefix("gs://").rstrip("/") + "/"
-    files = {name.removeprefix(prefix): info for name, info in found.items() if name.startswith(prefix)}
-    return {name: (int(info["size"]), str(info.get("updated", ""))) for name, info in files.items()}
+    if not is_remote(folder):
+        return _local_files_below(folder)
+
+    def listing() -> dict[str, Any]:
+        _bucket_files().invalidate_cache()
+        return _bucket_files().find(os.fspath(folder), detail=True)
+
+    prefix, files = os.fspath(folder).removeprefix("gs://").rstrip("/") + "/", {}
+    for name, info in retry(folder, listing).items():
+        if name.startswith(prefix) and not name.endswith("/"):
+            files[name.removeprefix(prefix)] = int(info["size"]), str(info.get("updated", ""))
+    return files
+
+
+def _local_files_below(folder: Given, prefix: str = "") -> dict[str, tuple[int, str]]:
+    files: dict[str, tuple[int, str]] = {}
+    for name in names(folder):
+        entry = os.path.join(folder, name)
+        if is_dir(entry):
+            files |= _local_files_below(entry, f"{prefix}{name}/")
+        else:
+            found = retry(entry, functools.partial(os.stat, entry))
+            files[prefix + name] = (found.st_size, str(found.st_mtime_ns))
+    return files
+
+
+def fetch(source: Given, target: Given, wanted: Callable[[str], bool] = lambda name: True) -> None:
+    """Copy the files below a folder, local or in a bucket, whose names are `wanted` into the local folder `target`.
+
+    OSError if any cannot be read, also after retries, or has another size than its listing says.
+    """
+    sizes = {name: size for name, (size, _) in files_below(source).items() if wanted(name)}
+    for name in sizes:
+        os.makedirs(os.path.dirname(os.path.join(target, name)), exist_ok=True)
+    if is_remote(source):
+        pairs = [[os.path.join(folder, name) for name in sizes] for folder in (os.fspath(source), target)]
+        retry(source, lambda: _bucket_files().get(*pairs) if sizes else None)
+    for name, size in sizes.items():
+        copy = os.path.join(target, name)
+        if not is_remote(source):
+            with open(copy, "wb") as file:
+                file.write(read(os.path.join(source, name)))
+        if os.path.getsize(copy) != size:
+            raise OSError(f"{source}/{name} was read as {os.path.getsize(copy)} of {size} bytes")
 
 
 def _bucket_files() -> Any:
@@ -144,15 +239,16 @@ def _write_local(target: epath.Path, content: bytes) -> None:
 def remove_unfinished(folder: Given) -> None:
     """Remove what a `write` that was killed has left in a folder that is there or not. In a bucket nothing is left."""
     if not is_remote(folder):
-        for aside in epath.Path(folder).glob(".*.tmp"):
-            aside.unlink()
+        for name in names(folder):
+            if name.startswith(".") and name.endswith(".tmp"):
+                os.unlink(os.path.join(folder, name))
 
 
 def move_folder(source: Given, target: Given) -> None:
     """Move a folder, in the place of one that is there. In a bucket, file by file: there is no renaming a folder."""
     old, new = epath.Path(source), epath.Path(target)
     with os_errors(old):
-        if new.exists():
+        if exists(new):
             new.rmtree()
         if not is_remote(old):
             new.parent.mkdir(parents=True, exist_ok=True)

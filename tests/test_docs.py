@@ -5,8 +5,10 @@ import inspect
 import json
 import pathlib
 import re
+import tomllib
 
 import pytest
+from packaging.requirements import Requirement
 
 from ddgan_jax import presets
 from ddgan_jax.diffusion import Schedule
@@ -154,3 +156,21 @@ def test_the_api_has_pages_in_the_navigation():
     for path in (ROOT / "docs").rglob("*.md"):
         name = str(path.relative_to(ROOT / "docs"))
         assert path.name == "table.md" or re.search(rf"[ :-] {re.escape(name)}$", navigation, re.MULTILINE), name
+
+
+@pytest.mark.parametrize(
+    "system, machine, expected",
+    [
+        ("linux", "x86_64", "tensorflow-cpu"),
+        ("linux", "aarch64", "tensorflow"),
+        ("darwin", "arm64", "tensorflow"),
+        ("win32", "AMD64", "tensorflow-cpu"),
+    ],
+)
+def test_every_machine_has_a_tensorflow_with_wheels(system, machine, expected):
+    """tensorflow-cpu has no wheels for Arm."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["train"]
+    for lines in ((ROOT / "requirements.txt").read_text().splitlines(), project):
+        found = [Requirement(line) for line in lines if line.startswith(("tensorflow>", "tensorflow-cpu"))]
+        machine_of = {"sys_platform": system, "platform_machine": machine}
+        assert [one.name for one in found if one.marker and one.marker.evaluate(machine_of)] == [expected]

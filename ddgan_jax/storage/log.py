@@ -53,6 +53,8 @@ class Log:
         self.last = records[-1] if records else {}  # of those that stay
         lines = [json.dumps(record) + "\n" for record in records]
         self.checksum = zlib.crc32("".join(lines).encode())  # of all records
+        earlier = lines[:-1] if self.last.get("step") == start_step else lines
+        self.checksum_before = zlib.crc32("".join(earlier).encode())  # of those before `start_step`
         self._uploaded, self._file = time.time(), None
         self._dashboards: list[TensorBoard | WeightsAndBiases] = []
         with self._guard():
@@ -66,7 +68,7 @@ class Log:
             except ModuleNotFoundError as error:
                 if settings.tensorboard:
                     raise UserError(
-                        f"log.tensorboard=True needs {error.name}: run `pip install clu tensorflow-cpu tensorboard`, "
+                        f"log.tensorboard=True needs {error.name}: run `pip install clu tensorflow tensorboard`, "
                         "or set it to False"
                     ) from error
         if settings.wandb:

@@ -141,6 +141,7 @@ class Built(Denoiser):
     init_disc: Callable[[jax.Array], Any]  # key -> parameters
     batch_size: int  # of all devices
     seed: int
+    noise_seed: int  # of the noise of the training steps
 
     def init_state(self) -> state.TrainState:
         """The state before the first step, a function of the seed alone. Jit it."""
@@ -149,7 +150,7 @@ class Built(Denoiser):
 
     def step(self, with_r1: bool, axis_name: str | None = parallel.AXIS) -> Callable:
         """The training step of one replica, for `parallel.map_step`; with axis_name=None of a device by itself."""
-        return train_step.make_train_step(self.method, self.seed, with_r1, axis_name)
+        return train_step.make_train_step(self.method, self.noise_seed, with_r1, axis_name)
 
 
 def build(config: Any) -> Built:
@@ -193,6 +194,9 @@ def build(config: Any) -> Built:
         init_disc=lambda key: discriminator.init(key, x, t, x, **labels)["params"],
         batch_size=chosen(train.batch_size, "train.batch_size"),
         seed=c.seed,
+        noise_seed=int(np.random.SeedSequence((c.seed, train.noise_seed)).generate_state(1)[0])
+        if train.noise_seed
+        else c.seed,
     )
 
 

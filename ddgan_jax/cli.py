@@ -19,7 +19,10 @@ from ddgan_jax.errors import Fault, Interrupted, UserError
 
 MODES = ("train", "sample", "vary", "edit", "inpaint", "interpolate", "export", "evaluate", "demo")
 
-flags.DEFINE_string("workdir", "runs/digits", "Where a run keeps its checkpoints, metrics and pictures.")
+flags.DEFINE_string(
+    "workdir", None, "Where a run keeps its checkpoints, metrics and pictures; runs/NAME of --config if not given."
+)
+flags.DEFINE_bool("restart", False, "train: move what an earlier run left in --workdir aside, and start from step 0.")
 flags.DEFINE_string("mode", "train", f"What to do: {', '.join(MODES)}.")
 flags.DEFINE_string(
     "checkpoint", None, "Use this model instead of --workdir: a workdir, checkpoint or file, or one that comes along."
@@ -58,6 +61,7 @@ def run(argv: list[str]) -> None:
     rest, config = presets.read_flags(argv, "digits"), FLAGS.config
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}: every option is a flag, --name=value")
+    workdir = FLAGS.workdir or f"runs/{presets.name_of_flag()}"
     if FLAGS.mode not in MODES:
         raise UserError(f"unknown --mode={FLAGS.mode}: it is one of {', '.join(MODES)}")
     if FLAGS.num_samples is not None and FLAGS.num_samples < 1:
@@ -74,9 +78,9 @@ def run(argv: list[str]) -> None:
     if FLAGS.mode == "train":
         from ddgan_jax.jobs.train import train
 
-        train(config, FLAGS.workdir)
+        train(config, workdir, restart=FLAGS.restart)
         return
-    path = FLAGS.checkpoint or FLAGS.workdir
+    path = FLAGS.checkpoint or workdir
     if FLAGS.mode == "evaluate":
         from ddgan_jax.jobs.evaluate import evaluate
 

@@ -110,6 +110,7 @@ class TrainConfig:
     r1_gamma: Weight = 0.02  # R1 coefficient (paper)
     r1_every: Positive = 15  # lazy regularization (paper)
     ema_decay: Share = 0.9999  # (paper)
+    noise_seed: Count = 0  # other noise than that of `seed`, to get past a loss that is not finite; 0: that of `seed`
 
 
 @dataclasses.dataclass(frozen=True)

@@ -74,6 +74,12 @@ def read_flags(argv: list[str], default: str) -> list[str]:
     return rest
 
 
+def name_of_flag() -> str:
+    """The name of the configuration that `read_flags` read: 'digits', or 'digits-long' of a variant."""
+    path, _, variant = flags.FLAGS["config"].config_filename.partition(":")
+    return f"{pathlib.Path(path).stem}-{variant}" if variant else pathlib.Path(path).stem
+
+
 def _with_preset(before: str, argument: str) -> str:
     name, equals, value = argument.partition("=")
     if name in ("--config", "-config") and equals:

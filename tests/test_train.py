@@ -15,8 +15,11 @@ from commands import POINTS, ROOT, SMOKE, command, ends, python, run, start_grou
 from PIL import Image
 
 from ddgan_jax import figures, presets
-from ddgan_jax.errors import Fault, Interrupted
+from ddgan_jax.build import build
+from ddgan_jax.config import as_dict, read
+from ddgan_jax.errors import Fault, Interrupted, UserError
 from ddgan_jax.jobs import progress
+from ddgan_jax.jobs import train as train_module
 from ddgan_jax.jobs.signals import Interrupt
 from ddgan_jax.jobs.train import train
 from ddgan_jax.storage import checkpoint, log
@@ -448,3 +451,133 @@ def test_a_folder_of_images_trains_and_samples(cache, tmp_path):
     result = run("--mode=sample", workdir, "--num_samples=3", f"--out={tmp_path / 'x.npz'}")
     assert result.returncode == 0, result.stderr
     assert np.load(tmp_path / "x.npz")["images"].shape == (3, 16, 16, 3)
+
+
+# --- What a workdir holds is never lost -----------------------------------------------------------------------------
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def points_run(tmp_path_factory):
+    """A finished run on points; a test takes a copy."""
+    workdir = tmp_path_factory.mktemp("points")
+    train(presets.get("gaussians:smoke"), str(workdir))
+    return workdir
+
+
+def test_another_configuration_leaves_a_workdir_as_it_was(points_run, tmp_path):
+    shutil.copytree(points_run, tmp_path, dirs_exist_ok=True)
+    wider = presets.get("gaussians:smoke")
+    wider.generator.width = 32
+    for config, reason in ((presets.get("digits:smoke"), "holds a run on gaussians"), (wider, "another architecture")):
+        with pytest.raises(UserError, match=rf"{reason}.*name another --workdir, or move that run aside"):
+            train(config, str(tmp_path))
+        assert contents(tmp_path) == contents(points_run)
+    assert int(train(wider, str(tmp_path), restart=True).step) == 8
+    before = contents(tmp_path / "before-1")
+    assert before == contents(points_run) and (tmp_path / "checkpoints" / "8").exists()
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_start_again(points_run, tmp_path):
+    for name in ("metrics.jsonl", "results.json"):
+        workdir = tmp_path / name
+        workdir.mkdir()
+        shutil.copy(points_run / name, workdir)
+        if name == "metrics.jsonl":  # of a run that was killed after its second save had begun
+            (workdir / name).write_text('{"step": 9}\n')
+        with pytest.raises(UserError, match=r"are gone, though .* put them back into .* with --restart"):
+            train(presets.get("gaussians:smoke"), str(workdir))
+        assert (workdir / name).exists() and not (workdir / "config.json").exists()
+
+
+def test_what_was_chosen_at_the_start_belongs_to_the_run(points_run):
+    """On another number of devices, or for more images, other values would be chosen."""
+    before = as_dict(presets.get("gaussians:smoke"))
+    before["train"]["batch_size"], before["log"]["samples_every"] = 24, 0
+    c = presets.get("gaussians:smoke")
+    c.train.update(batch_size=None, num_steps=None, lr_g=0.5)
+    c.log.samples_every = None
+    begun = train_module.as_begun(read(c), before, "runs/x")
+    assert (begun.train.batch_size, begun.train.num_steps, begun.log.samples_every) == (24, 8, 0)
+    assert begun.train.lr_g == 0.5 and train_module.as_begun(read(c), None, "runs/x") == read(c)
+    given = presets.get("gaussians:smoke")
+    given.train.batch_size = 32
+    assert train_module.as_begun(read(given), before, "runs/x").train.batch_size == 32
+    assert checkpoint.config_of(points_run) == as_dict(presets.get("gaussians:smoke"))
+    assert checkpoint.config_of(points_run / "nothing") is None
+
+
+def test_an_evaluation_that_fails_ends_nothing(points_run, tmp_path, monkeypatch, capsys):
+    def fail(*arguments, **options):
+        raise MemoryError("no memory for 5,000 samples")
+
+    monkeypatch.setattr(train_module, "judge", fail)
+    config = presets.get("gaussians:smoke")
+    config.eval.update(every=4, online_samples=16)
+    train(config, str(tmp_path))
+    said = capsys.readouterr().out
+    assert "the evaluation at step 4 failed, and training continues: no memory for 5,000 samples" in said
+    assert checkpoint.finished(tmp_path / "checkpoints") == [4, 8]
+    ours, theirs = (log.read_metrics(folder / "metrics.jsonl") for folder in (tmp_path, points_run))
+    times = ("seconds", "images_per_second")
+    assert [{k: v for k, v in record.items() if k not in times} for record in ours] == [
+        {k: v for k, v in record.items() if k not in times} for record in theirs
+    ]
+
+
+def test_the_checkpoint_is_saved_before_the_evaluation(tmp_path, monkeypatch):
+    """A process that dies in the evaluation has saved its step, which it evaluates when it is started again."""
+
+    class Killed(Exception):
+        pass
+
+    def die(run, interrupt):
+        run.checkpoints.wait()
+        raise Killed
+
+    config = presets.get("gaussians:smoke")
+    config.eval.update(every=4, online_samples=16)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "evaluation", die)
+        with pytest.raises(Killed):
+            train(config, str(tmp_path / "killed"))
+    assert checkpoint.finished(tmp_path / "killed" / "checkpoints") == [4]
+    assert log.read_metrics(tmp_path / "killed" / "metrics.jsonl")[-1]["step"] == 2
+    for name in ("killed", "whole"):
+        train(config, str(tmp_path / name))
+    assert_same(tmp_path / "killed", tmp_path / "whole")
+    ours, theirs = (log.read_metrics(tmp_path / name / "metrics.jsonl") for name in ("killed", "whole"))
+    assert [record["step"] for record in ours] == [2, 4, 6, 8]
+    assert [record.get("eval/modes") for record in ours] == [record.get("eval/modes") for record in theirs]
+
+
+def test_a_state_that_is_not_finite_is_not_saved(tmp_path, monkeypatch):
+    """Also where a signal asks for the save, on a step without a record."""
+    monkeypatch.setattr(train_module, "norms", lambda state: {"g_param_norm": np.float32("nan")})
+    config = presets.get("gaussians:smoke")
+    config.log.every = 4
+    with pytest.raises(Fault, match=r"g_param_norm is not finite at step 3: there is no checkpoint yet; lower"):
+        train(config, str(tmp_path))
+    assert not checkpoint.finished(tmp_path / "checkpoints")
+
+
+def test_other_noise_from_a_checkpoint(points_run, tmp_path):
+    """`noise_seed` changes the steps, and neither the networks at the start nor the order of the data."""
+    config = presets.get("gaussians:smoke")
+    config.train.noise_seed = 1
+    plain, other = build(presets.get("gaussians:smoke")), build(config)
+    assert plain.noise_seed == plain.seed == other.seed != other.noise_seed
+    shutil.copytree(points_run, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "checkpoints" / "8")
+    train(config, str(tmp_path))
+    ours, theirs = (checkpoint.read(checkpoint.find(str(folder)))[0] for folder in (tmp_path, points_run))
+    assert ours["step"] == theirs["step"] and any(np.any(ours[name] != theirs[name]) for name in ours)
+
+
+def test_every_configuration_has_its_own_workdir(tmp_path):
+    for flags_, name in (([], "digits"), ([POINTS], "gaussians-smoke"), (["--config=stacked_mnist"], "stacked_mnist")):
+        result = run(*flags_, "--mode=sample")
+        assert result.returncode == 2 and f"there is no checkpoint in runs/{name}:" in result.stderr, result.stderr

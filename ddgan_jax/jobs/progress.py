@@ -86,7 +86,7 @@ def summarise(window: list[Metrics]) -> dict[str, float]:
 
 
 def check_finite(first_step: int, window: list[Metrics], intact: Callable[[], int | None]) -> None:
-    """Raise Fault that names the first step and quantity of the window that is not finite, and what `intact` says.
+    """Raise Fault that names the first step and quantity of the window that is not finite, and what helps.
 
     `intact` is only asked in process 0, of the step of the newest checkpoint that is there.
     """
@@ -94,10 +94,17 @@ def check_finite(first_step: int, window: list[Metrics], intact: Callable[[], in
         for name, value in sorted(metrics.items()):
             if not np.all(np.isfinite(value)):
                 safe = processes.from_primary(intact)
-                raise Fault(
-                    f"{name} is not finite at step {first_step + i}: "
-                    + (f"the checkpoint of step {safe} is good" if safe is not None else "there is no checkpoint yet")
-                )
+                raise Fault(f"{name} is not finite at step {first_step + i}: {_what_helps(safe)}")
+
+
+def _what_helps(safe: int | None) -> str:
+    """What to do about a loss that is not finite; `safe` is the step of the newest checkpoint."""
+    if safe is None:
+        return "there is no checkpoint yet; lower --config.train.lr_g and lr_d, or raise --config.train.r1_gamma"
+    return (
+        f"the checkpoint of step {safe} is good, but the same command ends here again; continue from it with other "
+        "noise (--config.train.noise_seed=1), a lower --config.train.lr_g and lr_d, or a higher --config.train.r1_gamma"
+    )
 
 
 class Meter:
@@ -121,10 +128,11 @@ class Meter:
         yield
         self._mark += time.time() - since
 
-    def check(self, intact: Callable[[], int | None]) -> None:
-        """Wait for the steps. Raises Fault where a metric is not finite; `intact` as of `check_finite`."""
+    def check(self, intact: Callable[[], int | None], last: Metrics | None = None) -> None:
+        """Wait for the steps. Raises Fault where a metric, or one of `last`, is not finite; `intact` as above."""
         self._window = jax.device_get(self._window)
         check_finite(self._from, self._window, intact)
+        check_finite(self._from + len(self._window) - 1, [jax.device_get(last or {})], intact)
 
     def values(self, last: Metrics, intact: Callable[[], int | None]) -> tuple[dict[str, float], float]:
         """(the means since the last record, and the metrics `last`; the seconds that a step took); begins anew.

@@ -25,7 +25,7 @@ from ddgan_jax.build import Built, build, check_batch, labels_of, settle
 from ddgan_jax.config import Config, as_dict, flat, read
 from ddgan_jax.data.batches import batches, like_real
 from ddgan_jax.data.sources import Data, fingerprint, open_data
-from ddgan_jax.errors import Interrupted, UserError
+from ddgan_jax.errors import Fault, Interrupted, UserError
 from ddgan_jax.jobs.progress import Meter, clock, losses_line, next_commands, overview, say
 from ddgan_jax.jobs.signals import Interrupt, until
 from ddgan_jax.metrics.judge import RANKED_BY, Judge, judge, open_judge
@@ -37,6 +37,16 @@ from ddgan_jax.storage.log import Log, read_metrics
 from ddgan_jax.storage.paths import Path
 
 TIMED = 20  # steps that the time of a run is foretold from
+# What a run writes into its workdir, the checkpoints first: until they are moved, a restart can be repeated.
+WRITTEN = ("checkpoints", "damaged", "best.json", "metrics.jsonl", "results.json", "config.json", "curves.png")
+WRITTEN += ("samples", "tensorboard", "wandb_id.txt", "wandb", "evaluation")
+# What may be chosen for the data and the devices when a run starts, and belongs to it from then on.
+CHOSEN = {
+    "data": ("image_size", "channels"),
+    "train": ("num_steps", "batch_size", "steps_per_epoch"),
+    "checkpoint": ("every",),
+    "log": ("samples_every",),
+}
 
 
 @dataclasses.dataclass
@@ -88,17 +98,18 @@ class Run:
         return self.spent + time.time() - self.started
 
 
-def train(config: Any, workdir: str, data: Data | None = None) -> Any:
+def train(config: Any, workdir: str, data: Data | None = None, restart: bool = False) -> Any:
     """Train as `config` says in `workdir`, from its newest checkpoint if there is one; returns the last state.
 
     `data` is trained on instead of what `config.data` names, for instance `Data(images)` of an array in memory.
+    `restart` moves what an earlier run left in `workdir` to `workdir`/before-1 and starts from step 0.
 
     Leaves checkpoints/, config.json, metrics.jsonl, results.json, curves.png, samples/ and tensorboard/. Raises
     UserError for settings that cannot be, Fault where something outside went wrong, and Interrupted after SIGTERM,
     SIGINT or SIGUSR1 to any process, with the step at which it came saved.
     """
     with Interrupt() as interrupt:
-        run = begin(config, workdir, data)
+        run = begin(config, workdir, data, restart)
         with closed_after_a_fault(run):
             with interrupt.held():
                 stopped = loop(run, interrupt)
@@ -111,7 +122,8 @@ def train(config: Any, workdir: str, data: Data | None = None) -> Any:
             elif run.log:
                 run.log.close()
         if stopped:
-            raise Interrupted(f"{came[0]}: saved step {run.step} in {workdir}; run the same command to go on")
+            same = "the same command without --restart" if restart else "the same command"
+            raise Interrupted(f"{came[0]}: saved step {run.step} in {workdir}; run {same} to continue")
     return run.state
 
 
@@ -120,9 +132,9 @@ def closed_after_a_fault(run: Run) -> Iterator[None]:
     """What raises within may end the process at once: what was begun to be written is written first."""
     try:
         yield
-    except Exception:
+    except Exception:  # whatever it is, it is raised again
         for part in (run.checkpoints, run.log):
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception):  # the first error is the one to report
                 if part:
                     part.close()
         raise
@@ -131,9 +143,30 @@ def closed_after_a_fault(run: Run) -> Iterator[None]:
 # --- Setting up ---------------------------------------------------------------------------------------------------
 
 
-def _open(config: Any, opened: Data | None) -> tuple[Config, Built, Data]:
+def as_begun(c: Config, before: dict[str, Any] | None, workdir: str) -> Config:
+    """The settings with what was chosen when the run in `workdir` was started, as `before` records it.
+
+    UserError if that is a run on other data.
+    """
+    if before is None:
+        return c
+    old = read(before)
+    if old.data.name != c.data.name:
+        raise UserError(
+            f"--workdir={workdir} holds a run on {old.data.name}, and this configuration is for {c.data.name}: name "
+            "another --workdir, or move that run aside with --restart"
+        )
+    groups = {}
+    for group, names in CHOSEN.items():
+        mine, theirs = getattr(c, group), getattr(old, group)
+        taken = {name: getattr(theirs, name) for name in names if getattr(mine, name) is None}
+        groups[group] = dataclasses.replace(mine, **taken)
+    return dataclasses.replace(c, **groups)
+
+
+def _open(config: Any, opened: Data | None, before: dict[str, Any] | None, workdir: str) -> tuple[Config, Built, Data]:
     """(settings, method, data) of a run. The data is decoded when it fits the rest. UserErrors as of `train`."""
-    c, chosen = settle(read(config), opened)
+    c, chosen = settle(as_begun(read(config), before, workdir), opened)
     built = build(c)
     check_batch(built.batch_size, c.train.accumulate)
     for sentence in chosen:
@@ -157,10 +190,11 @@ def facts(c: Config, data: Data) -> dict[str, Any]:
     return found | {"jax": jax.__version__, "devices": f"{jax.local_device_count()} x {jax.devices()[0].device_kind}"}
 
 
-def begin(config: Any, workdir: str, opened: Data | None) -> Run:
-    """Set up a run, or take up one that broke off. UserErrors and Faults as of `train`."""
+def begin(config: Any, workdir: str, opened: Data | None, restart: bool = False) -> Run:
+    """Set up a run, or resume one that was interrupted. UserErrors and Faults as of `train`."""
     started, path = time.time(), paths.path(workdir)
-    c, built, data = processes.everywhere(lambda: _open(config, opened))
+    before = processes.from_primary(lambda: None if restart else checkpoint.config_of(path))
+    c, built, data = processes.everywhere(lambda: _open(config, opened, before, workdir))
     if jax.process_count() > 1:
         processes.agree(facts(c, data))
     labels, shapes = labels_of(data, built.num_classes, c.data.name), jax.eval_shape(built.init_state)
@@ -172,14 +206,19 @@ def begin(config: Any, workdir: str, opened: Data | None) -> Run:
     def open_files() -> Any:
         """In process 0: the files of the run, and its state on the host, restored or initialised, never both."""
         nonlocal checkpoints, log, unlogged
-        open_workdir(path, as_dict(c))
+        if restart and (aside := paths.move_aside(path, WRITTEN, "before")):
+            say(f"what an earlier run left in {workdir} is now in {aside}")
+        changed = changed_settings(path, as_dict(c))
         overview(built, shapes, built.batch_size // jax.device_count(), data)
-        checkpoints = checkpoint.Checkpoints(workdir, c.checkpoint.keep, c.checkpoint.keep_period)
-        restored, told = checkpoints.restore_latest(shapes, say)
-        log = Log(path, as_dict(c), c.log, 0 if restored is None else int(restored.step))
+        checkpoints = open_checkpoints(path, c)
+        restored, told = restore(checkpoints, shapes, path, c)
+        open_workdir(path, as_dict(c), changed)
+        step = 0 if restored is None else int(restored.step)
+        log = Log(path, as_dict(c), c.log, step)
+        checkpoints.find_best(ranked_by(c), read_metrics(log.path))
         if told:
-            unlogged = told["unlogged"]
-            if log.checksum != told["log"]:
+            unlogged = told["unlogged"] if log.last.get("step") != step else None
+            if told["log"] not in (log.checksum, log.checksum_before):
                 say(
                     f"note: {log.path} is damaged, or was changed: its records differ from those at the last checkpoint"
                 )
@@ -222,19 +261,64 @@ def check_memory(built: Built, shapes: Any) -> None:
             )
 
 
-def open_workdir(workdir: Path, config: dict[str, Any]) -> None:
-    """Create the workdir and write config.json. Raises UserError if it cannot be written."""
+def changed_settings(workdir: Path, config: dict[str, Any]) -> list[str]:
+    """The settings that differ from those in the workdir's config.json. OSError if it cannot be read."""
+    old = workdir / "config.json"
+    if not paths.exists(old):
+        return []
     try:
-        old = workdir / "config.json"
-        if paths.exists(old):
-            before, now = flat(as_dict(read(json.loads(paths.read(old))))), flat(config)
-            changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-            if changed:
-                say(f"note: {workdir} was started with other values of {', '.join(changed)}")
-        paths.write(old, json.dumps(config, indent=2) + "\n")
+        before, now = flat(as_dict(read(json.loads(paths.read(old))))), flat(config)
+    except ValueError as error:
+        say(f"note: {old} is damaged ({error}); it is written again")
+        return []
+    return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+
+
+def open_checkpoints(workdir: Path, c: Config) -> checkpoint.Checkpoints:
+    """The checkpoints of a workdir, which is created. UserError if it cannot be."""
+    try:
+        (workdir / "checkpoints").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be used: {error}") from error
+    return checkpoint.Checkpoints(os.fspath(workdir), c.checkpoint.keep, c.checkpoint.keep_period)
+
+
+def restore(checkpoints: checkpoint.Checkpoints, shapes: Any, workdir: Path, c: Config) -> tuple[Any, Any]:
+    """As `checkpoints.restore_latest`; UserError where the checkpoints are gone, or of another architecture."""
+    try:
+        restored, told = checkpoints.restore_latest(shapes, say)
+    except UserError as error:
+        raise UserError(f"{error}; name another --workdir, or move that run aside with --restart") from error
+    except checkpoint.Damaged as error:
+        raise Fault(f"{error}; --restart moves them aside and starts from step 0") from error
+    if restored is None and (evidence := had_checkpoints(workdir, c.checkpoint.every or 1)):
+        raise UserError(
+            f"the checkpoints of the run in {workdir} are gone, though {evidence}: put them back into "
+            f"{checkpoints.directory}, or start from step 0 with --restart"
+        )
+    return restored, told
+
+
+def had_checkpoints(workdir: Path, every: int) -> str:
+    """Why a run without checkpoints must have had some, or ''. `every` is the number of steps between two."""
+    for name in ("best.json", "results.json", "damaged"):
+        if paths.exists(workdir / name):
+            return f"it has {name}"
+    records = read_metrics(workdir / "metrics.jsonl")
+    last = records[-1]["step"] if records else 0
+    # The second save waits for the first, and the record of its step may be written before it.
+    return f"metrics.jsonl has step {last}" if last > 2 * every else ""
+
+
+def open_workdir(workdir: Path, config: dict[str, Any], changed: list[str]) -> None:
+    """Write config.json. UserError if it cannot be written."""
+    if changed:
+        say(f"note: {workdir} was started with other values of {', '.join(changed)}")
+    try:
+        paths.write(workdir / "config.json", json.dumps(config, indent=2) + "\n")
         for folder in (workdir, workdir / "samples"):
             paths.remove_unfinished(folder)
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be used: {error}") from error
 
 
@@ -326,11 +410,12 @@ def loop(run: Run, interrupt: Interrupt) -> bool:
                 say(automatic.expected_time((time.time() - warm) / TIMED, run.num_steps - run.step))
 
             values: dict[str, float] | None = {}
+            if run.keeps() or stop.now:  # before the evaluation, which may fail
+                save(run, meter)
             if run.logs():
                 values = record(run, meter, interrupt, stop.now, bar)
                 stop.now = stop.now or values is None
-            if run.keeps() or stop.now:
-                save(run, values or {}, meter)
+                offer(run, values or {})
             if stop.now or run.step == run.num_steps:
                 return values is None or run.step < run.num_steps
             if run.draws():
@@ -410,21 +495,25 @@ def record(
     return values
 
 
-def save(run: Run, values: dict[str, float], meter: Meter) -> None:
-    """Begin to save the state, with the metrics that are in no record yet; mark it as the best if `values` say so."""
-    meter.check(lambda: intact(run))
+def save(run: Run, meter: Meter) -> None:
+    """Begin to save the state, with the metrics that are in no record yet. Fault, and no save, if it is not finite."""
+    meter.check(lambda: intact(run), norms_of(run))
     if run.checkpoints and run.log:
         run.log.flush()
         told = {"unlogged": meter.unlogged(), "log": run.log.checksum}
         run.checkpoints.save(run.step, run.state, as_dict(run.config), told)
-        offer(run, values)
 
 
 def offer(run: Run, values: dict[str, float]) -> None:
     """Mark the checkpoint of this step as the best if an evaluation among `values` says so."""
-    ranked_by = f"eval/{RANKED_BY[run.config.eval.features]}"
-    if run.checkpoints and ranked_by in values and run.checkpoints.offer(run.step, ranked_by, values[ranked_by]):
-        say(f"step {run.step} is the best so far: {ranked_by} {values[ranked_by]:.4g}")
+    name = ranked_by(run.config)
+    if run.checkpoints and name in values and run.checkpoints.offer(run.step, name, values[name]):
+        say(f"step {run.step} is the best so far: {name} {values[name]:.4g}")
+
+
+def ranked_by(c: Config) -> str:
+    """The metric of an evaluation while training that says which checkpoint is the best: the smallest."""
+    return f"eval/{RANKED_BY[c.eval.features]}"
 
 
 def intact(run: Run) -> int | None:
@@ -440,7 +529,13 @@ def evaluation(run: Run, interrupt: Interrupt) -> dict[str, float]:
     count = run.config.eval.online_samples
     asked = like_real(run.labels, count)
     chunks = until(interrupt, run.draw.chunks(jax.device_get(run.state.ema_params), 0, count, asked))
-    judged = judge(run.judge, chunks, count, labels=asked)
+    try:
+        judged = judge(run.judge, chunks, count, labels=asked)
+    except (ValueError, RuntimeError, OSError, MemoryError) as error:  # of settings, a device, a disk
+        if jax.process_count() > 1:  # the others may wait for this process in the middle of it
+            raise
+        say(f"note: the evaluation at step {run.step} failed, and training continues: {error}")
+        return {}
     return {f"eval/{name}": float(value) for name, value in judged.results.items()} if judged else {}
 
 

@@ -275,7 +275,7 @@ class Checkpoints:
 
         (None, None) where there is no checkpoint. Newer ones that are damaged are then moved to `workdir`/damaged.
 
-        Raises Fault, with nothing moved, if all are damaged; OSError if one cannot be read; UserError if it is of
+        Raises Damaged, with nothing moved, if all are; OSError if one cannot be read; UserError if it is of
         another architecture.
         """
         damaged: list[tuple[int, Damaged]] = []
@@ -295,7 +295,7 @@ class Checkpoints:
             self._prune()
             return state, told.get("of_job")
         if damaged:
-            raise Fault(f"no checkpoint in {self.directory} is valid, and none was moved: {damaged[0][1]}")
+            raise Damaged(f"no checkpoint in {self.directory} is valid, and none was moved: {damaged[0][1]}")
         return None, None
 
 
@@ -401,6 +401,20 @@ def find(path: str | os.PathLike) -> Path:
     if given.name.isdigit() and int(given.name) in finished(given.parent):
         return given
     raise UserError(f"there is no checkpoint in {path}: train there first, or name another workdir or checkpoint")
+
+
+def config_of(workdir: Path) -> dict[str, Any] | None:
+    """The configuration in the newest checkpoint of a workdir, of those where it is not damaged; None without one.
+
+    OSError if it cannot be read.
+    """
+    for step in reversed(finished(workdir / "checkpoints")):
+        try:
+            file = workdir / "checkpoints" / str(step) / "config" / "metadata"
+            return _unsealed(json.loads(paths.read(file)))["config"]
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, KeyError, TypeError):
+            continue  # damaged, as restoring it will say
+    return None
 
 
 def restore_ema(path: str) -> tuple[dict[str, Any], dict[str, Any], int]:

@@ -14,7 +14,7 @@ import re
 import stat
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any, TypeVar
 
 # Before etils looks: it would open buckets with TensorFlow wherever that is installed, and import it for seconds.
@@ -257,6 +257,28 @@ def move_folder(source: Given, target: Given) -> None:
         for name in files_below(old):
             write(new / name, (old / name).read_bytes())
         old.rmtree()
+
+
+def move_aside(folder: Given, entries: Sequence[str], name: str) -> epath.Path | None:
+    """Move those of the `entries` that are in a folder to its subfolder name-1, or -2, ...; None without any."""
+    root = epath.Path(folder)
+    found = [entry for entry in entries if exists(root / entry)]
+    if not found:
+        return None
+    number = 1
+    while exists(root / f"{name}-{number}"):
+        number += 1
+    target = root / f"{name}-{number}"
+    for entry in found:
+        if is_dir(root / entry):
+            move_folder(root / entry, target / entry)
+        elif is_remote(root):
+            write(target / entry, read(root / entry))
+            (root / entry).unlink()
+        else:
+            target.mkdir(parents=True, exist_ok=True)
+            (root / entry).rename(target / entry)
+    return target
 
 
 def cache_dir(data_dir: str) -> str:

@@ -314,8 +314,7 @@ def _read(path: Path, ema_only: bool = False) -> tuple[Arrays, dict[str, Any]]:
         try:
             return _restore(path.resolve(), ema_only)
         except Exception as error:  # Orbax and TensorStore raise anything, for failed reads as for wrong content
-            if _out_of_memory(error):
-                raise OSError(f"the checkpoint {path} cannot be read: {_reason(error)}") from error
+            logging.getLogger(__name__).info("%s is read again: %s", path, _reason(error))
     # From a copy of its files: if one of them cannot be read, this says so, and what is wrong with the copy is damage.
     with tempfile.TemporaryDirectory(prefix="checkpoint") as copy:
         paths.fetch(path, copy, lambda name: not (ema_only and name.startswith("state/")))

@@ -66,7 +66,7 @@ def os_errors(what: Given) -> Iterator[None]:
         yield
     except (OSError, UserError):
         raise
-    except Exception as error:
+    except Exception as error:  # gcsfs, aiohttp, requests and google.auth have no base in common
         if not is_remote(what):
             raise
         reason = str(error).strip().splitlines()

@@ -5,13 +5,14 @@ import json
 import pathlib
 import struct
 import sys
+import warnings
 import zipfile
 import zlib
 
 import numpy as np
 import pytest
 from commands import python, run
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, ImageOps
 from test_configs import get_config
 
 from ddgan_jax import automatic
@@ -184,6 +185,76 @@ def test_exif_orientation_and_the_first_frame(tmp_path):
     images = open_folder(tmp_path / "in", tmp_path / "cache")[0]
     assert (images[0, :8] == 0).all() and (images[0, 8:] == 255).all()
     assert (images[1] == (255, 0, 0)).all()
+
+
+def exif_of(orientation):
+    """EXIF as a camera writes it."""
+    exif = Image.Exif()
+    exif.update({0x0112: orientation, 0x010F: "maker", 0x0110: "model", 0x011A: 72.0, 0x0132: "2020:01:01 00:00:00"})
+    exif.get_ifd(0x8769).update({0x829A: 0.01, 0x927C: b"note" * 9})
+    exif.get_ifd(0x8825).update({1: "N", 2: (1.0, 2.0, 3.0)})
+    return exif.tobytes()
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_every_exif_orientation(orientation):
+    """As Pillow itself turns images of intact metadata."""
+    buffer = io.BytesIO()
+    Image.fromarray(noise(12, 8)).save(buffer, "PNG", exif=exif_of(orientation))
+    expected = ImageOps.exif_transpose(Image.open(buffer))
+    np.testing.assert_array_equal(decoding.open_image(buffer.getvalue()), expected)
+
+
+def test_malformed_exif_costs_the_metadata_and_not_the_photo():
+    """A tag of another type than its value, beside an orientation; then a few hundred changes at random places."""
+    good = exif_of(6)
+    maker = good.index(struct.pack(">HH", 0x010F, 2))
+    wrong = good[: maker + 2] + struct.pack(">H", 5) + good[maker + 4 :]  # text, said to be a fraction
+    rng = np.random.default_rng(0)
+    for i in range(300):
+        exif = bytearray(wrong if i < 3 else good)
+        for _ in range(0 if i < 3 else rng.integers(1, 5)):
+            at = int(rng.integers(6, len(exif) - 2))
+            exif[at : at + 2] = (b"\0\5", b"\xff\xff", b"\0\0", rng.bytes(2))[rng.integers(4)]
+        buffer = io.BytesIO()
+        Image.new("L", (12, 8), 200).save(buffer, ("JPEG", "PNG", "WEBP")[i % 3], exif=bytes(exif))
+        with warnings.catch_warnings(action="ignore"):  # Pillow's, of corrupt EXIF
+            assert decoding.look_at(buffer.getvalue())[0] == 8
+            image = decoding.open_image(buffer.getvalue())
+        assert image.size == (8, 12) if i < 3 else set(image.size) == {8, 12}, exif
+        assert np.abs(np.asarray(image).astype(int) - 200).max() < 5
+
+
+def png_of(bits, values, hidden=None):
+    """A grey PNG of one row with `bits` a value, and the value `hidden` transparent."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    row = int("".join(f"{value:0{bits}b}" for value in values), 2).to_bytes(len(values) * bits // 8, "big")
+    header = struct.pack(">IIBBBBB", len(values), 2, bits, 0, 0, 0, 0)
+    transparent = b"" if hidden is None else chunk(b"tRNS", struct.pack(">H", hidden))
+    data = chunk(b"IDAT", zlib.compress((b"\0" + row) * 2))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + transparent + data + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_grey_of_every_depth(bits):
+    """Scaled by the depth, however small the values are; the transparent one becomes white."""
+    most = 2**bits - 1
+    values = np.arange(8) * 100 if bits == 16 else np.arange(8) % (most + 1)
+    scaled = np.round(values * 255 / most)
+    for hidden in (None, *values[:4]):
+        image = decoding.to_eight_bits(decoding.open_image(png_of(bits, values, hidden)))
+        assert image.mode == "L"
+        np.testing.assert_array_equal(np.asarray(image)[0], np.where(values == hidden, 255, scaled))
+
+
+def test_a_large_image_with_a_transparent_value_is_white_there(monkeypatch):
+    monkeypatch.setattr(decoding, "LARGE", 1)
+    content = io.BytesIO()
+    Image.fromarray(np.tile(np.uint8([0, 0, 50, 50]), (64, 16))).save(content, "PNG", transparency=0)
+    assert np.abs(decoding.decode(content.getvalue(), 2, 1).astype(int) - (255 + 50) / 2).max() < 5  # 25 with black
 
 
 def test_bad_files_are_skipped_and_listed(tmp_path, capsys):

@@ -24,29 +24,54 @@ def open_image(content: bytes) -> Any:
 
 def _loaded(image: Any) -> Any:
     """What `_open` returned, decoded and upright."""
-    from PIL import ImageOps
+    from PIL import Image
 
+    # Pillow scales the values of grey PNGs of 2 and 4 bits to 0..255, except the one that stands for transparent.
+    step = {"L;2": 85, "L;4": 17}.get(str(image.tile[0][3]) if image.tile else "", 1)
     image.load()
-    ImageOps.exif_transpose(image, in_place=True)  # else it copies every image
-    return image
+    if step > 1 and "transparency" in image.info:
+        image.info["transparency"] *= step
+    turn = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def _orientation(image: Any) -> Any:
+    """The EXIF orientation, of which 2 to 8 mean that the image is not upright; 1 if it cannot be read.
+
+    Not by `ImageOps.exif_transpose`, which writes all EXIF tags again and fails where any of them is malformed.
+    """
+    try:
+        found = image.getexif().get(0x0112)
+        return found if isinstance(found, int) else 1
+    except Exception:  # malformed metadata makes Pillow raise nearly anything, and the pixels are decoded already
+        return 1
 
 
 def decode(content: bytes, size: int, channels: int) -> np.ndarray:
     """`fit` of `open_image`, with little memory where the image is large; ValueError with the reason if it is none."""
     with _reasons():
         image = _open(content)
-    large = image.width * image.height > LARGE
-    with _LARGE if large else contextlib.nullcontext():
-        with _reasons():
+        large = image.width * image.height > LARGE
+        with _LARGE if large else contextlib.nullcontext():
             image = _loaded(image)
-        image = _shrunk(image, size) if large else image
-        return fit(image, size, channels)
+            image = _shrunk(image, size) if large else image
+            return fit(image, size, channels)
 
 
 def _shrunk(image: Any, size: int) -> Any:
     """The image with blocks of pixels averaged to one, and at least three times as large as `size`."""
-    if image.mode == "P":
-        image = image.convert("RGBA" if "transparency" in image.info else "RGB")
+    if "transparency" in image.info and not _is_deep(image):
+        image = image.convert("RGBA")
+    elif image.mode == "P":
+        image = image.convert("RGB")
     factor = min(image.size) // (3 * size)
     return image.reduce(factor) if factor > 1 and image.mode in ("L", "LA", "RGB", "RGBA", "CMYK") else image
 
@@ -83,7 +108,7 @@ def _reasons() -> Iterator[None]:
         raise ValueError(f"it claims more than {MAX_PIXELS:,} pixels") from error
     except Image.UnidentifiedImageError as error:
         raise ValueError("it is not an image that Pillow can read") from error
-    except (OSError, SyntaxError, EOFError) as error:
+    except (OSError, SyntaxError, EOFError) as error:  # all bytes are in memory: an OSError is of the content
         raise ValueError(f"it is damaged ({error})") from error
 
 
@@ -91,19 +116,19 @@ def to_eight_bits(image: Any) -> Any:
     """A Pillow image of any mode -> mode L (grey) or RGB: 16 bits are scaled, transparent parts become white."""
     from PIL import Image
 
-    if image.mode.startswith("I") or image.mode == "F":
+    if _is_deep(image):
         values = np.array(image, np.float32)
-        values *= 255 / 65535 if values.max() > 255 else 1.0
+        if "transparency" in image.info:
+            values[values == image.info["transparency"]] = 65535
+        values *= 255 / 65535 if image.mode != "F" else 1.0
         return Image.fromarray(np.clip(np.rint(values, out=values), 0, 255, out=values).astype(np.uint8))
-    if image.mode in ("1", "L"):
-        return image.convert("L")
-    if image.mode in ("LA", "La") or "transparency" in image.info or image.mode in ("RGBA", "RGBa", "PA"):
-        mode = "L" if image.mode in ("LA", "La") else "RGB"
-        image = image if image.mode == "RGBA" else image.convert("RGBA")
-        opaque = Image.new(mode, image.size, "white")
-        opaque.paste(image.convert(mode), mask=image.getchannel("A"))
-        return opaque
-    return image.convert("RGB")
+    mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
+    if "transparency" not in image.info and image.mode not in ("LA", "La", "RGBA", "RGBa", "PA"):
+        return image.convert(mode)
+    image = image if image.mode == "RGBA" else image.convert("RGBA")
+    opaque = Image.new(mode, image.size, "white")
+    opaque.paste(image.convert(mode), mask=image.getchannel("A"))
+    return opaque
 
 
 def fit(image: Any, size: int, channels: int) -> np.ndarray:
@@ -123,4 +148,9 @@ def fit(image: Any, size: int, channels: int) -> np.ndarray:
 
 def is_grey(image: Any) -> bool:
     """Does a Pillow image have no colour by its mode?"""
-    return image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I")
+    return image.mode in ("1", "L", "LA", "La") or _is_deep(image)
+
+
+def _is_deep(image: Any) -> bool:
+    """Whether the values are no bytes: 0 to 65535 in the modes I and I;16, as Pillow opens files; 0 to 255 in F."""
+    return image.mode.startswith("I") or image.mode == "F"

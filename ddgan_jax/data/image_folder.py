@@ -315,7 +315,7 @@ def open_folder(
         if image_size is None or channels is None:
             _, image_size, channels, _ = _look(source, path, image_size, channels, cache_dir)
         # The first number changes when the rules of this file do.
-        copy = _place(source, path, cache_dir, f"3 {image_size} {channels}")
+        copy = _place(source, path, cache_dir, f"4 {image_size} {channels}")
         if not (copy / "dataset.json").exists():
             _prepare(source, path, copy, image_size, channels)
         total = len(source.names)

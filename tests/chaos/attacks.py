@@ -34,6 +34,9 @@ def picture(form: str, mode: str = "RGB", size: int = 24) -> bytes:
     rng, file = np.random.default_rng(0), io.BytesIO()
     image = Image.fromarray(rng.integers(0, 256, (size, size, 3), np.uint8)).convert(mode)
     more = {"save_all": True, "append_images": [image]} if form == "GIF" else {}
+    if form in ("JPEG", "PNG", "WEBP"):
+        more["exif"] = Image.Exif()
+        more["exif"].update({0x0112: 6, 0x0110: "model", 0x011A: 72.0, 0x0132: "2020:01:01 00:00:00"})
     image.save(file, form, **more)
     return file.getvalue()
 

@@ -242,11 +242,11 @@ def labels_of(data: sources.Data, num_classes: int, name: str) -> np.ndarray | N
         return None
     if data.labels is None:
         raise UserError(f"model.num_classes={num_classes}, but dataset {name} has no labels: set it to 0")
-    labels = data.labels()
-    classes = len(data.classes) or int(labels.max()) + 1
-    if num_classes != classes:
-        raise UserError(f"model.num_classes={num_classes}, but dataset {name} has {classes} classes: set it to that")
-    return labels
+    if num_classes != len(data.classes):
+        raise UserError(
+            f"model.num_classes={num_classes}, but dataset {name} has {len(data.classes)} classes: set it to that"
+        )
+    return data.labels()
 
 
 def check_batch(batch_size: int, accumulate: int = 1) -> int:

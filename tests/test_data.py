@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 from commands import python
 
+from ddgan_jax import presets
+from ddgan_jax.build import labels_of
 from ddgan_jax.config import DataConfig
 from ddgan_jax.data.batches import batch_indices, batches, order
-from ddgan_jax.data.sources import open_data
+from ddgan_jax.data.sources import Data, look, open_data
 from ddgan_jax.errors import Fault, UserError
+from ddgan_jax.jobs.train import train
 
 
 def take(images, count, start_step=0, process=0, processes=1, batch=12, seed=3):
@@ -114,6 +117,98 @@ assert "tensorflow" not in sys.modules
     assert child.returncode == 0, err
 
 
+# --- Arrays of a user -------------------------------------------------------------------------------------------------
+
+PIXELS = np.arange(5 * 16, dtype=np.uint8).reshape(5, 4, 4, 1)
+PIXELS[0, 0, 0], PIXELS[-1, -1, -1] = 0, 255
+
+
+@pytest.mark.parametrize(
+    "images, message",
+    [
+        (PIXELS.astype(np.float32), r"float32 \[5, 4, 4, 1\] from 0 to 255: .* np.round\(images\).astype\(np.uint8\)"),
+        (PIXELS / 255, r"float64 .* from 0 to 1: convert them with np.round\(images \* 255\).astype\(np.uint8\)"),
+        (PIXELS / 127.5 - 1, r"from -1 to 1: .* np.round\(\(images \+ 1\) \* 127.5\).astype\(np.uint8\)"),
+        (PIXELS * 3.0, "from 0 to 765: scale them to 0..255 first"),
+        (PIXELS * np.nan, "from nan to nan: scale them"),
+        (PIXELS.astype(int), r"int64 .* from 0 to 255: convert them with images.astype\(np.uint8\)$"),
+        (PIXELS > 99, r"bool .* convert them with images.astype\(np.uint8\) \* 255"),
+        (PIXELS.astype(np.uint16) * 257, r"uint16 .* from 0 to 65535: convert them with \(images // 257\).astype"),
+        (PIXELS[..., 0], r"\[N, H, W, C\], but these are uint8 \[5, 4, 4\]: add the axis .*, images\[..., None\]"),
+        (PIXELS[0, 0, 0], r"\[N, H, W, C\], but these are uint8 \[1\]"),
+        (PIXELS[:0], r"the set is empty: .* these are uint8 \[0, 4, 4, 1\]"),
+        (PIXELS.tolist(), r"the images are a list: convert them with np.asarray\(images\)"),
+        (PIXELS.reshape(5, 16), r"points must be float32 \[N, d\], and images uint8 .*, but these are uint8 \[5, 16\]"),
+        (np.array([[0.5, np.inf], [np.nan, 0]]), "points must be finite, but 2 of these numbers are not"),
+        (np.array([[1e300, 0]]), "points must be finite, but 1 of"),
+    ],
+)
+def test_arrays_that_nothing_can_be_trained_on(images, message):
+    with pytest.raises(UserError, match=message):
+        Data(images)
+
+
+def test_arrays_are_taken_as_they_are_and_points_as_float32(tmp_path):
+    PIXELS.tofile(tmp_path / "images.bin")
+    mapped = np.memmap(tmp_path / "images.bin", np.uint8, "r", shape=PIXELS.shape)
+    assert Data(mapped).images is mapped and Data(PIXELS).images is PIXELS
+    points = np.random.default_rng(0).normal(size=(6, 2))
+    assert Data(points).images.dtype == np.float32
+    np.testing.assert_array_equal(Data(points).images, points.astype(np.float32))
+
+
+def test_training_refuses_floats_before_it_begins(tmp_path):
+    with pytest.raises(UserError, match=r"images must be uint8 from 0 to 255, but these are float32 .* from 0 to 255"):
+        train(presets.get("digits:smoke"), str(tmp_path / "run"), Data(PIXELS.astype(np.float32)))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("as_function", [False, True])
+@pytest.mark.parametrize(
+    "labels, classes, message",
+    [
+        ([0, 1, 2, 0, -1], (), "1 of 5 labels are -1, which means unlabelled: choose another split, or do without"),
+        ([-1] * 5, ("a", "b"), "5 of 5 labels are -1, which means unlabelled"),
+        (
+            [0, 1, 2, 0, 7],
+            ("a", "b", "c"),
+            "from 0 to 2, but these are from 0 to 7, and there are 5 examples of 3 class",
+        ),
+        ([0, 1, 2, 0, 10**9], (), "from 0 to 4, but these are from 0 to 1000000000"),
+        ([0, 1, 2, 0, -2], (), "from 0 to 4, but these are from -2 to 2"),
+        (
+            [0, 1, 2],
+            ("a", "b", "c"),
+            r"one for each example, but these are \[3\], and there are 5 examples of 3 classes",
+        ),
+        ([[0, 1]] * 5, (), r"one for each example, but these are \[5, 2\]"),
+        ([0.0, 1.0, 2.0, 0.0, 0.0], (), r"labels must be integers \[N\], but these are float64 \[5\]"),
+        (["a"] * 5, (), "labels must be integers"),
+    ],
+)
+def test_labels_that_are_none(labels, classes, message, as_function):
+    with pytest.raises(UserError, match=message):
+        Data(PIXELS, (lambda: np.asarray(labels)) if as_function else labels, classes).labels()
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 2, 0, 1], np.uint8([0, 1, 2, 0, 1]), lambda: np.array([0, 1, 2, 0, 1])])
+@pytest.mark.parametrize("names", [(), ("ant", "cat", "dog")])
+def test_labels_as_an_array_or_a_function(labels, names):
+    data = Data(PIXELS, labels, names)
+    assert data.classes == (names or ("0", "1", "2"))
+    assert data.labels().dtype == np.int32 and data.labels().tolist() == [0, 1, 2, 0, 1]
+    np.testing.assert_array_equal(labels_of(data, 3, "mine"), data.labels())
+    with pytest.raises(UserError, match=r"model.num_classes=4, but dataset mine has 3 classes"):
+        labels_of(data, 4, "mine")
+
+
+def test_labels_of_a_set_on_disk_are_read_only_when_they_are_needed():
+    Data(PIXELS, lambda: pytest.fail("read"), ("a", "b"))
+
+
+# --- Digits ---------------------------------------------------------------------------------------------------------
+
+
 def sklearns_digits() -> tuple[np.ndarray, np.ndarray]:
     from sklearn.datasets import load_digits
 
@@ -136,6 +231,14 @@ def test_wrong_shape_and_split():
         open_data(DataConfig("digits", image_size=32, channels=3))
     with pytest.raises(UserError, match="dataset digits has no split 'test': it is 'train' or a part"):
         open_data(DataConfig("digits", "test"))
+    with pytest.raises(UserError, match=r"'train\[20%:10%\]' holds none of the 1,797 examples of dataset digits"):
+        open_data(DataConfig("digits", "train[20%:10%]"))
+
+
+def test_a_path_that_nothing_reads():
+    for read in (open_data, look):
+        with pytest.raises(UserError, match=r"data.path=PHOTOS is not read by data.name=digits: .*image_folder.py"):
+            read(DataConfig("digits", path="PHOTOS"))
 
 
 @pytest.mark.parametrize(
@@ -268,6 +371,11 @@ print(open_data(DataConfig("photos", "train[:50%]", None, 32)).images.shape, "te
 def test_no_such_split(photos_dir):
     with pytest.raises(UserError, match="no split 'validation': choose train or test, or a part"):
         open_data(DataConfig("photos", "validation", photos_dir, 32))
+    for split in ("train[20%:10%]", "train[5:2]", "train[12:]", "train+test[2:1]"):
+        with pytest.raises(UserError, match=r"the split 'train.*' holds none of the 1?[23] examples of dataset photos"):
+            open_data(DataConfig("photos", split, photos_dir, 32))
+    with pytest.raises(UserError, match=r"data.channels=4 is not supported: images are decoded in 1 channel"):
+        open_data(DataConfig("photos", "train", photos_dir, 32, channels=4))
 
 
 def test_tfrecord_names_the_conversion(tmp_path):

@@ -19,7 +19,7 @@ from ddgan_jax import automatic
 from ddgan_jax.build import build, settle
 from ddgan_jax.config import DataConfig, read
 from ddgan_jax.data import decoding, image_folder
-from ddgan_jax.data.sources import Data, open_data
+from ddgan_jax.data.sources import Data, look, open_data
 from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.jobs.train import train
 from ddgan_jax.metrics.judge import open_judge
@@ -384,6 +384,12 @@ def test_splits_and_labels(tmp_path):
         data = open_data(DataConfig("image_folder", split, str(tmp_path), path=str(tmp_path / "in")))
         np.testing.assert_array_equal(data.images, whole.images[part])
         np.testing.assert_array_equal(data.labels(), whole.labels()[part])
+    for opens in (open_data, look):
+        with pytest.raises(UserError, match=r"'train\[80%:50%\]' holds none of the 10 examples of a folder of images"):
+            opens(DataConfig("image_folder", "train[80%:50%]", str(tmp_path), path=str(tmp_path / "in")))
+        for channels in (2, 4):
+            with pytest.raises(UserError, match=f"data.channels={channels} is not supported: images are decoded in 1"):
+                opens(DataConfig("image_folder", dir=str(tmp_path), path=str(tmp_path / "in"), channels=channels))
     for split in ("test", "train[:", "train[a:]"):
         with pytest.raises(UserError, match="has no split"):
             open_data(DataConfig("image_folder", split, str(tmp_path), path=str(tmp_path / "in")))

@@ -14,7 +14,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -39,12 +39,97 @@ CLI_NEEDS = "(after `pip install apache-beam mlcroissant`)"
 class Data:
     """A set: uint8 images [N, H, W, C] or float32 points [N, d], and the labels of its examples if it has some.
 
-    `images` is a NumPy array, or decodes what it is asked for: it has `shape`, `len` and `images[indices]`.
+    `images` is a NumPy array, or decodes what it is asked for: it has `shape`, `dtype`, `len` and `images[indices]`.
+    `labels` are integers [N] from 0 to K-1, or a function that returns them; afterwards `labels()` is int32 [N]. The K
+    `classes` without names are called '0', '1', ...
+
+    Raises UserError for images, points or labels of another type, shape or range; a function is checked when called.
     """
 
     images: Any
-    labels: Callable[[], np.ndarray] | None = None  # () -> int32 [N]
-    classes: tuple[str, ...] = ()  # their names
+    labels: Any = None
+    classes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "images", _checked_examples(self.images))
+        if self.labels is None:
+            return
+        given, count, known = self.labels, len(self.images), len(self.classes)
+        read = given if callable(given) else lambda: given
+        checked = functools.cache(lambda: _checked_labels(read(), count, known))
+        object.__setattr__(self, "labels", checked)
+        if not callable(given) or not known:
+            classes = self.classes or map(str, range(checked().max() + 1))
+            object.__setattr__(self, "classes", tuple(classes))
+            checked()
+
+
+def _checked_examples(images: Any) -> Any:
+    """Images, or points as float32; UserError unless a network can be trained on them as they are."""
+    shape = getattr(images, "shape", None)
+    if shape is None or not isinstance(getattr(images, "dtype", None), np.dtype):
+        raise UserError(f"the images are a {type(images).__name__}: convert them with np.asarray(images)")
+    what = f"these are {images.dtype} {list(shape)}"
+    if len(shape) == 2 and images.dtype.kind == "f":
+        with np.errstate(over="ignore"):  # becomes infinite, which is refused
+            points = np.asarray(images, np.float32)
+        if not np.isfinite(points).all():
+            raise UserError(f"points must be finite, but {np.sum(~np.isfinite(points))} of these numbers are not")
+        return points
+    if len(shape) == 2:
+        raise UserError(f"points must be float32 [N, d], and images uint8 [N, H, W, C], but {what}")
+    if len(shape) != 4:
+        hint = ": add the axis of the channels, images[..., None]" if len(shape) == 3 else ""
+        raise UserError(f"images must be uint8 [N, H, W, C], but {what}{hint}")
+    if 0 in shape:
+        raise UserError(f"the set is empty: images must be uint8 [N, H, W, C], but {what}")
+    if images.dtype != np.uint8:
+        raise UserError(f"images must be uint8 from 0 to 255, but {what}{_in_eight_bits(images)}")
+    return images
+
+
+def _in_eight_bits(images: Any) -> str:
+    """The range of images of another type than uint8, of 256 of them at most, and what converts it, for an error."""
+    some = _some(images)
+    low, high = some.min(), some.max()
+    if images.dtype.kind in "biu" and 0 <= low <= high <= 1:
+        how = "images.astype(np.uint8) * 255"
+    elif not 0 <= low <= high <= 255:
+        how = "np.round((images + 1) * 127.5).astype(np.uint8)" if -1 <= low <= high <= 1 else ""
+        how = "(images // 257).astype(np.uint8)" if images.dtype == np.uint16 else how
+    elif images.dtype.kind == "f":
+        how = f"np.round(images{' * 255' if high <= 1 else ''}).astype(np.uint8)"
+    else:
+        how = "images.astype(np.uint8)"
+    return f" from {low:.6g} to {high:.6g}: " + (f"convert them with {how}" if how else "scale them to 0..255 first")
+
+
+def _checked_labels(labels: Any, num_examples: int, num_classes: int) -> np.ndarray:
+    """Labels as int32 [N]; UserError unless there is one for each example, from 0 to `num_classes` - 1 (0: any)."""
+    labels = np.asarray(labels)
+    of = f"there are {num_examples:,} examples" + (f" of {num_classes} classes" if num_classes else "")
+    if labels.dtype.kind not in "iu":
+        raise UserError(f"labels must be integers [N], but these are {labels.dtype} {list(labels.shape)}")
+    if labels.shape != (num_examples,):
+        raise UserError(
+            f"labels must be integers [N], one for each example, but these are {list(labels.shape)}, and {of}"
+        )
+    if unlabelled := int(np.sum(labels == -1)):
+        raise UserError(
+            f"{unlabelled:,} of {num_examples:,} labels are -1, which means unlabelled: choose another split, or do "
+            "without labels (model.num_classes=0, and eval.features=inception)"
+        )
+    most = (num_classes or num_examples) - 1
+    if labels.min() < 0 or labels.max() > most:
+        raise UserError(
+            f"labels must be from 0 to {most}, but these are from {labels.min()} to {labels.max()}, and {of}"
+        )
+    return labels.astype(np.int32)
+
+
+def _some(images: Any) -> np.ndarray:
+    """Up to 256 images of a set, evenly spaced."""
+    return images[np.linspace(0, len(images) - 1, min(256, len(images))).astype(int)]
 
 
 def open_data(c: DataConfig) -> Data:
@@ -53,6 +138,11 @@ def open_data(c: DataConfig) -> Data:
     Sets of up to `in_memory_mib` MiB are decoded once into memory, larger ones image by image as they are read.
     UserError if the data is not there, not array_record, or not of that shape.
     """
+    if c.path and c.name not in FOLDERS:
+        raise UserError(
+            f"data.path={c.path} is not read by data.name={c.name}: for images of your own use "
+            "--config=configs/image_folder.py (without :smoke), or leave data.path out"
+        )
     if c.name == "synthetic":
         shape = (SYNTHETIC_IMAGES, c.image_size or 32, c.image_size or 32, c.channels or 3)
         return Data(np.random.default_rng(0).integers(0, 256, shape, np.uint8))
@@ -96,8 +186,7 @@ def look(c: DataConfig) -> Look:
 
 def fingerprint(name: str, split: str, images: Any) -> str:
     """Of a set of images: its name, size and shape, and the content of up to 256 of them."""
-    some = images[np.linspace(0, len(images) - 1, min(256, len(images))).astype(int)]
-    content = f"{name} {split} {tuple(images.shape)}".encode() + np.ascontiguousarray(some).tobytes()
+    content = f"{name} {split} {tuple(images.shape)}".encode() + np.ascontiguousarray(_some(images)).tobytes()
     return hashlib.sha256(content).hexdigest()[:16]
 
 
@@ -155,7 +244,7 @@ def _stack(c: DataConfig, digits: Data) -> Data:
     images = Stacked(c.name, digits.images, c.image_size, c.channels)
 
     def labels() -> np.ndarray:
-        return (digits.labels()[images.triples] @ (100, 10, 1)).astype(np.int32)  # type: ignore[misc]
+        return (digits.labels()[images.triples] @ (100, 10, 1)).astype(np.int32)
 
     return Data(images, labels, tuple(f"{mode:03d}" for mode in range(1000)))
 
@@ -170,7 +259,7 @@ def _open_embedded(name: str, c: DataConfig, image_size: int | None, channels: i
     parts = [_part(part, sizes, f"dataset {name}") for part in c.split.split("+")]
     images, labels = (np.concatenate([splits[split][i][part] for split, part in parts]) for i in range(2))
     _shape(name, images.shape[1:], image_size, channels)
-    return Data(images, lambda: labels, embedded.CLASSES)
+    return Data(images, labels, embedded.CLASSES)
 
 
 def _find(name: str, data_dir: str) -> Any:
@@ -200,7 +289,14 @@ def _shape(name: str, own: tuple[int | None, ...], image_size: int | None, chann
         raise UserError(f"the images of dataset {name} differ in size: choose one with data.image_size")
     if None not in own and shape != own:
         raise UserError(f"the images of dataset {name} are {own}, but the configuration's {shape}: make them the same")
+    _check_channels(shape[2])  # type: ignore[arg-type]
     return shape  # type: ignore[return-value]
+
+
+def _check_channels(channels: int | None) -> None:
+    """UserError for a number of channels in which no image file is decoded."""
+    if channels not in (None, 1, 3):
+        raise UserError(f"data.channels={channels} is not supported: images are decoded in 1 channel (grey) or 3 (RGB)")
 
 
 def _open_tfds(name: str, c: DataConfig, image_size: int | None, channels: int | None) -> Data:
@@ -221,7 +317,13 @@ def _open_tfds(name: str, c: DataConfig, image_size: int | None, channels: int |
     shape = _shape(name, features["image"].shape, image_size, channels)
     decoders = {"image": tfds.decode.SkipDecoding()}
     try:
+        for part in tfds.core.ReadInstruction.from_spec(c.split).to_absolute(builder.info.splits):
+            # which tfds itself reads as another one: of 12 examples [20%:10%] are 10
+            size = builder.info.splits[part.splitname].num_examples
+            _check_part(c.split, size, slice(part.from_, part.to), f"dataset {name}")
         source = builder.as_data_source(c.split, file_format="array_record", decoders=decoders)
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(
             f"dataset {name} has no split {c.split!r}: choose {' or '.join(builder.info.splits)}, or a part of it "
@@ -233,7 +335,7 @@ def _open_tfds(name: str, c: DataConfig, image_size: int | None, channels: int |
     def labels() -> np.ndarray:
         return np.array([example["label"] for example in source.__getitems__(range(len(source)))], np.int32)
 
-    return Data(Records(source, name, shape), functools.cache(labels), tuple(features["label"].names))
+    return Data(Records(source, name, shape), labels, tuple(features["label"].names))
 
 
 class Records:
@@ -293,11 +395,15 @@ def _open_folder(c: DataConfig) -> Data:
         _path_of(c), c.image_size, c.channels, cache_dir, c.max_bad_share
     )
     _, part = _part(c.split, {"train": len(images)}, "a folder of images")
-    return Data(images[part], (lambda: labels[part]) if len(classes) > 1 else None, tuple(classes))
+    return Data(images[part], labels[part] if len(classes) > 1 else None, tuple(classes))
 
 
 def _path_of(c: DataConfig) -> str:
-    """Where a folder of images is: data.path, or of lsun_church a usual place. UserError if it is not there."""
+    """Where a folder of images is: data.path, or of lsun_church a usual place. UserError if it is not there.
+
+    Also for a number of channels that it cannot have.
+    """
+    _check_channels(c.channels)
     if c.path or c.name != "lsun_church":
         return c.path or ""
     path = os.path.join(directory(c.dir), "lsun", "church_outdoor_train_lmdb")
@@ -327,7 +433,15 @@ def _part(split: str, sizes: Mapping[str, int], of: str) -> tuple[str, slice]:
             return default
         return round(int(text[:-1]) / 100 * size) if text.endswith("%") else int(text)
 
-    return match[1], slice(index(match[2], 0), index(match[3], size))
+    part = slice(index(match[2], 0), index(match[3], size))
+    _check_part(split, size, part, of)
+    return match[1], part
+
+
+def _check_part(split: str, size: int, part: slice, of: str) -> None:
+    """UserError if a part of `size` examples is empty or reversed."""
+    if not range(size)[part]:
+        raise UserError(f"the split {split!r} holds none of the {size:,} examples of {of}: choose a larger part")
 
 
 @contextlib.contextmanager

@@ -1,9 +1,13 @@
 """Folders and zips of images as people have them: every mode, every size, and everything that can be wrong."""
 
+import errno
 import io
 import json
+import os
 import pathlib
+import shutil
 import struct
+import subprocess
 import sys
 import warnings
 import zipfile
@@ -12,6 +16,7 @@ import zlib
 import numpy as np
 import pytest
 from commands import python, run
+from etils import epath
 from PIL import Image, ImageFile, ImageOps
 from test_configs import get_config
 
@@ -23,6 +28,7 @@ from ddgan_jax.data.sources import Data, look, open_data
 from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.jobs.train import train
 from ddgan_jax.metrics.judge import open_judge
+from ddgan_jax.storage import paths
 
 
 def noise(width, height, seed=0):
@@ -294,21 +300,6 @@ def test_bad_files_are_skipped_and_listed(tmp_path, capsys):
         assert reason in reasons[name], reasons[name]
 
 
-def test_an_unreadable_file(tmp_path, monkeypatch):
-    """By a refusing read, since a test may run as the superuser, who may read everything."""
-    for name in ("a.png", "b.png"):
-        save(tmp_path / "in" / name, noise(8, 8))
-    read = pathlib.Path.read_bytes
-
-    def refuse(path):
-        if path.name == "b.png":
-            raise PermissionError(13, "Permission denied")
-        return read(path)
-
-    monkeypatch.setattr(pathlib.Path, "read_bytes", refuse)
-    assert len(open_folder(tmp_path / "in", tmp_path / "cache", max_bad_share=0.5)[0]) == 1
-
-
 def test_a_zip(tmp_path):
     buffer = io.BytesIO()
     Image.fromarray(noise(8, 8)).save(buffer, "PNG")
@@ -320,6 +311,50 @@ def test_a_zip(tmp_path):
     images, labels, classes = open_folder(tmp_path / "in.zip", tmp_path / "cache", max_bad_share=0.3)
     assert images.shape == (3, 8, 8, 3) and [classes[label] for label in labels] == ["a", "a", "b"]
     assert not list(tmp_path.rglob("evil*"))
+
+
+def test_names_in_a_zip(tmp_path):
+    """Backslashes are slashes, the last entry of a name counts, and '..' is no class."""
+    content = [encoded(noise(8, 8, i), "PNG") for i in range(7)]
+    names = ("a\\x.png", "b\\deep\\y.png", "a/z.png", "a/z.png", "./b/x.png", "../evil.png", "/x.png")
+    with warnings.catch_warnings(action="ignore"), zipfile.ZipFile(tmp_path / "in.zip", "w") as file:  # of the double
+        for name, png in zip(names, content, strict=True):
+            file.writestr(name, png)
+    with pytest.raises(UserError, match=r"2 of 6 files .*: its name points outside the zip"):
+        open_folder(tmp_path / "in.zip", tmp_path / "cache")
+    assert image_folder.look(str(tmp_path / "in.zip"), None, None, str(tmp_path / "cache"))[::3] == (4, ["a", "b"])
+    images, labels, classes = open_folder(tmp_path / "in.zip", tmp_path / "cache", max_bad_share=0.5)
+    assert [classes[label] for label in labels] == ["a", "a", "b", "b"]
+    for image, i in zip(images, (0, 3, 1, 4), strict=True):  # a/x, a/z, b/deep/y, b/x
+        np.testing.assert_array_equal(image, noise(8, 8, i))
+
+
+@pytest.mark.parametrize("packed", ["STORED", "DEFLATED", "BZIP2", "LZMA", "encrypted"])
+def test_entries_of_a_zip_that_are_damaged_or_encrypted(tmp_path, packed):
+    """They are skipped with a reason, however they are packed."""
+    path = tmp_path / "in.zip"
+    with zipfile.ZipFile(path, "w", getattr(zipfile, f"ZIP_{packed}", zipfile.ZIP_STORED)) as file:
+        for i in range(3):
+            file.writestr(f"{i}.png", encoded(noise(8, 8, i), "BMP"))
+    with zipfile.ZipFile(path) as file:
+        info = file.getinfo("1.png")
+    data = bytearray(path.read_bytes())
+    if packed == "encrypted":
+        entry = data.index(b"PK\1\2", data.index(b"PK\1\2") + 1)  # of the directory, the second
+        data[entry + 8] |= 1
+        data[info.header_offset + 6] |= 1
+    else:
+        start = info.header_offset + 30 + len(info.filename)
+        data[start + 12 : start + info.compress_size] = b"\x55" * (info.compress_size - 12)
+    path.write_bytes(data)
+    images, _, _ = open_folder(path, tmp_path / "cache", max_bad_share=0.5)
+    assert len(images) == 2
+    (skipped,) = (json.loads(file.read_text()) for file in (tmp_path / "cache").rglob("skipped.json"))
+    assert skipped.keys() == {"1.png"} and skipped["1.png"]
+    for kept in (0, 9, len(data) // 2, len(data) - 9):
+        path.write_bytes(data[:kept])
+        with pytest.raises(UserError, match=r"is neither a folder nor a zip file .*, or a zip that is damaged"):
+            open_folder(path, tmp_path / "cache")
 
 
 @pytest.mark.parametrize("content", [None, "", "text"])
@@ -612,18 +647,186 @@ def test_a_path_elsewhere(tmp_path):
         open_folder("https://example.org/photos.zip", tmp_path / "cache")
 
 
-def test_a_network_that_fails_is_no_reason_to_skip_a_file(tmp_path, monkeypatch):
-    """A Fault, and nothing that a later start would believe."""
-    save(tmp_path / "in" / "a.png", noise(8, 8))
+@pytest.mark.parametrize("name", ["/etc/x.png", "../x.png", "a//x.png"])
+def test_a_name_in_a_bucket_that_is_no_path_below_it(monkeypatch, name):
+    """Joined to the folder, the first would be a file of this machine."""
+    monkeypatch.setattr(paths, "files_below", lambda _: {name: (9, ""), "b/y.png": (9, "")})
+    bucket = image_folder._Bucket(epath.Path("gs://bucket/photos"))
+    for reads in (bucket.head, bucket.read):
+        with pytest.raises(ValueError, match="its name is no path below the folder"):
+            reads(name)
+    assert image_folder._classes(bucket) == ["b"]
+
+
+# --- Reads that fail ------------------------------------------------------------------------------------------------
+
+FAULTS = [
+    OSError(errno.EIO, "Input/output error"),
+    PermissionError(errno.EACCES, "Permission denied"),
+    FileNotFoundError(errno.ENOENT, "No such file or directory"),  # it was listed a moment ago
+    TimeoutError(errno.ETIMEDOUT, "Connection timed out"),
+    OSError(errno.ENOMEM, "Cannot allocate memory"),
+    ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),
+    MemoryError(),
+]
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def kept_in(cache):
+    """What a later start could believe: lock files are none."""
+    return {path.name: content for path, content in contents(cache).items() if path.suffix != ".lock"}
+
+
+def fail_on(monkeypatch, where, name, fault, part):
+    """Let `where`.`name` raise `fault` if `part` is in its arguments."""
+    call = getattr(where, name)
+
+    def failing(*arguments, **options):
+        if any(part in str(argument) for argument in arguments):
+            raise fault
+        return call(*arguments, **options)
+
+    monkeypatch.setattr(where, name, failing)
+
+
+def a_set(tmp_path, kind):
+    """Two folders of three images, packed in each `kind`."""
+    names = [f"{'ab'[i % 2]}/{i}.png" for i in range(6)]
+    for i, name in enumerate(names):
+        save(tmp_path / "in" / name, noise(8, 8, i))
+    if kind == "folder":
+        return tmp_path / "in"
+    if kind == "lmdb":
+        write_lmdb(tmp_path / "lmdb", {name: (tmp_path / "in" / name).read_bytes() for name in names})
+        return tmp_path / "lmdb"
     with zipfile.ZipFile(tmp_path / "in.zip", "w") as file:
-        file.write(tmp_path / "in" / "a.png", "a.png")
+        for name in names:
+            file.write(tmp_path / "in" / name, name)
+    return tmp_path / "in.zip"
 
-    def fail(*_):
-        raise ConnectionError("no network")
 
-    zipped = image_folder._Zip
-    monkeypatch.setattr(zipped, "read", fail)
-    monkeypatch.setattr(zipped, "remote", property(lambda _: True, lambda *_: None), raising=False)
-    with pytest.raises(Fault, match=r"a.png in the bucket cannot be read: ConnectionError no network; run the same"):
-        open_folder(tmp_path / "in.zip", tmp_path / "cache")
-    assert not [path for path in (tmp_path / "cache" / "image_folder").iterdir() if path.is_dir()]
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: type(fault).__name__)
+@pytest.mark.parametrize("call", ["read_start", "read", "zip", "lmdb"])
+def test_a_read_that_fails_is_no_reason_to_skip_a_file(tmp_path, monkeypatch, call, fault):
+    """A Fault with the cause, and nothing that a later start would believe; then all is as if nothing had been."""
+    kind = call if call in ("zip", "lmdb") else "folder"
+    path, cache = a_set(tmp_path, kind), tmp_path / "cache"
+    with monkeypatch.context() as patch:
+        if kind == "folder":
+            fail_on(patch, paths, call, fault, "3.png")
+        elif kind == "zip":
+            fail_on(patch, zipfile.ZipFile, "open", fault, "3.png")
+        else:
+            fail_on(patch, image_folder._Lmdb, "read", fault, "3.png")
+        with pytest.raises(Fault, match=f"3.png cannot be read: {type(fault).__name__}.*; run the same command again"):
+            open_folder(path, cache, max_bad_share=1.0, size=8, channels=3 if call != "read_start" else None)
+    assert not [name for name in kept_in(cache) if not name.endswith(".json") or name == "skipped.json"]
+    images, labels, classes = open_folder(path, cache)
+    assert len(images) == 6 and classes == ["a", "b"] and sorted(labels) == [0, 0, 0, 1, 1, 1]
+
+
+def test_a_file_of_which_a_part_is_read(tmp_path, monkeypatch):
+    path = a_set(tmp_path, "folder")
+    monkeypatch.setattr(paths, "read", lambda file: pathlib.Path(file).read_bytes()[:-9])
+    with pytest.raises(Fault, match=r"0.png cannot be read: OSError .* bytes of .* were read, but it has"):
+        open_folder(path, tmp_path / "cache", max_bad_share=1.0)
+
+
+@pytest.mark.parametrize("fault", FAULTS[:-1], ids=lambda fault: type(fault).__name__)
+@pytest.mark.parametrize(
+    "kind, where, call, part",
+    [
+        ("folder", os, "scandir", "in/b"),
+        ("folder", os, "lstat", "3.png"),
+        ("zip", pathlib.Path, "open", "in.zip"),
+        ("zip", image_folder, "_Zip", "in.zip"),
+        ("lmdb", subprocess, "run", "lmdb"),
+        ("folder", np, "memmap", "images.bin"),
+        ("folder", paths, "read", "dataset.json"),
+        ("folder", paths, "read", "skipped.json"),
+    ],
+)
+def test_a_set_that_cannot_be_read(tmp_path, monkeypatch, kind, where, call, part, fault):
+    """A listing that fails, for instance, does not make a smaller set, and a copy stays as it is."""
+    path, cache = a_set(tmp_path, kind), tmp_path / "cache"
+    expected = open_folder(path, cache)[0]
+    before = contents(cache)
+    with monkeypatch.context() as patch:
+        fail_on(patch, where, call, fault, part)
+        with pytest.raises(Fault, match=r"data.path=.* cannot be read: .*; run the same command again") as error:
+            open_folder(path, cache)
+    assert str(fault) in str(error.value) and contents(cache) == before
+    np.testing.assert_array_equal(open_folder(path, cache)[0], expected)
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("dataset.json", b"{"),
+        ("dataset.json", b"{}"),
+        ("dataset.json", b"[1]"),
+        ("dataset.json", b'{"shape": [7, 8, 8, 3], "labels": [], "classes": []}'),
+        ("skipped.json", b"\xff"),
+        ("images.bin", b"too few"),
+        ("images.bin", b""),
+    ],
+)
+def test_a_copy_that_is_damaged(tmp_path, name, content):
+    path, cache = a_set(tmp_path, "folder"), tmp_path / "cache"
+    open_folder(path, cache)
+    (file,) = cache.rglob(name)
+    file.write_bytes(content)
+    before = contents(cache)
+    with pytest.raises(Fault, match=r"the copy .* is damaged .*: remove it, and run the same command again"):
+        open_folder(path, cache)
+    assert contents(cache) == before
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "null", "[]", '{"images": 1, "side": "x", "grey": 0}'])
+def test_what_was_seen_is_kept_damaged(tmp_path, content):
+    """It is seen again."""
+    path, cache = a_set(tmp_path, "folder"), tmp_path / "cache"
+    seen = image_folder.look(str(path), None, None, str(cache))
+    (file,) = cache.rglob("*.json")
+    before = file.read_text()
+    file.write_text(content)
+    assert image_folder.look(str(path), None, None, str(cache)) == seen and file.read_text() == before
+
+
+def test_an_lmdb_on_a_disk_that_fails(tmp_path, monkeypatch):
+    """The process that reads it first ends badly, as it does for a damaged one; but then the file cannot be read."""
+    path = a_set(tmp_path, "lmdb")
+    failed = subprocess.CompletedProcess([], -7, stderr="")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(UserError, match="cannot be read as an LMDB: it is damaged, or none"):
+        open_folder(path, tmp_path / "cache")
+    fail_on(monkeypatch, pathlib.Path, "open", FAULTS[0], "data.mdb")
+    with pytest.raises(Fault, match=r"cannot be read: .*Input/output error"):
+        open_folder(path, tmp_path / "cache")
+
+
+# --- Room for the copy ----------------------------------------------------------------------------------------------
+
+
+def test_room_for_the_copy_is_asked_for_before_anything_is_decoded(tmp_path, monkeypatch):
+    path, cache = a_set(tmp_path, "folder"), tmp_path / "cache"
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**40, 2**40, 2**20))
+    monkeypatch.setattr(image_folder, "decode", lambda *_: pytest.fail("decoded"))
+    message = rf"the copy of .* at 512 px takes 5 MiB, but {cache}/image_folder has 1 MiB free: .* set data.dir"
+    with pytest.raises(UserError, match=message):
+        open_folder(path, cache, 512, 3)
+
+
+def test_a_disk_that_fills_up_while_the_copy_is_written(tmp_path, monkeypatch):
+    """One sentence, and no part of the copy stays."""
+    path, cache, opened = a_set(tmp_path, "folder"), tmp_path / "cache", pathlib.Path.open
+    with monkeypatch.context() as patch:
+        full = pathlib.Path("/dev/full")
+        patch.setattr(pathlib.Path, "open", lambda file, *how: opened(full if file.suffix == ".bin" else file, *how))
+        with pytest.raises(UserError, match=r"cannot be written to .*No space left on device.*; set data.dir"):
+            open_folder(path, cache)
+    assert not [file for file in (cache / "image_folder").iterdir() if file.is_dir()]
+    assert len(open_folder(path, cache)[0]) == 6

@@ -3,22 +3,31 @@
 `look` reads headers: how many images there are, and how large. The first use decodes every file once, in threads, into
 a memory-mapped copy; later starts open the copy. Files that are no images are skipped and listed with the reason.
 Nothing outside the folder or zip is read, not even by a link. Folders and zips may lie in a bucket.
+
+What was read and is no image is a ValueError inside this file, and a reason to skip one file. What could not be read is
+an OSError, and ends the work with a Fault: skipped files would be missing in the copy for good.
 """
 
 import collections
 import concurrent.futures
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
+import lzma
+import math
 import os
 import pathlib
+import posixpath
 import shutil
+import stat
+import struct
 import subprocess
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,8 +43,7 @@ WINDOW = 256  # files that are decoded ahead of the one that is written
 HEAD = 2**16  # bytes of a file that nearly always hold its header, with the preview that a camera puts before it
 MOST_SIZE = 256  # px, unless more is asked for: the paper's largest; above it training takes more than one device
 BUCKET_THREADS = 32  # they wait for the network most of the time
-# What one broken file raises; anything else in a bucket is the network, and no reason to skip a file.
-BROKEN = (ValueError, RuntimeError, EOFError, FileNotFoundError, zipfile.BadZipFile, zlib.error)
+LEADS_NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)  # of a link: other errors may pass
 
 
 # --- Files --------------------------------------------------------------------------------------------------------
@@ -44,10 +52,12 @@ BROKEN = (ValueError, RuntimeError, EOFError, FileNotFoundError, zipfile.BadZipF
 class _Folder:
     """The image files below a folder. Links are followed to files inside the folder only, and to no other folder."""
 
+    outside: Collection[str] = ()  # names that are no path below the folder: never read
+
     def __init__(self, path: pathlib.Path):
         self.root = path.resolve()
         names = []
-        for folder, folders, files in os.walk(self.root, followlinks=False):
+        for folder, folders, files in os.walk(self.root, onerror=_raise, followlinks=False):
             folders[:] = [name for name in folders if not name.startswith(".")]
             names += [os.path.relpath(os.path.join(folder, name), self.root) for name in files]
         self.names = sorted(name.replace(os.sep, "/") for name in names if _is_image_name(name))
@@ -58,10 +68,18 @@ class _Folder:
         return [f"{name}\0{stat.st_size} {stat.st_mtime_ns}" for name, stat in stats]
 
     def _inside(self, name: str) -> pathlib.Path:
-        target = (self.root / name).resolve()
-        if not target.is_relative_to(self.root):
-            raise ValueError("it is a link to a file outside the folder")
-        if target.exists() and not target.is_file():  # a pipe would be waited for, and a device never ends
+        """The file of a name. ValueError for a link that leads outside or nowhere, and for what is no regular file."""
+        link = self.root / name
+        try:
+            target = link.resolve()
+            if not target.is_relative_to(self.root):
+                raise ValueError("it is a link to a file outside the folder")
+            regular = stat.S_ISREG(os.stat(target).st_mode)
+        except (OSError, RuntimeError) as error:  # until Python 3.12 the latter, of a link to itself
+            if link.is_symlink() and getattr(error, "errno", errno.ELOOP) in LEADS_NOWHERE:
+                raise ValueError(f"it is a link that leads nowhere ({error})") from error
+            raise
+        if not regular:  # a pipe would be waited for, and a device never ends
             raise ValueError("it is not a regular file")
         return target
 
@@ -71,9 +89,7 @@ class _Folder:
 
     def read(self, name: str) -> bytes:
         target = self._inside(name)
-        if target.stat().st_size > MAX_BYTES:
-            raise ValueError("it is larger than 1 GiB")
-        return target.read_bytes()
+        return _whole(target, target.stat().st_size)
 
     def close(self) -> None:
         pass
@@ -89,56 +105,114 @@ class _Bucket:
             raise UserError(_lmdb_in_a_bucket(path))
         self.files = {name: about for name, about in files.items() if _is_image_name(name)}
         self.names = sorted(self.files)
+        # A path that begins with a slash would be one of this machine.
+        self.outside = {name for name in self.names if name.startswith(("/", "../")) or "//" in name}
 
     def signature(self) -> list[str]:
         return [f"{name}\0{size} {updated}" for name, (size, updated) in sorted(self.files.items())]
 
+    def _inside(self, name: str) -> paths.Path:
+        if name in self.outside:
+            raise ValueError("its name is no path below the folder")
+        return self.root / name
+
     def head(self, name: str) -> bytes:
-        return paths.read_start(self.root / name, min(HEAD, self.files[name][0])) if self.files[name][0] else b""
+        file = self._inside(name)
+        return paths.read_start(file, min(HEAD, self.files[name][0])) if self.files[name][0] else b""
 
     def read(self, name: str) -> bytes:
-        if self.files[name][0] > MAX_BYTES:
-            raise ValueError("it is larger than 1 GiB")
-        return paths.read(self.root / name)
+        return _whole(self._inside(name), self.files[name][0])
 
     def close(self) -> None:
         pass
+
+
+def _whole(file: paths.Given, size: int) -> bytes:
+    """The content of a file that has `size` bytes: OSError if there are fewer or more, ValueError if too many."""
+    if size > MAX_BYTES:
+        raise ValueError("it is larger than 1 GiB")
+    content = paths.read(file)
+    if len(content) != size:
+        raise OSError(f"{len(content):,} bytes of {file} were read, but it has {size:,}")
+    return content
 
 
 class _Zip:
     """The image files inside a zip, read in place: nothing is ever extracted to the disk."""
 
     def __init__(self, path: pathlib.Path | paths.Path):
-        self.remote, self.opened = paths.is_remote(path), path.open("rb")
+        self.remote = paths.is_remote(path)
+        self.opened: Any = _Remote(path) if self.remote else path.open("rb")
         try:
-            self.file = zipfile.ZipFile(self.opened)
-        except (zipfile.BadZipFile, ValueError) as error:  # gcsfs raises the latter for a file that is too small
+            with self._reasons():
+                self.file = zipfile.ZipFile(self.opened)
+        except ValueError as error:
             self.opened.close()
-            raise UserError(f"data.path={path} is neither a folder nor a zip file nor an LMDB") from error
-        self.names = sorted(info.filename for info in self.file.infolist() if _is_image_name(info.filename))
+            raise UserError(
+                f"data.path={path} is neither a folder nor a zip file nor an LMDB, or a zip that is damaged ({error})"
+            ) from error
+        # Windows programs write backslashes. Of two entries of one name the last counts, as where a zip is unpacked.
+        self.infos = {
+            posixpath.normpath(info.filename.replace("\\", "/")): info
+            for info in self.file.infolist()
+            if _is_image_name(info.filename)
+        }
+        self.names = sorted(self.infos)
+        self.outside = {name for name in self.names if name.startswith(("/", "../"))}
 
     def signature(self) -> list[str]:
-        infos = (self.file.getinfo(name) for name in self.names)
-        return [f"{info.filename}\0{info.file_size} {info.CRC}" for info in infos]
+        return [f"{name}\0{self.infos[name].file_size} {self.infos[name].CRC}" for name in self.names]
 
-    def _check(self, name: str) -> None:
-        if name.startswith("/") or ".." in name.replace("\\", "/").split("/"):
-            raise ValueError("its name points outside the zip")
-        if self.file.getinfo(name).file_size > MAX_BYTES:
-            raise ValueError("it is larger than 1 GiB")
+    @contextlib.contextmanager
+    def _reasons(self) -> Iterator[None]:
+        """What zipfile raises for content that is damaged, encrypted or packed in an unknown way, as a ValueError."""
+        try:
+            yield
+        except (RuntimeError, EOFError, struct.error, zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
+            raise ValueError(str(error) or type(error).__name__) from error
+        except OSError as error:
+            # bz2 raises it for damage, without a number, and EINVAL is a wrong place in the file.
+            if self.remote or error.errno not in (None, errno.EINVAL):
+                raise
+            raise ValueError(str(error)) from error
 
     def head(self, name: str) -> bytes:
-        self._check(name)
-        with self.file.open(name) as file:
-            return file.read(HEAD)
+        return self._start(name, HEAD)
 
     def read(self, name: str) -> bytes:
-        self._check(name)
-        return self.file.read(name)
+        return self._start(name, -1)
+
+    def _start(self, name: str, size: int) -> bytes:
+        """The first `size` bytes of an entry, -1: all."""
+        if name in self.outside:
+            raise ValueError("its name points outside the zip")
+        if self.infos[name].file_size > MAX_BYTES:
+            raise ValueError("it is larger than 1 GiB")
+        with self._reasons(), self.file.open(self.infos[name]) as file:
+            return file.read(size)
 
     def close(self) -> None:
         self.file.close()
         self.opened.close()
+
+
+class _Remote:
+    """An open file in a bucket, of which whatever gcsfs raises while it reads is an OSError."""
+
+    def __init__(self, path: Any):
+        self._path, self._file = path, path.open("rb")
+
+    def read(self, size: int = -1) -> bytes:
+        with paths.os_errors(self._path):
+            return self._file.read(size)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+def _raise(error: OSError) -> None:
+    """For os.walk, which leaves out what it cannot list."""
+    raise error
 
 
 _WALK = """
@@ -152,35 +226,48 @@ with lmdb.open(sys.argv[1], subdir=sys.argv[2] == "True", readonly=True, lock=Fa
 class _Lmdb:
     """The values of an LMDB, each the bytes of an image file, in the order of their keys: LSUN as it is published."""
 
+    outside: Collection[str] = ()
+
     def __init__(self, path: pathlib.Path):
         try:
             import lmdb
         except ImportError:
             raise UserError(f"data.path={path} is an LMDB: to read it run `pip install lmdb`") from None
+        self.file, self.error = path / "data.mdb" if path.is_dir() else path, lmdb.Error
         # Of a damaged file the library reads anything, up to the end of the process: so another process reads it first.
         walk = [sys.executable, "-c", _WALK, str(path), str(path.is_dir())]
-        if subprocess.run(walk, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode:
-            raise UserError(f"data.path={path} cannot be read as an LMDB: it is damaged, or none")
-        try:
+        walked = subprocess.run(walk, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace")
+        if walked.returncode:
+            with self.file.open("rb") as opened:  # an OSError here is of a disk that fails
+                while opened.read(2**24):
+                    pass
+            reason = (walked.stderr.strip().splitlines() or ["it is damaged, or none"])[-1]
+            raise UserError(f"data.path={path} cannot be read as an LMDB: {reason}")
+        with self._os_errors():
             # Without its lock file, so that nothing is written beside somebody's data.
             self.environment = lmdb.open(str(path), subdir=path.is_dir(), readonly=True, lock=False, readahead=False)
             with self.environment.begin() as transaction:
                 keys = transaction.cursor().iternext(values=False)
                 self.names = [key.decode("utf-8", "surrogateescape") for key in keys]
-        except lmdb.Error as error:
-            raise UserError(f"data.path={path} cannot be read as an LMDB: {error}") from error
-        self.file = path / "data.mdb" if path.is_dir() else path
+
+    @contextlib.contextmanager
+    def _os_errors(self) -> Iterator[None]:
+        """What LMDB raises, of a file that another process has just read, as an OSError."""
+        try:
+            yield
+        except self.error as error:
+            raise OSError(f"{self.file}: {error}") from error
 
     def signature(self) -> list[str]:
         stat = self.file.stat()
         return [f"{stat.st_size} {stat.st_mtime_ns}"]
 
     def head(self, name: str) -> bytes:
-        with self.environment.begin(buffers=True) as transaction:
+        with self._os_errors(), self.environment.begin(buffers=True) as transaction:
             return bytes((transaction.get(name.encode("utf-8", "surrogateescape")) or b"")[:HEAD])
 
     def read(self, name: str) -> bytes:
-        with self.environment.begin() as transaction:
+        with self._os_errors(), self.environment.begin() as transaction:
             return transaction.get(name.encode("utf-8", "surrogateescape")) or b""
 
     def close(self) -> None:
@@ -189,29 +276,32 @@ class _Lmdb:
 
 @contextlib.contextmanager
 def _open_source(path: str) -> Iterator[Any]:
-    """What `path` names, open. UserError if it does not exist, cannot be read, or holds no image."""
-    remote = paths.is_remote(path)
+    """What `path` names, open. UserError if it does not exist, or holds no image; Fault for any OSError within."""
     try:
         with paths.os_errors(path):
-            given: Any = paths.path(path) if remote else pathlib.Path(paths.path(path))
-            if not path or not given.exists():
-                raise UserError(f"data.path={path!r} does not exist: name a folder, a zip or an LMDB of images")
-            if remote and given.suffix == ".mdb":
-                raise UserError(_lmdb_in_a_bucket(given))
-            if not remote and (given.suffix == ".mdb" or (given / "data.mdb").exists()):
-                source: Any = _Lmdb(given)
-            elif given.is_dir():
-                source = _Bucket(given) if remote else _Folder(given)
-            else:
-                source = _Zip(given)
+            source = _source(path)
+        try:
+            if not source.names:
+                raise UserError(f"there is no image in {path}: it needs files that end in {', '.join(SUFFIXES)}")
+            yield source
+        finally:
+            source.close()
     except OSError as error:
-        raise UserError(f"data.path={path} cannot be read: {error}") from error
-    try:
-        if not source.names:
-            raise UserError(f"there is no image in {path}: it needs files that end in {', '.join(SUFFIXES)}")
-        yield source
-    finally:
-        source.close()
+        raise Fault(f"data.path={path} cannot be read: {error}; run the same command again") from error
+
+
+def _source(path: str) -> Any:
+    remote = paths.is_remote(path)
+    given: Any = paths.path(path) if remote else pathlib.Path(paths.path(path))
+    if not path or not paths.exists(given):
+        raise UserError(f"data.path={path!r} does not exist: name a folder, a zip or an LMDB of images")
+    if remote and given.suffix == ".mdb":
+        raise UserError(_lmdb_in_a_bucket(given))
+    if not remote and (given.suffix == ".mdb" or paths.exists(given / "data.mdb")):
+        return _Lmdb(given)
+    if paths.is_dir(given):
+        return _Bucket(given) if remote else _Folder(given)
+    return _Zip(given)
 
 
 def _lmdb_in_a_bucket(path: paths.Path) -> str:
@@ -248,13 +338,15 @@ def look(path: str, image_size: int | None, channels: int | None, cache_dir: str
 def _look(source: Any, path: str, image_size: int | None, channels: int | None, cache_dir: str) -> Look:
     file = _place(source, path, cache_dir, "look 1").with_suffix(".json")
     try:
-        seen = json.loads(file.read_text())
-    except (OSError, ValueError):
+        seen = json.loads(file.read_bytes())
+        count, side, grey = int(seen["images"]), float(seen["side"]), bool(seen["grey"])
+    except (OSError, ValueError, KeyError, TypeError):  # it is not there, or no more: looking again finds the same
         seen = _see(source, path)
+        count, side, grey = seen["images"], seen["side"], seen["grey"]
         with contextlib.suppress(OSError):  # without it, the next start looks again
             paths.write(file, json.dumps(seen))
-    size = image_size or min(2 ** int(np.log2(seen["side"])), MOST_SIZE)
-    return Look(seen["images"], size, channels or (1 if seen["grey"] else 3), _classes(source))
+    size = image_size or min(2 ** int(np.log2(side)), MOST_SIZE)
+    return Look(count, size, channels or (1 if grey else 3), _classes(source))
 
 
 def _see(source: Any, path: str) -> dict[str, Any]:
@@ -282,7 +374,7 @@ def _see(source: Any, path: str) -> dict[str, Any]:
 
 
 def _classes(source: Any) -> list[str]:
-    return sorted({_class_of(name) for name in source.names})
+    return sorted({_class_of(name) for name in source.names if name not in source.outside})
 
 
 def _class_of(name: str) -> str:
@@ -309,20 +401,25 @@ def open_folder(
     `image_size` None means the largest power of two not above the median shorter side, and at most 256; `channels`
     None means 3, or 1 if every image is grey. The label of an image is its top-level folder (classes sorted by name;
     one class '' in a flat set). The copy lies in the local `cache_dir`. UserError if there is no image, or if more than
-    `max_bad_share` of the files are bad; Fault if a bucket stops answering.
+    `max_bad_share` of the files are bad, or if the copy cannot be written; Fault if anything cannot be read.
     """
     with _open_source(path) as source:
         if image_size is None or channels is None:
             _, image_size, channels, _ = _look(source, path, image_size, channels, cache_dir)
         # The first number changes when the rules of this file do.
         copy = _place(source, path, cache_dir, f"4 {image_size} {channels}")
-        if not (copy / "dataset.json").exists():
+        if not paths.exists(copy / "dataset.json"):
             _prepare(source, path, copy, image_size, channels)
-        total = len(source.names)
-    _report(json.loads((copy / "skipped.json").read_text()), total, max_bad_share, path, copy)
-    described = json.loads((copy / "dataset.json").read_text())
-    images = np.memmap(copy / "images.bin", np.uint8, "r", shape=tuple(described["shape"]))
-    return images, np.asarray(described["labels"], np.int32), described["classes"]
+        try:
+            skipped = json.loads(paths.read(copy / "skipped.json"))
+            _report(skipped, len(source.names), max_bad_share, path, copy)
+            described = json.loads(paths.read(copy / "dataset.json"))
+            images = np.memmap(copy / "images.bin", np.uint8, "r").reshape(described["shape"])
+            return images, np.asarray(described["labels"], np.int32), described["classes"]
+        except UserError:
+            raise
+        except (ValueError, KeyError, TypeError) as error:
+            raise Fault(f"the copy {copy} is damaged ({error}): remove it, and run the same command again") from error
 
 
 def _prepare(source: Any, path: str, copy: pathlib.Path, size: int, channels: int) -> None:
@@ -336,50 +433,58 @@ def _prepare(source: Any, path: str, copy: pathlib.Path, size: int, channels: in
         copy.parent.mkdir(parents=True, exist_ok=True)
         with copy.with_name(f"{copy.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if (copy / "dataset.json").exists():
+            if paths.exists(copy / "dataset.json"):
                 return
-            print(f"preparing the {len(source.names):,} files of {path} at {size} px in {copy}, once", flush=True)
             shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir()
-            labels, bad, classes = [], {}, _classes(source)
-            with (aside / "images.bin").open("wb") as file:
-                read = lambda name: decode(source.read(name), size, channels)  # noqa: E731
-                for name, result in _in_order(source, read, "decoding"):
-                    if isinstance(result, str):
-                        bad[name] = result
-                    else:
-                        file.write(result.tobytes())
-                        labels.append(classes.index(_class_of(name)))
-            (aside / "skipped.json").write_text(json.dumps(bad, indent=1, sort_keys=True))
-            shape = (len(labels), size, size, channels)
-            (aside / "dataset.json").write_text(json.dumps({"shape": shape, "classes": classes, "labels": labels}))
-            aside.rename(copy)
+            needed, free = len(source.names) * size * size * channels, shutil.disk_usage(copy.parent).free
+            if needed > free:
+                raise UserError(
+                    f"the copy of {path} at {size} px takes {math.ceil(needed / 2**20):,} MiB, but {copy.parent} has "
+                    f"{free // 2**20:,} MiB free: make room there, or set data.dir to a folder on a larger disk"
+                )
+            print(f"preparing the {len(source.names):,} files of {path} at {size} px in {copy}, once", flush=True)
+            try:
+                _decode_all(source, aside, size, channels)
+                aside.rename(copy)
+            except (OSError, Fault):
+                shutil.rmtree(aside, ignore_errors=True)  # under the lock: later it may be that of another process
+                raise
     except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
         raise UserError(f"the copy of {path} cannot be written to {copy.parent}: {error}; set data.dir") from error
-    except Fault:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+
+
+def _decode_all(source: Any, folder: pathlib.Path, size: int, channels: int) -> None:
+    """Write the copy of all images into a new folder."""
+    folder.mkdir()
+    labels, bad, classes = [], {}, _classes(source)
+    with (folder / "images.bin").open("wb") as file:
+        read = lambda name: decode(source.read(name), size, channels)  # noqa: E731
+        for name, result in _in_order(source, read, "decoding"):
+            if isinstance(result, str):
+                bad[name] = result
+            else:
+                file.write(result.tobytes())
+                labels.append(classes.index(_class_of(name)))
+    (folder / "skipped.json").write_text(json.dumps(bad, indent=1, sort_keys=True))
+    shape = (len(labels), size, size, channels)
+    (folder / "dataset.json").write_text(json.dumps({"shape": shape, "classes": classes, "labels": labels}))
 
 
 def _in_order(source: Any, do: Callable[[str], Any], what: str) -> Iterator[tuple[str, Any]]:
     """(name, do(name), or the reason why it cannot be) in the order of the names; in threads, with a bar.
 
-    Fault where a bucket does not answer: that is not the fault of a file.
+    Fault where a file cannot be read, which is not the fault of the file.
     """
     remote = isinstance(source, _Bucket) or (isinstance(source, _Zip) and source.remote)
-    broken = BROKEN if remote else (*BROKEN, OSError)
 
     def attempt(name: str) -> Any:
         try:
             return do(name)
-        except broken as error:
+        except ValueError as error:
             return str(error) or type(error).__name__
-        except Exception as error:
-            if not remote:
-                raise
+        except (OSError, MemoryError) as error:
             reason = f"{type(error).__name__} {error}".splitlines()[0][:200]
-            raise Fault(f"{name} in the bucket cannot be read: {reason}; run the same command again") from error
+            raise Fault(f"{name} cannot be read: {reason}; run the same command again") from error
 
     pool = concurrent.futures.ThreadPoolExecutor(BUCKET_THREADS if remote else os.cpu_count())
     try:

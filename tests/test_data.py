@@ -1,6 +1,11 @@
 """The order of the images, and what happens to data that is missing, half written, or of another format or shape."""
 
+import builtins
+import errno
+import io
 import itertools
+import os
+import shutil
 import sys
 
 import numpy as np
@@ -408,6 +413,58 @@ def test_a_damaged_record_is_named(photos_dir):
         open_data(DataConfig("photos", "test", photos_dir, 32))
     with pytest.raises(Fault, match=r"image \d of dataset photos cannot be read: it is damaged"):
         take(open_data(DataConfig("photos", "test", photos_dir, 32, in_memory_mib=0)).images, 2)
+
+
+TRAIN, INFO = "photos-train.array_record-00000-of-00001", "dataset_info.json"
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        (TRAIN, lambda content: content[: len(content) // 2]),
+        (TRAIN, lambda content: bytes(len(content))),
+        (TRAIN, lambda content: b""),
+        (TRAIN, None),
+        (INFO, lambda content: content[:99]),
+        (INFO, lambda content: b""),
+        (INFO, None),
+    ],
+)
+def test_a_tfds_dataset_that_is_damaged(photos_dir, tmp_path, name, change):
+    """Its images and its labels end in one sentence, and nothing is changed."""
+    shutil.copytree(photos_dir, tmp_path, dirs_exist_ok=True)
+    (file,) = tmp_path.rglob(name)
+    content = file.read_bytes()
+    file.unlink()
+    if change:
+        file.write_bytes(change(content))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for read in (lambda data: data.images[[0, 5, 11]], lambda data: data.labels()):
+        with pytest.raises(Fault, match="dataset photos cannot be read: ") as error:
+            read(open_data(DataConfig("photos", "train", str(tmp_path), 32, in_memory_mib=0)))
+        assert "\n" not in str(error.value)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ETIMEDOUT, errno.ENOMEM])
+@pytest.mark.parametrize("name", ["photos", INFO, "features.json"])
+def test_a_tfds_dataset_that_cannot_be_read(photos_dir, monkeypatch, name, number):
+    """It is not said to be missing."""
+    monkeypatch.setenv("DDGAN_RETRY_SECONDS", "0")
+
+    def failing(call):
+        def fail(file, *arguments, **options):
+            if isinstance(file, str | os.PathLike) and os.fspath(file).endswith(name):
+                raise OSError(number, os.strerror(number), os.fspath(file))
+            return call(file, *arguments, **options)
+
+        return fail
+
+    for module, call in ((os, "listdir"), (io, "open"), (builtins, "open")):
+        monkeypatch.setattr(module, call, failing(getattr(module, call)))
+    with pytest.raises(Fault, match="dataset photos cannot be read: ") as error:
+        open_data(DataConfig("photos", "train", photos_dir, 32))
+    assert "\n" not in str(error.value)
 
 
 def test_what_has_to_be_downloaded_by_hand(tmp_path):

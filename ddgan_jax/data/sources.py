@@ -262,13 +262,32 @@ def _open_embedded(name: str, c: DataConfig, image_size: int | None, channels: i
     return Data(images, labels, embedded.CLASSES)
 
 
+@contextlib.contextmanager
+def _reading(name: str, but: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """What is raised within for files of a tfds dataset that are damaged or cannot be read, as a Fault.
+
+    `but` are exceptions that mean something else.
+    """
+    try:
+        yield
+    except Exception as error:  # tfds, protobuf, array_record and gcsfs raise nearly anything there
+        if isinstance(error, (*but, UserError, Fault, ImportError)):
+            raise
+        reason = " ".join(f"{type(error).__name__} {error}".split())[:300]
+        raise Fault(f"dataset {name} cannot be read: {reason}") from error
+
+
 def _find(name: str, data_dir: str) -> Any:
     """The tfds builder of a dataset that lies complete in `data_dir`. UserError, with what prepares it, if not."""
     import tensorflow_datasets as tfds
 
     by_hand = ""
     try:
-        builder = tfds.builder(name, data_dir=data_dir)
+        if not paths.is_remote(data_dir):  # tfds takes a folder that it cannot list for one that is not there
+            with _reading(name):
+                paths.names(os.path.join(data_dir, re.split("[/:]", name)[0]))
+        with _reading(name, (ValueError, AssertionError)):
+            builder = tfds.builder(name, data_dir=data_dir)
         if builder.is_prepared():
             return builder
         if manual := " ".join((getattr(builder, "MANUAL_DOWNLOAD_INSTRUCTIONS", None) or "").split()):
@@ -321,7 +340,8 @@ def _open_tfds(name: str, c: DataConfig, image_size: int | None, channels: int |
             # which tfds itself reads as another one: of 12 examples [20%:10%] are 10
             size = builder.info.splits[part.splitname].num_examples
             _check_part(c.split, size, slice(part.from_, part.to), f"dataset {name}")
-        source = builder.as_data_source(c.split, file_format="array_record", decoders=decoders)
+        with _reading(name, (ValueError,)):
+            source = builder.as_data_source(c.split, file_format="array_record", decoders=decoders)
     except UserError:
         raise
     except ValueError as error:
@@ -333,7 +353,8 @@ def _open_tfds(name: str, c: DataConfig, image_size: int | None, channels: int |
         return Data(Records(source, name, shape))
 
     def labels() -> np.ndarray:
-        return np.array([example["label"] for example in source.__getitems__(range(len(source)))], np.int32)
+        with _reading(name):
+            return np.array([example["label"] for example in source.__getitems__(range(len(source)))], np.int32)
 
     return Data(Records(source, name, shape), labels, tuple(features["label"].names))
 
@@ -351,7 +372,9 @@ class Records:
 
     def __getitem__(self, indices: Any) -> np.ndarray:
         images = np.empty((len(indices), *self.shape[1:]), np.uint8)
-        for i, example in enumerate(self._source.__getitems__([int(index) for index in indices])):
+        with _reading(self._name):
+            examples = self._source.__getitems__([int(index) for index in indices])
+        for i, example in enumerate(examples):
             try:
                 images[i] = self._decode(example["image"])
             except ValueError as error:
@@ -407,7 +430,7 @@ def _path_of(c: DataConfig) -> str:
     if c.path or c.name != "lsun_church":
         return c.path or ""
     path = os.path.join(directory(c.dir), "lsun", "church_outdoor_train_lmdb")
-    if not os.path.exists(path):
+    if not paths.exists(path):
         raise UserError(
             "dataset lsun_church needs data.path, a folder of images or LSUN's church_outdoor_train_lmdb, which "
             "the project fyu/lsun on GitHub downloads (`python3 download.py -c church_outdoor`); "

@@ -54,14 +54,13 @@ class Data:
         object.__setattr__(self, "images", _checked_examples(self.images))
         if self.labels is None:
             return
-        given, count, known = self.labels, len(self.images), len(self.classes)
+        given, total, known = self.labels, len(self.images), len(self.classes)
         read = given if callable(given) else lambda: given
-        checked = functools.cache(lambda: _checked_labels(read(), count, known))
+        checked = functools.cache(lambda: _checked_labels(read(), total, known))
         object.__setattr__(self, "labels", checked)
         if not callable(given) or not known:
-            classes = self.classes or map(str, range(checked().max() + 1))
-            object.__setattr__(self, "classes", tuple(classes))
-            checked()
+            count = checked().max() + 1
+            object.__setattr__(self, "classes", tuple(self.classes or map(str, range(count))))
 
 
 def _checked_examples(images: Any) -> Any:

@@ -76,7 +76,7 @@ def read_flags(argv: list[str], default: str) -> list[str]:
 
 def name_of_flag() -> str:
     """The name of the configuration that `read_flags` read: 'digits', or 'digits-long' of a variant."""
-    path, _, variant = flags.FLAGS["config"].config_filename.partition(":")
+    path, _, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
     return f"{pathlib.Path(path).stem}-{variant}" if variant else pathlib.Path(path).stem
 
 

@@ -38,8 +38,10 @@ from ddgan_jax.storage.paths import Path
 
 TIMED = 20  # steps that the time of a run is foretold from
 # What a run writes into its workdir, the checkpoints first: until they are moved, a restart can be repeated.
-WRITTEN = ("checkpoints", "damaged", "best.json", "metrics.jsonl", "results.json", "config.json", "curves.png")
-WRITTEN += ("samples", "tensorboard", "wandb_id.txt", "wandb", "evaluation")
+WRITTEN = (
+    *("checkpoints", "damaged", "best.json", "metrics.jsonl", "results.json", "config.json", "curves.png"),
+    *("samples", "tensorboard", "wandb_id.txt", "wandb", "evaluation"),
+)
 # What may be chosen for the data and the devices when a run starts, and belongs to it from then on.
 CHOSEN = {
     "data": ("image_size", "channels"),

@@ -286,10 +286,10 @@ class Checkpoints:
                 damaged.append((step, error))
                 continue
             state = unflatten(arrays, like, f"the checkpoint of step {step} in {self.directory}")
-            for other, error in damaged:
+            for other, damage in damaged:
                 target = self.directory.parent / "damaged" / str(other)
                 paths.move_folder(self.directory / str(other), target)
-                report(f"{error}; it is moved to {target}, and the run continues from an earlier checkpoint")
+                report(f"{damage}; it is moved to {target}, and the run continues from an earlier checkpoint")
             if damaged:
                 self._manager.reload()
             self._prune()

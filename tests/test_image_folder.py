@@ -744,7 +744,7 @@ def test_a_file_of_which_a_part_is_read(tmp_path, monkeypatch):
         ("zip", pathlib.Path, "open", "in.zip"),
         ("zip", image_folder, "_Zip", "in.zip"),
         ("lmdb", subprocess, "run", "lmdb"),
-        ("folder", np, "memmap", "images.bin"),
+        ("folder", os, "open", "images.bin"),
         ("folder", paths, "read", "dataset.json"),
         ("folder", paths, "read", "skipped.json"),
     ],
@@ -830,3 +830,32 @@ def test_a_disk_that_fills_up_while_the_copy_is_written(tmp_path, monkeypatch):
             open_folder(path, cache)
     assert not [file for file in (cache / "image_folder").iterdir() if file.is_dir()]
     assert len(open_folder(path, cache)[0]) == 6
+
+
+def test_a_copy_is_read_as_an_array_is(tmp_path, monkeypatch):
+    """Reads that return less than was asked for, as a system may, are continued; one that fails is an OSError."""
+    expected = np.random.default_rng(0).integers(0, 256, (7, 4, 4, 3), np.uint8)
+    (tmp_path / "images.bin").write_bytes(expected.tobytes())
+    images = image_folder.Stored(tmp_path / "images.bin", expected.shape)
+    assert len(images) == 7 and images.dtype == np.uint8 and images.shape == expected.shape
+    whole, fault = os.pread, OSError(errno.EIO, "I/O error")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pread", lambda file, size, start: whole(file, min(size, 5), start))
+        for indices in (
+            3,
+            -1,
+            [6, 0, 0],
+            slice(2, 5),
+            slice(None, None, 2),
+            np.array([[1], [2]]),
+            expected[:, 0, 0, 0] > 99,
+        ):
+            np.testing.assert_array_equal(np.asarray(images[indices]), expected[indices])
+        np.testing.assert_array_equal(images[2:6][1:3][[0, 1]], expected[[3, 4]])
+    with monkeypatch.context() as patch:
+        patch.setenv("DDGAN_RETRY_SECONDS", "0")
+        patch.setattr(os, "pread", lambda file, size, start: (_ for _ in ()).throw(fault))
+        with pytest.raises(OSError, match="I/O error"):
+            images[[0]]
+    with pytest.raises(ValueError, match="too short for 8 images"):
+        image_folder.Stored(tmp_path / "images.bin", (8, 4, 4, 3))

@@ -1,7 +1,7 @@
 """Anyone's own images: a folder (nested or flat), a zip or an LMDB of JPEG, PNG, WebP and BMP files, as one array.
 
 `look` reads headers: how many images there are, and how large. The first use decodes every file once, in threads, into
-a memory-mapped copy; later starts open the copy. Files that are no images are skipped and listed with the reason.
+a copy; later starts open the copy. Files that are no images are skipped and listed with the reason.
 Nothing outside the folder or zip is read, not even by a link. Folders and zips may lie in a bucket.
 
 What was read and is no image is a ValueError inside this file, and a reason to skip one file. What could not be read is
@@ -25,9 +25,10 @@ import stat
 import struct
 import subprocess
 import sys
+import weakref
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -395,8 +396,8 @@ def _place(source: Any, path: str, cache_dir: str, settings: str) -> pathlib.Pat
 
 def open_folder(
     path: str, image_size: int | None, channels: int | None, cache_dir: str, max_bad_share: float = 0.01
-) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """(images uint8 [N, S, S, C] memory-mapped, labels int32 [N], names of the classes) of a folder, zip or LMDB.
+) -> tuple["Stored", np.ndarray, list[str]]:
+    """(images uint8 [N, S, S, C] in a file, labels int32 [N], names of the classes) of a folder, zip or LMDB.
 
     `image_size` None means the largest power of two not above the median shorter side, and at most 256; `channels`
     None means 3, or 1 if every image is grey. The label of an image is its top-level folder (classes sorted by name;
@@ -414,12 +415,57 @@ def open_folder(
             skipped = json.loads(paths.read(copy / "skipped.json"))
             _report(skipped, len(source.names), max_bad_share, path, copy)
             described = json.loads(paths.read(copy / "dataset.json"))
-            images = np.memmap(copy / "images.bin", np.uint8, "r").reshape(described["shape"])
+            images = Stored(copy / "images.bin", described["shape"])
             return images, np.asarray(described["labels"], np.int32), described["classes"]
         except UserError:
             raise
         except (ValueError, KeyError, TypeError) as error:
             raise Fault(f"the copy {copy} is damaged ({error}): remove it, and run the same command again") from error
+
+
+class Stored:
+    """Images uint8 [N, H, W, C] in a file, read as they are indexed along the first axis.
+
+    Not by a memory map, in which a read that fails ends the process with SIGBUS: here it is an OSError, after retries.
+    """
+
+    def __init__(self, file: pathlib.Path, shape: Sequence[int], first: int = 0):
+        """The `shape[0]` images from the one of index `first` on. ValueError if the file is too short for them."""
+        self.shape, self.dtype = tuple(shape), np.dtype(np.uint8)
+        self._file, self._first, self._size = file, first, math.prod(shape[1:])
+        self._descriptor = paths.retry(file, lambda: os.open(file, os.O_RDONLY))
+        weakref.finalize(self, os.close, self._descriptor)
+        if os.fstat(self._descriptor).st_size < (first + len(self)) * self._size:
+            raise ValueError(f"{file.name} is too short for {first + len(self)} images of {list(self.shape[1:])}")
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, indices: Any) -> Any:
+        if isinstance(indices, slice):
+            chosen = range(len(self))[indices]
+            if chosen.step != 1:
+                return self[np.arange(len(self))[indices]]
+            return Stored(self._file, (len(chosen), *self.shape[1:]), self._first + chosen.start)
+        chosen = np.arange(len(self))[indices]
+        images = paths.retry(self._file, lambda: self._read(chosen.ravel()))
+        return images.reshape(*chosen.shape, *self.shape[1:])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self[np.arange(len(self))].astype(dtype or self.dtype, copy=False)
+
+    def _read(self, indices: np.ndarray) -> np.ndarray:
+        images = np.empty((len(indices), self._size), np.uint8)
+        for image, index in zip(images, indices.tolist(), strict=True):
+            done = 0
+            while done < self._size:
+                start = (self._first + index) * self._size + done
+                part = os.pread(self._descriptor, self._size - done, start)
+                if not part:
+                    raise OSError(f"{self._file} ends before image {index}")
+                image[done : done + len(part)] = np.frombuffer(part, np.uint8)
+                done += len(part)
+        return images
 
 
 def _prepare(source: Any, path: str, copy: pathlib.Path, size: int, channels: int) -> None:

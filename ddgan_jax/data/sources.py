@@ -1,7 +1,7 @@
 """Sets of images or points by name: anything that is indexed like an array [N, ...] by a vector of indices.
 
 'synthetic' and 'gaussians' are made up here; 'digits' and 'mnist_5k' lie inside Python packages; 'image_folder' and
-'lsun_church' are decoded once into a memory-mapped copy; every other name is a tfds dataset that lies on disk as
+'lsun_church' are decoded once into a copy; every other name is a tfds dataset that lies on disk as
 array_record; and 'stacked_NAME' stacks three random digits of NAME into the channels of one image. Reading needs no
 TensorFlow, and importing this file not even tfds.
 """

@@ -79,14 +79,17 @@ def interpolate(a: Noise, b: Noise, share: Float[Array, "b"]) -> Noise:
     """Draws between those of two samples (B = 1 each): x_T, z and posterior noise on the great circle, share in 0..1.
 
     On the sphere, since mixtures along a line are shorter than what the generator was trained on (Shoemake 1985).
+    Directions turn along the circle, and lengths change evenly: in few dimensions those of the two ends differ.
     """
 
     def slerp(x: Array, y: Array, batch_axis: int) -> Array:
         axes = tuple(range(batch_axis + 1, x.ndim))
-        product = lambda u, v: jnp.sum(u * v, axis=axes, keepdims=True)  # noqa: E731
-        cosine = product(x, y) / jnp.sqrt(product(x, x) * product(y, y))
+        length_x, length_y = (jnp.sqrt(jnp.sum(v * v, axis=axes, keepdims=True)) for v in (x, y))
+        x, y = (v / jnp.maximum(length, 1e-30) for v, length in ((x, length_x), (y, length_y)))
+        cosine = jnp.sum(x * y, axis=axes, keepdims=True)
         angle = jnp.arccos(jnp.clip(cosine, -1 + 1e-6, 1 - 1e-6))
         w = share.reshape(-1, *(1,) * len(axes))
-        return (jnp.sin((1 - w) * angle) * x + jnp.sin(w * angle) * y) / jnp.sin(angle)
+        direction = (jnp.sin((1 - w) * angle) * x + jnp.sin(w * angle) * y) / jnp.sin(angle)
+        return ((1 - w) * length_x + w * length_y) * direction
 
     return Noise(x_T=slerp(a.x_T, b.x_T, 0), z=slerp(a.z, b.z, 1), posterior=slerp(a.posterior, b.posterior, 1))

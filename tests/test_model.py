@@ -181,6 +181,42 @@ def test_the_middle_of_an_interpolation_is_as_long_as_its_ends():
 
 
 @pytest.mark.parametrize(
+    "x, y, case",
+    [
+        ((3.0, 0.1), (-0.2, -0.0), "almost opposite"),
+        ((2.0, 0.0), (-1.0, 0.0), "opposite"),
+        ((0.0, 0.0), (1.0, 2.0), "one at the origin"),
+        ((0.0, 0.0), (0.0, 0.0), "both at the origin"),
+        ((1.0, 2.0), (1.0, 2.0), "equal"),
+        ((4.0, 0.0), (0.0, 1.0), "at a right angle"),
+        ((0.5,), (-0.3,), "on a line"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_draws_of_different_length_stay_between_them(x, y, case):
+    """In few dimensions the draws of two samples may have any lengths, and any angle."""
+    a, b = (sampling.Noise(x_T=v[None], z=v[None, None], posterior=v[None, None]) for v in map(jnp.array, (x, y)))
+    share = jnp.linspace(0, 1, 21)
+    mixed = editing.interpolate(a, b, share)
+    for found in (mixed.x_T, mixed.z[0], mixed.posterior[0]):
+        np.testing.assert_allclose(found[jnp.array([0, -1])], [x, y], atol=1e-6)
+        lengths, ends = jnp.linalg.norm(found, axis=1), jnp.array([jnp.linalg.norm(jnp.array(v)) for v in (x, y)])
+        assert jnp.all(lengths <= (1 - share) * ends[0] + share * ends[1] + 1e-3)
+    if case == "at a right angle":
+        np.testing.assert_allclose(mixed.x_T[10], [2.5 * 0.5**0.5] * 2, rtol=1e-5)
+
+
+def test_draws_of_equal_length_are_mixed_as_shoemake_does():
+    x, y = (v / jnp.linalg.norm(v) for v in jax.random.normal(jax.random.key(0), (2, 1, 3000)))
+    a, b = (sampling.Noise(x_T=50 * v, z=v[None], posterior=v[None]) for v in (x, y))
+    w, angle = jnp.linspace(0, 1, 7)[:, None], jnp.arccos(jnp.sum(x * y))
+    expected = (jnp.sin((1 - w) * angle) * x + jnp.sin(w * angle) * y) / jnp.sin(angle)
+    mixed = editing.interpolate(a, b, w[:, 0])
+    np.testing.assert_allclose(mixed.x_T, 50 * expected, atol=1e-4)
+    np.testing.assert_allclose(mixed.z[0], expected, atol=2e-6)
+
+
+@pytest.mark.parametrize(
     "call, message",
     [
         (lambda m, x: m.sample(0), "num=0 must be at least 1"),

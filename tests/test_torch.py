@@ -16,7 +16,11 @@ import pytest
 from commands import run_module
 from conftest import GOLDEN, Golden
 
+from ddgan_jax import build, config, presets
+from ddgan_jax.config import as_dict
 from ddgan_jax.errors import UserError
+from ddgan_jax.jobs import generate
+from ddgan_jax.model import Model
 from ddgan_jax.networks.discriminator import Discriminator
 from ddgan_jax.networks.generator import Generator
 from ddgan_jax.torch import architecture, convert, files
@@ -304,3 +308,35 @@ def test_without_torch(monkeypatch):
     assert jnp.asarray(convert.generator_params(state_dict())["conv_in"]["bias"]).shape == (
         32,
     )  # state dicts need no torch
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(model=dict(num_classes=3)), "no class-conditional networks"),
+        (dict(model=dict(patch_size=2)), r"no networks that work on patches \(model.patch_size=2\)"),
+        (dict(generator=dict(nz=0)), r"no networks without a latent z \(generator.nz=0\)"),
+        (
+            dict(generator=dict(fir_kernel=(1, 2, 1))),
+            r"no filter other than .*fir_kernel=\(1, 2, 1\)\)",
+        ),
+        (dict(model=dict(network="mlp"), generator=None), "no networks for points"),
+        ({}, ""),
+    ],
+    ids=str,
+)
+def test_what_the_reference_cannot_run_is_not_exported(tmp_path, capsys, changes, message):
+    """It would be read again as another generator, without a word."""
+    c = as_dict(presets.get("gaussians:smoke" if "network" in changes.get("model", {}) else "digits:smoke"))
+    for group, fields in changes.items():
+        c[group] |= fields or {}
+    denoiser = build.denoiser(c)
+    model = Model(jax.jit(denoiser.init_gen)(jax.random.key(0)), denoiser, config.read(c), 0)
+    out = tmp_path / "netG.pth"
+    if message:
+        with pytest.raises(UserError, match=f"the reference has {message}; write a"):
+            generate.export(model, str(out))
+        assert not out.exists()
+    else:
+        generate.export(model, str(out))
+        assert f"T={model.num_steps}, the vp schedule, beta_min=0.1 and beta_max=" in capsys.readouterr().out

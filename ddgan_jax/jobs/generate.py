@@ -15,6 +15,7 @@ from ddgan_jax import figures, processes
 from ddgan_jax.data import decoding
 from ddgan_jax.errors import UserError
 from ddgan_jax.model import Model
+from ddgan_jax.ops import FIR_KERNEL
 from ddgan_jax.storage import paths
 from ddgan_jax.torch import convert, files
 
@@ -138,12 +139,30 @@ def export(model: Model, out: str, posterior: str = "gaussian") -> None:
         paths.write(paths.path(out), model.export_onnx(posterior))
     elif out.endswith(".safetensors"):
         model.save(out)
-    elif model.num_classes:
-        raise UserError(f"--out={out}: the reference has no class-conditional networks; write a .bin")
-    elif _has_images(model):
-        files.save(out, convert.generator_state_dict(model.params))
     else:
-        raise UserError(f"--out={out}: the reference has no networks for points; write a .bin")
+        check_for_the_reference(model, out)
+        files.save(out, convert.generator_state_dict(model.params))
+        diffusion = model.config.diffusion
+        print(
+            f"a .pth holds weights alone: the reference also needs T={model.num_steps}, the {diffusion.kind} schedule, "
+            f"beta_min={diffusion.beta_min} and beta_max={diffusion.beta_max}"
+        )
+
+
+def check_for_the_reference(model: Model, out: str) -> None:
+    """UserError unless the reference has a generator that samples as this one does, given the weights in `out`."""
+    patch, fields = model.config.model.patch_size, model.config.generator
+    kernel = tuple(fields.get("fir_kernel", FIR_KERNEL)) if fields.get("fir", True) else FIR_KERNEL
+    lacking = {
+        "networks for points": not _has_images(model),
+        "class-conditional networks": model.num_classes > 0,
+        f"networks that work on patches (model.patch_size={patch})": patch > 1,
+        "networks without a latent z (generator.nz=0)": model.denoiser.nz == 0,
+        f"filter other than {FIR_KERNEL} (generator.fir_kernel={kernel})": kernel != FIR_KERNEL,
+    }
+    for what, found in lacking.items():
+        if found:
+            raise UserError(f"--out={out}: the reference has no {what}; write a .safetensors or a .bin")
 
 
 def read_image(model: Model, path: str, flag: str = "--image") -> np.ndarray:

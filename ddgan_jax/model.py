@@ -339,7 +339,8 @@ def load(path: str | os.PathLike, config: Any = None, **hints: Any) -> Model:
 
 def _load_reference(path: str, config: Config | None, hints: dict[str, Any]) -> Model:
     """A model of the reference, in a configuration of ours."""
-    num_steps = hints.pop("num_steps", 4)
+    if "num_steps" in hints:
+        hints["num_timesteps"] = hints.pop("num_steps")
     told = _hints_of(config) if config else {}
     found = processes.from_primary(lambda: files.read(path, **(told | hints)))
     args = told | found.args | hints
@@ -347,11 +348,17 @@ def _load_reference(path: str, config: Config | None, hints: dict[str, Any]) -> 
         raise UserError(f"{path} does not tell the size of its images: name it, image_size=32")
     generator = dict(found.generator)
     channels = generator.pop("image_channels")
+    flags = {"num_steps": "num_timesteps", "beta_min": "beta_min", "beta_max": "beta_max"}
+    diffusion: dict[str, Any] = {name: args[flag] for name, flag in flags.items() if flag in args}
+    if "use_geometric" in args:
+        diffusion["kind"] = "geometric" if args["use_geometric"] else "vp"
     if config is None:
-        diffusion: dict[str, Any] = {name: args[name] for name in ("beta_min", "beta_max") if name in args}
-        diffusion |= {"num_steps": args.get("num_timesteps", num_steps)}
-        diffusion |= {"kind": "geometric"} if args.get("use_geometric") else {}
         config = read({"data": {"name": path}, "diffusion": diffusion})
+    ours = vars(config.diffusion)
+    if other := {name: value for name, value in diffusion.items() if value != ours[name]}:
+        has = ", ".join(f"diffusion.{name}={ours[name]}" for name in other)
+        wants = " ".join(f"--config.diffusion.{name}={value}" for name, value in other.items())
+        raise UserError(f"the run in {path} had another diffusion than the configuration with {has}: set {wants}")
     data = dataclasses.replace(config.data, image_size=args["image_size"], channels=channels)
     config = dataclasses.replace(config, data=data, generator=generator)
     return Model(found.ema_params or found.gen_params, build.denoiser(config), config, 0)

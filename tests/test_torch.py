@@ -16,6 +16,7 @@ import pytest
 from commands import run_module
 from conftest import GOLDEN, Golden
 
+import ddgan_jax
 from ddgan_jax import build, config, presets
 from ddgan_jax.config import as_dict
 from ddgan_jax.errors import UserError
@@ -173,6 +174,23 @@ def test_hints_may_not_contradict_the_flags_of_a_run(checkpoint):
     for name in HINTS:
         with pytest.raises(UserError, match=f"the hint {name}=.* contradicts the run"):
             files.read(path, **(HINTS | {name: 8 if name == "image_size" else False}))
+
+
+@pytest.mark.golden
+def test_a_configuration_may_not_contradict_the_diffusion_of_a_run(checkpoint):
+    """Its T and betas were ignored, and those of the configuration sampled from."""
+    path, c = str(checkpoint / "content.pth"), as_dict({})
+    c["data"] |= dict(image_size=16, channels=3)
+    c["generator"] |= dict(nf=8, n_mlp=2, ch_mult=(1, 2), num_res_blocks=1, nz=8, z_emb_dim=16)
+    assert ddgan_jax.load(path, c).num_steps == 4
+    for other in (dict(num_steps=2, beta_max=6.0), dict(beta_max=0.9, kind="geometric"), dict(beta_min=0.2)):
+        right = " ".join(f"--config.diffusion.{name}={c['diffusion'][name]}" for name in other)
+        with pytest.raises(UserError, match=f"had another diffusion .*: set {right}"):
+            ddgan_jax.load(path, c | {"diffusion": c["diffusion"] | other})
+    with pytest.raises(UserError, match="had another diffusion"):
+        ddgan_jax.load(str(checkpoint / "netG_1.pth"), c, num_steps=8)
+    with pytest.raises(UserError, match="num_timesteps=8 contradicts the run"):
+        ddgan_jax.load(path, num_steps=8)
 
 
 def test_other_parameters_are_not_exported():

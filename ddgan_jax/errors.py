@@ -1,6 +1,7 @@
 """The exceptions that are told in one sentence instead of a traceback."""
 
 import contextlib
+import errno
 import re
 from collections.abc import Iterator
 
@@ -32,3 +33,21 @@ def of_flags() -> Iterator[None]:
         if "Did you mean" in text:
             text = "unknown field of the configuration: did you mean" + text.split("Did you mean")[1].rstrip("'")
         raise UserError(text) from error
+
+
+_NOT_A_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+
+
+@contextlib.contextmanager
+def of_a_file(what: str) -> Iterator[None]:
+    """What reading a file that a user named raises within: UserError if `what` is no file, Fault if reading it fails.
+
+    A disk, a bucket, permissions or memory say nothing about the content, which may be read on another try.
+    """
+    try:
+        yield
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError) or error.errno in _NOT_A_FILE  # buckets give no number
+        raise (UserError if missing else Fault)(f"{what} cannot be read: {error.strerror or error}") from error
+    except MemoryError as error:
+        raise Fault(f"{what} cannot be read: not enough memory") from error

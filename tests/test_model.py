@@ -1,5 +1,6 @@
 """What a trained model makes: variants, edits, fillings, ways between samples; from Python and as commands."""
 
+import errno
 import json
 
 import jax
@@ -396,8 +397,37 @@ def test_one_file_that_is_damaged_or_foreign(model, tmp_path):
     safetensors.numpy.save_file({"x": np.zeros(3)}, bad)
     with pytest.raises(UserError, match="was not written by ddgan_jax"):
         ddgan_jax.load(bad)
+    header = b'{"x": {"dtype": "BF16", "shape": [1], "data_offsets": [0, 2]}}'
+    bad.write_bytes(len(header).to_bytes(8, "little") + header + b"00")
+    with pytest.raises(UserError, match="was not written by ddgan_jax: it holds numbers of type 'BF16'"):
+        ddgan_jax.load(bad)
     with pytest.raises(UserError, match=r"none\.safetensors cannot be read"):
         ddgan_jax.load(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize(
+    "error, kind, message",
+    [
+        (FileNotFoundError("bucket/x"), UserError, "cannot be read: bucket/x"),
+        (OSError(errno.ENOTDIR, "Not a directory"), UserError, "cannot be read: Not a directory"),
+        (OSError(errno.EIO, "Input/output error"), Fault, "cannot be read: Input/output error"),
+        (PermissionError(errno.EACCES, "Permission denied"), Fault, "cannot be read: Permission denied"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), Fault, "cannot be read: Cannot allocate memory"),
+        (OSError("HttpError: 503"), Fault, "cannot be read: HttpError: 503"),
+        (MemoryError(), Fault, "cannot be read: not enough memory"),
+    ],
+    ids=repr,
+)
+def test_a_read_that_fails_is_neither_damage_nor_the_users_error(monkeypatch, model, error, kind, message):
+    """Of a disk, a bucket, permissions or memory; a file that is not there is the user's error."""
+
+    def fail(file):
+        raise error
+
+    monkeypatch.setattr(generate.paths, "read", fail)
+    for read in (lambda: ddgan_jax.load("x.safetensors"), lambda: generate.read_image(model, "x.png")):
+        with pytest.raises(kind, match=message):
+            read()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Checkpoints of the reference: real files, round trips, and files that must not be trusted."""
 
 import dataclasses
+import errno
 import functools
 import lzma
 import pickle
@@ -19,7 +20,7 @@ from conftest import GOLDEN, Golden
 import ddgan_jax
 from ddgan_jax import build, config, presets
 from ddgan_jax.config import as_dict
-from ddgan_jax.errors import UserError
+from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.jobs import generate
 from ddgan_jax.model import Model
 from ddgan_jax.networks.discriminator import Discriminator
@@ -296,6 +297,29 @@ def test_bad_files_are_refused_in_one_sentence(checkpoint, tmp_path, capfd):
         assert err.startswith("error: ") and err.count("\n") == 1 and not out, f"{name}: {err}"
         if name.startswith("attack"):
             assert "refused" in err and "print" in err, f"{name}: {err}"
+
+
+@pytest.mark.parametrize("command", ["", "python -m ddgan_jax.torch.files"])
+@pytest.mark.parametrize(
+    "where, error, message",
+    [
+        ("read", OSError(errno.EIO, "Input/output error"), "cannot be read: Input/output error"),
+        ("load", MemoryError(), "cannot be read: not enough memory"),
+        ("load", RuntimeError("DefaultCPUAllocator: can't allocate memory"), "cannot be read: not enough memory"),
+    ],
+    ids=["disk", "memory", "memory of torch"],
+)
+def test_a_read_that_fails_is_no_damage(checkpoint, monkeypatch, capsys, where, error, message, command):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(*((files.paths, "read") if where == "read" else (torch, "load")), fail)
+    if command:
+        assert files.main([str(checkpoint / "content.pth")]) == 1
+        assert message in capsys.readouterr().err
+    else:
+        with pytest.raises(Fault, match=message):
+            files.load(str(checkpoint / "content.pth"))
 
 
 def test_command(checkpoint):

@@ -13,7 +13,7 @@ import numpy as np
 
 from ddgan_jax import figures, processes
 from ddgan_jax.data import decoding
-from ddgan_jax.errors import UserError
+from ddgan_jax.errors import UserError, of_a_file
 from ddgan_jax.model import Model
 from ddgan_jax.ops import FIR_KERNEL
 from ddgan_jax.storage import paths
@@ -172,10 +172,12 @@ def read_image(model: Model, path: str, flag: str = "--image") -> np.ndarray:
     if not path:
         raise UserError(f"name a picture with {flag}=PATH")
     size, _, channels = model.denoiser.image_shape
-    try:
-        return decoding.decode(paths.read(paths.path(path)), size, channels)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{flag}={path} cannot be read: {error}") from error
+    with of_a_file(f"{flag}={path}"):
+        content = paths.read(paths.path(path))
+        try:
+            return decoding.decode(content, size, channels)
+        except ValueError as error:
+            raise UserError(f"{flag}={path} cannot be read: {error}") from error
 
 
 def _has_images(model: Model) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from ddgan_jax.errors import Fault, UserError
+from ddgan_jax.errors import Fault, UserError, of_a_file
 from ddgan_jax.storage import paths
 
 Arrays = dict[str, np.ndarray]
@@ -30,17 +30,17 @@ def write(file: paths.Given, arrays: Arrays, config: Mapping[str, Any], step: in
 def read(file: paths.Given) -> tuple[Arrays, dict[str, Any], int, dict[str, str]]:
     """(arrays by name as float32, configuration, step, what else is told of it).
 
-    UserError if there is no file, or one that this project did not write; Fault if it is damaged.
+    UserError if there is no file, or one that this project did not write; Fault if it is damaged or cannot be read.
     """
-    try:
+    with of_a_file(str(file)):
         content = paths.read(file)
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error}") from error
-    try:
-        arrays = safetensors.numpy.load(content)
-        about = _header(content).get("__metadata__", {})
-    except (safetensors.SafetensorError, ValueError) as error:
-        raise Fault(f"{file} is damaged, or no safetensors file: {error}") from error
+        try:
+            arrays = safetensors.numpy.load(content)
+            about = _header(content).get("__metadata__", {})
+        except (safetensors.SafetensorError, ValueError) as error:
+            raise Fault(f"{file} is damaged, or no safetensors file: {error}") from error
+        except KeyError as error:  # a type that numpy lacks
+            raise UserError(f"{file} was not written by ddgan_jax: it holds numbers of type {error}") from error
     if not {"config", "step", "checksum"} <= about.keys():
         raise UserError(f"{file} was not written by ddgan_jax: it does not tell its configuration")
     if _checksum(arrays, about) != about["checksum"]:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-from ddgan_jax.errors import UserError
+from ddgan_jax.errors import Fault, UserError, of_a_file
 from ddgan_jax.storage import paths
 from ddgan_jax.torch import architecture, convert
 from ddgan_jax.torch.convert import Params, StateDict
@@ -41,23 +41,25 @@ def load(path: str) -> dict[str, Any]:
     """The content of a `.pth` file: a state dict (`netG_*.pth`) or a whole run (`content.pth`).
 
     Tensors come as numpy arrays, the arguments of the run as a dict. Raises UserError if PyTorch is missing, or if
-    the file is missing, damaged, or holds anything but tensors and plain values.
+    the file is missing, damaged, or holds anything but tensors and plain values; Fault if it cannot be read.
     """
     torch = _torch()
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
-            content = torch.load(io.BytesIO(paths.read(paths.path(path))), map_location="cpu", weights_only=True)
-        content = _plain(content, path)
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    except pickle.UnpicklingError as error:
-        name = re.search(r"GLOBAL ([\w.]+)|Trying to \w+ (?:function |class )?([\w.]+)", str(error))
-        found = f"holds {next(filter(None, name.groups()))}, but" if name else "is no PyTorch file, or"
-        raise UserError(f"{path} is refused: it {found} only tensors and plain values are read") from None
-    except Exception as error:  # damaged archives fail in many ways inside torch
-        raise UserError(f"{path} is damaged, or no PyTorch file ({type(error).__name__})") from None
+    with of_a_file(path):
+        data = paths.read(paths.path(path))
+        try:
+            with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
+                content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            content = _plain(content, path)
+        except (UserError, MemoryError):
+            raise
+        except pickle.UnpicklingError as error:
+            name = re.search(r"GLOBAL ([\w.]+)|Trying to \w+ (?:function |class )?([\w.]+)", str(error))
+            found = f"holds {next(filter(None, name.groups()))}, but" if name else "is no PyTorch file, or"
+            raise UserError(f"{path} is refused: it {found} only tensors and plain values are read") from None
+        except Exception as error:  # damaged archives fail in many ways inside torch; the bytes have been read
+            if "allocate memory" in str(error):  # torch has no type for it
+                raise MemoryError from error
+            raise UserError(f"{path} is damaged, or no PyTorch file ({type(error).__name__})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a state dict or a run of the reference")
     return content
@@ -135,7 +137,7 @@ def read(path: str, /, **hints: Any) -> Reference:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print what a `.pth` file holds. Returns the exit code: 2, after one sentence, if it cannot be used."""
+    """Print what a `.pth` file holds. Returns the exit code: 2 if it cannot be used, 1 if it cannot be read."""
     if not argv or any("=" not in hint for hint in argv[1:]):
         print("usage: python -m ddgan_jax.torch.files FILE.pth [image_size=32 ...]", file=sys.stderr)
         return 2
@@ -148,6 +150,9 @@ def main(argv: Sequence[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Fault as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return 1
     networks = [("Generator", found.generator, found.gen_params)]
     if found.discriminator and found.disc_params:
         networks.append(("Discriminator", found.discriminator, found.disc_params))

@@ -14,7 +14,10 @@ from ddgan_jax.storage.paths import Given
 POINTS = 500  # of a curve, as many as a panel has pixels: a long run's curves take no more memory than a short one's
 
 
-def grid(images: np.ndarray, columns: int | None = None, min_side: int = 64, gap: int = 2) -> np.ndarray:
+MIN_SIDE = 64  # px, at least, of an image in a grid
+
+
+def grid(images: np.ndarray, columns: int | None = None, min_side: int = MIN_SIDE, gap: int = 2) -> np.ndarray:
     """uint8 [N, H, W, C] -> one image [H', W', 3]: each enlarged by a whole factor to `min_side` px, gaps between."""
     n, height, width, channels = images.shape
     scale = max(1, -(-min_side // max(height, width)))
@@ -142,9 +145,10 @@ def save_figure(figure: Any, path: Given) -> None:
 
 
 def save_image(path: Given, image: np.ndarray) -> None:
-    """Write uint8 [H, W, 3] as the file type that the name says."""
+    """Write uint8 [H, W, 3], or grey [H, W, 1], as the file type that the name says."""
     from PIL import Image
 
+    image = image[..., 0] if image.shape[-1] == 1 else image
     paths.write(path, lambda file: Image.fromarray(image).save(file, format=_format(path)))
 
 

@@ -5,9 +5,13 @@ alone, never on how many are drawn, nor on how many devices draw them. A class-c
 sample i is of class i modulo the number of classes. Nothing here reads data, or needs TensorFlow.
 """
 
+import contextlib
 import dataclasses
+import math
+import operator
 import os
 import pathlib
+import re
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -18,7 +22,7 @@ import numpy as np
 
 from ddgan_jax import build, deployment, editing, processes, sampling
 from ddgan_jax.build import Denoiser
-from ddgan_jax.config import SEEDS, Config, as_dict, read
+from ddgan_jax.config import MAX_SEED, Config, as_dict, read
 from ddgan_jax.diffusion import q_sample
 from ddgan_jax.errors import UserError
 from ddgan_jax.sampler import POSTERIORS, Sampler, default_labels, noise_of, to_images
@@ -100,15 +104,15 @@ class Model:
         self, num: int, seed: int = 0, posterior: str = "gaussian", label: Any = None, progress: bool = False
     ) -> np.ndarray:
         """Samples 0..num-1 of `seed`, uint8 [num, H, W, C]."""
-        _at_least_one("num", num)
+        num = self.check_count("num", num)
         return self.sampler(posterior)(self.params, _known_seed(seed), num, self.labels(label, num), progress)
 
     def trajectory(
         self, num: int, seed: int = 0, posterior: str = "gaussian", label: Any = None, first: int = 0
     ) -> sampling.Trajectory:
         """Every step of `num` samples from `first` on, float32 [T, num, ...]: x_{t+1}, x0_hat, x_t; x_t[0] is x_0."""
-        _at_least_one("num", num)
-        noise = self._noise(seed, first + jnp.arange(num))
+        num = self.check_count("num", num, each=12 * self.num_steps * math.prod(self.denoiser.image_shape))
+        noise = self._noise(seed, _whole("first", first, 0, LAST + 1 - num) + jnp.arange(num))
         y = self.labels(label, num, first=first)
         return jax.device_get(_trajectory(self.denoiser, _known(posterior), self.params, y, noise))
 
@@ -119,14 +123,14 @@ class Model:
 
         x_{t+1} is on the way of sample `index` of `seed`, or `image` diffused to it; t in 0..T-1.
         """
-        _at_least_one("num", num)
-        self._check_step("t", t, 0, self.num_steps - 1)
+        num, t = self.check_count("num", num), self._step("t", t, self.num_steps - 1)
+        index = _whole("index", index, 0, LAST)
         y = self.labels(label, num, one=True)
         noise = self._noise(seed, jnp.arange(num))
         if image is None:
             x_tp1 = self.trajectory(1, seed, label=label, first=index).x_tp1[t, 0]
         else:
-            x0 = self._to_x0(self._check_images(np.asarray(image)[None]))
+            x0 = self._to_x0(self._images(image, 1))
             x_tp1 = q_sample(self.denoiser.schedule, x0, jnp.full(1, t + 1), noise.x_T[:1])[0]
         return np.asarray(x_tp1), np.asarray(_vary(self.denoiser, self.params, y, x_tp1, jnp.int32(t), noise.z[t]))
 
@@ -143,9 +147,9 @@ class Model:
 
         A stroke painting becomes an image; the larger s, the freer. s = 0 returns the image.
         """
-        _at_least_one("num_variants", num_variants)
-        self._check_step("start_step", start_step, 0, self.num_steps)
-        images = np.repeat(self._check_images(np.asarray(image)[None]), num_variants, axis=0)
+        num_variants = self.check_count("num_variants", num_variants)
+        start_step = self._step("start_step", start_step, self.num_steps)
+        images = self._images(image, num_variants)
         y = self.labels(label, num_variants)
         if not start_step:
             return images
@@ -168,10 +172,11 @@ class Model:
 
         More `rounds` a step let the two parts agree better, for so many times the work.
         """
-        _at_least_one("num_variants", num_variants)
-        _at_least_one("rounds", rounds)
-        images = np.repeat(self._check_images(np.asarray(image)[None]), num_variants, axis=0)
-        known = np.asarray(known, bool)
+        num_variants, rounds = self.check_count("num_variants", num_variants), _whole("rounds", rounds, 1, MOST_ROUNDS)
+        images = self._images(image, num_variants)
+        if images.ndim != 4:
+            raise UserError("this model makes points, and has no images to fill in")
+        known = _array("known", known).astype(bool)
         if known.shape != images.shape[1:3]:
             raise UserError(f"the mask is {list(known.shape)}, but the image is {list(images.shape[1:3])}")
         mask = jnp.broadcast_to(known[None, ..., None], images.shape).astype(jnp.float32)
@@ -190,10 +195,9 @@ class Model:
         label: int | None = None,
     ) -> np.ndarray:
         """`num` images from sample `first` to `last` of `seed`, uint8 [num, ...]: their draws mixed on a sphere."""
-        if num < 2:
-            raise UserError(f"num={num} must be at least 2: the two ends")
-        y = self.labels(label, num, one=True)
-        a, b = (self._noise(seed, jnp.array([i])) for i in (first, last))
+        num = self.check_count("num", num, least=2)  # the two ends
+        y, ends = self.labels(label, num, one=True), {"first": first, "last": last}
+        a, b = (self._noise(seed, jnp.array([_whole(name, i, 0, LAST)])) for name, i in ends.items())
         noise = editing.interpolate(a, b, jnp.linspace(0, 1, num))
         return np.asarray(self.to_images(_trajectory(self.denoiser, _known(posterior), self.params, y, noise).x_t[0]))
 
@@ -225,10 +229,14 @@ class Model:
         """
         if not os.fspath(path).endswith(".safetensors"):
             raise UserError(f"{path} must end in .safetensors")
+        for name, text in (about or {}).items():
+            if not isinstance(name, str) or not isinstance(text, str) or name in safetensors.OWN:
+                own = ", ".join(safetensors.OWN)
+                raise UserError(f"about has {name!r}: {text!r}, and must be text by names other than {own}")
         arrays = checkpoint.flatten(self.params)
         if half:
             arrays = {name: array.astype(np.float16) for name, array in arrays.items()}
-        safetensors.write(path, arrays, as_dict(self.config), self.step, {**self.about, **(about or {})})
+        safetensors.write(paths.path(path), arrays, as_dict(self.config), self.step, {**self.about, **(about or {})})
 
     def labels(self, label: Any, num: int, one: bool = False, first: int = 0) -> np.ndarray | None:
         """Labels [num] from sample `first` on: as asked, or all classes in turn unless the images are to be of `one`.
@@ -244,42 +252,80 @@ class Model:
             if one:
                 raise UserError(f"these images are of one class: choose it, label=0 to {classes - 1}")
             return default_labels(classes, first + np.arange(num))
-        labels = np.asarray(label)
+        labels = _array("label", label)
         fits = labels.dtype.kind in "iu" and labels.shape in ((), (num,))
         if not fits or labels.min() < 0 or labels.max() >= classes:
             raise UserError(f"label={label} must be a class of this model, 0 to {classes - 1}, or {num} of them")
         return np.broadcast_to(labels, num).astype(np.int32)
 
-    def _check_images(self, images: np.ndarray) -> np.ndarray:
-        shape = self.denoiser.image_shape
-        wanted = np.uint8 if len(shape) == 3 else np.float32
-        if images.shape[1:] != shape or images.dtype != wanted:
-            raise UserError(
-                f"the image is {images.dtype} {list(images.shape[1:])}, but the model's are "
-                f"{np.dtype(wanted)} {list(shape)}"
-            )
-        return images
+    def check_count(self, name: str, value: Any, least: int = 1, each: int = 0) -> int:
+        """A number of images as a Python integer; `name` is what the user calls it.
 
-    def _check_step(self, name: str, value: int, low: int, high: int) -> None:
-        if not low <= value <= high:
-            raise UserError(f"{name}={value} is not a step of this model: it is {low} to {high}")
+        Raises UserError unless it is an integer of at least `least` whose images fit into the free memory, with at
+        least `each` bytes for one: by default its pixels twice, in a batch and in the result.
+        """
+        num, shape = _whole(name, value, least, LAST + 1), self.denoiser.image_shape
+        need, free = num * max(each, 2 * math.prod(shape) * (1 if len(shape) == 3 else 4)), _free_memory()
+        if need > free:
+            raise UserError(
+                f"{name}={num} needs at least {need / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free: "
+                f"ask for at most {num * free // need}"
+            )
+        return num
+
+    def _images(self, image: Any, num: int) -> np.ndarray:
+        """An image [*d] `num` times, [num, *d]; UserError unless it is as the model's are."""
+        array, shape = _array("image", image), self.denoiser.image_shape
+        wanted = np.uint8 if len(shape) == 3 else np.float32
+        if array.shape != shape or array.dtype != wanted:
+            raise UserError(
+                f"the image is {array.dtype} {list(array.shape)}, but the model's are {np.dtype(wanted)} {list(shape)}"
+            )
+        return np.repeat(array[None], num, axis=0)
+
+    def _step(self, name: str, value: Any, high: int) -> int:
+        return _whole(name, value, 0, high, f"a step of this model, an integer from 0 to {high}")
+
+
+LAST = 2**31 - 1  # the last sample: indices are int32
+MOST_ROUNDS = 10_000
 
 
 def _known(posterior: str) -> str:
-    if posterior not in POSTERIORS:
+    if not isinstance(posterior, str) or posterior not in POSTERIORS:
         raise UserError(f"posterior={posterior!r} is not supported: it is {' or '.join(POSTERIORS)}")
     return posterior
 
 
-def _known_seed(seed: int) -> int:
-    if not isinstance(seed, (int, np.integer)) or not SEEDS.holds(seed):
-        raise UserError(f"seed={seed} must be {SEEDS.text}")
-    return int(seed)
+def _known_seed(seed: Any) -> int:
+    return _whole("seed", seed, 0, MAX_SEED)
 
 
-def _at_least_one(name: str, value: int) -> None:
-    if value < 1:
-        raise UserError(f"{name}={value} must be at least 1")
+def _whole(name: str, value: Any, low: int, high: int, text: str = "") -> int:
+    """An integer of Python, numpy or jax as one of Python. UserError unless it is one from `low` to `high`."""
+    with contextlib.suppress(TypeError):  # of all that is no integer
+        if not isinstance(value, bool) and low <= operator.index(value) <= high:
+            return operator.index(value)
+    raise UserError(f"{name}={value!r} must be {text or f'an integer from {low} to {high}'}")
+
+
+def _array(name: str, value: Any) -> np.ndarray:
+    try:
+        return np.asarray(value)
+    except ValueError as error:  # of lists of different lengths
+        raise UserError(f"{name} is no array: {error}") from error
+
+
+def _free_memory() -> int:
+    """Bytes of memory that can still be taken, as far as the system tells: what is available, or what is allowed."""
+    bounds = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for file, pattern, unit in (
+        ("/proc/meminfo", r"MemAvailable: +(\d+) kB", 1024),
+        ("/sys/fs/cgroup/memory.max", r"(\d+)", 1),  # of a container
+    ):
+        with contextlib.suppress(OSError):
+            bounds += [unit * int(number) for number in re.findall(pattern, pathlib.Path(file).read_text())]
+    return min(bounds)
 
 
 PRETRAINED = pathlib.Path(__file__).parent / "pretrained"
@@ -299,6 +345,7 @@ def file_of(path: str) -> str | None:
 
     Raises UserError for a name that is neither a folder nor a model.
     """
+    path = os.path.expanduser(path)
     if path.endswith((".pth", ".safetensors")):
         return path
     if "/" in path or paths.exists(path):
@@ -359,8 +406,8 @@ def _load_reference(path: str, config: Config | None, hints: dict[str, Any]) -> 
         has = ", ".join(f"diffusion.{name}={ours[name]}" for name in other)
         wants = " ".join(f"--config.diffusion.{name}={value}" for name, value in other.items())
         raise UserError(f"the run in {path} had another diffusion than the configuration with {has}: set {wants}")
-    data = dataclasses.replace(config.data, image_size=args["image_size"], channels=channels)
-    config = dataclasses.replace(config, data=data, generator=generator)
+    fields = as_dict(config) | {"generator": generator}
+    config = read(fields | {"data": fields["data"] | {"image_size": args["image_size"], "channels": channels}})
     return Model(found.ema_params or found.gen_params, build.denoiser(config), config, 0)
 
 

@@ -220,23 +220,58 @@ def test_draws_of_equal_length_are_mixed_as_shoemake_does():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda m, x: m.sample(0), "num=0 must be at least 1"),
+        (lambda m, x: m.sample(0), "num=0 must be an integer from 1 to 2147483648"),
+        (lambda m, x: m.sample(2.0), "num=2.0 must be an integer from 1"),
+        (lambda m, x: m.sample("2"), "num='2' must be an integer from 1"),
+        (lambda m, x: m.trajectory(True), "num=True must be an integer from 1"),
+        (lambda m, x: m.trajectory(2, first=2**31 - 1), "first=2147483647 must be an integer from 0 to 2147483646"),
+        (lambda m, x: m.trajectory(1, first=-1), "first=-1 must be an integer from 0"),
+        (lambda m, x: m.vary(1, 1.0), "t=1.0 must be a step of this model, an integer from 0 to 3"),
+        (lambda m, x: m.vary(1, 1, index=2**31), "index=2147483648 must be an integer from 0 to 2147483647"),
+        (lambda m, x: m.edit(x, 1.5), "start_step=1.5 must be a step of this model, an integer from 0 to 4"),
+        (lambda m, x: m.edit(x, 1, 10**30), f"num_variants={10**30} must be an integer from 1"),
+        (lambda m, x: m.edit([[1], [1, 2]], 1), "image is no array"),
+        (lambda m, x: m.inpaint(x, x[..., 0], 1, 1.0), "rounds=1.0 must be an integer from 1 to 10000"),
+        (lambda m, x: m.inpaint(x, [[1], [1, 2]]), "known is no array"),
+        (lambda m, x: m.interpolate(3, 0, 9_999_999_999), "last=9999999999 must be an integer from 0 to 2147483647"),
+        (lambda m, x: m.sample(1, posterior=["gaussian"]), r"posterior=\['gaussian'\] is not supported"),
+        (lambda m, x: m.save("x.safetensors", about={"step": "1"}), "about has 'step': '1', and must be text by names"),
+        (lambda m, x: m.save("x.safetensors", about={"fid": 1.0}), "about has 'fid': 1.0, and must be text"),
         (lambda m, x: m.sample(1, seed=-1), "seed=-1 must be an integer from 0 to 4294967295"),
         (lambda m, x: m.edit(x, 1, seed=2**32), "seed=4294967296 must be an integer from 0 to 4294967295"),
         (lambda m, x: m.interpolate(2, seed=0.5), "seed=0.5 must be an integer from 0 to 4294967295"),
         (lambda m, x: m.sample(1, posterior="ddim"), "posterior='ddim' is not supported: it is gaussian or deter"),
-        (lambda m, x: m.vary(1, 4), "t=4 is not a step of this model: it is 0 to 3"),
-        (lambda m, x: m.edit(x, 5), "start_step=5 is not a step of this model: it is 0 to 4"),
+        (lambda m, x: m.vary(1, 4), "t=4 must be a step of this model, an integer from 0 to 3"),
+        (lambda m, x: m.edit(x, 5), "start_step=5 must be a step of this model, an integer from 0 to 4"),
         (lambda m, x: m.edit(x[:4], 1), r"the image is uint8 \[4, 8, 1\], but the model's are uint8 \[8, 8, 1\]"),
         (lambda m, x: m.edit(x / 255, 1), "the image is float64"),
         (lambda m, x: m.inpaint(x, x), r"the mask is \[8, 8, 1\], but the image is \[8, 8\]"),
-        (lambda m, x: m.inpaint(x, x[..., 0], rounds=0), "rounds=0 must be at least 1"),
-        (lambda m, x: m.interpolate(1), "num=1 must be at least 2"),
+        (lambda m, x: m.inpaint(x, x[..., 0], rounds=0), "rounds=0 must be an integer from 1"),
+        (lambda m, x: m.interpolate(1), "num=1 must be an integer from 2"),
     ],
 )
 def test_wrong_use(model, image, call, message):
     with pytest.raises(UserError, match=message):
         call(model, image)
+
+
+def test_integers_of_numpy_and_jax_are_integers(model, image):
+    for integer in (np.int8, np.uint64, jnp.int32, np.array):
+        n = integer(2)
+        np.testing.assert_array_equal(model.sample(n, seed=n), model.sample(2, seed=2))
+        np.testing.assert_array_equal(model.edit(image, n, n), model.edit(image, 2, 2))
+
+
+def test_more_than_the_memory_holds_is_refused_before_the_work(model, image, monkeypatch, tmp_path):
+    monkeypatch.setattr("ddgan_jax.model._free_memory", lambda: 1_000_000)
+    with pytest.raises(UserError, match=r"num=10000 needs at least 0.0 GiB .* are free: ask for at most 7812"):
+        model.sample(10_000)
+    assert len(model.edit(image, 0, 7_812)) == 7_812
+    for call in (lambda: model.edit(image, 1, 10_000), lambda: model.vary(10_000, 1), lambda: model.trajectory(1_000)):
+        with pytest.raises(UserError, match="are free: ask for at most"):
+            call()
+    with pytest.raises(UserError, match=r"--num_samples=1000 needs .* ask for at most 27"):  # of a grid
+        generate.sample(model, str(tmp_path / "x.png"), 1_000, seed=0)
 
 
 # --- As commands --------------------------------------------------------------------------------------------------
@@ -273,6 +308,80 @@ def test_the_jobs_write_what_they_say(model, tmp_path, image):
         "sample", model, str(tmp_path / "many"), **(jobs["sample"] | {"trajectory": str(tmp_path / "t.png")})
     )
     assert len(list((tmp_path / "many").glob("*.png"))) == 9 and (tmp_path / "t.png").exists()
+    for file, expected in zip(sorted((tmp_path / "many").iterdir()), model.sample(9), strict=True):
+        with Image.open(file) as written:
+            assert written.mode == "L", "grey images are not of three colours"
+            np.testing.assert_array_equal(np.asarray(written), expected[..., 0])
+
+
+def test_of_many_steps_a_few_are_drawn(tmp_path, model):
+    """Evenly, from x_T to x_0; with T <= 8 all of them."""
+    assert generate.shown_steps(model) == [3, 2, 1, 0]
+    many = ddgan_jax.load(str(workdir_of(tmp_path / "run", num_steps=300)))
+    shown = generate.shown_steps(many)
+    assert len(shown) == 8 and shown[0] == 299 and shown[-1] == 0 and set(-np.diff(shown)) <= {42, 43}
+    frames, steps = generate.frames_of(many, 2), many.trajectory(2)
+    assert len(frames) == 17
+    for i, t in enumerate(shown):
+        np.testing.assert_array_equal(frames[2 * i], many.to_images(steps.x_tp1[t]))
+        np.testing.assert_array_equal(frames[2 * i + 1], many.to_images(steps.x0_hat[t]))
+    np.testing.assert_array_equal(frames[-1], many.to_images(steps.x_t[0]))
+    for kind in ("png", "gif"):
+        generate.draw_trajectory(many, str(tmp_path / f"t.{kind}"), 2)
+    with Image.open(tmp_path / "t.png") as picture:
+        assert picture.width < 2_500
+    with Image.open(tmp_path / "t.gif") as animation:
+        assert animation.n_frames <= 17
+
+
+def test_home_is_home(model, tmp_path, monkeypatch):
+    """A ~ that no shell has replaced, as in --out='~/x.png', is the user's folder in every path."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model.save("~/own.safetensors")
+    assert (tmp_path / "own.safetensors").exists()
+    assert ddgan_jax.load("~/own.safetensors").step == model.step
+    names = dict(checkpoint="own.safetensors", out="x.png", trajectory="t.png", compilation_cache="cache")
+    result = run("--mode=sample", "--num_samples=2", *(f"--{flag}=~/{name}" for flag, name in names.items()))
+    assert result.returncode == 0, result.stderr
+    assert {"x.png", "t.png", "cache"} <= {file.name for file in tmp_path.iterdir()}
+    assert generate.read_image(model, "~/x.png").shape == (8, 8, 1)  # as --image and --mask
+    assert not (ROOT / "~").exists()
+
+
+@pytest.mark.parametrize("seconds", [0.1, 1.0, 10.0], ids=lambda seconds: f"after {seconds} s")
+def test_ctrl_c_has_no_traceback(workdir, seconds, tmp_path):
+    """While modules are imported, and while it samples."""
+    out = tmp_path / "out"
+    script = f"""
+import os, runpy, signal, sys, threading
+threading.Timer({seconds}, os.kill, (os.getpid(), signal.SIGINT)).start()
+sys.argv = ["main.py", "--mode=sample", "--workdir={workdir}", "--num_samples=500000", "--out={out}"]
+runpy.run_path("main.py", run_name="__main__")
+"""
+    child = python(script)
+    output, errors = child.communicate(timeout=120)
+    assert child.returncode == 130 and "Traceback" not in errors, output + errors
+
+
+@pytest.mark.parametrize(
+    "error, code, message",
+    [
+        ("MemoryError('Unable to allocate 9 GiB')", 1, "stopped: there is not enough memory: Unable to allocate 9 GiB"),
+        ("RuntimeError('RESOURCE_EXHAUSTED: of a device')", 1, "stopped: there is not enough memory: RESOURCE"),
+        ("KeyboardInterrupt()", 75, "SIGINT: nothing was lost; run the same command to go on"),
+    ],
+)
+def test_what_ends_a_command_is_one_sentence(error, code, message):
+    child = python(f"""
+import sys
+from ddgan_jax import cli
+def fail(argv):
+    raise {error}
+cli.run = fail
+sys.exit(cli.main())
+""")
+    output, errors = child.communicate(timeout=120)
+    assert child.returncode == code and message in output + errors and "Traceback" not in errors, output + errors
 
 
 def test_points(tmp_path):
@@ -439,8 +548,12 @@ def test_a_read_that_fails_is_neither_damage_nor_the_users_error(monkeypatch, mo
         (["--mode=edit", "--image=nothing.png"], "--image=nothing.png cannot be read"),
         (["--mode=inpaint", f"--image={ROOT / 'docs' / 'digits.png'}"], "name a picture with --mask=PATH"),
         (["--mode=edit", f"--image={ROOT / 'README.md'}"], "it is not an image"),
-        (["--mode=vary", "--t=9"], "t=9 is not a step of this model: it is 0 to 3"),
+        (["--mode=vary", "--t=9"], "t=9 must be a step of this model, an integer from 0 to 3"),
         (["--mode=interpolate", "--between=3"], "--between=3 must be two samples, such as 0,1"),
+        (["--mode=interpolate", "--between=²,1"], "--between=²,1 must be two samples, such as 0,1, each from 0 to"),
+        (["--mode=interpolate", "--between=3000000000,1"], "--between=3000000000,1 must be two samples"),
+        (["--mode=sample", "--num_samples=2000000000"], "--num_samples=2000000000 needs at least"),
+        (["--mode=demo", "--port=99999"], "--port=99999 must be an integer from 1 to 65535"),
         (["--mode=sample", "--trajectory=x.mp4"], "must end in .png (a grid), in .gif (an animation)"),
         (["--mode=sample", "--out=x.gif"], "must end in .png (a grid), in .npz (an array) or name a directory"),
         (["--mode=sample", "--posterior=mean"], "gaussian"),

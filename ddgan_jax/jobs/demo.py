@@ -22,7 +22,7 @@ from ddgan_jax import figures
 from ddgan_jax.config import MAX_SEED
 from ddgan_jax.data import decoding
 from ddgan_jax.errors import UserError
-from ddgan_jax.jobs.generate import frames_of, halfway
+from ddgan_jax.jobs.generate import frames_of, halfway, shown_steps
 from ddgan_jax.model import Model
 from ddgan_jax.sampler import Sampler
 from ddgan_jax.storage import paths
@@ -55,7 +55,7 @@ def steps_of(
     model: Model, seed: int, label: int | None = None, first: int = 0, num: int = 1
 ) -> list[tuple[np.ndarray, str]]:
     """How samples come about: (picture, name) of x_T, x0_hat, x_{T-1}, x0_hat, ..., x_0."""
-    names = [name for t in range(model.num_steps, 0, -1) for name in (f"x_{t}", f"x_0 as predicted from x_{t}")]
+    names = [name for t in shown_steps(model) for name in (f"x_{t + 1}", f"x_0 as predicted from x_{t + 1}")]
     frames = frames_of(model, num, seed=seed, label=label, first=first)
     pictures = [enlarged(frame)[0] if frame.ndim == 4 else figures.picture(frame) for frame in frames]
     return list(zip(pictures, [*names, "x_0"], strict=True))
@@ -100,7 +100,7 @@ def zipped(images: np.ndarray, folder: str) -> str:
 
 def whole(number: Any, what: str, high: int = MAX_SEED) -> int:
     """A number that was typed in, from 0 to `high`. UserError if it is none."""
-    if number is None or number != int(number) or not 0 <= number <= high:
+    if number is None or not 0 <= number <= high or number != int(number):  # NaN is in no range
         raise UserError(f"{what} must be a whole number from 0 to {high:,}.")
     return int(number)
 
@@ -167,7 +167,7 @@ def samples_tab(page: Page) -> None:
     drawn, index, frames = gr.State(None), gr.State(None), gr.State([])
     with gr.Row():
         with gr.Column():
-            last = 2 * model.num_steps
+            last = 2 * len(shown_steps(model))
             at = gr.Slider(0, last, last, step=1, label="From noise to the sample", elem_id="at")
             frame = gr.Image(
                 label="x_0",
@@ -219,7 +219,8 @@ def points_tab(page: Page) -> None:
     gr, model = page.gr, page.model
     with gr.Row():
         seed, count = page.seed(), gr.Slider(1, 20_000, NUM_POINTS, step=1, label="How many")
-    button, frames, last = gr.Button("Sample", variant="primary", elem_id="sample"), gr.State([]), 2 * model.num_steps
+    button, frames = gr.Button("Sample", variant="primary", elem_id="sample"), gr.State([])
+    last = 2 * len(shown_steps(model))
     at = gr.Slider(0, last, last, step=1, label="From noise to the samples", elem_id="at")
     frame = gr.Image(label="x_0", interactive=False, format="png", buttons=["download", "fullscreen"], elem_id="frame")
 
@@ -395,21 +396,22 @@ def demo(model: Model, name: str, host: str = "127.0.0.1", port: int = 7860) -> 
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # no fonts from the web
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
-        blocks.queue(max_size=64, api_open=False).launch(
-            server_name=host,
-            server_port=port,
-            share=False,
-            max_file_size=LARGEST_FILE,
-            footer_links=[],
-            theme=theme,
-            css=CSS,
-            prevent_thread_lock=True,
-            quiet=True,
-            ssr_mode=False,
-        )
+        try:
+            blocks.queue(max_size=64, api_open=False).launch(
+                server_name=host,
+                server_port=port,
+                share=False,
+                max_file_size=LARGEST_FILE,
+                footer_links=[],
+                theme=theme,
+                css=CSS,
+                prevent_thread_lock=True,
+                quiet=True,
+                ssr_mode=False,
+            )
+        except OSError as error:
+            raise UserError(f"--port={port} of {host} cannot be used: {error}") from error
         print(f"open {blocks.local_url} in a browser; Ctrl-C ends it", flush=True)
         blocks.block_thread()
-    except OSError as error:
-        raise UserError(f"--port={port} of {host} cannot be used: {error}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -4,6 +4,7 @@
 """
 
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 from ddgan_jax import figures, processes
 from ddgan_jax.data import decoding
 from ddgan_jax.errors import UserError, of_a_file
-from ddgan_jax.model import Model
+from ddgan_jax.model import LAST, Model
 from ddgan_jax.ops import FIR_KERNEL
 from ddgan_jax.storage import paths
 from ddgan_jax.torch import convert, files
@@ -29,6 +30,8 @@ KINDS = {
     ".pth": "weights for the PyTorch reference",
     "": "a directory",
 }
+
+MOST_STEPS = 8  # of a trajectory that are drawn; the paper's models have no more
 
 
 def check_out(out: str, *kinds: str) -> None:
@@ -52,14 +55,17 @@ def save(images: np.ndarray, out: str | os.PathLike) -> None:
         paths.write(path, lambda file: np.savez_compressed(file, images=images))
     else:
         for i, image in enumerate(images):
-            figures.save_image(path / f"{i:06d}.png", image if image.shape[-1] == 3 else image[..., :1].repeat(3, -1))
+            figures.save_image(path / f"{i:06d}.png", image)
 
 
 def sample(model: Model, out: str, num: int, trajectory: str = "", **how: Any) -> None:
     """Samples 0..num-1; and, into the .png or .gif `trajectory`, how the first of them came about."""
-    check_out(out, ".png", ".npz", *([""] if _has_images(model) else []))
+    check_out(out, ".png", ".npz", *_folder(model))
     if trajectory:
         check_out(trajectory, ".png", ".gif")
+    size = model.denoiser.image_shape[0] if _has_images(model) else 0
+    each = 3 * 3 * max(size, figures.MIN_SIDE) ** 2 if out.endswith(".png") and size else 0  # of a grid
+    processes.everywhere(lambda: model.check_count("--num_samples", num, each=each))
     images = model.sample(num, progress=True, **how)
     if not processes.is_primary():  # which writes what all have drawn
         return
@@ -74,14 +80,23 @@ def draw_trajectory(model: Model, out: str, num: int, **how: Any) -> None:
     if out.endswith(".gif"):
         figures.save_gif(paths.path(out), [figures.picture(frame) for frame in frames])
     else:
-        names = [f"$x_{t}$" for t in range(model.num_steps, -1, -1)]
+        names = [f"$x_{{{t + 1}}}$" for t in shown_steps(model)] + ["$x_0$"]
         figures.trajectory(np.array(frames[::2]), np.array(frames[1::2]), names, paths.path(out))
 
 
+def shown_steps(model: Model) -> list[int]:
+    """The t of the steps x_{t+1} -> x_t that are shown, from T-1 down to 0: all, or MOST_STEPS at even distances."""
+    T = model.num_steps
+    return [round(t) for t in np.linspace(T - 1, 0, min(T, MOST_STEPS))]
+
+
 def frames_of(model: Model, num: int, **how: Any) -> list[np.ndarray]:
-    """How samples come about, as `model.trajectory` of `how`: the images or points x_T, x0_hat, x_{T-1}, ..., x_0."""
+    """How samples come about, as `model.trajectory` of `how`: the images or points x_T, x0_hat, x_{T-1}, ..., x_0.
+
+    Of the steps between x_T and x_0 those that `shown_steps` has.
+    """
     steps, frames = model.trajectory(num, **how), []
-    for t in reversed(range(model.num_steps)):
+    for t in shown_steps(model):
         frames += [steps.x_tp1[t], steps.x0_hat[t]]  # what the generator saw, and what it made of it
     return [np.asarray(model.to_images(frame)) for frame in [*frames, steps.x_t[0]]]
 
@@ -101,7 +116,7 @@ def halfway(model: Model) -> int:
 
 def edit(model: Model, out: str, image: str, start_step: int | None, num: int, **how: Any) -> None:
     """The image, then `num` variants of it from step `start_step`, by default `halfway`."""
-    check_out(out, ".png", ".npz", "")
+    check_out(out, ".png", ".npz", *_folder(model))
     start_step = halfway(model) if start_step is None else start_step
     given = read_image(model, image)
     images = model.edit(given, start_step, num, **how)
@@ -110,7 +125,7 @@ def edit(model: Model, out: str, image: str, start_step: int | None, num: int, *
 
 def inpaint(model: Model, out: str, image: str, mask: str, num: int, rounds: int, **how: Any) -> None:
     """The image with its hole, then `num` ways to fill it in."""
-    check_out(out, ".png", ".npz", "")
+    check_out(out, ".png", ".npz", *_folder(model))
     given, hole = read_image(model, image), read_image(model, mask, "--mask")[..., 0] > 127
     images = model.inpaint(given, ~hole, num, rounds, **how)
     with_hole = np.where(hole[..., None], np.uint8(127), given)
@@ -119,9 +134,10 @@ def inpaint(model: Model, out: str, image: str, mask: str, num: int, rounds: int
 
 def interpolate(model: Model, out: str, num: int, samples: Sequence[str], **how: Any) -> None:
     """`num` images from one sample to another, as a strip, an animation or an array."""
-    check_out(out, ".png", ".gif", ".npz", "")
-    if len(samples) != 2 or not all(index.isdigit() for index in samples):
-        raise UserError(f"--between={','.join(samples)} must be two samples, such as 0,1")
+    check_out(out, ".png", ".gif", ".npz", *_folder(model))
+    known = [re.fullmatch(r"[0-9]{1,10}", index) and int(index) <= LAST for index in samples]
+    if len(samples) != 2 or not all(known):
+        raise UserError(f"--between={','.join(samples)} must be two samples, such as 0,1, each from 0 to {LAST}")
     images = model.interpolate(num, int(samples[0]), int(samples[1]), **how)
     if out.endswith(".png"):
         figures.save_image(paths.path(out), figures.grid(images, columns=num))
@@ -178,6 +194,11 @@ def read_image(model: Model, path: str, flag: str = "--image") -> np.ndarray:
             return decoding.decode(content, size, channels)
         except ValueError as error:
             raise UserError(f"{flag}={path} cannot be read: {error}") from error
+
+
+def _folder(model: Model) -> list[str]:
+    """The kind of `--out` that is a directory of pictures, if a picture can hold an image of the model."""
+    return [""] if _has_images(model) and model.denoiser.image_shape[2] in (1, 3) else []
 
 
 def _has_images(model: Model) -> bool:

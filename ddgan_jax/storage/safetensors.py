@@ -17,6 +17,7 @@ from ddgan_jax.errors import Fault, UserError, of_a_file
 from ddgan_jax.storage import paths
 
 Arrays = dict[str, np.ndarray]
+OWN = ("config", "step", "checksum")  # the metadata of every file
 
 
 def write(file: paths.Given, arrays: Arrays, config: Mapping[str, Any], step: int, about: Mapping[str, str]) -> None:
@@ -41,12 +42,12 @@ def read(file: paths.Given) -> tuple[Arrays, dict[str, Any], int, dict[str, str]
             raise Fault(f"{file} is damaged, or no safetensors file: {error}") from error
         except KeyError as error:  # a type that numpy lacks
             raise UserError(f"{file} was not written by ddgan_jax: it holds numbers of type {error}") from error
-    if not {"config", "step", "checksum"} <= about.keys():
+    if not about.keys() >= set(OWN):
         raise UserError(f"{file} was not written by ddgan_jax: it does not tell its configuration")
     if _checksum(arrays, about) != about["checksum"]:
         raise Fault(f"{file} is damaged: its checksum is wrong")
     weights = {name: array.astype(np.float32) for name, array in arrays.items()}
-    told = {name: text for name, text in about.items() if name not in ("config", "step", "checksum")}
+    told = {name: text for name, text in about.items() if name not in OWN}
     return weights, json.loads(about["config"]), int(about["step"]), told
 
 

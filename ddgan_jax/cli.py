@@ -68,12 +68,15 @@ def run(argv: list[str]) -> None:
         raise UserError(f"--num_samples={FLAGS.num_samples} must be at least 1")
     if not SEEDS.holds(FLAGS.sample_seed):
         raise UserError(f"--sample_seed={FLAGS.sample_seed} must be {SEEDS.text}")
+    for flag, least, most in (("port", 1, 65_535), ("interrupted_exit_code", 0, 255)):
+        if not least <= getattr(FLAGS, flag) <= most:
+            raise UserError(f"--{flag}={getattr(FLAGS, flag)} must be an integer from {least} to {most}")
     from ddgan_jax import processes  # with jax, whose second neither --help nor a mistake waits for
 
     if FLAGS.compilation_cache:
         import jax
 
-        jax.config.update("jax_compilation_cache_dir", FLAGS.compilation_cache)
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(FLAGS.compilation_cache))
     processes.initialize()
     if FLAGS.mode == "train":
         from ddgan_jax.jobs.train import train
@@ -138,9 +141,21 @@ def shortened(sentence: str, most: int = 800) -> str:
     return line if len(line) <= most else f"{line[: most // 2]} ... {line[-most // 2 :]}"
 
 
+def interrupted(number: int, frame: Any) -> None:
+    """End the process after Ctrl-C, unless a training handles it (`jobs/signals.py`).
+
+    At once: an exception could be swallowed by a module that is being imported.
+    """
+    training = flags.FLAGS["mode"].value == "train"
+    os.write(2, b"SIGINT: nothing was lost; run the same command to go on\n" if training else b"SIGINT: interrupted\n")
+    os._exit(flags.FLAGS["interrupted_exit_code"].value if training else 130)  # type: ignore[arg-type]
+
+
 def main() -> int:
-    """Run, and tell mistakes (exit code 2), faults (1) and signals (75) in one sentence."""
+    """Run, and tell mistakes (exit code 2), faults (1), signals to a training (75) and Ctrl-C (130) in one sentence."""
     code = 0
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, interrupted)
     try:
         run(sys.argv)
     except UserError as error:
@@ -154,10 +169,12 @@ def main() -> int:
 
         print(error)
         processes.leave(flags.FLAGS.interrupted_exit_code, at_once=True)
-    except Exception as error:
+    except Exception as error:  # what is told of is no fault of ours; the rest is, and has a traceback
         from ddgan_jax import processes
 
-        if processes.lost_others(error):
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            print(f"stopped: there is not enough memory: {shortened(str(error))}", file=sys.stderr)
+        elif processes.lost_others(error):
             print("stopped: another process of this job is gone; the checkpoints are intact", file=sys.stderr)
         else:
             traceback.print_exc()

@@ -394,7 +394,8 @@ def demo(model: Model, name: str, host: str = "127.0.0.1", port: int = 7860) -> 
     Image.MAX_IMAGE_PIXELS = LARGEST_IMAGE // 2  # Pillow refuses twice as many
     blocks = build(gr, model, name, folder)
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # no fonts from the web
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    for number in (signal.SIGTERM, signal.SIGINT):  # both end the page and remove the folder
+        signal.signal(number, signal.default_int_handler)
     try:
         try:
             blocks.queue(max_size=64, api_open=False).launch(

@@ -143,7 +143,7 @@ def main(argv: Sequence[str]) -> int:
         return 2
     hints: dict[str, Any] = dict(hint.split("=", 1) for hint in argv[1:])
     for name, text in hints.items():
-        with contextlib.suppress(ValueError, SyntaxError, TypeError):  # then it is a string
+        with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # it is a string
             hints[name] = ast.literal_eval(text)
     try:
         found = read(argv[0], **hints)

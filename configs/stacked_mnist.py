@@ -20,6 +20,6 @@ def get_config(variant: str = "paper") -> ConfigDict:
         return presets.apply_variant(config, variant, "mnist_5k")
     config.data.name = "stacked_mnist_5k"
     presets.small(config)
-    config.loss.update(reconstruction=100.0, reconstruction_end=3.0)  # sharp digits first, then the game with D
+    config.loss.update(reconstruction=100.0, reconstruction_end=12.7)  # sharp digits first, then the game with D
     config.eval.update(every=3_000, online_samples=5_000)
     return config

@@ -162,11 +162,13 @@ def build(config: Any) -> Built:
         chosen(train.steps_per_epoch, "train.steps_per_epoch"),
     )
 
-    def rate(base: float, floor: float) -> Callable[[jax.Array], jax.Array]:
-        if not train.lr_decay:
-            return state.constant_schedule(base)
-        epochs = -(-(train.lr_decay_steps or num_steps) // per_epoch)
-        return state.cosine_schedule(base, per_epoch, epochs, min(floor, base))
+    epochs = -(-(train.lr_decay_steps or num_steps) // per_epoch)
+
+    def falling(start: float, end: float) -> state.OfStep:
+        return state.cosine_schedule(start, per_epoch, epochs, end)
+
+    def rate(base: float, floor: float) -> state.OfStep:
+        return falling(base, min(floor, base)) if train.lr_decay else state.constant_schedule(base)
 
     method = Method(
         gen=generates.gen,
@@ -175,7 +177,7 @@ def build(config: Any) -> Built:
             static_argnames="axis_name",
         ),
         schedule=_diffusion(c),
-        objective=_objective(c),
+        objective=_objective(c, falling),
         optimizer=state.adam(train.adam_b1, train.adam_b2),
         lr_g=rate(train.lr_g, train.lr_min),
         lr_d=rate(train.lr_d, train.lr_min_d or train.lr_min),
@@ -200,16 +202,17 @@ def build(config: Any) -> Built:
     )
 
 
-def _objective(c: Config) -> Objective:
-    """The objective, with what the settings add to it."""
+def _objective(c: Config, falling: Callable[[float, float], state.OfStep]) -> Objective:
+    """The objective, with what the settings add to it; `falling` makes a weight that falls as learning rates do."""
     objective = OBJECTIVES[c.objective](c.train.r1_gamma)
     if not objective.trains_disc:
         return objective
     if c.loss.shown == "x_0":
         objective = Denoised(objective)
-    if not c.loss.reconstruction:
+    if not (weight := c.loss.reconstruction):
         return objective
-    return Reconstruction(objective, c.loss.reconstruction, c.loss.reconstruction_end)
+    end = c.loss.reconstruction_end
+    return Reconstruction(objective, state.constant_schedule(weight) if end is None else falling(weight, end))
 
 
 # --- What depends on the data, and on the devices --------------------------------------------------------------------

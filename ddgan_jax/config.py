@@ -119,7 +119,7 @@ class LossConfig:
 
     shown: Literal["x_t", "x_0"] = "x_t"  # what D sees with x_{t+1} (paper); 'x_0': the image without noise
     reconstruction: Weight = 0.0  # weight in G's loss of the squared error of x_0, times the signal-to-noise ratio
-    reconstruction_end: Weight | None = None  # where it falls to with G's learning rate; None: nowhere
+    reconstruction_end: Weight | None = None  # where it falls to, by lr_decay's cosine; None: nowhere
 
 
 @dataclasses.dataclass(frozen=True)

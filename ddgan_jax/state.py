@@ -15,6 +15,7 @@ from flax import struct
 from ddgan_jax import ops
 
 Params = Any
+OfStep = Callable[[jax.Array], jax.Array]  # training steps done [] int32 -> learning rate, or weight of a loss
 
 
 class TrainState(struct.PyTreeNode):
@@ -33,11 +34,9 @@ def adam(b1: float = 0.5, b2: float = 0.9, eps: float = 1e-8) -> optax.GradientT
     return optax.scale_by_adam(b1, b2, eps)
 
 
-def cosine_schedule(
-    base: float, steps_per_epoch: int, num_epochs: int, eta_min: float = 1e-5
-) -> Callable[[jax.Array], jax.Array]:
-    """step -> learning rate: a cosine from `base` to `eta_min` in `num_epochs`, constant within an epoch, as the
-    reference's; `eta_min` afterwards. For a decay that moves every step, call the step an epoch."""
+def cosine_schedule(base: float, steps_per_epoch: int, num_epochs: int, eta_min: float = 1e-5) -> OfStep:
+    """A cosine from `base` to `eta_min` in `num_epochs`, constant within an epoch, as the reference's learning rate;
+    `eta_min` afterwards. For a decay that moves every step, call the step an epoch."""
 
     def learning_rate(step: jax.Array) -> jax.Array:
         epoch = jnp.minimum(step // steps_per_epoch, num_epochs).astype(jnp.float32)
@@ -46,8 +45,8 @@ def cosine_schedule(
     return learning_rate
 
 
-def constant_schedule(base: float) -> Callable[[jax.Array], jax.Array]:
-    """step -> `base`."""
+def constant_schedule(base: float) -> OfStep:
+    """`base` at every step."""
     return lambda step: jnp.float32(base)
 
 

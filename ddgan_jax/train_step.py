@@ -24,7 +24,7 @@ from jax import Array
 from ddgan_jax import ops, parallel
 from ddgan_jax.diffusion import Schedule
 from ddgan_jax.objectives import Context, Objective, Parts, PhaseDraws
-from ddgan_jax.state import Params, TrainState, apply_gradients, update_ema
+from ddgan_jax.state import OfStep, Params, TrainState, apply_gradients, update_ema
 
 Metrics = dict[str, Array]
 
@@ -38,8 +38,8 @@ class Method:
     schedule: Schedule
     objective: Objective
     optimizer: optax.GradientTransformation
-    lr_g: Callable[[Array], Array]  # step -> learning rate
-    lr_d: Callable[[Array], Array]
+    lr_g: OfStep  # learning rate
+    lr_d: OfStep
     nz: int
     ema_decay: float
     flip: bool = False  # mirror half of the images
@@ -199,8 +199,7 @@ def context(method: Method, state: TrainState, phase: Phase) -> Context:
     """A phase as the objective sees it, with the networks as they are."""
     gen = bind(method.gen, state.gen_params, phase.y)
     disc = bind(method.disc, state.disc_params, phase.y, phase.axis_name)
-    lr_share = method.lr_g(state.step) / method.lr_g(jnp.int32(0))
-    return Context(gen, disc, method.schedule, phase.x0, phase.draws, lr_share)
+    return Context(gen, disc, method.schedule, phase.x0, phase.draws, state.step)
 
 
 def bind(

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddgan_jax import presets, train_step
+from ddgan_jax import presets
 from ddgan_jax.build import build
 from ddgan_jax.diffusion import Schedule
 from ddgan_jax.objectives import Context, Pairs, PhaseDraws, ddgan, gaussian, reconstruction
@@ -105,27 +105,55 @@ def test_the_reconstruction_is_the_likelihood_of_the_noisy_image():
     assert (np.diff(one) < 0).all()
 
 
-@pytest.mark.parametrize("end, weight", [(None, 5.0), (0.0, 1.5), (2.0, 2.9), (10.0, 8.5)])
-def test_the_weight_of_the_reconstruction_goes_to_its_end(end, weight):
-    """At 0.3 of the first learning rate 0.3 of the way is left; without an end, all."""
+def test_the_weight_of_the_reconstruction_is_that_of_the_step():
     schedule = Schedule.create(2)
     x = jax.random.normal(jax.random.key(0), (3, 4, 2))
     draws = PhaseDraws(jnp.zeros(4, jnp.int32), *[x[2]] * 2, jnp.zeros((4, 1)), x[2])
-    c = Context(None, lambda x_t, t, x_tp1: x_t.sum(-1), schedule, x[0], draws, lr_share=0.3)
+    c = Context(None, lambda x_t, t, x_tp1: x_t.sum(-1), schedule, x[0], draws, jnp.int32(6))
     pairs = Pairs(x[0], x[1], x[2], x[1])
     alone, error = (
         ddgan.DDGAN(0.0).g_loss(c, pairs)[0],
         reconstruction.weighted_error(schedule, x[0], x[1], draws.t)[0],
     )
-    loss, _ = reconstruction.Reconstruction(ddgan.DDGAN(0.0), 5.0, end).g_loss(c, pairs)
-    assert float(loss - alone) == pytest.approx(weight * float(error), rel=1e-4)
+    loss, _ = reconstruction.Reconstruction(ddgan.DDGAN(0.0), lambda step: step / 2).g_loss(c, pairs)
+    assert float(loss - alone) == pytest.approx(3 * float(error), rel=1e-4)
 
 
-def test_the_step_tells_the_share_of_the_learning_rate():
-    """0.5 at the middle of a cosine to zero."""
+def gaussians(reconstruction, end, **train):
     config = presets.get("gaussians:smoke")
-    config.train.update(num_steps=8, lr_min=0.0)
+    config.loss.update(reconstruction=reconstruction, reconstruction_end=end)
+    config.train.update(num_steps=8, **train)
+    return build(config).method
+
+
+@pytest.mark.parametrize("train", [{}, {"lr_min": 5e-4}, {"lr_decay": False}, {"lr_g": 0.0}])
+@pytest.mark.parametrize("end, weights", [(None, [5, 5, 5, 5]), (0.0, [5, 2.5, 0, 0]), (10.0, [5, 7.5, 10, 10])])
+def test_the_reconstruction_falls_to_its_end_whatever_the_learning_rate(end, weights, train):
+    """At its start, in the middle, at its end and afterwards."""
+    weight = gaussians(5.0, end, **train).objective.weight
+    np.testing.assert_allclose([weight(jnp.int32(step)) for step in (0, 4, 8, 9)], weights, atol=1e-6)
+
+
+def test_the_reconstruction_falls_as_long_as_the_learning_rate_and_as_often():
+    method = gaussians(1e-3, 1e-5, lr_g=1e-3, lr_min=1e-5, lr_decay_steps=6, steps_per_epoch=2)
+    steps = [jnp.int32(step) for step in range(10)]
+    np.testing.assert_array_equal([method.objective.weight(s) for s in steps], [method.lr_g(s) for s in steps])
+
+
+def test_the_weight_of_stacked_mnist_is_the_one_that_was_measured():
+    """It was 3 + 97 lr / lr_0 of a learning rate that fell to a tenth."""
+    config = presets.get("stacked_mnist:mnist_5k")
+    method, steps = build(config).method, np.linspace(0, config.train.num_steps, 11).astype(np.int32)
+    measured = [3 + 97 * method.lr_g(step) / config.train.lr_g for step in steps]
+    np.testing.assert_allclose([method.objective.weight(step) for step in steps], measured, rtol=1e-6)
+
+
+def test_a_generator_that_does_not_learn_keeps_its_numbers():
+    """With a learning rate of 0 and a reconstruction."""
+    config = presets.get("gaussians:smoke")
+    config.loss.reconstruction = 2.5
+    config.train.lr_g = 0.0
     built = build(config)
-    state = built.init_state()
-    c = train_step.context(built.method, state.replace(step=jnp.int32(4)), train_step.Phase(jnp.zeros((2, 2)), None))
-    assert float(c.lr_share) == pytest.approx(0.5)
+    state, metrics = jax.jit(built.step(False, None))(built.init_state(), jnp.ones((16, 2)))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((state, metrics)))
+    jax.tree.map(np.testing.assert_array_equal, state.gen_params, built.init_state().gen_params)

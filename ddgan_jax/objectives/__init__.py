@@ -53,7 +53,7 @@ class Context:
     schedule: Schedule
     x0: Array  # [b, *d] in [-1, 1]
     draws: PhaseDraws
-    lr_share: Array | float = 1.0  # G's learning rate, as a share of its first
+    step: Array  # [] int32, training steps done
 
     def generate(self, x_tp1: Array, t: Array, z: Array) -> Array:
         """x0_hat [b, *d], with this phase's dropout."""

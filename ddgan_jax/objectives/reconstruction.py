@@ -6,8 +6,8 @@ With little noise x_{t+1} nearly says what x_0 is, so that its mean is a sharp i
 sooner than D's gradients do. With much noise the mean would be a blur, and the term next to nothing. The weight by the
 signal-to-noise ratio is that of the likelihood of x_{t+1} given x_0: ||sqrt(abar) (x_0 - x0_hat)||^2 / (1 - abar).
 
-The weight may fall from `weight` to `end` in proportion to G's learning rate. Squared error then teaches G first what
-it can, and the end is the game with D, which a large weight would hold back; some of it keeps the modes' shares.
+The weight is a function of the training step, so that it can fall. Squared error then teaches G first what it can, and
+the end is the game with D, which a large weight would hold back; some of it keeps the modes' shares.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 
 from ddgan_jax.diffusion import Schedule
 from ddgan_jax.objectives import Context, Objective, Pairs, Parts, Wrapped
+from ddgan_jax.state import OfStep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,16 +26,13 @@ class Reconstruction(Wrapped):
     """`base`, with the loss above for G."""
 
     base: Objective
-    weight: float
-    end: float | None = None  # None: `weight`
+    weight: OfStep
 
     def g_loss(self, c: Context, pairs: Pairs) -> tuple[Array, Parts]:
         """The loss above, with part `g_squared_error`."""
         loss, parts = self.base.g_loss(c, pairs)
         error, error_parts = weighted_error(c.schedule, c.x0, pairs.x0_hat, c.draws.t)
-        end = self.weight if self.end is None else self.end
-        weight = end + (self.weight - end) * c.lr_share
-        return loss + weight * error, parts | error_parts
+        return loss + self.weight(c.step) * error, parts | error_parts
 
 
 def weighted_error(

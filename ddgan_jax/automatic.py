@@ -27,15 +27,16 @@ def leaves_open(c: Config) -> bool:
     """Is there anything that depends on the data? Else nobody needs to look at it."""
     train = c.train
     numbers = c.data.image_size, c.data.channels, train.num_steps, train.batch_size, train.steps_per_epoch
-    return None in (*numbers, c.checkpoint.every, c.log.samples_every) or bool(why_not_judged(c, labelled=False))
+    more = c.diffusion.beta_max, c.checkpoint.every, c.log.samples_every
+    return None in (*numbers, *more) or bool(why_not_judged(c, labelled=False))
 
 
 def choose(c: Config, num_images: int, labelled: bool, devices: int) -> tuple[Config, list[str]]:
     """The settings with everything chosen that they leave to the data, and what to say about it, a sentence each.
 
     `c` has the image size of the data. `train.num_steps`, `train.batch_size`, `train.steps_per_epoch`,
-    `checkpoint.every` and `log.samples_every` are chosen where they are None. Evaluation while training is left out
-    where the data has not what it needs.
+    `checkpoint.every`, `log.samples_every` and `diffusion.beta_max` are chosen where they are None. Evaluation while
+    training is left out where the data has not what it needs.
     """
     size, count, said = c.data.image_size or 1, max(num_images, 1), []
     batch = c.train.batch_size or batch_size(count, size, devices, c.train.accumulate)
@@ -57,6 +58,7 @@ def choose(c: Config, num_images: int, labelled: bool, devices: int) -> tuple[Co
             batch_size=batch,
             steps_per_epoch=c.train.steps_per_epoch or max(count // batch, 1),
         ),
+        diffusion=replace(c.diffusion, beta_max=c.diffusion.beta_max or beta_max(size)),
         checkpoint=replace(c.checkpoint, every=c.checkpoint.every or often),
         log=replace(c.log, samples_every=often if c.log.samples_every is None else c.log.samples_every),
     )
@@ -85,6 +87,15 @@ def batch_size(num_images: int, image_size: int, devices: int, accumulate: int =
 def num_steps(num_images: int, image_size: int, batch: int) -> int:
     """The steps that show `images_in_all`, and at least LEAST_STEPS."""
     return max(images_in_all(num_images, image_size) // batch, LEAST_STEPS)
+
+
+def beta_max(image_size: int) -> float:
+    """The noise that hides an image of this size, and no more: 6 at 8 px, 12 at 32 px, and the paper's 20 at 256 px.
+
+    The mean of size^2 pixels is to be as well hidden at any size: size^2 abar_T = 1.8^2, and -ln abar_T is about half
+    of this number.
+    """
+    return float(max(round(4 * math.log(image_size / 1.8)), 1))
 
 
 def why_not_judged(c: Config, labelled: bool) -> str:

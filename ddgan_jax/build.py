@@ -74,7 +74,7 @@ def denoiser(config: Any) -> Denoiser:
 
 
 def _diffusion(c: Config) -> Schedule:
-    return Schedule.create(**vars(c.diffusion))
+    return Schedule.create(**vars(c.diffusion) | {"beta_max": chosen(c.diffusion.beta_max, "diffusion.beta_max")})
 
 
 def _shape(c: Config) -> tuple[int, ...]:

@@ -14,11 +14,13 @@ import typing
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
 from ddgan_jax.errors import UserError
+
+Number = TypeVar("Number", int, float)
 
 
 class Range(NamedTuple):
@@ -75,7 +77,7 @@ class DiffusionConfig:
     num_steps: Annotated[Positive, _at_most(100_000)] = 4  # T (paper)
     kind: Literal["vp", "geometric"] = "vp"  # (paper)
     beta_min: PositiveFloat = 0.1  # (paper)
-    beta_max: PositiveFloat = 20.0  # (paper)
+    beta_max: PositiveFloat | None = 20.0  # (paper); None: chosen for the image size, as in our recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,7 +239,7 @@ def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return fields
 
 
-def chosen(value: int | None, name: str) -> int:
+def chosen(value: Number | None, name: str) -> Number:
     """A number that is set, or was chosen for the data by `build.settle`. UserError if it is None."""
     if value is None:
         raise UserError(f"{name} is not set, and nothing chose it for the data: name a number")
@@ -347,6 +349,8 @@ def _check_together(c: Config) -> None:
         raise UserError(f"model.num_classes={c.model.num_classes}: networks for points are unconditional, set it to 0")
     if points and c.model.patch_size > 1:
         raise UserError(f"model.patch_size={c.model.patch_size}: points have no pixels to make patches of, set it to 1")
+    if points and c.diffusion.beta_max is None:
+        raise UserError("diffusion.beta_max=None is chosen for a size of images, and points have none: name a number")
     for name, off in {"shown": "x_t", "reconstruction": 0, "reconstruction_end": None}.items():
         if getattr(c.loss, name) != off and c.objective != "adversarial":
             raise UserError(f"loss.{name} is for objective='adversarial', not {c.objective!r}: set it to {off!r}")

@@ -8,7 +8,6 @@
 
 import dataclasses
 import importlib.util
-import math
 import os
 import pathlib
 import sys
@@ -18,7 +17,7 @@ from typing import Annotated, Any
 from absl import flags
 from ml_collections import ConfigDict, FieldReference, config_flags
 
-from ddgan_jax import errors
+from ddgan_jax import automatic, errors
 from ddgan_jax.config import Config, optional
 from ddgan_jax.errors import UserError
 
@@ -129,10 +128,8 @@ def fast(config: ConfigDict) -> None:
     """
     config.loss.update(shown="x_0", reconstruction=2.5)
     config.train.lr_min_d = config.train.lr_d / 2
-    if size := config.data.image_size:
-        # The mean of size^2 pixels is to be as well hidden at any size: size^2 abar_T = 1.8^2, and -ln abar_T is about
-        # beta_max / 2. That is 6 at 8 px, 12 at 32 px, and the paper's 20 at 256 px.
-        config.diffusion.beta_max = float(round(4 * math.log(size / 1.8)))
+    size = config.data.image_size
+    config.diffusion.beta_max = automatic.beta_max(size) if size else None
 
 
 def small(config: ConfigDict) -> None:

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from commands import run
 
-from ddgan_jax import presets
+from ddgan_jax import automatic, presets
 from ddgan_jax.build import build
-from ddgan_jax.config import as_dict
+from ddgan_jax.config import as_dict, read
 from ddgan_jax.errors import UserError
 
 CONFIGS = presets.names()
@@ -65,13 +65,26 @@ def test_the_recipe_of_the_digits_is_not_the_papers():
         assert config["loss"]["shown"] == ("x_0" if ours else "x_t")
 
 
-@pytest.mark.parametrize("name, beta_max", [("cifar10", 12), ("celeba_hq_256", 20), ("image_folder", 20)])
+@pytest.mark.parametrize("name, beta_max", [("cifar10", 12), ("celeba_hq_256", 20), ("image_folder", None)])
 def test_the_recipe_of_the_other_presets(name, beta_max):
     """The losses of the digits, no more noise than the size asks for, and a D that goes on learning."""
     fast, paper, digits = get_config(name, "fast"), get_config(name), get_config("digits")
     assert fast.loss == digits.loss and fast.diffusion.beta_max == beta_max
     assert fast.train.lr_min_d == paper.train.lr_d / 2 and paper.train.lr_min_d is None
     assert fast.generator == paper.generator and fast.diffusion.num_steps == paper.diffusion.num_steps
+
+
+@pytest.mark.parametrize("size, beta_max", [(8, 6), (32, 12), (64, 14), (256, 20)])
+def test_the_noise_of_the_recipe_is_chosen_for_the_size_of_a_folders_images(size, beta_max):
+    config = get_config("image_folder", "fast")
+    config.data.update(image_size=size, channels=3)
+    assert automatic.choose(read(config), 2_000, False, 1)[0].diffusion.beta_max == beta_max
+    config.diffusion.beta_max = 9.0
+    assert automatic.choose(read(config), 2_000, False, 1)[0].diffusion.beta_max == 9
+    points = get_config("gaussians")
+    points.diffusion.beta_max = None
+    with pytest.raises(UserError, match=r"diffusion.beta_max=None is chosen for a size of images"):
+        read(points)
 
 
 def test_each_network_has_its_own_floor_of_the_learning_rate_and_stays_there():

@@ -12,11 +12,11 @@ def get_config(variant: str = "paper") -> ConfigDict:
     config.diffusion.num_steps = 2
     config.generator.update(nf=64, ch_mult=(1, 1, 2, 2, 4, 4), n_mlp=3)
     config.train.update(
-        num_steps=675_000,  # 800 epochs: 21,600,000 images
+        num_steps=674_400,  # 800 epochs of 843 steps
         batch_size=32,  # 8 GPUs x 4
         lr_g=2e-4,
         lr_d=1e-4,
-        steps_per_epoch=843,  # whole batches of 27,000 images: by this count the run ends in epoch 801
+        steps_per_epoch=843,  # 27,000 training images
         r1_gamma=2.0,
         r1_every=10,
         ema_decay=0.9999,

@@ -36,6 +36,12 @@ def test_the_networks_are_the_papers(name, generator, discriminator):
         assert sum(math.prod(leaf.shape) for leaf in shapes) == count
 
 
+@pytest.mark.parametrize("name, epochs", [("cifar10", 1_800), ("celeba_hq_256", 800), ("lsun_church_256", 500)])
+def test_the_trainings_are_the_papers_epochs(name, epochs):
+    train = get_config(name).train
+    assert train.num_steps == epochs * train.steps_per_epoch
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_differs_from_the_documented_one_in_values_only(name):
     """All have the fields of cifar10.py, so that every field is explained there; networks for points have their own."""

@@ -520,7 +520,7 @@ def test_a_size_that_no_network_takes_is_refused_before_anything_is_decoded(
         (64, 2_000, 128, 128, 50_000),
         (32, 50_000, 1, 256, 351_562),  # the paper's CIFAR-10: 351,000 steps of 256
         (32, 50_000, 8, 256, 351_562),
-        (256, 27_000, 1, 32, 675_000),  # the paper's CelebA-HQ: 675,000 of 32
+        (256, 27_000, 1, 32, 675_000),  # 800 epochs, as the paper's CelebA-HQ
         (256, 50_000, 8, 32, 1_250_000),
         (256, 1_000_000, 1, 32, 1_875_000),
         (32, 1_000_000, 1, 256, 351_562),

@@ -162,8 +162,8 @@ def merge(x: jax.Array, h: jax.Array, rescale: bool) -> jax.Array:
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """softmax(q k^T / sqrt(C)) v of [B, N, C], the softmax in float32 -> [B, N, C] of v's type."""
-    logits = jnp.einsum("bqc,bkc->bqk", q, k).astype(jnp.float32) / q.shape[-1] ** 0.5
+    """softmax(q k^T / sqrt(C)) v of [B, N, C], logits and softmax in float32 -> [B, N, C] of v's type."""
+    logits = jnp.einsum("bqc,bkc->bqk", q, k, preferred_element_type=jnp.float32) / q.shape[-1] ** 0.5
     return jnp.einsum("bqk,bkc->bqc", jax.nn.softmax(logits).astype(v.dtype), v)
 
 

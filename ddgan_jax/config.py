@@ -85,7 +85,7 @@ class ModelConfig:
     """`config.model`: what both networks share."""
 
     network: Literal["unet", "mlp"] = "unet"  # 'mlp': fully connected, for points
-    dtype: Literal["float32", "bfloat16"] = "float32"  # the compute type of convolutions and dense layers
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of convolutions and dense layers; GPUs and TPUs round float32
     patch_size: Positive = 1  # of images: so many pixels a side are the channels of one position; 1: pixels (paper)
     data_std: PositiveFloat | None = None  # of points: their standard deviation, to normalise what networks see
     num_classes: Count = 0  # above 0: networks that know the labels of the data (not in the paper)

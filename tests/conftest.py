@@ -14,6 +14,7 @@ import pathlib
 # `XLA_FLAGS= pytest` tests with full optimization.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
+import jax
 import numpy as np
 import pytest
 
@@ -69,6 +70,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", params=GENERATORS)
 def golden_generator(request) -> Golden:
     return Golden(request.param)
+
+
+@pytest.fixture(autouse=True)
+def full_precision(request):
+    """Golden tests multiply float32 numbers in full on every device: a GPU rounds them to TF32, a TPU to bfloat16."""
+    golden = request.node.get_closest_marker("golden")
+    with jax.default_matmul_precision("highest") if golden else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture(params=("fast", "reference"))

@@ -17,6 +17,13 @@ def nchw(x):
 
 
 @pytest.mark.golden
+def test_golden_tests_multiply_in_full_float32():
+    """On a GPU or a TPU too."""
+    product = jax.jit(jnp.dot).trace(jnp.ones((2, 2)), jnp.ones((2, 2))).lower(lowering_platforms=("tpu",))
+    assert "precision = [HIGHEST, HIGHEST]" in product.as_text()
+
+
+@pytest.mark.golden
 @pytest.mark.parametrize("name", KERNELS)
 def test_resampling_convolutions_equal_released_code(name, form):
     golden, kernel = Golden("ops"), KERNELS[name]

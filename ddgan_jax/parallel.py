@@ -156,7 +156,7 @@ def accumulate(gradients: Callable[[Any], tuple[Any, Any]], examples: Any, num: 
     """
     if num == 1:
         return gradients(examples)
-    split = jax.tree.map(lambda x: x.reshape(num, -1, *x.shape[1:]), examples)
+    split = jax.tree.map(lambda x: x.reshape(num, len(x) // num, *x.shape[1:]), examples)
     shapes = jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], split))[0]
 
     def add(total: Any, part: Any) -> tuple[Any, Any]:

@@ -117,6 +117,11 @@ def test_errors_say_what_would_be_right(name, value, message):
         build(given)
 
 
+def test_a_generator_of_points_has_layers():
+    with pytest.raises(UserError, match=r"generator.depth=0 must be an integer of at least 1"):
+        denoiser(config.as_dict(get_config("gaussians")) | {"generator": {"depth": 0}})
+
+
 def test_a_generator_is_built_without_what_only_training_needs():
     """Neither a discriminator nor a number of steps; training asks for them."""
     c = config.read(get_config("image_folder", "smoke"))

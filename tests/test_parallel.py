@@ -72,7 +72,7 @@ x, t = jnp.zeros((4, 8, 8, 1)), jnp.zeros(4, jnp.int32)
 d_params = jax.jit(lambda k: disc.init(k, x, t, x)["params"])(jax.random.key(1))
 make = jax.jit(lambda g, d: state_lib.create(g, d, method.optimizer))
 for name, size, parts, objective in (
-    ("straddle", 12, 1, Reconstruction(Denoised(DDGAN(1.0)), 2.0)),
+    ("straddle", 12, 1, Reconstruction(Denoised(DDGAN(1.0)), state_lib.constant_schedule(2.0))),
     ("parts", 32, 2, DDGAN(1.0)),
 ):
     method = method_of(generator, disc, objective=objective)

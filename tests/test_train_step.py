@@ -297,7 +297,7 @@ def test_images_are_scaled_and_mirrored():
 
 def test_d_can_be_shown_the_image_without_noise():
     """D's gradient is that of x_0 and x0_hat; G's has the squared error's beside that of D."""
-    objective = Reconstruction(Denoised(DDGAN(0.0)), 2.0)
+    objective = Reconstruction(Denoised(DDGAN(0.0)), state_lib.constant_schedule(2.0))
     method, state = linear(schedule=Schedule.create(4), objective=objective)
     x0 = jax.random.normal(jax.random.key(1), (8, 2))
     draws = ts.draw(jax.random.key(0), jnp.arange(8), 4, (2,), 1, False).d
@@ -315,6 +315,19 @@ def test_d_can_be_shown_the_image_without_noise():
     expected = jax.grad(lambda params: 2 * jnp.mean(snr[:, None] * jnp.square(x0 - generated(params))))
     np.testing.assert_allclose(grad, expected(state.gen_params), rtol=1e-4, atol=1e-6)
     assert set(parts) == {"g_fake", "g_loss", "g_squared_error"}
+
+
+def test_a_generator_without_z_learns_from_parts_of_a_batch():
+    """As from the whole, to rounding; its z [B, 0] divides by any number."""
+    generator, disc = PointGenerator(width=8, depth=1, nz=0), PointDiscriminator(width=8, depth=1)
+    x, t, z = jax.random.normal(jax.random.key(0), (8, 2)), jnp.zeros(8, jnp.int32), jnp.zeros((8, 0))
+    params = generator.init(jax.random.key(1), x, t, z)["params"], disc.init(jax.random.key(2), x, t, x)["params"]
+    method, draws = method_of(generator, disc), ts.draw(jax.random.key(0), jnp.arange(8), 4, (2,), 0, False)
+    whole, parts = (
+        ts.update(m, state_lib.create(*params, m.optimizer), x, draws, True)
+        for m in (method, dataclasses.replace(method, accumulate=2))
+    )
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), whole, parts)
 
 
 def test_ema_is_a_geometric_mean_of_the_stepped_weights():

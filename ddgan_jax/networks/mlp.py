@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ddgan_jax.config import Latents, Layers, Width
+from ddgan_jax.config import Blocks, Latents, Layers, Width
 from ddgan_jax.networks import layers
 from ddgan_jax.networks.layers import Dtype
 
@@ -49,6 +49,7 @@ class _PointNetwork(nn.Module):
 class PointGenerator(_PointNetwork):
     """G(x_{t+1} [B,d], t [B], z [B,nz]) -> x0_hat [B,d] float32, unbounded. `keys` is accepted and unused."""
 
+    depth: Blocks = 4
     dim: int = 2
     nz: Latents = 2
 

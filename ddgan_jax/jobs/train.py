@@ -45,6 +45,7 @@ WRITTEN = (
 # What may be chosen for the data and the devices when a run starts, and belongs to it from then on.
 CHOSEN = {
     "data": ("image_size", "channels"),
+    "diffusion": ("beta_max",),
     "train": ("num_steps", "batch_size", "steps_per_epoch"),
     "checkpoint": ("every",),
     "log": ("samples_every",),

@@ -15,6 +15,7 @@ from PIL import Image
 from ddgan_jax import figures, presets
 from ddgan_jax.build import build
 from ddgan_jax.config import DataConfig, as_dict, read
+from ddgan_jax.data import sources
 from ddgan_jax.data.sources import Data, open_data
 from ddgan_jax.errors import UserError
 from ddgan_jax.jobs import evaluate
@@ -127,6 +128,54 @@ def test_what_is_known_of_the_real_images_is_kept(digits, tmp_path, monkeypatch)
         file.truncate(100)
     assert of_samples(c, images[:300], tmp_path)["classifier_frechet"] == first["classifier_frechet"]
     assert os.path.getsize(kept.path) > 100
+
+
+def test_corrected_labels_train_another_classifier(digits, tmp_path, monkeypatch):
+    """Also where they come without names."""
+    monkeypatch.setattr(features.classifier, "STEPS", 300)
+    _, images = digits
+    c, labels = config(batch_size=64), open_data(DataConfig("digits")).labels()
+    c["data"]["dir"] = str(tmp_path)
+    found = []
+    for given in ((labels + 1) % 10, labels):
+        j = judge.open_judge(c, Data(images, lambda given=given: given))
+        found.append(judge.judge(j, [images[:300]], 300, labels=given[:300]).results)
+    assert min(results["label_agreement"] for results in found) > 0.9
+    assert [results["of_modes"] for results in found] == [10, 10]
+
+
+@pytest.mark.parametrize("hashed", [2**31, 1000])
+def test_every_image_tells_sets_apart(hashed, monkeypatch):
+    monkeypatch.setattr(sources, "HASHED", hashed, raising=False)
+    images = np.zeros((2000, 2, 2, 1), np.uint8)
+    changed = images.copy()
+    changed[1] = 1
+    assert sources.fingerprint("", "", images) == sources.fingerprint("", "", images.copy())
+    assert sources.fingerprint("", "", images) != sources.fingerprint("", "", changed)
+
+
+@pytest.mark.parametrize("hashed", [2**31, 1000])
+def test_features_follow_an_image_that_is_edited(hashed, tmp_path, monkeypatch):
+    """Also in a folder of which not every image is hashed."""
+    monkeypatch.setattr(sources, "HASHED", hashed, raising=False)
+
+    def means(networks, chunks, *_):
+        return [features.Features(np.concatenate([x.mean((1, 2)) for x in chunks])[:300], np.zeros((300, 1)))]
+
+    monkeypatch.setattr(judge, "extract", means)
+    for i in range(300):
+        figures.save_image(tmp_path / "in" / f"{i:03d}.png", np.full((8, 8), i % 256, np.uint8))
+    c = read({"data": {"name": "image_folder", "path": str(tmp_path / "in"), "dir": str(tmp_path / "data")}})
+    network = features.Network("means", lambda *_: None, None, "0")
+
+    def found():
+        data = open_data(c.data)
+        return judge._real_features(c, data, np.arange(300), network).features[:, 0].tolist()
+
+    right = [i % 256 for i in range(300)]
+    assert found() == found() == right
+    figures.save_image(tmp_path / "in" / "006.png", np.full((8, 8), 77, np.uint8))  # none of 256 at equal distances
+    assert found() == [*right[:6], 77, *right[7:]]
 
 
 def test_a_folder_of_pictures(digits, tmp_path):

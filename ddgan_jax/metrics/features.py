@@ -155,8 +155,9 @@ def own_network(c: Config, data: sources.Data) -> tuple[Network, dict[str, Any]]
         labels, chosen = data.labels(), order(len(data.images), 0, 0)
         held_out, rest = np.split(chosen, [len(chosen) // 5])
         x, y, test_x, test_y = data.images[rest], labels[rest], data.images[held_out], labels[held_out]
-        count = len(data.classes)
-    path = cache(c, "classifier", sources.fingerprint(base, "", x), f"{size}.npz")
+        count = len(data.classes) or int(labels.max()) + 1
+    known = sources.fingerprint(f"{base} {count}", sources.fingerprint("", "", y), x)
+    path = cache(c, "classifier", known, f"{size}.npz")
     net = classifier.Classifier(count)
     shapes = jax.eval_shape(net.init, jax.random.key(0), x[:1])["params"]
 

@@ -10,6 +10,7 @@ A distance in the features of our own classifier is never called FID.
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -86,7 +87,9 @@ def open_judge(config: Any, data: sources.Data | None = None) -> Judge:
 
 def _real_features(c: Config, data: sources.Data, reference: np.ndarray, network: Network) -> Features:
     """Computed once by all devices, then read from the cache of process 0; in the others nothing is kept of it."""
-    fingerprint = sources.fingerprint(c.data.name, c.data.split, data.images)
+    # The name of a folder's copy follows from the size and time of every file, also where not every image is hashed.
+    copy = os.path.basename(os.path.dirname(getattr(data.images, "filename", None) or ""))
+    fingerprint = sources.fingerprint(f"{c.data.name} {copy}", c.data.split, data.images)
     path = cache(c, "features", fingerprint, network.fingerprint, f"{len(reference)}.npz")
     kept = cached(path, lambda: Features(**weights.read(str(path)))) if processes.is_primary() else None
     if kept is not None and len(kept.features) != len(reference):
@@ -179,12 +182,12 @@ def _own_distances(j: Judge, fake: Features, asked: np.ndarray | None) -> tuple[
     results: Results = {
         "classifier_frechet": distances.frechet_distance(j.moments, distances.moments(_slices(fake.features)))
     }
-    found = fake.logits.argmax(-1)
+    found, count = fake.logits.argmax(-1), fake.logits.shape[-1]
     if found.ndim == 2:  # three digits
-        found = modes.stacked_labels(found)
+        found, count = modes.stacked_labels(found), count ** found.shape[1]
     if asked is not None:
         results["label_agreement"] = float(np.mean(found == asked[: len(found)]))
-    report = modes.mode_report(found, len(j.data.classes))
+    report = modes.mode_report(found, count)
     results |= {"modes": report.modes, "of_modes": len(report.histogram), "kl": report.kl}
     shares = report.histogram / len(found)
     return results | {"smallest_share": shares.min(), "largest_share": shares.max()}, report.histogram

@@ -111,6 +111,34 @@ def test_sizes_of_features(scale):
         check_against_brute_force(real.astype(np.float32), fake.astype(np.float32), 3, 32)
 
 
+@pytest.mark.parametrize("block", [1024, 64, 16])
+@pytest.mark.parametrize("far", [1e6, 1e12])
+@pytest.mark.parametrize("outliers", [1, 20])
+def test_a_few_outliers(outliers, far, block):
+    """They are far from each other too: float32 names the neighbours neither of them nor, about a mean, of others."""
+    real, fake = draw(200, 32, 1), draw(150, 32, 2, 0.8)
+    real[3 : 3 + outliers] *= np.float32(far)
+    fake[-1] *= np.float32(far)
+    assert check_against_brute_force(real, fake, 3, block).density < 5
+    check_against_brute_force(fake, real, 3, block)
+
+
+@pytest.mark.parametrize("block", [1024, 32])
+def test_more_neighbours_within_rounding_than_are_spare(block):
+    """Clusters of 50 with distances inside that are all rounding in float32, and 20 copies at one distance."""
+    rng = np.random.default_rng(0)
+    centres = 1000 * rng.normal(size=(4, 8))
+    real, fake = ((centres[:, None] + 0.01 * rng.normal(size=(4, 50, 8))).reshape(200, 8) for _ in range(2))
+    found = check_against_brute_force(real, fake, 3, block)
+    assert 0 < found.precision < 1 and 0 < found.recall < 1
+    all_ = distances(real, real) + np.diag(np.full(200, np.inf))
+    np.testing.assert_allclose(nearest_other(real, block=block), all_.min(axis=1), rtol=1e-12)
+    np.testing.assert_array_equal(nearest(fake, real, block=block)[0], distances(fake, real).argmin(axis=1))
+    real[40:60] = real[40]
+    check_against_brute_force(real, fake, 3, block)
+    np.testing.assert_array_equal(nearest(fake, real, block=block)[0], distances(fake, real).argmin(axis=1))
+
+
 def test_outliers():
     """Beside them the squares of all other differences are 0 in float32."""
     real = np.array([[1.0], [-1], [0], [1e-22], [2e-22], [3e-22]])
@@ -236,6 +264,11 @@ def test_nearest_of_equals_is_the_first():
         (r"the real features must be an array \[N, D\]", lambda: precision_recall(np.ones(9), np.ones((9, 2)))),
         ("the base hold 0 samples", lambda: nearest(np.ones((1, 2)), np.ones((0, 2)))),
         ("the queries must be finite, but sample 1", lambda: nearest([[0.0], [np.inf]], np.ones((4, 1)))),
+        (
+            "differ by up to 1e\\+200, and .* scale them to between",
+            lambda: precision_recall(1e200 * np.eye(9), np.eye(9)),
+        ),
+        ("differ by up to 1e-200, and", lambda: nearest(1e-200 * np.eye(9), np.zeros((9, 9)))),
         ("not 1 and 2", lambda: nearest(np.ones((4, 1)), np.ones((4, 2)))),
         ("not block=-1", lambda: nearest(np.ones((4, 1)), np.ones((4, 1)), block=-1)),
     ],

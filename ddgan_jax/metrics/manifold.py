@@ -10,12 +10,12 @@ point of the set. With B_r and B_f the balls of the real and of the fake points:
 (1) is the improved precision and recall of Kynkaanniemi et al. 2019 (with k = 3), (2) is from Naeem et al. 2020 (with
 k = 5), whose published code takes open balls where these are closed.
 
-How distances are measured. The default device computes ||a||^2 + ||b||^2 - 2 a.b in float32, in blocks, about the mean
-of the set; its rounding is at most `_slack`. That settles all but a few pairs. Those, and all radii, are measured again
-in float64 as sum (a - b)^2, which is 0 for equal points and one number for a pair, whatever the order. So ties are
-exact, equal sets have precision = recall = coverage = 1 whatever duplicates they hold, and neither the size of the
-blocks nor the device shows in the result. One exception: where more than SPARE points lie within rounding of a radius,
-a point just beyond may stand for the k-th, and the radius is too large by up to that rounding.
+How distances are measured. The default device computes ||a||^2 + ||b||^2 - 2 a.b in float32, in blocks, about the
+median of the set; its rounding is at most `_slack`. That settles all but a few pairs. Those, and all radii, are
+measured again in float64 as sum (a - b)^2, which is 0 for equal points and one number for a pair, whatever the order.
+So ties are exact, equal sets have precision = recall = coverage = 1 whatever duplicates they hold, and neither the size
+of the blocks nor the device changes the result. Where float32 cannot name the k nearest, because more than SPARE other
+points lie within its rounding, `_among_all` finds them in float64.
 
 Memory beyond the features: some 15 blocks, 0.25 GB at D = 4096, whatever N and M are. Many pairs within rounding of a
 radius, as where a large part of all points are copies of each other, cost time (each is measured again), not memory.
@@ -37,7 +37,9 @@ Progress = Callable[[Iterable[int]], Iterable[int]]  # such as tqdm.tqdm; it get
 
 BLOCK = 1024  # rows of a block; at D = 4096 one takes 16 MiB, and the distances between two of them 4 MiB
 SPARE = 6  # neighbours measured again beyond those asked for, since float32 may have them in another order
+MIDDLE = 512  # rows whose median is the centre: near most points, and unlike the mean however far some outliers are
 TINY = 1e-30  # in the unit of the features; squares below it may have been rounded to 0
+RANGE = 1e140  # of the largest feature, and of its reciprocal: beyond it squares leave float64
 EXACT = 2**21  # numbers of float64 taken at once where pairs are measured again, 16 MiB
 
 
@@ -90,14 +92,26 @@ def _even(block: int, rows: int) -> int:
 
 
 def _sets(x: np.ndarray, y: np.ndarray, block: int) -> tuple[_Set, _Set]:
-    """Both about their common mean and in a common unit, a power of two near the size of the largest feature.
+    """Both about their common middle and in a common unit, a power of two near the size of the largest feature.
 
-    The unit keeps squares within the range of float32, and as a power of two it rounds nothing.
+    The unit keeps squares within the range of float32, and as a power of two it rounds nothing. UserError if float64
+    cannot hold the squares.
     """
-    centre = (x.mean(axis=0, dtype=np.float64) + y.mean(axis=0, dtype=np.float64)) / 2
-    largest = max(float(np.abs(edge(s, axis=0) - centre).max()) for s in (x, y) for edge in (np.min, np.max))
+    with np.errstate(over="ignore"):
+        centre = (_middle(x) + _middle(y)) / 2
+        largest = max(float(np.abs(edge(s, axis=0) - centre).max()) for s in (x, y) for edge in (np.min, np.max))
+    if largest and not 1 / RANGE < largest < RANGE:
+        raise UserError(
+            f"features differ by up to {largest:.3g}, and their squared distances are out of the range of float64: "
+            f"scale them to between {1 / RANGE:g} and {RANGE:g}"
+        )
     unit = 2.0 ** np.ceil(np.log2(largest)) if largest > 0 else 1.0
     return _Set(x, block, centre, unit), _Set(y, block, centre, unit)
+
+
+def _middle(x: np.ndarray) -> np.ndarray:
+    """float64 [D], the median of about MIDDLE rows."""
+    return np.median(x[:: -(-len(x) // MIDDLE)].astype(np.float64), axis=0)
 
 
 def _squared(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -132,14 +146,18 @@ def _exact(x: np.ndarray, y: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.nda
 
 @partial(jax.jit, static_argnames="same")
 def _closest(distances, indices, a, b, start_a, start_b, count_b, same):
-    """The nearest rows so far, [block, K] distances and indices, and those of the block b of the base."""
-    squared, _ = _squared(a, b)
+    """The nearest rows so far, [block, K] distances and indices, and those of the block b of the base.
+
+    Distances are squared, and the least that they can be: rounding is taken off.
+    """
+    squared, norms = _squared(a, b)
+    least = squared - _slack(a.shape[1]) * norms - TINY
     columns = start_b + jnp.arange(len(b))
     out = columns[None] >= count_b
     if same:
         out |= columns[None] == (start_a + jnp.arange(len(a)))[:, None]
     kept = distances.shape[1]
-    values, places = jax.lax.top_k(-jnp.concatenate([distances, jnp.where(out, jnp.inf, squared)], axis=1), kept)
+    values, places = jax.lax.top_k(-jnp.concatenate([distances, jnp.where(out, jnp.inf, least)], axis=1), kept)
     before = jnp.take_along_axis(indices, jnp.minimum(places, kept - 1), axis=1)
     return -values, jnp.where(places < kept, before, places - kept + start_b)
 
@@ -169,6 +187,49 @@ def _neighbours(
         part = slice(start, start + len(found))
         indices[part] = np.take_along_axis(found, order, axis=1)
         distances[part] = np.take_along_axis(measured, order, axis=1)
+        # A row that is no candidate is at least as far as the last candidate can be near. Where the k-th distance is
+        # larger than that, such a row may be nearer; a distance of 0 is the k-th in any case.
+        beyond = np.asarray(best[0])[: len(found), -1].astype(np.float64) * near.unit**2
+        radius = distances[part][:, -1]
+        unsettled = start + np.flatnonzero((beyond <= radius) & (radius > 0) & (candidates < len(base) - same))
+        if len(unsettled):
+            indices[unsettled], distances[unsettled] = _among_all(
+                queries, base, unsettled, distances[unsettled], near.centre, block, same
+            )
+    return indices, distances
+
+
+def _among_all(
+    queries: np.ndarray,
+    base: np.ndarray,
+    rows: np.ndarray,
+    found: np.ndarray,
+    centre: np.ndarray,
+    block: int,
+    same: bool,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The result of `_neighbours` for the queries `rows` [n], computed in float64.
+
+    `found` [n, k] are distances to any k of the base, nearest first: no true neighbour is further than the last.
+    """
+    n, k = found.shape
+    indices, distances, radius = np.zeros((n, k), np.int64), np.full((n, k), np.inf), found[:, -1:]
+    a = queries[rows] - centre.astype(np.float64)
+    slack = _slack(a.shape[1]) * np.finfo(np.float64).eps / np.finfo(np.float32).eps
+    for start in range(0, len(base), block):
+        b = base[start : start + block] - centre.astype(np.float64)
+        norms = np.sum(a * a, axis=1)[:, None] + np.sum(b * b, axis=1)
+        near = norms - 2 * a @ b.T <= radius + slack * norms
+        columns = np.arange(start, start + len(b))
+        if same:
+            near &= columns != rows[:, None]
+        i, j = np.nonzero(near)
+        measured = np.full(near.shape, np.inf)
+        measured[i, j] = _exact(queries, base, rows[i], columns[j])
+        both = np.concatenate([distances, measured], axis=1)
+        order = np.argsort(both, axis=1, kind="stable")[:, :k]
+        distances = np.take_along_axis(both, order, axis=1)
+        indices = np.take_along_axis(np.concatenate([indices, np.tile(columns, (n, 1))], axis=1), order, axis=1)
     return indices, distances
 
 

@@ -177,6 +177,27 @@ def test_frechet_of_constant_features():
     assert frechet_distance(a, b) == 3 and frechet_distance(a, a) == 0
 
 
+@pytest.mark.parametrize("scale", [2.0**500, 2.0**300, 2.0**-300, 2.0**-500])
+def test_frechet_of_features_of_any_size(scale):
+    """Exactly the scale squared times as large; the square is within float64, and its square is not."""
+    x, y = features(50, 8, 1).astype(np.float64), features(60, 8, 2, 0.3).astype(np.float64)
+    once = frechet_distance(moments([x]), moments([y]))
+    assert once > 0.1 and frechet_distance(moments([scale * x]), moments([scale * y])) == once * scale**2
+
+
+def test_features_beyond_float64():
+    x = features(20, 3).astype(np.float64)
+    for call in (
+        lambda: moments([1e160 * x]),
+        lambda: moments([x, 1e160 * x]),
+        lambda: kernel_distance(1e60 * x, x),
+        lambda: frechet_distance(moments([x]), Moments(np.full(3, 1e160), np.eye(3))),
+    ):
+        with pytest.raises(UserError, match="out of the range of float64: scale them") as error:
+            call()
+        in_one_sentence(error)
+
+
 def test_frechet_needs_one_width():
     with pytest.raises(UserError, match="not 2 and 3") as error:
         frechet_distance(moments([np.eye(2)]), moments([np.eye(3)]))

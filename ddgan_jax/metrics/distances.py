@@ -68,9 +68,21 @@ def update(before: Moments | None, chunk: ArrayLike) -> Moments:
     """The moments of all samples so far and of `chunk` [n, D]; `before` is None at the start.
 
     The pairwise update of Chan, Golub and LeVeque (1979): deviations are from the mean of their chunk, so nothing
-    cancels where means are large. Raises UserError for a chunk that is not finite or of another width.
+    cancels where means are large. Raises UserError for a chunk that is not finite, of another width, or so large that
+    its squares are not finite.
     """
     x = as_features(chunk, "features").astype(np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        found = _updated(before, x)
+    if not np.isfinite(found.sigma).all():
+        raise UserError(
+            f"features reach {np.abs(chunk).max():.3g}, and their squares are out of the range of float64: scale them"
+        )
+    return found
+
+
+def _updated(before: Moments | None, x: np.ndarray) -> Moments:
+    """`update` of float64 [n, D], which is overwritten."""
     n, mean = len(x), x.mean(axis=0)
     x -= mean
     if before is None:
@@ -146,19 +158,27 @@ def load_moments(path: str | os.PathLike, width: int | None = None, network: str
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """(1), at least 0, in squared units of the features. Raises UserError where the widths differ.
+    """(1), at least 0, in squared units of the features. UserError where the widths differ or it leaves float64.
 
     With S_a = V V^T the trace of (S_a S_b)^{1/2} is that of (V^T S_b V)^{1/2}, a symmetric matrix. V has a column for
     each eigenvalue of S_a that is not rounding, so covariances of fewer samples than features need no care.
     """
     if a.mu.shape != b.mu.shape:
         raise UserError(f"both moments need features of one width, not {len(a.mu)} and {len(b.mu)}")
-    values, vectors = np.linalg.eigh(a.sigma)
+    # In a unit in which products of covariances stay within float64; a power of four, so that no root is rounded.
+    largest = max(a.sigma.max(initial=0), b.sigma.max(initial=0))
+    unit = 4.0 ** np.ceil(np.log2(largest) / 2) if largest > 0 else 1.0
+    of_a, of_b = a.sigma / unit, b.sigma / unit
+    values, vectors = np.linalg.eigh(of_a)
     kept = values > len(values) * np.finfo(np.float64).eps * values.max(initial=0)
     root = vectors[:, kept] * np.sqrt(values[kept])
-    product = np.linalg.eigvalsh(root.T @ b.sigma @ root)
-    trace = np.trace(a.sigma) + np.trace(b.sigma) - 2 * np.sum(np.sqrt(np.maximum(product, 0)))
-    return max(0.0, float(np.sum((a.mu - b.mu) ** 2) + trace))
+    product = np.linalg.eigvalsh(root.T @ of_b @ root)
+    trace = np.trace(of_a) + np.trace(of_b) - 2 * np.sum(np.sqrt(np.maximum(product, 0)))
+    with np.errstate(over="ignore"):
+        distance = float(np.sum((a.mu - b.mu) ** 2) + trace * unit)
+    if not np.isfinite(distance):
+        raise UserError("the Frechet distance of these features is out of the range of float64: scale them")
+    return max(0.0, distance)
 
 
 # --- Kernel -------------------------------------------------------------------------------------------------------
@@ -190,7 +210,8 @@ def kernel_distance(x: ArrayLike, y: ArrayLike, block_size: int = 1000, seed: in
 
     Each set is permuted by `seed` and cut into consecutive blocks; what fills no block is left out. With fewer than
     `block_size` samples in a set there is one block, of the size of the smaller set. The block size does not move
-    the expectation, but the spread. Raises UserError for fewer than 2 samples, NaN, infinity, or different widths.
+    the expectation, but the spread. Raises UserError for fewer than 2 samples, NaN, infinity, different widths, or
+    features so large that the kernel is not finite.
     """
     x, y = as_features(x, "the first features", 2), as_features(y, "the second features", 2)
     check_widths(x, y)
@@ -204,7 +225,11 @@ def kernel_distance(x: ArrayLike, y: ArrayLike, block_size: int = 1000, seed: in
     values = []
     for start in range(0, blocks * size, size):
         a, b = (s[order[start : start + size]].astype(np.float64) for s, order in ((x, order_x), (y, order_y)))
-        values.append(_kernel_mean(a) + _kernel_mean(b) - 2 * _kernel_mean(a, b))
+        with np.errstate(over="ignore", invalid="ignore"):
+            values.append(_kernel_mean(a) + _kernel_mean(b) - 2 * _kernel_mean(a, b))
+    if not np.isfinite(values).all():
+        largest = max(np.abs(x).max(), np.abs(y).max())
+        raise UserError(f"features reach {largest:.3g}, and their kernel is out of the range of float64: scale them")
     return KernelDistance(float(np.mean(values)), float(np.std(values)), blocks, size)
 
 

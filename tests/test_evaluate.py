@@ -204,6 +204,9 @@ def test_exact_points(tmp_path):
     # of the shares of 25 modes and of what lies in none: half of the sum of the differences from 1/25 (and 0)
     assert results["total_variation"] == pytest.approx(np.exp(-4.5), abs=5e-3)
     half = of_samples(config("gaussians"), points[points[:, 0] < 1], tmp_path)
+    none = of_samples(config("gaussians"), np.full((9, 2), 100.0, np.float32), tmp_path)  # has no share, and so no KL
+    written = json.loads((tmp_path / "out" / "results.json").read_text(), parse_constant=pytest.fail)
+    assert np.isnan(none["kl"]) and written["kl"] is None and written["modes"] == 0
     assert half["modes"] == 15 and half["total_variation"] == pytest.approx(0.4, abs=0.02)
 
 

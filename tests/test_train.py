@@ -16,7 +16,7 @@ from PIL import Image
 
 from ddgan_jax import figures, presets
 from ddgan_jax.build import build
-from ddgan_jax.config import as_dict, read
+from ddgan_jax.config import LogConfig, as_dict, read
 from ddgan_jax.errors import Fault, Interrupted, UserError
 from ddgan_jax.jobs import progress
 from ddgan_jax.jobs import train as train_module
@@ -176,6 +176,26 @@ def test_some_of_the_records(tmp_path, count, at_most, steps):
     lines[2] = json.dumps({"step": 3, "eval/fid": 5.0})
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     assert [r["step"] for r in log.read_metrics(tmp_path / "metrics.jsonl", at_most)] == sorted({*steps, 3})
+
+
+@pytest.mark.parametrize("written", ["null", "NaN"])
+def test_a_record_that_is_not_finite(tmp_path, written):
+    """It is valid JSON; it is drawn, resumed from and no best one; a log with NaN, as written before, is no other."""
+    settings = LogConfig(tensorboard=False)
+    records = log.Log(tmp_path, {}, settings, 0)
+    records.scalars(1, {"d_loss": 0.5, "eval/kl": np.nan})
+    records.scalars(2, {"d_loss": 0.4, "eval/kl": -np.inf, "eval/fid": np.float32(np.inf), "seconds": 3.0})
+    records.close()
+    file = tmp_path / "metrics.jsonl"
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in file.read_text().splitlines()]
+    assert lines[0] == {"step": 1, "d_loss": 0.5, "eval/kl": None} and lines[1]["eval/fid"] is None
+    file.write_text(file.read_text().replace("null", written))
+    assert log.read_metrics(file) == lines
+    figures.curves(file, tmp_path / "curves.png")
+    again = log.Log(tmp_path, {}, settings, 2)
+    assert again.last == {"step": 2, "d_loss": 0.4, "seconds": 3.0} and again.checksum == records.checksum
+    again.close()
+    assert "NaN" not in file.read_text()
 
 
 WITH_TENSORBOARD = """

@@ -1,6 +1,5 @@
 """Evaluation as a job: the paper's measures of a checkpoint, or of images made elsewhere; see judge.py for them."""
 
-import json
 import statistics
 import time
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from ddgan_jax.metrics.judge import Judge, Judged, Results, judge, open_judge
 from ddgan_jax.model import beside, file_of, load
 from ddgan_jax.sampler import Sampler
 from ddgan_jax.storage import checkpoint, paths
+from ddgan_jax.storage.log import as_json
 from ddgan_jax.storage.paths import Path
 
 # --- Samples ------------------------------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_sampl
     results |= {"features": c.eval.features} | judge_.about | judged.results
     results |= {"sampling": speed} if model else {}
     results["seconds"] = round(time.time() - start, 1)
-    paths.write(folder / "results.json", json.dumps(results, indent=2, default=float) + "\n")
+    paths.write(folder / "results.json", as_json(results, indent=2) + "\n")
     draw_figures(judge_, judged, folder, path if not samples else "")
     for name, value in results.items():
         print(f"  {name:<46} {_readable(value)}")

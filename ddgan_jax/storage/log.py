@@ -19,9 +19,15 @@ from ddgan_jax.storage.paths import Path
 SECONDS_BETWEEN_UPLOADS = 30  # a file in a bucket cannot be appended to: it is written whole
 
 
+def as_json(value: Any, **how: Any) -> str:
+    """JSON, with null for NaN and infinity, which JSON does not have; `how` as for json.dumps."""
+    return json.dumps(json.loads(json.dumps(value, default=float), parse_constant=lambda _: None), **how)
+
+
 def read_metrics(path: paths.Given, at_most: int | None = None) -> list[dict]:
     """The records of a metrics.jsonl; lines that are damaged, such as a last one that was cut off, are left out.
 
+    None stands for a value that was not finite.
     With `at_most`, so many or fewer, evenly chosen, and all that have an evaluation beside them.
     """
     lines = paths.read(path).splitlines() if paths.exists(path) else []
@@ -31,10 +37,15 @@ def read_metrics(path: paths.Given, at_most: int | None = None) -> list[dict]:
         if i % every and b'"eval/' not in line:
             continue
         with contextlib.suppress(ValueError):
-            record = json.loads(line)
+            record = json.loads(line, parse_constant=lambda _: None)  # of older logs, which hold NaN
             if isinstance(record, dict) and isinstance(record.get("step"), int):
                 records.append(record)
     return records
+
+
+def _checksum(lines: str, before: int = 0) -> int:
+    """CRC-32 of lines as older logs, whose checksums are in checkpoints, had them: with NaN, not null."""
+    return zlib.crc32(lines.replace(": null", ": NaN").encode(), before)
 
 
 class Log:
@@ -50,11 +61,12 @@ class Log:
         """
         self.path = workdir / "metrics.jsonl"
         records = [record for record in read_metrics(self.path) if record["step"] <= start_step]
-        self.last = records[-1] if records else {}  # of those that stay
+        # Of those that stay, the last one's finite values.
+        self.last = {k: v for k, v in records[-1].items() if v is not None} if records else {}
         lines = [json.dumps(record) + "\n" for record in records]
-        self.checksum = zlib.crc32("".join(lines).encode())  # of all records
+        self.checksum = _checksum("".join(lines))  # of all records
         earlier = lines[:-1] if self.last.get("step") == start_step else lines
-        self.checksum_before = zlib.crc32("".join(earlier).encode())  # of those before `start_step`
+        self.checksum_before = _checksum("".join(earlier))  # of those before `start_step`
         self._uploaded, self._file = time.time(), None
         self._dashboards: list[TensorBoard | WeightsAndBiases] = []
         with self._guard():
@@ -79,8 +91,8 @@ class Log:
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Append one record. Raises Fault if it cannot be written."""
-        line = json.dumps({"step": step} | {k: float(f"{v:.6g}") for k, v in values.items()}) + "\n"
-        self.checksum = zlib.crc32(line.encode(), self.checksum)
+        line = as_json({"step": step} | {k: float(f"{v:.6g}") for k, v in values.items()}) + "\n"
+        self.checksum = _checksum(line, self.checksum)
         with self._guard():
             if self._file:
                 self._file.write(line)

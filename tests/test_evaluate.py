@@ -353,6 +353,30 @@ def test_without_vgg_there_is_no_precision(published, tmp_path, monkeypatch, cap
         judge.open_judge(c | {"eval": c["eval"] | {"vgg_weights": "none.pth"}})
 
 
+def test_published_statistics_without_the_images(published, tmp_path, capsys):
+    """FID and Inception Score are measured; what needs real images is left out, and said."""
+    np.savez(tmp_path / "of.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    c = published | {"data": published["data"] | {"name": "image_folder", "path": str(tmp_path / "none")}}
+    c["eval"] = published["eval"] | {"reference_statistics": str(tmp_path / "of.npz")}
+    for change in ({"eval": published["eval"]}, {"model": c["model"] | {"num_classes": 10}}):
+        with pytest.raises(UserError, match=r"data.path=.* does not exist"):
+            judge.open_judge(c | change)
+    results = of_samples(c, np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), np.uint8), tmp_path)
+    assert "without KID, precision and recall, which need real images: data.path=" in capsys.readouterr().out
+    assert results["fid"] > 1000 and results["inception_score"] >= 1 and results["real_images"] == 0
+    assert not {"kid", "precision", "nearest_training_distance", "data"} & results.keys()
+    assert results["reference_statistics"] == str(tmp_path / "of.npz")
+    assert (tmp_path / "out" / "samples.png").exists()
+
+
+def test_statistics_are_read_before_samples_are_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(judge, "published_networks", lambda *_, **__: [features.Network("", len, None, "")])
+    c = config("cifar10", "smoke", features="inception", reference_statistics=str(tmp_path / "none.npz"))
+    monkeypatch.setattr(judge, "_real_features", lambda *_: features.Features(np.zeros((9, 2048)), np.zeros((9, 0))))
+    with pytest.raises(UserError, match=r"none.npz cannot be read"):
+        judge.open_judge(c)
+
+
 # --- Wrong use ----------------------------------------------------------------------------------------------------
 
 
@@ -363,7 +387,10 @@ def test_without_vgg_there_is_no_precision(published, tmp_path, monkeypatch, cap
         (np.zeros((40, 8, 8, 1), np.float32), r"the samples are float32 \[8, 8, 1\]"),
         (np.full((40, 8, 8, 1), np.nan), "holds NaN"),
         (np.zeros((1, 8, 8, 1), np.uint8), "holds 1 samples, but 2 are needed"),
-        (np.zeros((3, 8, 8, 1), np.uint8), "the fake features hold 3 samples; at least 4"),
+        (
+            np.zeros((3, 8, 8, 1), np.uint8),
+            "a set of 3 samples is too small to evaluate: .* of eval.k=3 needs at least 4",
+        ),
         (np.zeros(40, np.uint8), r"the samples are uint8 \[\]"),
     ],
     ids=lambda value: "" if isinstance(value, str) else f"{value.dtype}{list(value.shape)}",
@@ -387,6 +414,46 @@ def test_files_that_cannot_be(digits, tmp_path):
         judge.open_judge(c | {"eval": c["eval"] | {"features": "fid"}})
     with pytest.raises(UserError, match="needs labels, and synthetic has none"):
         judge.open_judge(config(variant="smoke"), Data(np.zeros((9, 8, 8, 1), np.uint8)))
+
+
+@pytest.mark.parametrize(
+    "num_real, num_samples, fields, message",
+    [
+        (50, 0, {"online_samples": 3}, "eval.online_samples=3 is too small .* eval.k=3 needs at least 4"),
+        (50, 3, {}, "a set of 3 samples is too small"),
+        (3, 20, {}, "a set of 3 real images is too small .* needs at least 5"),
+        (50, 20, {"reference_samples": 3}, "a set of 3 real images is too small"),
+        (50, 20, {"manifold_samples": 3}, "eval.manifold_samples=3 is too small"),
+        (50, 20, {"k": 20}, "a set of 20 samples is too small .* eval.k=20 needs at least 21"),
+        (50, 9, {"features": "inception"}, "a set of 9 samples is too small .* 10 splits needs at least 10"),
+        (50, 0, {"features": "inception", "online_samples": 2, "k": 1}, "eval.online_samples=2 .* needs at least 10"),
+    ],
+)
+def test_an_evaluation_that_cannot_work(num_real, num_samples, fields, message):
+    right = read(config())
+    judge.check(right, num_real=5, num_samples=4)
+    judge.check(right, num_real=5)
+    with pytest.raises(UserError, match=message) as error:
+        judge.check(read(config(**fields)), num_real, num_samples)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_not_measured_needs_no_samples():
+    """Without VGG16 there is no precision; with published statistics there need not be real images."""
+    judge.check(read(config(features="inception", k=20)), 2, 10, manifolds=False)
+    judge.check(read(config(features="inception")), 0, 10, manifolds=False)
+
+
+def test_training_does_not_start_for_an_evaluation_that_cannot_work(tmp_path):
+    result = run(
+        SMOKE,
+        "--config.eval.every=4",
+        "--config.eval.online_samples=3",
+        f"--workdir={tmp_path}",
+        "--config.data.name=digits",
+    )
+    assert result.returncode == 2 and "eval.online_samples=3 is too small to evaluate" in result.stderr, result.stderr
+    assert len(result.stderr.splitlines()) == 1 and not list((tmp_path / "checkpoints").glob("[0-9]*"))
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_sampl
         folder = paths.path(out or beside(path, "evaluation" if file_of(path) else f"evaluation/{step}"))
         found = path if file_of(path) else processes.from_primary(lambda: str(checkpoint.find(path)))
         results = {"checkpoint": found, "step": step, "seed": seed}
-    judge_, labels = open_judge(c), None
+    judge_, labels = open_judge(c, num_samples=count), None
     if model:
         labels = like_real(labels_of(judge_.data, model.num_classes, c.data.name), count)
         chunks = draw.chunks(model.params, seed, count, labels)

@@ -106,8 +106,8 @@ def _read_weights(path: str, module: Any) -> dict[str, np.ndarray]:
     return weights.read(path) if path.endswith(".npz") else files.load(path)
 
 
-def published_networks(c: Config) -> list[Network]:
-    """Inception, and VGG16 if its weights are there. UserError without Inception's."""
+def published_networks(c: Config, manifolds: bool = True) -> list[Network]:
+    """Inception, and for `manifolds` VGG16 if its weights are there. UserError without Inception's."""
     folder = sources.directory(c.data.dir)
 
     def find(setting: str, module: Any) -> str:
@@ -117,9 +117,11 @@ def published_networks(c: Config) -> list[Network]:
     state = processes.from_primary(lambda: _read_weights(path, inception))
     net = inception.Inception()
     networks = [_network("Inception 2015-12-05", lambda p, x: net.apply({"params": p}, x), inception.params(state))]
+    if not manifolds:
+        return networks
     try:
         path = find("vgg_weights", vgg)
-    except UserError as error:
+    except UserError as error:  # the file is not there; one that is damaged or cannot be read is not passed over
         if c.eval.vgg_weights:
             raise
         if processes.is_primary():

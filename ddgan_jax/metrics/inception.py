@@ -23,7 +23,7 @@ from ddgan_jax.metrics import weights
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-SIZE = 299
+SIZE, FEATURES = 299, 2048
 BATCH_NORM_EPSILON = 1e-3
 
 # --- From images to the input of a network ------------------------------------------------------------------------

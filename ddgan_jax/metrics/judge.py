@@ -22,11 +22,11 @@ from ddgan_jax.config import Config, read
 from ddgan_jax.data import sources
 from ddgan_jax.data.batches import order
 from ddgan_jax.errors import UserError
-from ddgan_jax.metrics import distances, manifold, modes, weights
+from ddgan_jax.metrics import distances, inception, manifold, modes, weights
 from ddgan_jax.metrics.features import Features, Network, cache, cached, extract, keep, own_network, published_networks
 
 KEPT = 2_000  # samples that are compared with their nearest training images
-KID_BLOCK = 1_000
+KID_BLOCK, SCORE_SPLITS = 1_000, 10
 # The result that says which checkpoint is best; the smaller, the better.
 RANKED_BY = {"inception": "fid", "classifier": "classifier_frechet", "points": "total_variation"}
 
@@ -49,7 +49,7 @@ class Judge:
         """Of the real images in the first network's features, or those that others published."""
         published = self.config.eval.reference_statistics
         if published and self.config.eval.features == "inception":
-            return distances.load_moments(published, self.real[0].features.shape[1], self.networks[0].fingerprint)
+            return distances.load_moments(published, inception.FEATURES, self.networks[0].fingerprint)
         return distances.moments(_slices(self.real[0].features))
 
     @functools.cached_property
@@ -63,30 +63,79 @@ class Judge:
         return manifold.radii(self.real[-1].features[self.shown], self.config.eval.k)
 
 
-def open_judge(config: Any, data: sources.Data | None = None) -> Judge:
+def check(c: Config, num_real: int, num_samples: int = 0, manifolds: bool = True) -> None:
+    """UserError unless there are enough samples, and real images, for the measures of `c.eval.features`.
+
+    `num_samples` 0 means evaluations while training. `manifolds` says whether precision and recall are measured.
+    """
+    e = c.eval
+    count, samples = num_samples or e.online_samples, f"a set of {num_samples} samples"
+    if not num_samples:
+        samples = f"eval.online_samples={e.online_samples}"
+    reference = min(e.reference_samples or num_real, num_real)
+    real = f"a set of {reference} real images"
+    needs = []  # (how many there are, of what, the least that are needed, by what)
+    if e.features == "inception":
+        needs += [(count, samples, SCORE_SPLITS, f"the Inception Score of {SCORE_SPLITS} splits")]
+        needs += [(reference, real, 2, "KID")] if num_real else []
+    else:
+        needs += [(num_real, real, 5, "a classifier that is tested on a fifth of them")]
+    if manifolds:
+        why, least = f"the precision and recall of eval.k={e.k}", e.k + 1
+        needs += [(count, samples, least, why), (reference, real, least, why)]
+        needs += [(e.manifold_samples, f"eval.manifold_samples={e.manifold_samples}", least, why)]
+    for found, what, least, why in sorted(needs, key=lambda need: -need[2]):
+        if found < least:
+            raise UserError(f"{what} is too small to evaluate: {why} needs at least {least}")
+
+
+def _open_data(c: Config) -> sources.Data:
+    """The real images; or none, if there are published statistics to compare with instead."""
+    try:
+        return processes.everywhere(lambda: sources.open_data(c.data))
+    except UserError as error:  # the same in every process
+        # Without the data a class-conditional model has no frequencies of classes to be sampled with.
+        if c.eval.features != "inception" or not c.eval.reference_statistics or c.model.num_classes:
+            raise
+        if processes.is_primary():
+            print(f"without KID, precision and recall, which need real images: {error}", flush=True)
+        return sources.Data(np.zeros((0, 0, 0, 0), np.uint8))
+
+
+def open_judge(config: Any, data: sources.Data | None = None, num_samples: int = 0) -> Judge:
     """Open the real images of `config.data` and the feature networks of `config.eval`.
 
-    UserError for weights, labels or images that are not there.
+    UserError for weights, labels, statistics or images that are not there, and where `num_samples` samples (0: those
+    of an evaluation while training) cannot be evaluated.
     """
     c = read(config)
     if c.eval.features == "points":
         return Judge(c, sources.Data(np.zeros((0, 2), np.float32)), np.zeros(0, int), [], [], {})
-    data = data or sources.open_data(c.data)
-    about: Results = {"data": f"{c.data.name} {c.data.split}"}
+    data = data or _open_data(c)
+    num_real = len(data.images)
+    about: Results = {"data": f"{c.data.name} {c.data.split}"} if num_real else {}
     if c.eval.features == "inception":
-        networks = published_networks(c)
+        networks = published_networks(c, manifolds=num_real > 0)
+        check(c, num_real, num_samples, manifolds=len(networks) > 1)
     else:
+        check(c, num_real, num_samples)
         network, known = own_network(c, data)
         networks, about = [network], about | known
-    count = min(c.eval.reference_samples or len(data.images), len(data.images))
-    reference = np.sort(order(len(data.images), 0, 0)[:count])
+    count = min(c.eval.reference_samples or num_real, num_real)
+    reference = np.sort(order(num_real, 0, 0)[:count])
     real = [_real_features(c, data, reference, network) for network in networks]
     about |= {"real_images": count, "networks": [network.name for network in networks]}
-    return Judge(c, data, reference, networks, real, about)
+    opened = Judge(c, data, reference, networks, real, about)
+    if c.eval.features == "inception" and c.eval.reference_statistics:
+        about["reference_statistics"] = c.eval.reference_statistics
+        processes.by_primary(lambda: opened.moments)  # read now: a wrong file is noticed before any sample is drawn
+    return opened
 
 
 def _real_features(c: Config, data: sources.Data, reference: np.ndarray, network: Network) -> Features:
     """Computed once by all devices, then read from the cache of process 0; in the others nothing is kept of it."""
+    if not len(reference):
+        return Features(np.zeros((0, 0)), np.zeros((0, 0)))
     # The name of a folder's copy follows from the size and time of every file, also where not every image is hashed.
     copy = os.path.basename(os.path.dirname(getattr(data.images, "filename", None) or ""))
     fingerprint = sources.fingerprint(f"{c.data.name} {copy}", c.data.split, data.images)
@@ -135,10 +184,11 @@ def judge(
 
     def seen() -> Iterator[np.ndarray]:
         for chunk in chunks:
-            if chunk.dtype != np.uint8 or chunk.shape[1:] != j.data.images.shape[1:]:
+            shape = j.data.images.shape[1:] if len(j.data.images) else chunk.shape[1:]
+            if chunk.dtype != np.uint8 or chunk.shape[1:] != shape:
                 raise UserError(
                     f"the samples are {chunk.dtype} {list(chunk.shape[1:])}, but the real images of "
-                    f"{j.config.data.name} are uint8 {list(j.data.images.shape[1:])}"
+                    f"{j.config.data.name} are uint8 {list(shape)}"
                 )
             if sum(map(len, kept)) < KEPT:
                 kept.append(processes.gather_rows(chunk))
@@ -167,14 +217,13 @@ def judge_points(points: np.ndarray) -> Judged:
 
 
 def _paper_distances(j: Judge, fake: Features) -> Results:
-    """FID, KID and Inception Score."""
-    kid = distances.kernel_distance(j.real[0].features, fake.features, KID_BLOCK)
-    score = distances.inception_score(fake.logits)
-    return {
-        "fid": distances.frechet_distance(j.moments, distances.moments(_slices(fake.features))),
-        **{"kid": kid.mean, "kid_std": kid.std, "kid_blocks": kid.blocks, "kid_block_size": kid.block_size},
-        **{"inception_score": score.mean, "inception_score_std": score.std},
-    }
+    """FID and Inception Score, and KID if there are real images."""
+    results: Results = {"fid": distances.frechet_distance(j.moments, distances.moments(_slices(fake.features)))}
+    if len(j.reference):
+        kid = distances.kernel_distance(j.real[0].features, fake.features, KID_BLOCK)
+        results |= {"kid": kid.mean, "kid_std": kid.std, "kid_blocks": kid.blocks, "kid_block_size": kid.block_size}
+    score = distances.inception_score(fake.logits, SCORE_SPLITS)
+    return results | {"inception_score": score.mean, "inception_score_std": score.std}
 
 
 def _own_distances(j: Judge, fake: Features, asked: np.ndarray | None) -> tuple[Results, np.ndarray]:

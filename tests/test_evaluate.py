@@ -12,15 +12,15 @@ from commands import POINTS, SMOKE, python, run
 from conftest import GOLDEN
 from PIL import Image
 
-from ddgan_jax import figures, presets
+from ddgan_jax import figures, parallel, presets
 from ddgan_jax.build import build
 from ddgan_jax.config import DataConfig, as_dict, read
 from ddgan_jax.data import sources
 from ddgan_jax.data.sources import Data, open_data
 from ddgan_jax.errors import UserError
-from ddgan_jax.jobs import evaluate
+from ddgan_jax.jobs import evaluate, generate
 from ddgan_jax.metrics import features, inception, judge, vgg
-from ddgan_jax.model import networks_of
+from ddgan_jax.model import load, networks_of
 
 TIMES = ("seconds", "sampling")
 
@@ -191,6 +191,43 @@ def test_a_folder_of_pictures(digits, tmp_path):
     (tmp_path / "in" / "wide.png").write_text("no picture")
     with pytest.raises(UserError, match=r"sample .*wide.png cannot be read: it is not an image"):
         evaluate.evaluate(c, "", str(tmp_path / "in"), str(tmp_path / "out"))
+
+
+def test_a_folder_of_samples_is_evaluated_as_their_checkpoint(digits, tmp_path):
+    """Also of the fewest that have neighbours. The pictures of grey digits may be in RGB."""
+    (c, _), num = digits, 4
+    model = load("digits")
+    generate.save(model.sample(num), tmp_path / "in")
+    found = [
+        evaluate.evaluate(c, path, samples, str(tmp_path / "out"), num)
+        for path, samples in (("digits", ""), ("", str(tmp_path / "in")))
+    ]
+    named = {*TIMES, "checkpoint", "step", "seed", "samples"}
+    first, second = ({k: v for k, v in results.items() if k not in named} for results in found)
+    assert first == second and first["num_samples"] == num and (tmp_path / "out" / "neighbours.png").exists()
+
+
+def test_colour_is_not_taken_for_grey(digits, tmp_path):
+    c, images = digits
+    coloured = images[:20].repeat(3, axis=-1)
+    for i, image in enumerate(coloured):
+        figures.save_image(tmp_path / "in" / f"{i:03d}.png", image)
+    grey = evaluate.evaluate(c, "", str(tmp_path / "in"), str(tmp_path / "out"))
+    assert grey["nearest_training_distance"] == 0
+    coloured[7, 0, 0, 1] ^= 1
+    figures.save_image(tmp_path / "in" / "007.png", coloured[7])
+    with pytest.raises(UserError, match="the samples are in colour, but the real images are grey") as error:
+        evaluate.evaluate(c, "", str(tmp_path / "in"), str(tmp_path / "out"))
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_timed(monkeypatch):
+    """Weights that lie on the devices before."""
+    seen = []
+    draw = lambda params, seed, batch: seen.append(params["w"])  # noqa: E731
+    found = evaluate.time_sampling(draw, {"w": np.zeros(3)}, 0, 10, 4)
+    assert len(seen) == 6 and all(isinstance(w, jax.Array) and w is seen[0] for w in seen)
+    assert parallel.replicate_local(seen[0]) is seen[0] and found["seconds_per_100"] >= 0
 
 
 # --- Points -------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ddgan_jax import figures, processes
+from ddgan_jax import figures, parallel, processes
 from ddgan_jax.build import labels_of
 from ddgan_jax.config import Config, read
 from ddgan_jax.data import decoding
@@ -71,9 +71,24 @@ def _decoded(files: list[Path]) -> Iterator[np.ndarray]:
         yield np.stack(chunk)
 
 
+def as_grey(chunks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """Chunks [n, H, W, 3] of grey images as [n, H, W, 1], others unchanged. UserError for images in colour."""
+    for chunk in chunks:
+        if chunk.ndim == 4 and chunk.shape[-1] == 3:
+            if (chunk != chunk[..., :1]).any():
+                raise UserError(
+                    "the samples are in colour, but the real images are grey: name samples of the same data"
+                )
+            chunk = chunk[..., :1]
+        yield chunk
+
+
 def time_sampling(draw: Sampler, params: Any, seed: int, batch: int, num_steps: int) -> Results:
-    """Seconds for 100 samples: the median of 5 draws of a batch after one that does not count."""
-    seconds = []
+    """Seconds for 100 samples: the median of 5 draws of a batch after one that does not count.
+
+    A draw is noise, T network calls and the transfer of the images to the host; the weights are on the devices before.
+    """
+    params, seconds = jax.block_until_ready(parallel.replicate_local(params)), []
     for _ in range(6):
         start = time.perf_counter()
         draw(params, seed, batch)
@@ -116,6 +131,8 @@ def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_sampl
     if model:
         labels = like_real(labels_of(judge_.data, model.num_classes, c.data.name), count)
         chunks = draw.chunks(model.params, seed, count, labels)
+    elif judge_.data.images.shape[-1] == 1:
+        chunks = as_grey(chunks)
     judged = judge(judge_, chunks, count, "reading" if samples else "sampling", labels)
     if model:
         batch = min(count, 100, c.sample.batch_size * jax.device_count())
@@ -164,6 +181,6 @@ def draw_figures(j: Judge, judged: Judged, folder: Path, workdir: str) -> None:
     if judged.neighbours is not None:
         index, distance = judged.neighbours
         closest = np.argsort(distance, kind="stable")[:8]
-        chosen = np.concatenate([closest, np.arange(8)])
+        chosen = np.concatenate([closest, np.arange(len(closest))])
         near = j.data.images[j.reference[index[chosen]]]
         figures.neighbours(judged.samples[chosen], near, distance[chosen], folder / "neighbours.png")

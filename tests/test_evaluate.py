@@ -1,9 +1,11 @@
 """Evaluation as a user runs it: of images made elsewhere, of checkpoints, while training; and everything wrong."""
 
 import dataclasses
+import errno
 import json
 import lzma
 import os
+import re
 
 import jax
 import numpy as np
@@ -17,10 +19,11 @@ from ddgan_jax.build import build
 from ddgan_jax.config import DataConfig, as_dict, read
 from ddgan_jax.data import sources
 from ddgan_jax.data.sources import Data, open_data
-from ddgan_jax.errors import UserError
+from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.jobs import evaluate, generate
 from ddgan_jax.metrics import features, inception, judge, vgg
 from ddgan_jax.model import load, networks_of
+from ddgan_jax.storage import paths
 
 TIMES = ("seconds", "sampling")
 
@@ -221,7 +224,7 @@ def test_colour_is_not_taken_for_grey(digits, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_what_is_timed(monkeypatch):
+def test_what_is_timed():
     """Weights that lie on the devices before."""
     seen = []
     draw = lambda params, seed, batch: seen.append(params["w"])  # noqa: E731
@@ -412,6 +415,59 @@ def test_statistics_are_read_before_samples_are_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(judge, "_real_features", lambda *_: features.Features(np.zeros((9, 2048)), np.zeros((9, 0))))
     with pytest.raises(UserError, match=r"none.npz cannot be read"):
         judge.open_judge(c)
+
+
+# --- Reads that fail ----------------------------------------------------------------------------------------------
+
+READ_FAILURES = [
+    (OSError(errno.EIO, "Input/output error"), "cannot be read: Input/output error"),
+    (PermissionError(errno.EACCES, "Permission denied"), "cannot be read: Permission denied"),
+    (MemoryError(), "takes more memory than there is"),
+]
+
+
+def failing(monkeypatch, error, name):
+    """Reads of files that are called so fail."""
+    real = paths.read
+
+    def read(file):
+        if os.path.basename(file) == name:
+            raise error
+        return real(file)
+
+    monkeypatch.setattr(paths, "read", read)
+
+
+@pytest.mark.parametrize("error, message", READ_FAILURES, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_read_that_fails_is_no_damage(tmp_path, monkeypatch, error, message):
+    file, published = tmp_path / "x.npz", tmp_path / inception.FILE
+    np.savez(file, mu=np.zeros(3), sigma=np.eye(3))
+    published.write_bytes(b"weights")
+    figures.save_image(tmp_path / "in" / "0.png", np.zeros((8, 8), np.uint8))
+    figures.save_image(tmp_path / "in" / "1.png", np.zeros((8, 8), np.uint8))
+    for path, read_ in (
+        (file, judge.weights.read),
+        (file, judge.distances.load_moments),
+        (file, lambda path: evaluate.read_samples(path, 0)),
+        (published, lambda path: features._read_weights(path, inception)),
+        (tmp_path / "in" / "1.png", lambda path: list(evaluate.read_samples(os.path.dirname(path), 0)[0])),
+    ):
+        with monkeypatch.context() as patch:
+            failing(patch, error, path.name)
+            with pytest.raises(Fault, match=re.escape(f"{path} {message}")):
+                read_(str(path))
+
+
+@pytest.mark.parametrize("error, message", READ_FAILURES, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_cache_that_cannot_be_read_is_computed_again(tmp_path, monkeypatch, capsys, error, message):
+    file = tmp_path / "x.npz"
+    features.keep(file, lambda opened: np.savez(opened, a=1))
+    with monkeypatch.context() as patch:
+        failing(patch, error, "x.npz")
+        assert features.cached(file, lambda: judge.weights.read(str(file))) is None
+    assert capsys.readouterr().out == f"note: {file} {message}; it is computed again\n"
+    assert features.cached(file, lambda: judge.weights.read(str(file))) == {"a": 1}
+    assert features.cached(tmp_path / "none.npz", pytest.fail) is None and not capsys.readouterr().out
 
 
 # --- Wrong use ----------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from ddgan_jax.storage.paths import Path
 def read_samples(path: str, num_samples: int) -> tuple[Iterator[np.ndarray], int]:
     """Chunks [n, ...] of the first `num_samples` samples (0: all) of an npz with one array or a folder, and how many.
 
-    UserError if they are too few, damaged, or not all of one size.
+    UserError if they are too few, damaged, or not all of one size; Fault if they cannot be read.
     """
     given = paths.path(path)
     folder = given.is_dir()
@@ -60,9 +60,10 @@ def _decoded(files: list[Path]) -> Iterator[np.ndarray]:
     for start in range(0, len(files), 64):
         chunk = []
         for file in files[start : start + 64]:
+            content = weights.content(file)
             try:
-                image = decoding.to_eight_bits(decoding.open_image(paths.read(file)))
-            except (ValueError, OSError) as error:
+                image = decoding.to_eight_bits(decoding.open_image(content))
+            except ValueError as error:
                 raise UserError(f"sample {file} cannot be read: {error}") from error
             chunk.append(np.asarray(image).reshape(image.height, image.width, -1))
             first = first or chunk[0].shape

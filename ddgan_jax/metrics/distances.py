@@ -11,8 +11,6 @@ With the pool features of Inception v3 (D = 2048), (1) is FID and (2) KID; with 
 import dataclasses
 import io
 import os
-import zipfile
-import zlib
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -20,6 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ddgan_jax.errors import UserError
+from ddgan_jax.metrics import weights
 from ddgan_jax.storage import paths
 
 ROWS = 1024  # taken at once where rows are converted to float64, so that no whole set is copied
@@ -127,21 +126,18 @@ def load_moments(path: str | os.PathLike, width: int | None = None, network: str
 
     Raises UserError if the file or an array is missing, shapes do not fit, a number is not finite, sigma is not
     symmetric, D is not the `width` asked for, or the file says that it is of another `network`; published ones say
-    nothing of it.
+    nothing of it. Fault if the file cannot be read.
     """
-    try:
-        with np.load(io.BytesIO(paths.read(paths.path(path)))) as file:
-            missing = [name for name in ("mu", "sigma") if name not in file]
-            if missing:
-                raise UserError(f"{path} has no array {missing[0]!r} (it has {', '.join(file) or 'none'})")
-            mu, sigma = (np.asarray(file[name], np.float64) for name in ("mu", "sigma"))
-            made_by = str(file["network"]) if "network" in file else ""
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path} is not an npz with the arrays mu and sigma of numbers") from error
+    content = weights.content(path)
+    with (
+        weights.parsed(path, "not an npz with the arrays mu and sigma of numbers"),
+        np.load(io.BytesIO(content)) as file,
+    ):
+        missing = [name for name in ("mu", "sigma") if name not in file]
+        if missing:
+            raise UserError(f"{path} has no array {missing[0]!r} (it has {', '.join(file) or 'none'})")
+        mu, sigma = (np.asarray(file[name], np.float64) for name in ("mu", "sigma"))
+        made_by = str(file["network"]) if "network" in file else ""
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
         raise UserError(
             f"{path} must hold mu [D] and sigma [D, D], not of shapes {list(mu.shape)} and {list(sigma.shape)}"

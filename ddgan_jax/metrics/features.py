@@ -100,7 +100,7 @@ def _find_weights(setting: str, given: str | None, module: Any, folder: str) -> 
 def _read_weights(path: str, module: Any) -> dict[str, np.ndarray]:
     """The state dict in a published file."""
     if os.path.basename(path).endswith(f"-{module.SHA256[:8]}.pth"):
-        digest = hashlib.sha256(paths.read(paths.path(path))).hexdigest()
+        digest = hashlib.sha256(weights.content(path)).hexdigest()
         if digest != module.SHA256:
             raise UserError(f"{path} is damaged: its SHA-256 is {digest}, not {module.SHA256}")
     return weights.read(path) if path.endswith(".npz") else files.load(path)
@@ -164,7 +164,7 @@ def own_network(c: Config, data: sources.Data) -> tuple[Network, dict[str, Any]]
     shapes = jax.eval_shape(net.init, jax.random.key(0), x[:1])["params"]
 
     def make() -> Any:
-        params = cached(path, lambda: checkpoint.unflatten(weights.read(str(path)), shapes))
+        params = cached(path, lambda: checkpoint.unflatten(weights.read(str(path)), shapes, str(path)))
         if params is None:
             params = classifier.train(x, y, count, lambda steps: tqdm(steps, f"classifier of {base}", disable=None))
             keep(path, lambda file: np.savez(file, **checkpoint.flatten(params)))  # type: ignore[arg-type]
@@ -201,10 +201,14 @@ def cache(c: Config, *names: str) -> Path:
 
 
 def cached(path: Path, read: Callable[[], Any]) -> Any:
-    """`read()`, or None where nothing was kept or it is damaged."""
+    """`read()`; None where nothing is kept, or where that is damaged or cannot be read, which is printed.
+
+    It is then computed and kept again: what is kept under a name follows from the name, so that nothing is lost.
+    """
     try:
         return read() if path.exists() else None
-    except (UserError, ValueError, OSError, EOFError):
+    except (UserError, Fault, OSError) as error:
+        print(f"note: {error}; it is computed again", flush=True)
         return None
 
 

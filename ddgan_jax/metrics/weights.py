@@ -4,32 +4,61 @@ A state dict comes from a `.pth` file in PyTorch's layout: convolutions (out, in
 Here they are read from an `.npz` with the same names; whoever has PyTorch may pass the content of the `.pth` itself.
 """
 
+import contextlib
 import io
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from ddgan_jax.errors import UserError
+from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.storage import paths
 
 StateDict = Mapping[str, np.ndarray]
 Params = dict[str, dict[str, np.ndarray]]
 
 
-def read(path: str) -> dict[str, np.ndarray]:
-    """The arrays of an `.npz` by name. Raises UserError if it is missing, damaged, or holds anything but arrays."""
+def content(path: str | os.PathLike) -> bytes:
+    """The bytes of a file. UserError if there is none; Fault if it is there and cannot be read."""
     try:
-        with np.load(io.BytesIO(paths.read(paths.path(path))), allow_pickle=False) as arrays:
-            return dict(arrays)
+        return paths.read(paths.path(path))
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    except OSError as error:
+        raise Fault(f"{path} cannot be read: {error.strerror or error}") from error
+    except MemoryError as error:
+        raise Fault(f"{path} takes more memory than there is") from error
+
+
+@contextlib.contextmanager
+def parsed(path: str | os.PathLike, otherwise: str) -> Iterator[None]:
+    """Turns what fails on bytes that were read from `path` into a UserError: it is `otherwise`."""
+    try:
+        yield
     except UserError:
         raise
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    except Exception as error:  # damaged archives fail in many ways inside zipfile, zlib and numpy
-        raise UserError(f"{path} is damaged, or no .npz file of plain arrays ({type(error).__name__})") from None
+    except MemoryError as error:  # which proves no damage
+        raise Fault(f"{path} takes more memory than there is") from error
+    except (
+        Exception
+    ) as error:  # no file is read here, and damaged archives fail in many ways in zipfile, zlib and numpy
+        raise UserError(f"{path} is {otherwise} ({type(error).__name__})") from error
+
+
+def read(path: str) -> dict[str, np.ndarray]:
+    """The arrays of an `.npz` by name. Raises UserError if it is missing, damaged, or holds anything but arrays.
+
+    Fault if it cannot be read.
+    """
+    found = content(path)
+    with (
+        parsed(path, "damaged, or no .npz file of plain arrays"),
+        np.load(io.BytesIO(found), allow_pickle=False) as file,
+    ):
+        return dict(file)
 
 
 def shapes(network: nn.Module) -> dict[str, dict[str, tuple[int, ...]]]:

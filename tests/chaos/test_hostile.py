@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from ddgan_jax.data import image_folder
-from ddgan_jax.errors import UserError
+from ddgan_jax.errors import Fault, UserError
 
 ENV = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parent.parent.parent)}
 COUNTS = {  # of cases; a 50th of them in an ordinary run
@@ -70,7 +70,7 @@ BOMBS = {"rgb": (9999, 9999, 8, 2), "rgba": (9999, 9999, 8, 6), "grey16": (9999,
 READ = """
 import resource, sys, time
 from ddgan_jax.data import image_folder
-from ddgan_jax.errors import UserError
+from ddgan_jax.errors import Fault, UserError
 start = time.time()
 try:
     print(image_folder.open_folder(sys.argv[1], 32, None, sys.argv[2], 1.0)[0].shape)
@@ -174,6 +174,6 @@ def test_an_array_that_claims_too_much(count, tmp_path):
     np.lib.format.write_array_header_1_0(buffer, {"descr": "<f8", "fortran_order": False, "shape": (2**20, 2**20)})
     with zipfile.ZipFile(tmp_path / "x.npz", "w") as file:
         file.writestr("a.npy", buffer.getvalue())
-    with pytest.raises(UserError, match=r"x.npz is damaged"):
+    with pytest.raises(Fault, match=r"x.npz takes more memory than there is"):
         weights.read(str(tmp_path / "x.npz"))
     count(cases=1)

@@ -424,19 +424,19 @@ def open_folder(
 
 
 class Stored:
-    """Images uint8 [N, H, W, C] in a file, read as they are indexed along the first axis.
+    """Images uint8 [N, H, W, C] in a file, read as they are indexed along the first axis; more axes read all of them.
 
     Not by a memory map, in which a read that fails ends the process with SIGBUS: here it is an OSError, after retries.
     """
 
-    def __init__(self, file: pathlib.Path, shape: Sequence[int], first: int = 0):
+    def __init__(self, file: paths.Given, shape: Sequence[int], first: int = 0):
         """The `shape[0]` images from the one of index `first` on. ValueError if the file is too short for them."""
         self.shape, self.dtype = tuple(shape), np.dtype(np.uint8)
-        self._file, self._first, self._size = file, first, math.prod(shape[1:])
+        self.filename, self._first, self._size = os.fspath(file), first, math.prod(shape[1:])
         self._descriptor = paths.retry(file, lambda: os.open(file, os.O_RDONLY))
         weakref.finalize(self, os.close, self._descriptor)
         if os.fstat(self._descriptor).st_size < (first + len(self)) * self._size:
-            raise ValueError(f"{file.name} is too short for {first + len(self)} images of {list(self.shape[1:])}")
+            raise ValueError(f"{file} is too short for {first + len(self)} images of {list(self.shape[1:])}")
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -446,9 +446,11 @@ class Stored:
             chosen = range(len(self))[indices]
             if chosen.step != 1:
                 return self[np.arange(len(self))[indices]]
-            return Stored(self._file, (len(chosen), *self.shape[1:]), self._first + chosen.start)
+            return Stored(self.filename, (len(chosen), *self.shape[1:]), self._first + chosen.start)
+        if isinstance(indices, tuple) or indices is Ellipsis:
+            return np.asarray(self)[indices]
         chosen = np.arange(len(self))[indices]
-        images = paths.retry(self._file, lambda: self._read(chosen.ravel()))
+        images = paths.retry(self.filename, lambda: self._read(chosen.ravel()))
         return images.reshape(*chosen.shape, *self.shape[1:])
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -462,7 +464,7 @@ class Stored:
                 start = (self._first + index) * self._size + done
                 part = os.pread(self._descriptor, self._size - done, start)
                 if not part:
-                    raise OSError(f"{self._file} ends before image {index}")
+                    raise OSError(f"{self.filename} ends before image {index}")
                 image[done : done + len(part)] = np.frombuffer(part, np.uint8)
                 done += len(part)
         return images

@@ -41,7 +41,8 @@ def save(path, image, **options):
 
 
 def open_folder(path, cache, size=None, channels=None, max_bad_share=0.01):
-    return image_folder.open_folder(str(path), size, channels, str(cache), max_bad_share)
+    images, labels, classes = image_folder.open_folder(str(path), size, channels, str(cache), max_bad_share)
+    return np.asarray(images), labels, classes
 
 
 def bomb():
@@ -442,7 +443,7 @@ def counted(*arguments):
     return decode(*arguments)
 image_folder.decode = counted
 images = image_folder.open_folder(sys.argv[1], None, None, sys.argv[2])[0]
-print(images.shape, int(images.sum()), len(seen))
+print(images.shape, int(images[...].sum()), len(seen))
 """
 
 

@@ -41,6 +41,7 @@ Latents = Annotated[Count, _at_most(16_384)]
 Layers = Annotated[Count, _at_most(1_000)]
 Blocks = Annotated[Positive, _at_most(1_000)]
 PositiveFloat = Annotated[float, Range(lambda x: x > 0, "a number above 0")]
+Scale = Annotated[float, Range(lambda x: 1e-9 <= x <= 1e9, "a number from 1e-9 to 1e9")]
 Weight = Annotated[float, Range(lambda x: x >= 0, "a number of at least 0")]
 Share = Annotated[float, Range(lambda x: 0 <= x <= 1, "a number from 0 to 1")]
 Below1 = Annotated[float, Range(lambda x: 0 <= x < 1, "a number of at least 0 and below 1")]
@@ -50,6 +51,15 @@ SEEDS = Range(lambda n: 0 <= n <= MAX_SEED, f"an integer from 0 to {MAX_SEED}")
 Positives = Annotated[
     Sequence[int], Range(lambda ns: all(type(n) is int and 1 <= n < 2**31 for n in ns), "integers of at least 1")
 ]
+
+
+def _is_kernel(values: Sequence[Any]) -> bool:
+    return all(type(value) in (int, float) for value in values) and 0 < abs(sum(values)) < math.inf
+
+
+Kernel = Annotated[Sequence[float], Range(_is_kernel, "numbers whose sum is not 0")]  # which they are divided by
+Octaves = Annotated[Layers, _at_most(31)]
+LARGEST = float(np.finfo(np.float32).max)  # what networks compute with
 
 # --8<-- [start:fields]  (docs/configuration.md shows what is between these two lines)
 
@@ -67,7 +77,7 @@ class DataConfig:
     max_bad_share: Share = 0.01  # of such a folder: the share of files that may be skipped as damaged
     in_memory_mib: Count = 2048  # larger sets are decoded as they are read
     flip: bool = True  # mirror half of the images (released code)
-    scale: PositiveFloat = 1.0  # of points: x_0 is so many times as large, against the same noise
+    scale: Scale = 1.0  # of points: x_0 is so many times as large, against the same noise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +97,7 @@ class ModelConfig:
     network: Literal["unet", "mlp"] = "unet"  # 'mlp': fully connected, for points
     dtype: Literal["float32", "bfloat16"] = "float32"  # of convolutions and dense layers; GPUs and TPUs round float32
     patch_size: Positive = 1  # of images: so many pixels a side are the channels of one position; 1: pixels (paper)
-    data_std: PositiveFloat | None = None  # of points: their standard deviation, to normalise what networks see
+    data_std: Scale | None = None  # of points: their standard deviation, to normalise what networks see
     num_classes: Count = 0  # above 0: networks that know the labels of the data (not in the paper)
     remat: bool = False  # recompute the blocks of G in its backward pass: less memory, about a third more work
 
@@ -285,13 +295,25 @@ def _read(cls: Any, given: Any, prefix: str) -> Any:
     return cls(**read_, **fields_of(cls, rest, prefix))
 
 
-def _plain(value: Any) -> Any:
-    """ConfigDicts as dicts, lists as tuples."""
+def _plain(value: Any, name: str = "") -> Any:
+    """ConfigDicts as dicts, their references as what they stand for, lists as tuples, NumPy's numbers as Python's.
+
+    UserError where a reference stands for nothing.
+    """
+    if hasattr(value, "has_cycle"):  # an ml_collections.FieldReference
+        try:
+            value = value.get()
+        except Exception as error:  # ml_collections' own, or that of an operation which the reference stands for
+            raise UserError(f"{name} has no value: {error}") from error
     if hasattr(value, "items"):
-        return {key: _plain(item) for key, item in value.items()}
+        items = value.items(preserve_field_references=True) if hasattr(value, "get_ref") else value.items()
+        return {key: _plain(item, f"{name}.{key}".lstrip(".")) for key, item in items}
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
     if isinstance(value, list | tuple):
-        return tuple(map(_plain, value))
-    return value.item() if isinstance(value, np.generic) else value
+        return tuple(_plain(item, name) for item in value)
+    huge = type(value) is int and value.bit_length() > 1_000  # no float has so many, and Python writes no long ones
+    return math.copysign(math.inf, value > 0 or -1) if huge else value
 
 
 def _lists(value: Any) -> Any:
@@ -323,12 +345,15 @@ def _checked(value: Any, annotation: Any, name: str, or_none: str = "") -> Any:
     wanted = {int: "an integer", float: "a number", bool: "True or False", str: "text"}
     if annotation is float and type(value) is int:
         value = float(value)
+    text = (ranges[0].text if ranges else wanted.get(annotation, "a list")) + or_none
     if typing.get_origin(annotation) is Mapping and not isinstance(value, dict):
         raise UserError(f"{name} is {value!r}, and must be a group of settings")
     is_list = typing.get_origin(annotation) is Sequence
     fits = isinstance(value, tuple) if is_list else annotation not in wanted or type(value) is annotation
-    if not fits or (isinstance(value, float) and not math.isfinite(value)):
-        raise UserError(f"{name}={value!r} must be {ranges[0].text if ranges else wanted[annotation]}{or_none}")
+    if not fits:
+        raise UserError(f"{name}={value!r:.100} must be {text}")
+    if isinstance(value, float) and not abs(value) <= LARGEST:
+        raise UserError(f"{name}={value!r} must be {text}, and at most {LARGEST:.1e} in size")
     for allowed in reversed(ranges):  # the narrowest first
         if not allowed.holds(value):
             raise UserError(f"{name}={value!r} must be {allowed.text}{or_none}")

@@ -8,6 +8,7 @@ import warnings
 
 import numpy as np
 import pytest
+from ml_collections import config_dict
 from test_configs import CONFIGS, get_config
 
 from ddgan_jax import config
@@ -75,7 +76,7 @@ def test_settings_of_old_checkpoints_that_are_gone():
 @pytest.mark.parametrize("name", FIELDS)
 def test_every_field_refuses_what_it_cannot_be(name):
     """One sentence that names the field; a dict or a list is never right, nor another type, nor NaN."""
-    wrong = [{}, {"a": 1}, [], object(), math.nan, math.inf, -1.5]
+    wrong = [{}, {"a": 1}, [], object(), math.nan, math.inf, 1e39, 10**400, -(10**5000), -1.5]
     wrong += [1, True, 3.5] if isinstance(DEFAULTS[name], str) or "str" in str(FIELDS[name]) else ["x", "1"]
     if "bool" in str(FIELDS[name]):
         wrong += [1, 2]
@@ -106,7 +107,15 @@ def test_every_field_refuses_what_it_cannot_be(name):
         ("generator.nf", 0, "generator.nf=0 must be an integer of at least 1"),
         ("generator.ch_mult", (1, 0), "generator.ch_mult=.1, 0. must be integers of at least 1"),
         ("generator.dropout", 1.0, "generator.dropout=1.0 must be a number of at least 0 and below 1"),
+        ("generator.fir_kernel", (), r"generator.fir_kernel=\(\) must be numbers whose sum is not 0"),
+        ("generator.fir_kernel", ("a",), "generator.fir_kernel=.'a',. must be numbers whose sum is not 0"),
+        ("generator.fir_kernel", (1, -1), "generator.fir_kernel=.1, -1. must be numbers whose sum is not 0"),
+        ("generator.fir_kernel", (1, math.nan), "generator.fir_kernel=.1, nan. must be numbers whose sum is not 0"),
+        ("generator.fir_kernel", (1e308, 1e308), "generator.fir_kernel=.* must be numbers whose sum is not 0"),
+        ("train.lr_g", 1e39, "train.lr_g=1e.39 must be a number of at least 0, and at most 3.4e.38 in size"),
         ("discriminator.ngf", -8, "discriminator.ngf=-8 must be an integer of at least 1"),
+        ("discriminator.stages", ((2,),), "discriminator.stages=.* must be pairs of a width and True or False"),
+        ("discriminator.stages", (1, 2), "discriminator.stages=.1, 2. must be pairs of a width and True or False"),
     ],
 )
 def test_errors_say_what_would_be_right(name, value, message):
@@ -117,9 +126,38 @@ def test_errors_say_what_would_be_right(name, value, message):
         build(given)
 
 
-def test_a_generator_of_points_has_layers():
-    with pytest.raises(UserError, match=r"generator.depth=0 must be an integer of at least 1"):
-        denoiser(config.as_dict(get_config("gaussians")) | {"generator": {"depth": 0}})
+@pytest.mark.parametrize(
+    "name, value, message",
+    [("depth", 0, "an integer of at least 1"), ("octaves", 32, "an integer of at most 31")],
+)
+def test_the_generator_of_points_refuses_what_it_cannot_be(name, value, message):
+    """More octaves are more than 2^31 waves; without layers it could not be sampled."""
+    with pytest.raises(UserError, match=f"generator.{name}={value} must be {message}"):
+        denoiser(config.as_dict(get_config("gaussians")) | {"generator": {name: value}})
+
+
+@pytest.mark.parametrize("name", ["seed", "train.num_steps", "train.r1_every", "generator.nf", "eval.features"])
+@pytest.mark.parametrize("required", [True, False])
+def test_placeholders_that_nothing_filled(name, required):
+    given = get_config("cifar10", "smoke")
+    placeholder = config_dict.required_placeholder if required else config_dict.placeholder
+    *group, field = name.split(".")
+    group = given[group[0]] if group else given
+    del group[field]
+    group[field] = placeholder(str if name == "eval.features" else int)
+    with pytest.raises(UserError, match=f"^{name}( has no value|=None (must be|is not supported)| is not set).*"):
+        build(given)
+    group[field] = "points" if name == "eval.features" else 4
+    build(given)
+
+
+def test_the_value_of_a_reference_and_of_an_array():
+    """References are resolved, and arrays are lists of numbers."""
+    given = get_config("cifar10", "smoke")
+    given.train.num_steps = 2 * given.get_oneway_ref("seed") + 6
+    given.seed = 1
+    assert config.read(given).train.num_steps == 8
+    assert denoiser(config.as_dict(given) | {"generator": {"ch_mult": np.array([1, 2]), "nf": np.array(8)}}).nz == 100
 
 
 def test_a_generator_is_built_without_what_only_training_needs():

@@ -6,6 +6,7 @@ discriminators of the paper are presets of it, and `preset` gives the like for e
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +14,24 @@ import numpy as np
 from flax import linen as nn
 
 from ddgan_jax import ops, parallel
-from ddgan_jax.config import Positive, PositiveFloat, Width
+from ddgan_jax.config import Positive, PositiveFloat, Range, Width
 from ddgan_jax.errors import UserError
 from ddgan_jax.networks import layers
 from ddgan_jax.networks.layers import Dtype
 
 STDDEV_GROUP = 4  # examples that share one minibatch-stddev feature
 
+
+def _are_stages(stages: Sequence[Any]) -> bool:
+    pairs = all(isinstance(stage, tuple) and len(stage) == 2 for stage in stages)
+    return pairs and all(type(width) in (int, float) and down in (0, 1) for width, down in stages)
+
+
 # (width in units of ngf, halve the image?)
-Stages = Sequence[tuple[float, bool]]
+Stages = Annotated[
+    Sequence[tuple[float, bool]],
+    Range(_are_stages, "pairs of a width and True or False, as ((2, False), (4, True))"),
+]
 SMALL: Stages = ((2, False), (4, True), (8, True), (8, True))  # CIFAR-10 and StackedMNIST, 32 px
 LARGE: Stages = ((4, True), (8, True), (8, True), (8, True), (8, True), (8, True))  # CelebA-HQ and LSUN, 256 px
 

@@ -8,14 +8,13 @@
 The names of the parameters say where a layer stands: `down_1_block_0` is the first block of the second level.
 """
 
-from collections.abc import Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ddgan_jax.config import Below1, Blocks, Latents, Layers, Positive, Positives, Width
+from ddgan_jax.config import Below1, Blocks, Kernel, Latents, Layers, Positive, Positives, Width
 from ddgan_jax.errors import UserError
 from ddgan_jax.networks import layers
 from ddgan_jax.networks.layers import Dtype
@@ -48,7 +47,7 @@ class Generator(nn.Module):
     resblock_type: str = "biggan"
     conditional: bool = True  # on t
     fir: bool = True
-    fir_kernel: Sequence[int] = FIR_KERNEL
+    fir_kernel: Kernel = FIR_KERNEL
     resamp_with_conv: bool = True  # for 'ddpm', whose resampling is a layer of its own
     skip_rescale: bool = True
     progressive: str = "none"  # 'output_skip': every level up adds to an output image

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ddgan_jax.config import Blocks, Latents, Layers, Width
+from ddgan_jax.config import Blocks, Latents, Layers, Octaves, Width
 from ddgan_jax.networks import layers
 from ddgan_jax.networks.layers import Dtype
 
@@ -41,7 +41,7 @@ class _PointNetwork(nn.Module):
     width: Width = 128
     depth: Layers = 4
     t_emb_dim: Width = 32
-    octaves: Layers = 0
+    octaves: Octaves = 0
     levels: Sequence[float] = ()
     dtype: Dtype = jnp.float32
 

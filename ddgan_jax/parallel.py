@@ -21,6 +21,7 @@ from ddgan_jax import ops, processes
 from ddgan_jax.errors import UserError
 
 AXIS = "batch"
+OLD_PMAP = jax.__version_info__ < (0, 8)  # its compiled program takes and returns arrays of one process, not of all
 
 
 def map_step(step: Callable, devices: Any = None) -> Any:
@@ -70,27 +71,26 @@ class Stop:
 
 
 def compile_steps(steps: Iterable[Callable], state: Any, batch: Any) -> list[Future]:
-    """`map_step` of each, compiled for a `replicate`d state and a `split` batch: they take arrays of all processes.
+    """`map_step` of each, compiled for a `replicate`d state and a `split` batch.
 
-    pmap itself is traced with this process's part of a batch, in host memory (a mere shape fails in several processes).
-    Each program is compiled in the background as soon as it is traced, beside the others: XLA does much of its work in
-    one thread a program.
+    It is traced with these arrays (a mere shape fails in several processes). Each program is compiled in the background
+    as soon as it is traced, beside the others: XLA does much of its work in one thread a program.
     """
-    local = jax.tree.map(lambda x: np.zeros((jax.local_device_count(), *x.shape[1:]), x.dtype), batch)
     compiler, threads = ops.compiler_for(state), ThreadPoolExecutor()
     with ops.collector_paused():
-        lowered = (map_step(step).lower(state, local) for step in steps)
+        lowered = (map_step(step).lower(state, batch) for step in steps)
         futures = [threads.submit(compiler, program) for program in lowered]
     threads.shutdown(wait=False)
     return futures
 
 
 def _sharding(*axes: str) -> NamedSharding:
-    return NamedSharding(Mesh(np.array(jax.devices()), (AXIS,)), PartitionSpec(*axes))
+    devices = jax.local_devices() if OLD_PMAP else jax.devices()
+    return NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(*axes))
 
 
 def replicate(tree: Any) -> Any:
-    """Host arrays, the same in every process -> arrays on every device of every process.
+    """Host arrays, the same in every process -> arrays on every device of every process, as `map_step` takes them.
 
     `device_put` would compare every array over all processes, which takes minutes where they are many.
     """
@@ -102,7 +102,7 @@ def replicate(tree: Any) -> Any:
 def split(batch: Any) -> Any:
     """This process's part of a batch: of arrays [B, ...], arrays on the devices of all processes, [devices, b, ...].
 
-    Raises UserError unless B divides by this process's devices.
+    With `OLD_PMAP`, arrays on the devices of this process. Raises UserError unless B divides by this process's devices.
     """
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(_sharding(AXIS), _rows(x)), batch)
 

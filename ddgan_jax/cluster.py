@@ -92,6 +92,16 @@ def visible_gpus(env: Mapping[str, str]) -> int:
     return len(glob.glob("/dev/nvidia[0-9]*"))
 
 
+def on_tpu() -> bool:
+    """Whether this host has TPUs that JAX will use."""
+    try:
+        from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm  # what JAX goes by; it has no public name
+    except ImportError:
+        devices = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
+        return bool(devices) and importlib.util.find_spec("libtpu") is not None
+    return running_in_cloud_tpu_vm
+
+
 def _tpu_arguments(env: Mapping[str, str]) -> dict[str, Any] | None:
     """Of a Cloud TPU VM or a pod of GKE with TPUs; {} where JAX knows the rest, None for a host by itself."""
     bounds = env.get("TPU_PROCESS_BOUNDS") or env.get("TPU_HOST_BOUNDS")

@@ -27,19 +27,18 @@ def initialize() -> None:
 
     Call it before anything touches a device. Raises UserError if there are others and it cannot join them.
     """
-    from jax._src import cloud_tpu_init  # what JAX itself goes by; there is no public name for it
-
-    gpus = 0 if cloud_tpu_init.running_in_cloud_tpu_vm else cluster.visible_gpus(os.environ)
-    arguments = cluster.arguments(os.environ, cloud_tpu_init.running_in_cloud_tpu_vm, gpus)
+    on_tpu = cluster.on_tpu()
+    arguments = cluster.arguments(os.environ, on_tpu, 0 if on_tpu else cluster.visible_gpus(os.environ))
     if arguments is None:
         if tasks := cluster.unused_tasks(os.environ):
             print(f"note: SLURM gave this job {tasks} tasks, but `srun` did not start this process: it runs alone")
         return
     if "coordinator_address" in arguments:
         arguments["cluster_detection_method"] = "deactivate"  # everything is given
+    _client()  # UserError before the others wait for this process
     try:
         jax.distributed.initialize(**arguments)
-    except Exception as error:
+    except Exception as error:  # of whatever finds the others: gRPC, requests, Kubernetes' client, SLURM's variables
         if _no_metadata(error):
             print(
                 "note: this TPU is on no Cloud TPU VM that says which hosts belong together: it runs alone", flush=True
@@ -82,9 +81,16 @@ def is_primary() -> bool:
 
 
 def _client() -> Any:
-    from jax._src import distributed  # as Orbax does; there is no public name for it
+    """The client of JAX's coordination service, None before it is joined. UserError if this JAX hides it."""
+    try:
+        from jax._src.distributed import global_state  # as Orbax does; there is no public name for it
 
-    return distributed.global_state.client
+        return global_state.client
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"jax {jax.__version__} has no coordination service that this version of ddgan_jax can use: install "
+            "another version of jax, or train with one process"
+        ) from error
 
 
 def exchange(value: Any) -> list[Any]:

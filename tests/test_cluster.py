@@ -1,5 +1,6 @@
 """How processes find each other on every platform, from the variables that its launcher sets; two real ones join."""
 
+import fnmatch
 import http.server
 import os
 import signal
@@ -9,7 +10,7 @@ import threading
 
 import jax
 import pytest
-from commands import ROOT, free_port
+from commands import POINTS, ROOT, ends, free_port, start_group
 
 from ddgan_jax import cluster, processes
 from ddgan_jax.errors import UserError
@@ -158,6 +159,38 @@ def test_tasks_of_slurm_join():
     job |= {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NODEID": "0"}
     tasks = [job | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(2)]
     assert join(*tasks) == ["0 2 [0, 10]", "1 2 [0, 10]"]
+
+
+HIDE = """
+import sys
+import ddgan_jax.processes
+sys.modules["jax._src.{name}"] = None
+delattr(sys.modules["jax._src"], "{name}")
+"""
+
+
+def test_a_command_needs_no_private_name_of_jax(tmp_path):
+    """One process runs where JAX has moved what says that this is a Cloud TPU VM."""
+    arguments = POINTS, f"--workdir={tmp_path}", "--config.log.tensorboard=False", "--config.train.num_steps=2"
+    ((code, output),) = ends(start_group(1, *arguments, script=HIDE.format(name="cloud_tpu_init")))
+    assert code == 0 and "finished 2 steps" in output, output
+
+
+def test_several_processes_say_what_they_miss_of_jax(tmp_path):
+    script = HIDE.format(name="distributed")
+    for code, output in ends(start_group(2, POINTS, f"--workdir={tmp_path}", script=script)):
+        assert code == 2 and "has no coordination service that this version of ddgan_jax can use" in output, output
+        assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    "devices, libtpu, expected", [(["/dev/vfio/0"], True, True), ([], True, False), (["/dev/accel0"], False, False)]
+)
+def test_tpus_are_found_without_jax(devices, libtpu, expected, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jax._src.cloud_tpu_init", None)
+    monkeypatch.setattr(cluster.glob, "glob", lambda pattern: [d for d in devices if fnmatch.fnmatch(d, pattern)])
+    monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name: libtpu or None)
+    assert cluster.on_tpu() is expected
 
 
 class Metadata(http.server.BaseHTTPRequestHandler):

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 from flax import linen as nn
 
 from ddgan_jax import automatic, parallel, state, train_step
-from ddgan_jax.config import Config, chosen, fields_of, read
+from ddgan_jax.config import Config, as_dict, chosen, fields_of, flat, read
 from ddgan_jax.data import sources
 from ddgan_jax.diffusion import Schedule
 from ddgan_jax.errors import UserError
@@ -250,6 +251,17 @@ def labels_of(data: sources.Data, num_classes: int, name: str) -> np.ndarray | N
             f"model.num_classes={num_classes}, but dataset {name} has {len(data.classes)} classes: set it to that"
         )
     return data.labels()
+
+
+def facts(c: Config, data: sources.Data | None) -> dict[str, Any]:
+    """What all processes of a job must have in common: the configuration, the data, the versions, the devices."""
+    local = ("data.dir", "data.path")  # where a host has its copy
+    found = {f"config.{name}": value for name, value in flat(as_dict(c)).items() if name not in local}
+    if data:
+        found["the data"] = f"{len(data.images):,} examples, {sources.fingerprint('', '', data.images)}"
+    if data and data.labels and (c.model.num_classes or c.eval.features == "classifier"):
+        found["the labels"] = hashlib.sha256(np.ascontiguousarray(data.labels()).tobytes()).hexdigest()[:16]
+    return found | {"jax": jax.__version__, "devices": f"{jax.local_device_count()} x {jax.devices()[0].device_kind}"}
 
 
 def check_batch(batch_size: int, accumulate: int = 1) -> int:

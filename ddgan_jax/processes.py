@@ -17,9 +17,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from ddgan_jax import cluster
-from ddgan_jax.errors import Fault, UserError
+from ddgan_jax.errors import Fault, Interrupted, UserError
 
 T = TypeVar("T")
+# The seconds that a process which has ended waits for the others; 300, of JAX, if unset.
+SHUTDOWN_TIMEOUT = "DDGAN_SHUTDOWN_TIMEOUT"
 
 
 def initialize() -> None:
@@ -35,6 +37,10 @@ def initialize() -> None:
         return
     if "coordinator_address" in arguments:
         arguments["cluster_detection_method"] = "deactivate"  # everything is given
+    if seconds := os.environ.get(SHUTDOWN_TIMEOUT):
+        if not seconds.isdigit():
+            raise UserError(f"{SHUTDOWN_TIMEOUT}={seconds} must be a number of seconds")
+        arguments["shutdown_timeout_seconds"] = int(seconds)
     _client()  # UserError before the others wait for this process
     try:
         jax.distributed.initialize(**arguments)
@@ -107,14 +113,18 @@ def barrier() -> None:
     exchange(None)
 
 
-def _attempt(action: Callable[[], T]) -> tuple[T | None, list[str]]:
-    """(what it returns, []), or (None, [kind of error, message]) for what people are told in a sentence."""
+def _attempt(action: Callable[[], T]) -> tuple[T | None, list[str], Exception | None]:
+    """(what it returns, [], None), or (None, [kind of error, message], the error if it needs a traceback here)."""
     try:
-        return action(), []
+        return action(), [], None
     except (UserError, Fault) as error:
-        return None, [type(error).__name__, str(error)]
+        return None, [type(error).__name__, str(error)], None
     except OSError as error:  # of a disk or a bucket
-        return None, ["Fault", str(error)]
+        return None, ["Fault", str(error)], None
+    except Interrupted:
+        raise
+    except Exception as error:  # whatever it is, the other processes wait for an answer
+        return None, ["Fault", f"failed with {type(error).__name__}: {error}"], error
 
 
 def _error(outcome: list[str], prefix: str = "") -> Exception:
@@ -123,39 +133,47 @@ def _error(outcome: list[str], prefix: str = "") -> Exception:
 
 
 def everywhere(action: Callable[[], T]) -> T:
-    """`action()` in every process. Where it raises UserError or Fault in one, all raise that of the first such."""
+    """`action()` in every process. If it raises an error in any of them, all raise that of the first such process."""
     if num_processes() == 1:
         return action()
-    made, outcome = _attempt(action)
-    for index, other in enumerate(exchange(outcome)):
+    made, outcome, unexpected = _attempt(action)
+    others = exchange(outcome)
+    if unexpected:
+        raise unexpected
+    for index, other in enumerate(others):
         if other:
             raise _error(other, f"process {index}: ")
     return made  # type: ignore[return-value]
 
 
 def from_primary(action: Callable[[], T]) -> T:
-    """What `action()` returns in process 0, in every process; its UserError or Fault is raised in all."""
+    """What `action()` returns in process 0, in every process; an error that it raises there is raised in all."""
     if num_processes() == 1:
         return action()
-    name, client, content = f"ddgan_jax/{next(_calls)}", _client(), b""
+    name, client, content, unexpected = f"ddgan_jax/{next(_calls)}", _client(), b"", None
     if is_primary():
         with apart():
-            made, outcome = _attempt(action)
+            made, outcome, unexpected = _attempt(action)
         content = pickle.dumps(made)
         client.key_value_set(name, json.dumps([outcome, len(content)]))
     outcome, size = json.loads(client.blocking_key_value_get(name, _DAY))
+    if unexpected:
+        raise unexpected
     if outcome:
         raise _error(outcome)
     return pickle.loads(_broadcast(content, size))
 
 
-def by_primary(action: Callable[[], Any]) -> None:
-    """Do it in process 0, while the others wait; its UserError or Fault is raised in all."""
+def by_primary(action: Callable[[], T]) -> T | None:
+    """`action()` in process 0, while the others wait and then return None; an error of it is raised in all."""
+    made: T | None = None
 
     def do() -> None:
-        action()  # what it returns is for nobody
+        nonlocal made
+        made = action()
 
     from_primary(do)
+    return made
 
 
 @contextlib.contextmanager
@@ -188,7 +206,7 @@ def agree(facts: dict[str, Any]) -> None:
         for name in sorted(others[0].keys() | theirs.keys()):
             if theirs.get(name) != others[0].get(name):
                 raise UserError(
-                    f"the processes do not train the same: {name} is {others[0].get(name)} in process 0 and "
+                    f"the processes do not do the same: {name} is {others[0].get(name)} in process 0 and "
                     f"{theirs.get(name)} in process {index}: give each the same command, data and versions"
                 )
 
@@ -228,7 +246,7 @@ def leave(exit_code: int, at_once: bool = False) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     if jax.distributed.is_initialized():
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception):  # the others, or the service, may be gone: this process ends all the same
             if is_primary():
                 for index in range(1, jax.process_count()):
                     _client().blocking_key_value_get(f"ddgan_jax/left/{index}", 10_000)

@@ -222,9 +222,37 @@ def test_data_that_differs_or_is_missing_in_one_stops_all(cache, tmp_path):
     folder = ["--config=configs/cifar10.py:smoke", "--config.data.name=image_folder", f"--workdir={tmp_path / 'run'}"]
     folder += [QUIET, cache, f"--config.data.path={tmp_path / 'a'}", f"--config.data.dir={tmp_path / 'copies'}"]
     for code, output in ends(start_group(2, *folder, own={1: [f"--config.data.path={tmp_path / 'b'}"]})):
-        assert code == 2 and "the processes do not train the same: the data is 20 examples" in output, output
+        assert code == 2 and "the processes do not do the same: the data is 20 examples" in output, output
     for code, output in ends(start_group(2, *folder, own={1: [f"--config.data.path={tmp_path / 'nothing'}"]})):
         assert code == 2 and "process 1: data.path=" in output and "does not exist" in output, output
+
+
+@pytest.mark.parametrize(
+    "opened, message",
+    [
+        ("raise UserError('it is not there')", "process 1: it is not there"),
+        (
+            "return dataclasses.replace(data, images=data.images[::-1])",
+            "do not do the same: the data is 1,797 examples",
+        ),
+        ("return dataclasses.replace(data, labels=lambda: data.labels()[::-1])", "do not do the same: the labels is "),
+    ],
+)
+def test_an_evaluation_of_other_data_in_one_stops_all(opened, message, tmp_path):
+    script = f"""
+import dataclasses, os
+from ddgan_jax.data import sources
+from ddgan_jax.errors import UserError
+open_data = sources.open_data
+def other(config):
+    data = open_data(config)
+    {opened}
+if os.environ["JAX_PROCESS_ID"] == "1":
+    sources.open_data = other
+"""
+    arguments = "--mode=evaluate", "--checkpoint=digits", "--num_samples=20", f"--out={tmp_path}"
+    for code, output in ends(start_group(2, *arguments, script=script)):
+        assert code == 2 and message in output and "Traceback" not in output, output
 
 
 @pytest.mark.slow
@@ -241,6 +269,57 @@ figures.curves = slowly
 """
     outputs = succeed(start_group(2, POINTS, f"--workdir={tmp_path}", QUIET, cache, script=script))
     assert "finished 8 steps" in outputs[0] and (tmp_path / "curves.png").exists()
+
+
+SLOWLY = """
+import time
+import ddgan_jax.{module} as job
+do = job.{name}
+def slowly(*arguments):
+    time.sleep({seconds})
+    return do(*arguments)
+job.{name} = slowly
+"""
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode, name", [("generate", "save"), ("evaluate", "draw_figures")])
+def test_process_0_writes_for_longer_than_jax_waits_at_the_end(mode, name, count, alone, cache, tmp_path):
+    out = tmp_path / ("s.npz" if mode == "generate" else "judged")
+    arguments = POINTS, f"--mode={mode.replace('generate', 'sample')}", f"--workdir={alone}", f"--out={out}", cache
+    script, env = SLOWLY.format(module=f"jobs.{mode}", name=name, seconds=15), {"DDGAN_SHUTDOWN_TIMEOUT": "5"}
+    succeed(start_group(count, *arguments, "--num_samples=100", script=script, env=env))
+    assert out.is_file() or (out / "samples.png").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_process_0_measures_for_longer_than_a_collective_waits(count, alone, cache, tmp_path):
+    script = SLOWLY.format(module="metrics.judge", name="judge_points", seconds=45)
+    arguments = POINTS, "--mode=evaluate", f"--workdir={alone}", "--num_samples=100", f"--out={tmp_path}", cache
+    succeed(start_group(count, *arguments, script=script))
+    assert (tmp_path / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    "error, others",
+    [
+        ("OSError(28, 'No space left on device')", "stopped: [Errno 28] No space left on device"),
+        ("TypeError('a bug')", "stopped: failed with TypeError: a bug"),
+    ],
+)
+def test_an_error_while_process_0_writes_ends_all_at_once(error, others, alone, cache, tmp_path):
+    script = f"""
+from ddgan_jax.jobs import generate
+def save(*arguments):
+    raise {error}
+generate.save = save
+"""
+    arguments = POINTS, "--mode=sample", f"--workdir={alone}", f"--out={tmp_path / 's.npz'}", cache
+    first, *rest = ends(start_group(2, *arguments, script=script))
+    assert first[0] == 1 and ("TypeError: a bug" in first[1] or others in first[1]), first[1]
+    for code, output in rest:
+        assert code == 1 and others in output and "Traceback" not in output, output
 
 
 @pytest.mark.slow

@@ -10,13 +10,14 @@ import jax
 import numpy as np
 
 from ddgan_jax import figures, parallel, processes
-from ddgan_jax.build import labels_of
+from ddgan_jax.build import facts, labels_of
 from ddgan_jax.config import Config, read
 from ddgan_jax.data import decoding
 from ddgan_jax.data.batches import like_real
+from ddgan_jax.data.sources import Data, open_data
 from ddgan_jax.errors import UserError
 from ddgan_jax.metrics import weights
-from ddgan_jax.metrics.judge import Judge, Judged, Results, judge, open_judge
+from ddgan_jax.metrics.judge import Judge, Judged, Results, judge, open_judge, real_images
 from ddgan_jax.model import beside, file_of, load
 from ddgan_jax.sampler import Sampler
 from ddgan_jax.storage import checkpoint, paths
@@ -123,32 +124,43 @@ def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_sampl
         folder = paths.path(out or f"{samples.rstrip('/')}.evaluation")
         results = {"samples": samples}
     else:
-        c, step = _same_data(c, model.config, path), model.step
+        trained, step = model.config, model.step
+        c = processes.everywhere(lambda: _same_data(told or trained, trained, path))
         draw = Sampler(model.denoiser, c.sample.batch_size)
         folder = paths.path(out or beside(path, "evaluation" if file_of(path) else f"evaluation/{step}"))
         found = path if file_of(path) else processes.from_primary(lambda: str(checkpoint.find(path)))
         results = {"checkpoint": found, "step": step, "seed": seed}
-    judge_, labels = open_judge(c, num_samples=count), None
+    judge_, labels = open_judge(c, _open_data(c, {"--num_samples": count, "--sample_seed": seed}), count), None
     if model:
         labels = like_real(labels_of(judge_.data, model.num_classes, c.data.name), count)
         chunks = draw.chunks(model.params, seed, count, labels)
     elif judge_.data.images.shape[-1] == 1:
         chunks = as_grey(chunks)
-    judged = judge(judge_, chunks, count, "reading" if samples else "sampling", labels)
+    judged, speed = judge(judge_, chunks, count, "reading" if samples else "sampling", labels), Results()
     if model:
         batch = min(count, 100, c.sample.batch_size * jax.device_count())
-        speed = time_sampling(draw, model.params, seed, batch, model.num_steps)
-    if judged is None:  # another process has the numbers
-        return {}
-    results |= {"features": c.eval.features} | judge_.about | judged.results
-    results |= {"sampling": speed} if model else {}
-    results["seconds"] = round(time.time() - start, 1)
-    paths.write(folder / "results.json", as_json(results, indent=2) + "\n")
-    draw_figures(judge_, judged, folder, path if not samples else "")
-    for name, value in results.items():
-        print(f"  {name:<46} {_readable(value)}")
-    print(f"written to {folder}", flush=True)
-    return results
+        speed = {"sampling": time_sampling(draw, model.params, seed, batch, model.num_steps)}
+
+    def write() -> Results:
+        assert judged  # process 0 has the numbers
+        found = results | {"features": c.eval.features} | judge_.about | judged.results | speed
+        found["seconds"] = round(time.time() - start, 1)
+        paths.write(folder / "results.json", as_json(found, indent=2) + "\n")
+        draw_figures(judge_, judged, folder, path if not samples else "")
+        for name, value in found.items():
+            print(f"  {name:<46} {_readable(value)}")
+        print(f"written to {folder}", flush=True)
+        return found
+
+    return processes.by_primary(write) or {}
+
+
+def _open_data(c: Config, arguments: dict[str, Any]) -> Data | None:
+    """The real images, or None for points. UserError unless all processes have the same of them and of all else."""
+    data = None if c.eval.features == "points" else real_images(c)
+    if processes.num_processes() > 1:
+        processes.agree(facts(c, data) | arguments)
+    return data
 
 
 def _readable(value: Any) -> str:

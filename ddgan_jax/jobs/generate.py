@@ -66,12 +66,15 @@ def sample(model: Model, out: str, num: int, trajectory: str = "", **how: Any) -
     size = model.denoiser.image_shape[0] if _has_images(model) else 0
     each = 3 * 3 * max(size, figures.MIN_SIDE) ** 2 if out.endswith(".png") and size else 0  # of a grid
     processes.everywhere(lambda: model.check_count("--num_samples", num, each=each))
+    processes.agree({"--num_samples": num, **how})
     images = model.sample(num, progress=True, **how)
-    if not processes.is_primary():  # which writes what all have drawn
-        return
-    save(images, out)
-    if trajectory:
-        draw_trajectory(model, trajectory, min(num, 8 if _has_images(model) else 4096), **how)
+
+    def write() -> None:
+        save(images, out)
+        if trajectory:
+            draw_trajectory(model, trajectory, min(num, 8 if _has_images(model) else 4096), **how)
+
+    processes.by_primary(write)  # the others wait: JAX would abort process 0 some minutes after they have ended
 
 
 def draw_trajectory(model: Model, out: str, num: int, **how: Any) -> None:

@@ -89,7 +89,7 @@ def check(c: Config, num_real: int, num_samples: int = 0, manifolds: bool = True
             raise UserError(f"{what} is too small to evaluate: {why} needs at least {least}")
 
 
-def _open_data(c: Config) -> sources.Data:
+def real_images(c: Config) -> sources.Data:
     """The real images; or none, if there are published statistics to compare with instead."""
     try:
         return processes.everywhere(lambda: sources.open_data(c.data))
@@ -111,7 +111,7 @@ def open_judge(config: Any, data: sources.Data | None = None, num_samples: int =
     c = read(config)
     if c.eval.features == "points":
         return Judge(c, sources.Data(np.zeros((0, 2), np.float32)), np.zeros(0, int), [], [], {})
-    data = data or _open_data(c)
+    data = data or real_images(c)
     num_real = len(data.images)
     about: Results = {"data": f"{c.data.name} {c.data.split}"} if num_real else {}
     if c.eval.features == "inception":
@@ -148,8 +148,7 @@ def _real_features(c: Config, data: sources.Data, reference: np.ndarray, network
         return kept or Features(np.zeros((0, 0)), np.zeros((0, 0)))
     chunks = (data.images[reference[indices]] for indices, _ in parallel.rounds(len(reference), c.eval.batch_size))
     features = extract([network], chunks, c.eval.batch_size, len(reference), f"real images in {network.name}")[0]
-    if processes.is_primary():
-        keep(path, lambda file: np.savez(file, **features._asdict()))
+    processes.by_primary(lambda: keep(path, lambda file: np.savez(file, **features._asdict())))
     return features
 
 
@@ -171,7 +170,7 @@ def judge(
 ) -> Judged | None:
     """Measure `total` samples that come in chunks [n, ...], in the rounds of `parallel.rounds` if several processes do.
 
-    Only process 0 measures; the others give it features, and get None.
+    Only process 0 measures; the others give it features, wait for it, and get None.
 
     `what` names the progress bar; without it, while training, there are none, and no nearest neighbours either.
     `labels` [total] are the classes that the samples were asked for; the classifier says how many are of them.
@@ -180,7 +179,7 @@ def judge(
     """
     if not j.networks:
         points = np.concatenate([processes.gather_rows(chunk) for chunk in chunks])[:total]
-        return judge_points(points) if processes.is_primary() else None
+        return processes.by_primary(lambda: judge_points(points))
     kept: list[np.ndarray] = []
 
     def seen() -> Iterator[np.ndarray]:
@@ -196,8 +195,11 @@ def judge(
             yield chunk
 
     fake = extract(j.networks, seen(), j.config.eval.batch_size, total, what)
-    if not processes.is_primary():
-        return None
+    return processes.by_primary(lambda: _measure(j, fake, kept, what, labels))
+
+
+def _measure(j: Judge, fake: list[Features], kept: list[np.ndarray], what: str, labels: np.ndarray | None) -> Judged:
+    """The measures of samples by their features; `kept` are chunks of at least the first KEPT samples."""
     count = len(fake[0].features)
     judged = Judged({"num_samples": count}, np.concatenate(kept)[: min(KEPT, count)], fake)
     if j.config.eval.features == "inception":

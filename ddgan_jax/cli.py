@@ -74,9 +74,10 @@ def run(argv: list[str]) -> None:
     from ddgan_jax import processes  # with jax, whose second neither --help nor a mistake waits for
 
     if FLAGS.compilation_cache:
-        import jax
+        from ddgan_jax import ops
+        from ddgan_jax.storage import paths
 
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(FLAGS.compilation_cache))
+        ops.cache_programs(paths.path(FLAGS.compilation_cache))
     processes.initialize()
     if FLAGS.mode == "train":
         from ddgan_jax.jobs.train import train

@@ -9,6 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from commands import POINTS, run
 
 from ddgan_jax import build, parallel, presets, processes
 from ddgan_jax.errors import UserError
@@ -187,6 +188,24 @@ def test_facts_that_differ_are_named(monkeypatch):
         processes.agree(facts)
     monkeypatch.setattr(processes, "exchange", lambda mine: [mine, dict(mine)])
     processes.agree(facts)
+
+
+def test_entries_of_the_compilation_cache_that_were_cut_short_are_replaced(tmp_path):
+    """At the next start; JAX alone would report them for ever."""
+    cache, env = tmp_path / "cache", {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    arguments = POINTS, "--config.log.tensorboard=False", f"--compilation_cache={cache}", "--config.train.num_steps=1"
+    assert run(*arguments, f"--workdir={tmp_path / '0'}", env=env).returncode == 0
+    sizes = {file: file.stat().st_size for file in cache.glob("*-cache")}
+    for file in list(sizes)[1:]:
+        file.write_bytes(file.read_bytes()[: sizes[file] // 2])
+    list(sizes)[1].write_bytes(b"")
+    for start, notes in (1, len(sizes) - 1), (2, 0):
+        result = run(*arguments, f"--workdir={tmp_path / str(start)}", env=env)
+        assert result.returncode == 0 and "Error reading" not in result.stderr, result.stderr
+        assert result.stdout.count("was cut short, and is removed") == notes
+        assert sizes.keys() == set(cache.glob("*-cache")) and all(
+            file.stat().st_size > 0.9 * sizes[file] for file in sizes
+        )
 
 
 def test_prefetch_changes_neither_order_nor_content():

@@ -24,7 +24,7 @@ import jax
 
 from ddgan_jax.errors import UserError
 from ddgan_jax.ops import reference
-from ddgan_jax.ops.compiler import collector_paused, compiler_for, compiler_options, jit_once
+from ddgan_jax.ops.compiler import cache_programs, collector_paused, compiler_for, compiler_options, jit_once
 from ddgan_jax.ops.conv import conv as _conv
 from ddgan_jax.ops.conv import pointwise as _pointwise
 from ddgan_jax.ops.fir import products as _products
@@ -149,6 +149,7 @@ __all__ = [
     "MOST_CHANNELS",
     "TABLE",
     "add_shift",
+    "cache_programs",
     "collector_paused",
     "compiler_for",
     "compiler_options",

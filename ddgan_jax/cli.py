@@ -170,7 +170,7 @@ def main() -> int:
 
         print(error)
         processes.leave(flags.FLAGS.interrupted_exit_code, at_once=True)
-    except Exception as error:  # what is told of is no fault of ours; the rest is, and has a traceback
+    except Exception as error:  # of a bug, or of any library: the other processes must learn that this one ends
         from ddgan_jax import processes
 
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):

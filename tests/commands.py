@@ -42,11 +42,11 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def start_group(count, *arguments, devices=1, own=None, script="", env=None):
+def start_group(count, *arguments, devices=1, own=None, script="", env=None, python=sys.executable):
     """Start main.py in `count` processes that are joined over loopback, with so many CPU devices each.
 
     `own` are further arguments of single ones, {index: [...]}; `script`, lines of Python, runs before in each; `env`
-    are further variables of all.
+    are further variables of all; `python` is the interpreter.
     """
     address, started = f"127.0.0.1:{free_port()}", []
     for index in range(count):
@@ -55,6 +55,7 @@ def start_group(count, *arguments, devices=1, own=None, script="", env=None):
         env_of |= {"JAX_PLATFORMS": "cpu"}
         env_of["XLA_FLAGS"] = f"{env_of.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
         argv, options = command(*arguments, *(own or {}).get(index, []), env=env_of)
+        argv[0] = str(python)
         if script:
             argv[1:2] = ["-c", f"{script}\nimport sys, main\nsys.argv[0] = 'main.py'\nsys.exit(main.main())"]
         started.append(subprocess.Popen(argv, **options, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))

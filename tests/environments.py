@@ -1,6 +1,7 @@
-"""Where the notebook is tested: with Colab's versions, and with the newest ones.
+"""Where the notebook is tested, with Colab's versions and with the newest ones; and the versions of JAX for commands.
 
-`python tests/environments.py` prints those of today, for `pytest -k`.
+`python tests/environments.py` prints the notebook's environments of today, for `pytest -k`, and
+`python tests/environments.py jax` the version of JAX.
 """
 
 import datetime
@@ -14,7 +15,7 @@ from typing import NamedTuple
 
 
 class Environment(NamedTuple):
-    """A version of Python, and what is installed before the notebook's first cell runs."""
+    """A version of Python, and what is installed before all else."""
 
     python: str
     preinstalled: tuple[str, ...]
@@ -24,6 +25,12 @@ ENVIRONMENTS = {
     "colab": Environment("3.12", ("jax==0.7.2", "flax==0.11.2", "numpy==2.0.2", "scikit-learn", "ipykernel")),
     "newest": Environment("3.13", ("ipykernel",)),
     "present": Environment(f"{sys.version_info[0]}.{sys.version_info[1]}", ("ipykernel",)),
+}
+# The oldest JAX that is allowed (Colab's), one in the middle, and the newest.
+JAX = {
+    "oldest": Environment("3.12", ("jax==0.7.2", "flax==0.11.2")),
+    "middle": Environment("3.11", ("jax==0.9.0",)),
+    "latest": Environment("3.13", ()),
 }
 
 
@@ -58,5 +65,11 @@ def of_day(day: datetime.date, found: list[str], everything: bool = False) -> li
     return [wanted] if wanted in found else found[:1]
 
 
+def jax_of_day(day: datetime.date, everything: bool = False) -> list[str]:
+    """The versions of JAX that are tested on a day: one after the other, or all."""
+    return list(JAX) if everything else [list(JAX)[day.timetuple().tm_yday % len(JAX)]]
+
+
 if __name__ == "__main__":
-    print(" or ".join(of_day(datetime.date.today(), here(), os.environ.get("CI_ALL") == "1")))
+    today, everything = datetime.date.today(), os.environ.get("CI_ALL") == "1"
+    print(" or ".join(jax_of_day(today, everything) if "jax" in sys.argv else of_day(today, here(), everything)))

@@ -14,7 +14,7 @@ from ddgan_jax.build import facts, labels_of
 from ddgan_jax.config import Config, read
 from ddgan_jax.data import decoding
 from ddgan_jax.data.batches import like_real
-from ddgan_jax.data.sources import Data, open_data
+from ddgan_jax.data.sources import Data
 from ddgan_jax.errors import UserError
 from ddgan_jax.metrics import weights
 from ddgan_jax.metrics.judge import Judge, Judged, Results, judge, open_judge, real_images

@@ -1,0 +1,67 @@
+"""The commands with the oldest JAX that is allowed, one in the middle, and the newest: by one process and by two."""
+
+import datetime
+import json
+import subprocess
+import sys
+import tomllib
+
+import numpy as np
+import pytest
+from commands import POINTS, ROOT, ends, start_group
+from environments import JAX, interpreter, jax_of_day
+
+from ddgan_jax.storage import checkpoint
+
+
+def test_one_version_a_day():
+    days = [datetime.date(2026, 12, 1) + datetime.timedelta(i) for i in range(len(JAX))]
+    assert sorted(name for day in days for name in jax_of_day(day)) == sorted(JAX)
+    assert jax_of_day(days[0], everything=True) == list(JAX)
+
+
+@pytest.fixture(params=JAX)
+def python(request, tmp_path):
+    """An interpreter in an environment that has this version and what the package depends on."""
+    version = JAX[request.param]
+    environment = tmp_path / "environment"
+    subprocess.run([interpreter(version.python) or sys.executable, "-m", "venv", environment], check=True, timeout=300)
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    install = [environment / "bin" / "pip", "install", "--quiet", *version.preinstalled, *needed]
+    subprocess.run(install, check=True, timeout=1200)
+    found = environment / "bin" / "python"
+    show = "import sys, flax, jax; print(sys.version.split()[0], 'jax', jax.__version__, 'flax', flax.__version__)"
+    print(subprocess.run([found, "-c", show], check=True, capture_output=True, text=True, timeout=300).stdout)
+    return found
+
+
+@pytest.mark.slow
+def test_two_processes_do_as_one(python, tmp_path):
+    """Train, resume, sample and evaluate: the same checkpoints up to rounding, the same samples bit for bit."""
+
+    def run(count, *arguments):
+        quiet = "--config.log.tensorboard=False", "--config.checkpoint.every=4"
+        found = ends(
+            start_group(count, POINTS, *quiet, *arguments, f"--compilation_cache={tmp_path}/cache", python=python)
+        )
+        assert not any(code for code, _ in found), "\n\n".join(output for _, output in found)
+        return found[0][1]
+
+    states, samples, results = [], [], []
+    for count in (1, 2):
+        workdir, out = f"--workdir={tmp_path / str(count)}", tmp_path / f"of_{count}"
+        assert "finished 4 steps" in run(count, workdir, "--config.train.num_steps=4")
+        output = run(count, workdir)
+        assert "going on from step 4" in output and "finished 8 steps" in output, output
+        states.append(checkpoint.read(checkpoint.find(str(tmp_path / str(count))))[0])
+        trained = f"--workdir={tmp_path / '1'}"
+        run(count, trained, "--mode=sample", "--num_samples=301", f"--out={out}.npz")
+        samples.append(np.load(f"{out}.npz")["images"])
+        run(count, trained, "--mode=evaluate", "--num_samples=500", f"--out={out}")
+        results.append(json.loads((out / "results.json").read_text()))
+    for name, array in states[1].items():
+        largest = np.abs(states[0][name]).max() if "_opt/" in name else 0
+        np.testing.assert_allclose(array, states[0][name], rtol=0, atol=1e-5 * max(1, largest), err_msg=name)
+    np.testing.assert_array_equal(*samples)
+    for name in ("modes", "high_quality", "total_variation", "num_samples"):
+        assert results[0][name] == results[1][name]

@@ -6,7 +6,6 @@ the numbers that an unbroken run would have had.
 
 import contextlib
 import dataclasses
-import hashlib
 import itertools
 import json
 import math
@@ -21,10 +20,10 @@ import numpy as np
 from tqdm import tqdm
 
 from ddgan_jax import automatic, figures, ops, parallel, processes
-from ddgan_jax.build import Built, build, check_batch, labels_of, settle
+from ddgan_jax.build import Built, build, check_batch, facts, labels_of, settle
 from ddgan_jax.config import Config, as_dict, flat, read
 from ddgan_jax.data.batches import batches, like_real
-from ddgan_jax.data.sources import Data, fingerprint, open_data
+from ddgan_jax.data.sources import Data, open_data
 from ddgan_jax.errors import Fault, Interrupted, UserError
 from ddgan_jax.jobs.progress import Meter, clock, losses_line, next_commands, overview, say
 from ddgan_jax.jobs.signals import Interrupt, until
@@ -183,16 +182,6 @@ def _open(config: Any, opened: Data | None, before: dict[str, Any] | None, workd
     return c, built, opened
 
 
-def facts(c: Config, data: Data) -> dict[str, Any]:
-    """What all processes of a run must have the same of: the configuration, the data, the versions."""
-    local = ("data.dir", "data.path")  # where a machine has its copy
-    found = {f"config.{name}": value for name, value in flat(as_dict(c)).items() if name not in local}
-    found["the data"] = f"{len(data.images):,} examples, {fingerprint('', '', data.images)}"
-    if c.model.num_classes and data.labels:
-        found["the labels"] = hashlib.sha256(np.ascontiguousarray(data.labels()).tobytes()).hexdigest()[:16]
-    return found | {"jax": jax.__version__, "devices": f"{jax.local_device_count()} x {jax.devices()[0].device_kind}"}
-
-
 def begin(config: Any, workdir: str, opened: Data | None, restart: bool = False) -> Run:
     """Set up a run, or resume one that was interrupted. UserErrors and Faults as of `train`."""
     started, path = time.time(), paths.path(workdir)
@@ -202,6 +191,7 @@ def begin(config: Any, workdir: str, opened: Data | None, restart: bool = False)
         processes.agree(facts(c, data))
     labels, shapes = labels_of(data, built.num_classes, c.data.name), jax.eval_shape(built.init_state)
     check_memory(built, shapes)
+    opened_judge = open_judge(c, data) if c.eval.every else None  # an evaluation that cannot work is refused here
     checkpoints: checkpoint.Checkpoints | None = None
     log: Log | None = None
     unlogged: dict[str, Any] | None = None
@@ -230,6 +220,7 @@ def begin(config: Any, workdir: str, opened: Data | None, restart: bool = False)
     state = processes.from_primary(open_files)
     step, draw = int(state.step), Sampler(built, c.sample.batch_size)
     run = Run(c, built, data, labels, path, parallel.replicate(state), step, checkpoints, log, started, draw, unlogged)
+    run.judge = opened_judge
     if step >= run.num_steps:
         say(f"{workdir} has already finished its {run.num_steps} steps")
     elif step:
@@ -238,8 +229,6 @@ def begin(config: Any, workdir: str, opened: Data | None, restart: bool = False)
         every = c.log.samples_every
         when = f"every {every:,} steps" if every else "at the end"
         say(f"{run.num_steps - step:,} steps to train; pictures {when}: {path / 'samples'} and {path / 'curves.png'}")
-    if c.eval.every:
-        run.judge = open_judge(c, data)
     return run
 
 

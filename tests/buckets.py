@@ -5,12 +5,14 @@ from buckets import bucket  # a fixture
 def test_it(bucket): run(..., f"--workdir={bucket.url}/run", env=bucket.env)
 """
 
+import json
 import os
 import pathlib
 import subprocess
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from typing import NamedTuple
 
@@ -27,8 +29,37 @@ class Bucket(NamedTuple):
     control: pathlib.Path
 
     def be(self, *words: str) -> None:
-        """From now on `refuse` writes, be `slow`, or neither."""
+        """From now on `refuse` writes, be `slow`, or fail as bucket_server.py says; without words, be well."""
+        self.fired.unlink(missing_ok=True)
         self.control.write_text(" ".join(words))
+
+    @property
+    def fired(self) -> pathlib.Path:
+        """Holds a line for each read that failed since then; or is not there."""
+        return self.control.with_name(f"{self.control.name}.fired")
+
+    def contents(self, below: str) -> dict[str, str]:
+        """{name: checksum} of all objects whose names begin with `below`."""
+        items = json.loads(self._request("GET", f"/storage/v1/b/{self.url[5:]}/o?prefix={below}"))["items"]
+        return {item["name"]: item["md5Hash"] for item in items}
+
+    def get(self, name: str) -> bytes:
+        quoted = urllib.parse.quote(name, safe="")
+        return self._request("GET", f"/storage/v1/b/{self.url[5:]}/o/{quoted}?alt=media")
+
+    def put(self, name: str, content: bytes) -> None:
+        quoted = urllib.parse.quote(name, safe="")
+        self._request("POST", f"/upload/storage/v1/b/{self.url[5:]}/o?uploadType=media&name={quoted}", content)
+
+    def delete(self, name: str) -> None:
+        self._request("DELETE", f"/storage/v1/b/{self.url[5:]}/o/{urllib.parse.quote(name, safe='')}")
+
+    def _request(self, method: str, path: str, content: bytes | None = None) -> bytes:
+        headers = {"Content-Type": "application/octet-stream"}
+        url = self.env["STORAGE_EMULATOR_HOST"] + path
+        request = urllib.request.Request(url, content, headers, method=method)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.read()
 
     def python(self, script: str, *arguments: object) -> str:
         """The standard output of lines of Python, `epath` among their names, which run with the bucket."""

@@ -33,6 +33,12 @@ KINDS = {  # of writes while training, and a part of their paths
     "the rest of the workdir": "/run/",
 }
 OF_PICTURES = ("picture", "data copy", "cached features")  # the others are as well tried with points, which are quick
+# For servers: quick code generation, every program cached, and reads that fail are retried for a moment only
+QUICKLY = {
+    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "DDGAN_RETRY_SECONDS": "2",
+}
 CACHES = ("cached features", "compiled programs")  # without which a run is only slower
 QUICK = "from ddgan_jax.metrics import classifier; classifier.STEPS = 50\n"  # it is trained in every case
 
@@ -48,7 +54,7 @@ def disk(tmp_path_factory):
     source = pathlib.Path(__file__).with_name("sick_disk.c")
     subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
     control.write_text("")
-    server = Forks(LD_PRELOAD=str(library), SICK_CONTROL=str(control), XLA_FLAGS="--xla_backend_optimization_level=0")
+    server = Forks(LD_PRELOAD=str(library), SICK_CONTROL=str(control), **QUICKLY)
     yield server, control
     server.close()
 

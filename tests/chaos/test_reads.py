@@ -10,8 +10,6 @@ import pathlib
 import random
 import re
 import shutil
-import subprocess
-import threading
 import time
 import zipfile
 from collections import Counter
@@ -47,7 +45,7 @@ FOLDER = [*PICTURES, "--config.data.path={here}/photos"]
 PICTURES_RUN = [*FOLDER, *OFTEN, "--workdir={here}/pictures"]
 MODEL = "--checkpoint={local}/pictures.safetensors"
 JUDGE = ["--mode=evaluate", "--samples={here}/samples.npz"]
-PREPARE = [*OF_PICTURES, "--config.data.name=image_folder", "--config.data.dir={out}/data", *JUDGE]
+PREPARE = [*OF_PICTURES, "--config.data.name=image_folder", "--config.data.dir={out}/data"]
 ARRAY_RECORD = [*OF_PICTURES, "--config.data.name=photos", "--config.data.dir={here}/tfds"]
 WEIGHTS = [
     *PICTURES,
@@ -60,6 +58,7 @@ WEIGHTS = [
 # {local} where the others are, {out} where the results go
 COMMANDS: dict[str, tuple[list[str], str]] = {
     "resume": (POINTS_RUN, "{here}/points"),
+    "begin anew": ([*OF_POINTS, "--workdir={out}/run"], "{out}/run"),
     "begin": ([*OF_POINTS, "--config.train.init_from={here}/points", "--workdir={out}/run"], "{out}/run"),
     "sample": ([*POINTS_RUN, "--mode=sample", "--num_samples=100", "--out={out}/x.npz"], ""),
     "sample the best": ([POINTS, "--mode=sample", "--checkpoint={here}/points/best", "--out={out}/x.npz"], ""),
@@ -86,14 +85,10 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     ),
     "resume pictures": (PICTURES_RUN, "{here}/pictures"),
     "evaluate pictures": ([*PICTURES_RUN, "--mode=evaluate", "--num_samples=24", "--out={out}"], ""),
-    "prepare": ([*PREPARE, "--config.data.path={here}/photos", "--out={out}"], ""),
-    "prepare and train": (
-        [*OF_PICTURES, "--config.data.name=image_folder", "--config.data.dir={out}/data", *OFTEN]
-        + ["--config.data.path={here}/photos", "--workdir={out}/run"],
-        "{out}/run",
-    ),
-    "prepare a zip": ([*PREPARE, "--config.data.path={here}/photos.zip", "--out={out}"], ""),
-    "prepare an LMDB": ([*PREPARE, "--config.data.path={here}/lmdb", "--out={out}"], ""),
+    "prepare": ([*PREPARE, "--config.data.path={here}/photos", *JUDGE, "--out={out}"], ""),
+    "prepare and train": ([*PREPARE, *OFTEN, "--config.data.path={here}/photos", "--workdir={out}/run"], "{out}/run"),
+    "prepare a zip": ([*PREPARE, "--config.data.path={here}/photos.zip", *JUDGE, "--out={out}"], ""),
+    "prepare an LMDB": ([*PREPARE, "--config.data.path={here}/lmdb", *JUDGE, "--out={out}"], ""),
     "judge by records": ([*ARRAY_RECORD, *JUDGE, "--out={out}"], ""),
     "train on records": ([*ARRAY_RECORD, *OFTEN, "--config.eval.every=0", "--workdir={out}/run"], "{out}/run"),
     "judge by Inception": ([*WEIGHTS, *JUDGE, "--out={out}"], ""),
@@ -331,7 +326,7 @@ def add_files(place: pathlib.Path, full: bool) -> None:
             file.write(image, image.relative_to(place / "photos"))
     with lmdb.open(str(place / "lmdb"), map_size=2**20) as environment, environment.begin(write=True) as transaction:
         for image in images:
-            transaction.put(image.name.encode(), image.read_bytes())
+            transaction.put(str(image.relative_to(place / "photos")).encode(), image.read_bytes())
     (place / "lmdb" / "lock.mdb").unlink()
     Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(place / "image.png")
     Image.fromarray(np.tri(16, dtype=np.uint8) * 255).save(place / "mask.png")
@@ -482,3 +477,44 @@ def test_reads_of_a_disk(life, on_a_disk, full, count, tmp_path):
 def test_reads_of_a_bucket(life, in_a_bucket, full, count, tmp_path):
     every = cases(IN_A_BUCKET, remote=True)
     check_all(in_a_bucket, IN_A_BUCKET, every[life::PARTS] if full else few(every, seed=0), count, tmp_path)
+
+
+# --- What must be shown ---------------------------------------------------------------------------------------------
+
+
+def check_outage(place: Place, kind: Kind, order: str, seconds: float, out: pathlib.Path) -> int:
+    """A run that cannot read its checkpoints ends, changes nothing, and continues as if nothing had been.
+
+    The outage is over after `seconds`, and at the earliest when the first run has ended. Returns how many runs ended.
+    """
+    place.restore()
+    place.run("begin anew", out, seconds=300)
+    unbroken, runs = place.found("begin anew", out), 0
+    before = place.snapshot()
+    place.be(order, kind.part)
+    over = time.time() + seconds
+    while not runs or time.time() < over:
+        ended, runs = place.run("resume", out, seconds=600), runs + 1
+        assert ended.code == 1 and len(ended.told) == 1, ended
+    place.be("")
+    assert place.snapshot() == before
+    ended = place.run("resume", out, seconds=300)
+    assert ended.code == 0 and "going on from step 6" in ended.output, ended
+    assert place.found("resume", out) == unbroken
+    return runs
+
+
+def test_all_checkpoints_are_unreadable(on_a_disk, count, tmp_path):
+    count(runs=check_outage(on_a_disk, KINDS["all checkpoints"], "open 5 0", 0, tmp_path))
+
+
+def test_a_bucket_is_down(in_a_bucket, bucket, full, count, tmp_path):  # noqa: F811
+    """With --full for two minutes, with the package's own patience."""
+    server = in_a_bucket.server
+    if full:
+        quickly = {name: value for name, value in QUICKLY.items() if name != "DDGAN_RETRY_SECONDS"}
+        in_a_bucket.server = Forks(**bucket.env, **quickly)
+    count(runs=check_outage(in_a_bucket, KINDS["all checkpoints"], "down", 120 if full else 0, tmp_path))
+    if full:
+        in_a_bucket.server.close()
+    in_a_bucket.server = server

@@ -27,6 +27,24 @@ ROWS = {
         "a damaged file of a workdir, then resume, sample or evaluate",
         "{cases} cases: {right_numbers} right numbers, {told} said what is lost, {one_sentence} ended in a sentence",
     ),
+    "test_reads_of_a_disk": (
+        "a kind of file that cannot be read, or with short reads, and each command that reads it",
+        "{cases} cases: {right} gave the result without the fault, {one_line} a one-line error with no file changed, "
+        "{no_such_read} made no such read",
+    ),
+    "test_reads_of_a_bucket": (
+        "the same in a bucket (emulated): 403, 404, 429, 503, dropped connections",
+        "{cases} cases: {right} gave the result without the fault, {one_line} a one-line error with no object changed, "
+        "{told_what_is_missing} reported what is missing, {no_such_read} made no such read",
+    ),
+    "test_all_checkpoints_are_unreadable": (
+        "all checkpoints unreadable, then well again",
+        "{runs} runs ended with no file changed; the next one ended as an unbroken run",
+    ),
+    "test_a_bucket_is_down": (
+        "a bucket that answers 503 for two minutes (emulated), then well again",
+        "{runs} runs ended with no object changed; the next one ended as an unbroken run",
+    ),
     "test_settings": ("random values in fields", "{trained} trained a step, {refused} were refused"),
     "test_flags": ("random values in flags", "{done} did it, {refused} were refused"),
     "test_mutated_files": (

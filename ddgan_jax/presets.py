@@ -120,7 +120,7 @@ def apply_variant(config: ConfigDict, variant: str, *own: str) -> ConfigDict:
 
 
 def fast(config: ConfigDict) -> None:
-    """Our recipe, not the paper's: on the digits a quarter of the distance, in 1.7 times the steps (docs/claims.md).
+    """Our recipe, not the paper's: a third of its distance after as much time on the digits (docs/claims.md).
 
     D sees x_0 instead of x_t, which for large t hides behind the posterior's noise; G is also told x_0 by squared
     error; D goes on learning while G settles; and x_T has no more noise than hides an image of this size, so that no

@@ -106,7 +106,7 @@ def run_all(jobs: Mapping[pathlib.Path, Sequence[str]], at_once: int) -> list[di
         runs = [pool.submit(one, *job) for job in jobs.items()]
         try:
             return [run.result() for run in tqdm(runs, unit="run", desc="experiment")]
-        except BaseException:
+        except BaseException:  # Ctrl-C too: else the runs that wait would begin
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 

@@ -376,6 +376,11 @@ def _check_together(c: Config) -> None:
         raise UserError(f"model.patch_size={c.model.patch_size}: points have no pixels to make patches of, set it to 1")
     if points and c.diffusion.beta_max is None:
         raise UserError("diffusion.beta_max=None is chosen for a size of images, and points have none: name a number")
+    if c.loss.reconstruction_end and not c.loss.reconstruction:
+        raise UserError(
+            f"loss.reconstruction_end={c.loss.reconstruction_end} is where loss.reconstruction falls to, which is 0: "
+            "set that above 0, or this to None"
+        )
     for name, off in {"shown": "x_t", "reconstruction": 0, "reconstruction_end": None}.items():
         if getattr(c.loss, name) != off and c.objective != "adversarial":
             raise UserError(f"loss.{name} is for objective='adversarial', not {c.objective!r}: set it to {off!r}")

@@ -25,7 +25,7 @@ def of_flags() -> Iterator[None]:
     """What absl's flags and the configuration files that they read raise within, as a UserError."""
     try:
         yield
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OverflowError, OSError) as error:
         # A traceback inside the message ends in the sentence that a configuration raised.
         text = " ".join(str(error).split("Error: ")[-1].replace("\\n", " ").split())
         if name := re.fullmatch(r"[\"']*(\w+)[\"']*", text):  # all that a KeyError says

@@ -279,8 +279,7 @@ class _Lmdb:
 def _open_source(path: str) -> Iterator[Any]:
     """What `path` names, open. UserError if it does not exist, or holds no image; Fault for any OSError within."""
     try:
-        with paths.os_errors(path):
-            source = _source(path)
+        source = paths.retry(path, lambda: _source(path))
         try:
             if not source.names:
                 raise UserError(f"there is no image in {path}: it needs files that end in {', '.join(SUFFIXES)}")

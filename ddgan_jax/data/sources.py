@@ -14,8 +14,8 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -26,6 +26,7 @@ from ddgan_jax.data.batches import batch_indices
 from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.storage import paths
 
+T = TypeVar("T")
 FOLDERS = ("image_folder", "lsun_church")
 SYNTHETIC_IMAGES = 256
 STACKED_IMAGES = 120_000  # as in the released code: two passes over the 60,000 of MNIST
@@ -272,19 +273,28 @@ def _open_embedded(name: str, c: DataConfig, image_size: int | None, channels: i
     return Data(images, labels, embedded.CLASSES)
 
 
-@contextlib.contextmanager
-def _reading(name: str, but: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """What is raised within for files of a tfds dataset that are damaged or cannot be read, as a Fault.
+def _reading(name: str, data_dir: str, action: Callable[[], T], but: tuple[type[Exception], ...] = ()) -> T:
+    """`action()`, which reads files of a tfds dataset. Fault where they are damaged or cannot be read, after retries.
 
     `but` are exceptions that mean something else.
     """
+
+    def attempt() -> T:
+        try:
+            return action()
+        except Exception as error:  # tfds, protobuf, array_record and gcsfs raise nearly anything there
+            if isinstance(error, (*but, UserError, Fault, ImportError)):
+                raise
+            cause: BaseException | None = error
+            while cause and not isinstance(cause, OSError):
+                cause = cause.__cause__ or cause.__context__
+            found = [error] if cause in (None, error) else [error, cause]
+            raise OSError("; ".join(" ".join(f"{type(e).__name__} {e}".split())[:200] for e in found)) from error
+
     try:
-        yield
-    except Exception as error:  # tfds, protobuf, array_record and gcsfs raise nearly anything there
-        if isinstance(error, (*but, UserError, Fault, ImportError)):
-            raise
-        reason = " ".join(f"{type(error).__name__} {error}".split())[:300]
-        raise Fault(f"dataset {name} cannot be read: {reason}") from error
+        return paths.retry(data_dir, attempt)
+    except OSError as error:
+        raise Fault(f"dataset {name} cannot be read: {error}") from error
 
 
 def _find(name: str, data_dir: str) -> Any:
@@ -294,10 +304,10 @@ def _find(name: str, data_dir: str) -> Any:
     by_hand = ""
     try:
         if not paths.is_remote(data_dir):  # tfds takes a folder that it cannot list for one that is not there
-            with _reading(name):
-                paths.names(os.path.join(data_dir, re.split("[/:]", name)[0]))
-        with _reading(name, (ValueError, AssertionError)):
-            builder = tfds.builder(name, data_dir=data_dir)
+            folder = os.path.join(data_dir, re.split("[/:]", name)[0])
+            _reading(name, data_dir, lambda: paths.names(folder))
+        find = functools.partial(tfds.builder, name, data_dir=data_dir)
+        builder = _reading(name, data_dir, find, (ValueError, AssertionError))
         if builder.is_prepared():
             return builder
         if manual := " ".join((getattr(builder, "MANUAL_DOWNLOAD_INSTRUCTIONS", None) or "").split()):
@@ -350,8 +360,8 @@ def _open_tfds(name: str, c: DataConfig, image_size: int | None, channels: int |
             # which tfds itself reads as another one: of 12 examples [20%:10%] are 10
             size = builder.info.splits[part.splitname].num_examples
             _check_part(c.split, size, slice(part.from_, part.to), f"dataset {name}")
-        with _reading(name, (ValueError,)):
-            source = builder.as_data_source(c.split, file_format="array_record", decoders=decoders)
+        as_source = functools.partial(builder.as_data_source, file_format="array_record", decoders=decoders)
+        source = _reading(name, directory(c.dir), lambda: as_source(c.split), (ValueError,))
     except UserError:
         raise
     except ValueError as error:
@@ -360,30 +370,31 @@ def _open_tfds(name: str, c: DataConfig, image_size: int | None, channels: int |
             "such as 'train[:90%]'"
         ) from error
     if "label" not in features or not isinstance(features["label"], tfds.features.ClassLabel):
-        return Data(Records(source, name, shape))
+        return Data(Records(source, name, shape, directory(c.dir)))
 
     def labels() -> np.ndarray:
-        with _reading(name):
-            return np.array([example["label"] for example in source.__getitems__(range(len(source)))], np.int32)
+        everything = range(len(source))
+        found = lambda: [int(example["label"]) for example in source.__getitems__(everything)]  # noqa: E731
+        return np.array(_reading(name, directory(c.dir), found), np.int32)
 
-    return Data(Records(source, name, shape), labels, tuple(features["label"].names))
+    return Data(Records(source, name, shape, directory(c.dir)), labels, tuple(features["label"].names))
 
 
 class Records:
     """The encoded images of a tfds split, decoded as they are indexed."""
 
-    def __init__(self, source: Any, name: str, shape: tuple[int, ...]):
+    def __init__(self, source: Any, name: str, shape: tuple[int, ...], data_dir: str = ""):
         """Read `source`, whose images are [H, W, C] `shape` or else cropped and resized to it."""
         self.shape, self.dtype = (len(source), *shape), np.dtype(np.uint8)
-        self._source, self._name = source, name
+        self._source, self._name, self._data_dir = source, name, data_dir
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, indices: Any) -> np.ndarray:
         images = np.empty((len(indices), *self.shape[1:]), np.uint8)
-        with _reading(self._name):
-            examples = self._source.__getitems__([int(index) for index in indices])
+        chosen = [int(index) for index in indices]
+        examples = _reading(self._name, self._data_dir, lambda: self._source.__getitems__(chosen))
         for i, example in enumerate(examples):
             try:
                 images[i] = self._decode(example["image"])

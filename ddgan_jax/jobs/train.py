@@ -413,6 +413,8 @@ def loop(run: Run, interrupt: Interrupt) -> bool:
             if run.draws():
                 with meter.paused():
                     pictures(run, picture_of(run))
+            if run.logs() or run.draws():
+                processes.barrier()  # a collective of the next step may give up while process 0 still writes
     raise AssertionError("batches are endless")
 
 

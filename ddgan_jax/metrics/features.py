@@ -146,7 +146,8 @@ def own_network(c: Config, data: sources.Data) -> tuple[Network, dict[str, Any]]
     base = name.removeprefix("stacked_")
     if stacked:
         digits = dataclasses.replace(c.data, name=base, image_size=None, channels=1)
-        train, test = (sources.open_data(dataclasses.replace(digits, split=split)) for split in ("train", "test"))
+        parts = [dataclasses.replace(digits, split=split) for split in ("train", "test")]
+        train, test = processes.everywhere(lambda: [sources.open_data(part) for part in parts])
         assert train.labels and test.labels
         x, test_x = (sources.pad(part.images, size) for part in (train, test))
         y, test_y = train.labels(), test.labels()

@@ -4,6 +4,7 @@ A bucket is read and written by gcsfs, with the credentials of the machine (`gcl
 without TensorFlow.
 """
 
+import concurrent.futures
 import contextlib
 import functools
 import importlib.util
@@ -28,7 +29,7 @@ Path = epath.Path
 Given = str | os.PathLike
 T = TypeVar("T")
 
-# Seconds for which a failed read is retried: longer in a bucket, where gcsfs has retried for 30 s before.
+# Seconds for which a failed read is retried: a bucket is away for longer than a disk.
 DISK_RETRY_SECONDS = 1.0
 BUCKET_RETRY_SECONDS = 60.0  # or the environment variable DDGAN_RETRY_SECONDS
 MAX_PAUSE = 10.0  # seconds between two attempts
@@ -92,13 +93,16 @@ def retry(what: Given, action: Callable[[], T]) -> T:
             if time.monotonic() + pause > deadline:
                 raise
             if is_remote(what) and pause == 0.1:
-                print(f"note: {what} cannot be read ({error}); trying again for {limit:.0f} s", file=sys.stderr)
+                cause = " ".join(str(error).split())[:200]
+                print(f"note: {what} cannot be read ({cause}); trying again for {limit:.0f} s", file=sys.stderr)
         time.sleep(pause)
         pause = min(2 * pause, MAX_PAUSE)
 
 
 def read(file: Given) -> bytes:
     """The content of a file. OSError if it cannot be read, also after retries."""
+    if is_remote(file):
+        return retry(file, lambda: _bucket_reader().cat_file(os.fspath(file)))
     return retry(file, epath.Path(file).read_bytes)
 
 
@@ -112,12 +116,14 @@ def _mode(file: Given) -> int:
 
 def exists(file: Given) -> bool:
     """Whether there is such a file or folder. OSError where a disk or bucket does not answer."""
-    return retry(file, epath.Path(file).exists) if is_remote(file) else bool(_mode(file))
+    return retry(file, lambda: _bucket_reader().exists(os.fspath(file))) if is_remote(file) else bool(_mode(file))
 
 
 def is_dir(path: Given) -> bool:
     """Whether there is such a folder. OSError where a disk or bucket does not answer."""
-    return retry(path, epath.Path(path).is_dir) if is_remote(path) else stat.S_ISDIR(_mode(path))
+    return (
+        retry(path, lambda: _bucket_reader().isdir(os.fspath(path))) if is_remote(path) else stat.S_ISDIR(_mode(path))
+    )
 
 
 def names(folder: Given) -> list[str]:
@@ -133,7 +139,7 @@ def read_start(file: Given, size: int) -> bytes:
 
     def start() -> bytes:
         if is_remote(file):
-            return _bucket_files().cat_file(os.fspath(file), start=0, end=size)
+            return _bucket_reader().cat_file(os.fspath(file), start=0, end=size)
         with open(file, "rb") as opened:
             return opened.read(size)
 
@@ -149,11 +155,15 @@ def files_below(folder: Given) -> dict[str, tuple[int, str]]:
         return _local_files_below(folder)
 
     def listing() -> dict[str, Any]:
-        _bucket_files().invalidate_cache()
-        return _bucket_files().find(os.fspath(folder), detail=True)
+        _bucket_reader().invalidate_cache()
+        return _bucket_reader().find(os.fspath(folder), detail=True)
 
     prefix, files = os.fspath(folder).removeprefix("gs://").rstrip("/") + "/", {}
-    for name, info in retry(folder, listing).items():
+    try:
+        found = retry(folder, listing)
+    except FileNotFoundError:  # the whole bucket
+        return {}
+    for name, info in found.items():
         if name.startswith(prefix) and not name.endswith("/"):
             files[name.removeprefix(prefix)] = int(info["size"]), str(info.get("updated", ""))
     return files
@@ -177,18 +187,24 @@ def fetch(source: Given, target: Given, wanted: Callable[[str], bool] = lambda n
     OSError if any cannot be read, also after retries, or has another size than its listing says.
     """
     sizes = {name: size for name, (size, _) in files_below(source).items() if wanted(name)}
-    for name in sizes:
-        os.makedirs(os.path.dirname(os.path.join(target, name)), exist_ok=True)
-    if is_remote(source):
-        pairs = [[os.path.join(folder, name) for name in sizes] for folder in (os.fspath(source), target)]
-        retry(source, lambda: _bucket_files().get(*pairs) if sizes else None)
-    for name, size in sizes.items():
-        copy = os.path.join(target, name)
-        if not is_remote(source):
-            with open(copy, "wb") as file:
-                file.write(read(os.path.join(source, name)))
-        if os.path.getsize(copy) != size:
-            raise OSError(f"{source}/{name} was read as {os.path.getsize(copy)} of {size} bytes")
+
+    def copy(name: str) -> None:
+        content = read(epath.Path(source) / name)
+        if len(content) != sizes[name]:
+            raise OSError(f"{source}/{name} was read as {len(content)} of {sizes[name]} bytes")
+        file = os.path.join(target, name)
+        os.makedirs(os.path.dirname(file), exist_ok=True)
+        with open(file, "wb") as opened:
+            opened.write(content)
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        copies = [pool.submit(copy, name) for name in sizes]
+        try:
+            for done in concurrent.futures.as_completed(copies):
+                done.result()
+        except OSError:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _bucket_files() -> Any:
@@ -196,6 +212,15 @@ def _bucket_files() -> Any:
     import fsspec
 
     return fsspec.filesystem("gcs", finalize_on_close=True)
+
+
+@functools.cache
+def _bucket_reader() -> Any:
+    """The file system that reads from buckets: without the retries of gcsfs, for 30 s a request, since `retry` has its
+    own."""
+    files = _bucket_files()
+    request = getattr(type(files)._request, "__wrapped__", None)  # what its decorator retries
+    return type("Reader", (type(files),), {"_request": request})(finalize_on_close=True) if request else files
 
 
 def write(file: Given, content: str | bytes | Callable[[IO[bytes]], Any]) -> None:

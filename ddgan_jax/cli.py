@@ -148,7 +148,9 @@ def interrupted(number: int, frame: Any) -> None:
     At once: an exception could be swallowed by a module that is being imported.
     """
     training = flags.FLAGS["mode"].value == "train"
-    os.write(2, b"SIGINT: nothing was lost; run the same command to go on\n" if training else b"SIGINT: interrupted\n")
+    os.write(
+        2, b"SIGINT: nothing was lost; run the same command to continue\n" if training else b"SIGINT: interrupted\n"
+    )
     os._exit(flags.FLAGS["interrupted_exit_code"].value if training else 130)  # type: ignore[arg-type]
 
 

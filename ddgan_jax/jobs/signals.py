@@ -54,7 +54,7 @@ class Interrupt:
             return
         self.signal, self._time = signal.Signals(number).name, time.monotonic()
         if not self._held:
-            raise Interrupted(f"{self.signal}: nothing was lost; run the same command to go on")
+            raise Interrupted(f"{self.signal}: nothing was lost; run the same command to continue")
 
 
 def until(interrupt: Interrupt, chunks: Iterator[Any]) -> Iterator[Any]:

@@ -33,9 +33,10 @@ def read_samples(path: str, num_samples: int) -> tuple[Iterator[np.ndarray], int
     UserError if they are too few, damaged, or not all of one size; Fault if they cannot be read.
     """
     given = paths.path(path)
-    folder = given.is_dir()
+    folder = paths.is_dir(given)
     if folder:
-        files = sorted(f for f in given.iterdir() if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp"))
+        found = [given / name for name in paths.names(given)]
+        files = [file for file in found if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp")]
         total = len(files)
     else:
         arrays = weights.read(path)

@@ -80,7 +80,11 @@ def retry(what: Given, action: Callable[[], T]) -> T:
     A missing file is final. Anything else is retried for a second on a disk and for a minute in a bucket, with growing
     pauses; the last OSError is then raised.
     """
-    limit = float(os.environ.get("DDGAN_RETRY_SECONDS", BUCKET_RETRY_SECONDS))
+    given = os.environ.get("DDGAN_RETRY_SECONDS") or BUCKET_RETRY_SECONDS
+    try:
+        limit = float(given)
+    except ValueError:
+        raise UserError(f"DDGAN_RETRY_SECONDS={given} must be a number of seconds") from None
     deadline = time.monotonic() + (limit if is_remote(what) else min(limit, DISK_RETRY_SECONDS))
     pause = 0.1
     while True:
@@ -116,18 +120,22 @@ def _mode(file: Given) -> int:
 
 def exists(file: Given) -> bool:
     """Whether there is such a file or folder. OSError where a disk or bucket does not answer."""
-    return retry(file, lambda: _bucket_reader().exists(os.fspath(file))) if is_remote(file) else bool(_mode(file))
+    if is_remote(file):
+        return retry(file, lambda: _bucket_reader().exists(os.fspath(file)))
+    return bool(_mode(file))
 
 
 def is_dir(path: Given) -> bool:
     """Whether there is such a folder. OSError where a disk or bucket does not answer."""
-    return (
-        retry(path, lambda: _bucket_reader().isdir(os.fspath(path))) if is_remote(path) else stat.S_ISDIR(_mode(path))
-    )
+    if is_remote(path):
+        return retry(path, lambda: _bucket_reader().isdir(os.fspath(path)))
+    return stat.S_ISDIR(_mode(path))
 
 
 def names(folder: Given) -> list[str]:
-    """The names of the entries of a local folder, sorted; [] where there is none. OSError if it cannot be listed."""
+    """The names of the entries of a folder, sorted; [] where there is none. OSError if it cannot be listed."""
+    if is_remote(folder):
+        return sorted({name.partition("/")[0] for name in files_below(folder)})
     try:
         return sorted(retry(folder, lambda: os.listdir(folder)))
     except (FileNotFoundError, NotADirectoryError):
@@ -153,14 +161,9 @@ def files_below(folder: Given) -> dict[str, tuple[int, str]]:
     """
     if not is_remote(folder):
         return _local_files_below(folder)
-
-    def listing() -> dict[str, Any]:
-        _bucket_reader().invalidate_cache()
-        return _bucket_reader().find(os.fspath(folder), detail=True)
-
     prefix, files = os.fspath(folder).removeprefix("gs://").rstrip("/") + "/", {}
     try:
-        found = retry(folder, listing)
+        found = retry(folder, lambda: _bucket_reader().find(os.fspath(folder), detail=True))
     except FileNotFoundError:  # the whole bucket
         return {}
     for name, info in found.items():
@@ -216,11 +219,13 @@ def _bucket_files() -> Any:
 
 @functools.cache
 def _bucket_reader() -> Any:
-    """The file system that reads from buckets: without the retries of gcsfs, for 30 s a request, since `retry` has its
-    own."""
-    files = _bucket_files()
-    request = getattr(type(files)._request, "__wrapped__", None)  # what its decorator retries
-    return type("Reader", (type(files),), {"_request": request})(finalize_on_close=True) if request else files
+    """The file system that reads from buckets, and always asks them.
+
+    It has none of the retries of gcsfs, which take 30 s a request: `retry` has its own.
+    """
+    kind = type(_bucket_files())
+    request = getattr(kind._request, "__wrapped__", kind._request)  # what a decorator retries
+    return type("Reader", (kind,), {"_request": request})(use_listings_cache=False)
 
 
 def write(file: Given, content: str | bytes | Callable[[IO[bytes]], Any]) -> None:

@@ -334,6 +334,15 @@ def test_signals(tmp_path):
             assert interrupt.signal == "SIGUSR1"
     with Interrupt() as interrupt, pytest.raises(Interrupted, match="SIGINT: nothing was lost"):
         os.kill(os.getpid(), signal.SIGINT)
+    with Interrupt() as interrupt:
+
+        class Swallows:
+            def __del__(self):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        Swallows()
+        with pytest.raises(Interrupted, match="SIGTERM: nothing was lost"), interrupt.held():
+            raise AssertionError("it goes on")
     script = """
 import os, signal, time
 from ddgan_jax.jobs.signals import Interrupt

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -28,18 +29,25 @@ class Interrupt:
         self._held = False
 
     def __enter__(self) -> "Interrupt":
-        self._before = {}
+        self._before, self._hook = {}, sys.unraisablehook
+        sys.unraisablehook = self._unraisable
         if threading.current_thread() is threading.main_thread():  # no other thread may listen
             self._before = {number: signal.signal(number, self._come) for number in SIGNALS}
         return self
 
     def __exit__(self, *error: object) -> None:
+        sys.unraisablehook = self._hook
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """What is done within goes on when a signal comes, and is to look at `signal`."""
+        """What is done within goes on when a signal comes, and is to look at `signal`.
+
+        Raises Interrupted if one has come before, in code that ignores exceptions, such as a garbage collection.
+        """
+        if self.signal:
+            raise Interrupted(self._text())
         self._held = True
         try:
             yield
@@ -54,7 +62,14 @@ class Interrupt:
             return
         self.signal, self._time = signal.Signals(number).name, time.monotonic()
         if not self._held:
-            raise Interrupted(f"{self.signal}: nothing was lost; run the same command to continue")
+            raise Interrupted(self._text())
+
+    def _text(self) -> str:
+        return f"{self.signal}: nothing was lost; run the same command to continue"
+
+    def _unraisable(self, what: Any) -> None:
+        if not isinstance(what.exc_value, Interrupted):  # `held` will raise it
+            self._hook(what)
 
 
 def until(interrupt: Interrupt, chunks: Iterator[Any]) -> Iterator[Any]:

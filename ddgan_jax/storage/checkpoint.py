@@ -317,7 +317,10 @@ def _read(path: Path, ema_only: bool = False) -> tuple[Arrays, dict[str, Any]]:
             logging.getLogger(__name__).info("%s is read again: %s", path, _reason(error))
     # From a copy of its files: if one of them cannot be read, this says so, and what is wrong with the copy is damage.
     with tempfile.TemporaryDirectory(prefix="checkpoint") as copy:
-        paths.fetch(path, copy, lambda name: not (ema_only and name.startswith("state/")))
+        try:
+            paths.fetch(path, copy, lambda name: not (ema_only and name.startswith("state/")))
+        except MemoryError as error:
+            raise OSError(f"the checkpoint {path} cannot be read: {_reason(error)}") from error
         try:
             return _restore(paths.Path(copy), ema_only)
         except Exception as error:  # as above

@@ -6,6 +6,7 @@ without TensorFlow.
 
 import concurrent.futures
 import contextlib
+import errno
 import functools
 import importlib.util
 import io
@@ -33,6 +34,8 @@ T = TypeVar("T")
 DISK_RETRY_SECONDS = 1.0
 BUCKET_RETRY_SECONDS = 60.0  # or the environment variable DDGAN_RETRY_SECONDS
 MAX_PAUSE = 10.0  # seconds between two attempts
+# Of an OSError that says that there is no such file, as certainly as if it had been read; gcsfs sets no number
+MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 def path(given: Given) -> epath.Path:
@@ -50,9 +53,14 @@ def path(given: Given) -> epath.Path:
         raise UserError(f"{text}: a path in a bucket is gs://bucket/name")
     if importlib.util.find_spec("gcsfs") is None:
         raise UserError(f"{text} is in a bucket, which needs gcsfs: run `pip install gcsfs`")
-    for name in ("gcsfs", "google.auth"):  # they warn of every way to credentials that they try before the right one
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # and of failures, which are raised as well
+    _silence_gcsfs()
     return epath.Path(text)
+
+
+def _silence_gcsfs() -> None:
+    """It logs every way to credentials that it tries before the right one, and failures, which are raised as well."""
+    for name in ("gcsfs", "google.auth"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def is_remote(given: Given) -> bool:
@@ -91,10 +99,8 @@ def retry(what: Given, action: Callable[[], T]) -> T:
         try:
             with os_errors(what):
                 return action()
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-            raise
         except OSError as error:
-            if time.monotonic() + pause > deadline:
+            if error.errno in MISSING or isinstance(error, FileNotFoundError) or time.monotonic() + pause > deadline:
                 raise
             if is_remote(what) and pause == 0.1:
                 cause = " ".join(str(error).split())[:200]
@@ -114,8 +120,10 @@ def _mode(file: Given) -> int:
     """The mode bits of a local file or folder, 0 if there is none. pathlib's tests hide some failures as absence."""
     try:
         return retry(file, lambda: os.stat(file).st_mode)
-    except (FileNotFoundError, NotADirectoryError):
-        return 0
+    except OSError as error:
+        if error.errno in MISSING:
+            return 0
+        raise
 
 
 def exists(file: Given) -> bool:
@@ -214,6 +222,7 @@ def _bucket_files() -> Any:
     """The file system of gs:// paths, the one that epath has: it keeps one for the same arguments."""
     import fsspec
 
+    _silence_gcsfs()
     return fsspec.filesystem("gcs", finalize_on_close=True)
 
 

@@ -285,10 +285,10 @@ def _reading(name: str, data_dir: str, action: Callable[[], T], but: tuple[type[
         except Exception as error:  # tfds, protobuf, array_record and gcsfs raise nearly anything there
             if isinstance(error, (*but, UserError, Fault, ImportError)):
                 raise
-            cause: BaseException | None = error
-            while cause and not isinstance(cause, OSError):
-                cause = cause.__cause__ or cause.__context__
-            found = [error] if cause in (None, error) else [error, cause]
+            chain: list[BaseException] = [error]
+            while cause := chain[-1].__cause__ or chain[-1].__context__:
+                chain.append(cause)
+            found = dict.fromkeys([error, *[e for e in chain if isinstance(e, OSError)][-1:]])  # with what began it
             raise OSError("; ".join(" ".join(f"{type(e).__name__} {e}".split())[:200] for e in found)) from error
 
     try:

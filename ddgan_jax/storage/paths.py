@@ -73,6 +73,10 @@ def os_errors(what: Given) -> Iterator[None]:
     """What a bucket raises within, of gcsfs, aiohttp or google.auth, as an OSError, as a local disk would raise it."""
     try:
         yield
+    except FileNotFoundError as error:
+        if not is_remote(what):
+            raise
+        raise FileNotFoundError(errno.ENOENT, "No such file", os.fspath(what)) from error
     except (OSError, UserError):
         raise
     except Exception as error:  # gcsfs, aiohttp, requests and google.auth have no base in common

@@ -16,8 +16,12 @@ class Fault(RuntimeError):
     """Something outside went wrong (a full disk, a non-finite loss): what, and what is safe. Commands exit with 1."""
 
 
-class Interrupted(Exception):
-    """A signal ended a job early; what was done is saved. Commands exit with 75, which asks to be started again."""
+class Interrupted(BaseException):
+    """A signal ended a job early; what was done is saved. Commands exit with 75, which asks to be started again.
+
+    Like KeyboardInterrupt no Exception: it is raised in the middle of code that takes an Exception for a fault of its
+    own.
+    """
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ try:
     seen = sources.look(DataConfig("image_folder", path=sys.argv[1], dir=sys.argv[2]))
     print(seen.num_examples, *seen.shape, seen.labelled)
     data = sources.open_data(DataConfig("image_folder", path=sys.argv[1], dir=sys.argv[2], max_bad_share=0.5))
-    print(*data.images.shape, int(data.images.astype(int).sum()), *data.classes)
+    print(*data.images.shape, int(data.images[...].astype(int).sum()), *data.classes)
 except UserError as error:
     print("error:", error)
 """

@@ -1,5 +1,6 @@
 """The command as a user runs it: wrong use, and (slow) training, interruption, resumption, sampling."""
 
+import contextlib
 import json
 import os
 import re
@@ -17,12 +18,13 @@ from PIL import Image
 from ddgan_jax import figures, presets
 from ddgan_jax.build import build
 from ddgan_jax.config import LogConfig, as_dict, read
+from ddgan_jax.data.sources import Data, open_data
 from ddgan_jax.errors import Fault, Interrupted, UserError
 from ddgan_jax.jobs import progress
 from ddgan_jax.jobs import train as train_module
 from ddgan_jax.jobs.signals import Interrupt
 from ddgan_jax.jobs.train import train
-from ddgan_jax.storage import checkpoint, log
+from ddgan_jax.storage import checkpoint, log, paths
 
 
 @pytest.mark.parametrize(
@@ -501,7 +503,7 @@ def test_another_configuration_leaves_a_workdir_as_it_was(points_run, tmp_path):
     shutil.copytree(points_run, tmp_path, dirs_exist_ok=True)
     wider = presets.get("gaussians:smoke")
     wider.generator.width = 32
-    for config, reason in ((presets.get("digits:smoke"), "holds a run on gaussians"), (wider, "another architecture")):
+    for config, reason in ((presets.get("digits:smoke"), "holds a run with data.name=gaussians"), (wider, "another architecture")):
         with pytest.raises(UserError, match=rf"{reason}.*name another --workdir, or move that run aside"):
             train(config, str(tmp_path))
         assert contents(tmp_path) == contents(points_run)
@@ -511,7 +513,7 @@ def test_another_configuration_leaves_a_workdir_as_it_was(points_run, tmp_path):
 
 
 def test_a_run_whose_checkpoints_are_gone_does_not_start_again(points_run, tmp_path):
-    for name in ("metrics.jsonl", "results.json"):
+    for name in ("metrics.jsonl", "results.json", "first_checkpoint.json"):
         workdir = tmp_path / name
         workdir.mkdir()
         shutil.copy(points_run / name, workdir)
@@ -610,3 +612,96 @@ def test_every_configuration_has_its_own_workdir(tmp_path):
     for flags_, name in (([], "digits"), ([POINTS], "gaussians-smoke"), (["--config=stacked_mnist"], "stacked_mnist")):
         result = run(*flags_, "--mode=sample")
         assert result.returncode == 2 and f"there is no checkpoint in runs/{name}:" in result.stderr, result.stderr
+
+
+def test_one_training_in_a_workdir_at_a_time(tmp_path):
+    with contextlib.ExitStack() as lock:
+        train_module.lock_workdir(paths.path(tmp_path), lock)
+        with pytest.raises(UserError, match="another process trains in --workdir"):
+            train(presets.get("gaussians:smoke"), str(tmp_path))
+    assert not list(tmp_path.iterdir())
+    with contextlib.ExitStack() as lock:
+        train_module.lock_workdir(paths.path(tmp_path), lock)
+
+
+@pytest.mark.parametrize("name", ["runs [v2]", "a\\b"])
+def test_a_path_below_which_no_checkpoint_can_be_written(tmp_path, name):
+    with pytest.raises(UserError, match="below which no checkpoint can be written"):
+        train(presets.get("gaussians:smoke"), str(tmp_path / name / "run"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_data_or_noise_in_a_workdir(points_run, tmp_path):
+    """The names of the data are equal; and networks know the diffusion that they were trained with."""
+    shutil.copytree(points_run, tmp_path, dirs_exist_ok=True)
+    longer = presets.get("gaussians:smoke")
+    longer.train.num_steps = 12
+    own = Data(np.float32(open_data(read(longer).data).images * 1.5))
+    train(longer, str(tmp_path), own)  # an array is given on purpose: a note
+    longer.train.num_steps = 16
+    train(longer, str(tmp_path), own)
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=r"holds a run on other data \(\d+ of 64 examples that are compared differ\)"):
+        longer.train.num_steps = 20
+        train(longer, str(tmp_path))
+    longer.diffusion.num_steps = 8
+    with pytest.raises(UserError, match=r"with diffusion.num_steps=4, and this configuration has 8"):
+        train(longer, str(tmp_path))
+    assert contents(tmp_path) == before
+
+
+def test_a_command_that_trains_nothing_writes_no_configuration(points_run, tmp_path):
+    shutil.copytree(points_run, tmp_path, dirs_exist_ok=True)
+    config = presets.get("gaussians:smoke")
+    config.seed = 7
+    train(config, str(tmp_path))
+    assert (tmp_path / "config.json").read_bytes() == (points_run / "config.json").read_bytes()
+
+
+def test_networks_that_are_not_there_move_nothing(points_run, tmp_path):
+    shutil.copytree(points_run, tmp_path, dirs_exist_ok=True)
+    config = presets.get("gaussians:smoke")
+    config.train.init_from = str(tmp_path / "nothing")
+    with pytest.raises(UserError, match="no checkpoint in"):
+        train(config, str(tmp_path), restart=True)
+    assert contents(tmp_path) == contents(points_run)
+
+
+def test_a_signal_in_a_restore_waits_for_its_end(points_run, tmp_path, monkeypatch):
+    """In the middle of it, an exception would be taken for damage."""
+    shutil.copytree(points_run, tmp_path, dirs_exist_ok=True)
+    original = checkpoint._restore
+
+    def slow(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+        return original(*arguments)
+
+    monkeypatch.setattr(checkpoint, "_restore", slow)
+    with pytest.raises(Interrupted, match="SIGTERM: nothing was lost"):
+        train(presets.get("gaussians:smoke"), str(tmp_path))
+    assert contents(tmp_path) == contents(points_run)
+    with pytest.raises(Interrupted):  # no Exception, which code that reads takes for a fault of its own
+        with contextlib.suppress(Exception), Interrupt():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_the_best_of_a_run_that_has_gone_back(tmp_path):
+    config = presets.get("gaussians:smoke")
+    config.eval.update(every=4, online_samples=16)
+    train(config, str(tmp_path))
+    best = json.loads((tmp_path / "best.json").read_text())["step"]
+    records = {
+        record["step"]: record.get("eval/total_variation") for record in log.read_metrics(tmp_path / "metrics.jsonl")
+    }
+    assert best == 8 and records[8] < records[4]
+    shutil.rmtree(tmp_path / "checkpoints" / "8")
+    config.train.lr_g = 1e-7
+    train(config, str(tmp_path))
+    marked = json.loads((tmp_path / "best.json").read_text())
+    values = {
+        r["step"]: r["eval/total_variation"]
+        for r in log.read_metrics(tmp_path / "metrics.jsonl")
+        if r["step"] in (4, 8)
+    }
+    assert marked["value"] == min(values.values()) == values[marked["step"]]

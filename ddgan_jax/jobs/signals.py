@@ -46,8 +46,7 @@ class Interrupt:
 
         Raises Interrupted if one has come before, in code that ignores exceptions, such as a garbage collection.
         """
-        if self.signal:
-            raise Interrupted(self._text())
+        self.check()
         self._held = True
         try:
             yield
@@ -62,6 +61,18 @@ class Interrupt:
             return
         self.signal, self._time = signal.Signals(number).name, time.monotonic()
         if not self._held:
+            raise Interrupted(self._text())
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """What is done within is finished when a signal comes; then Interrupted is raised."""
+        with self.held():
+            yield
+        self.check()
+
+    def check(self) -> None:
+        """Raises Interrupted if a signal has come."""
+        if self.signal:
             raise Interrupted(self._text())
 
     def _text(self) -> str:

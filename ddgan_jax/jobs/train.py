@@ -6,13 +6,14 @@ the numbers that an unbroken run would have had.
 
 import contextlib
 import dataclasses
+import fcntl
 import itertools
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -39,7 +40,12 @@ TIMED = 20  # steps that the time of a run is foretold from
 # What a run writes into its workdir, the checkpoints first: until they are moved, a restart can be repeated.
 WRITTEN = (
     *("checkpoints", "damaged", "best.json", "metrics.jsonl", "results.json", "config.json", "curves.png"),
-    *("samples", "tensorboard", "wandb_id.txt", "wandb", "evaluation"),
+    *(checkpoint.FIRST, "samples", "tensorboard", "wandb_id.txt", "wandb", "evaluation"),
+)
+# What a run's networks were trained with, and cannot be told from their architecture.
+FIXED = (
+    *("data.name", "data.scale", "data.image_size", "data.channels", "model.data_std", "diffusion.num_steps"),
+    *("diffusion.kind", "diffusion.beta_min", "diffusion.beta_max"),
 )
 # What may be chosen for the data and the devices when a run starts, and belongs to it from then on.
 CHOSEN = {
@@ -70,7 +76,7 @@ class Run:
     judge: Judge | None = None
 
     def __post_init__(self) -> None:
-        self.first = self.step
+        self.first, self.sketch = self.step, sketch(self.data)
         self.spent = self.log.last.get("seconds", 0.0) if self.log else 0.0  # before this run of the command
 
     @property
@@ -110,8 +116,8 @@ def train(config: Any, workdir: str, data: Data | None = None, restart: bool = F
     UserError for settings that cannot be, Fault where something outside went wrong, and Interrupted after SIGTERM,
     SIGINT or SIGUSR1 to any process, with the step at which it came saved.
     """
-    with Interrupt() as interrupt:
-        run = begin(config, workdir, data, restart)
+    with Interrupt() as interrupt, contextlib.ExitStack() as lock:
+        run = begin(config, workdir, interrupt, lock, data, restart)
         with closed_after_a_fault(run):
             with interrupt.held():
                 stopped = loop(run, interrupt)
@@ -134,7 +140,7 @@ def closed_after_a_fault(run: Run) -> Iterator[None]:
     """What raises within may end the process at once: what was begun to be written is written first."""
     try:
         yield
-    except Exception:  # whatever it is, it is raised again
+    except BaseException:  # whatever it is, it is raised again
         for part in (run.checkpoints, run.log):
             with contextlib.suppress(Exception):  # the first error is the one to report
                 if part:
@@ -148,22 +154,25 @@ def closed_after_a_fault(run: Run) -> Iterator[None]:
 def as_begun(c: Config, before: dict[str, Any] | None, workdir: str) -> Config:
     """The settings with what was chosen when the run in `workdir` was started, as `before` records it.
 
-    UserError if that is a run on other data.
+    UserError if that run is on other data, or if its networks know another diffusion.
     """
     if before is None:
         return c
-    old = read(before)
-    if old.data.name != c.data.name:
-        raise UserError(
-            f"--workdir={workdir} holds a run on {old.data.name}, and this configuration is for {c.data.name}: name "
-            "another --workdir, or move that run aside with --restart"
-        )
-    groups = {}
+    old, groups = read(before), {}
     for group, names in CHOSEN.items():
         mine, theirs = getattr(c, group), getattr(old, group)
         taken = {name: getattr(theirs, name) for name in names if getattr(mine, name) is None}
         groups[group] = dataclasses.replace(mine, **taken)
-    return dataclasses.replace(c, **groups)
+    if old.data.name == c.data.name:
+        c = dataclasses.replace(c, **groups)
+    now, then = flat(as_dict(c)), flat(as_dict(old))
+    for name in FIXED:
+        if now[name] != then[name]:
+            raise UserError(
+                f"--workdir={workdir} holds a run with {name}={then[name]}, and this configuration has {now[name]}: "
+                "name another --workdir, or move that run aside with --restart"
+            )
+    return c
 
 
 def _open(config: Any, opened: Data | None, before: dict[str, Any] | None, workdir: str) -> tuple[Config, Built, Data]:
@@ -182,10 +191,21 @@ def _open(config: Any, opened: Data | None, before: dict[str, Any] | None, workd
     return c, built, opened
 
 
-def begin(config: Any, workdir: str, opened: Data | None, restart: bool = False) -> Run:
-    """Set up a run, or resume one that was interrupted. UserErrors and Faults as of `train`."""
+def begin(
+    config: Any,
+    workdir: str,
+    interrupt: Interrupt,
+    lock: contextlib.ExitStack,
+    opened: Data | None = None,
+    restart: bool = False,
+) -> Run:
+    """Set up a run, or resume one that was interrupted; `lock` will hold the workdir. UserErrors, Faults as of `train`.
+
+    Files are read and written while signals are deferred: in the middle of a restore, an exception is taken for damage.
+    """
     started, path = time.time(), paths.path(workdir)
-    before = processes.from_primary(lambda: None if restart else checkpoint.config_of(path))
+    with interrupt.deferred():
+        before = processes.from_primary(lambda: None if restart else checkpoint.config_of(path))
     c, built, data = processes.everywhere(lambda: _open(config, opened, before, workdir))
     if jax.process_count() > 1:
         processes.agree(facts(c, data))
@@ -199,27 +219,38 @@ def begin(config: Any, workdir: str, opened: Data | None, restart: bool = False)
     def open_files() -> Any:
         """In process 0: the files of the run, and its state on the host, restored or initialised, never both."""
         nonlocal checkpoints, log, unlogged
-        if restart and (aside := paths.move_aside(path, WRITTEN, "before")):
-            say(f"what an earlier run left in {workdir} is now in {aside}")
-        changed = changed_settings(path, as_dict(c))
-        overview(built, shapes, built.batch_size // jax.device_count(), data)
-        checkpoints = open_checkpoints(path, c)
-        restored, told = restore(checkpoints, shapes, path, c)
-        open_workdir(path, as_dict(c), changed)
-        step = 0 if restored is None else int(restored.step)
-        log = Log(path, as_dict(c), c.log, step)
-        checkpoints.find_best(ranked_by(c), read_metrics(log.path))
+        restored = told = None
+        with interrupt.deferred():
+            lock_workdir(path, lock)
+            overview(built, shapes, built.batch_size // jax.device_count(), data)
+            if not restart:
+                checkpoints = open_checkpoints(path, c)
+                restored, told = restore(checkpoints, shapes, path, c)
+                same_path = bool(c.data.path) and before is not None and before["data"]["path"] == c.data.path
+                check_data(told, data, path, refuse=opened is None and not same_path)
+        state = new_state(c, built, shapes) if restored is None else restored  # which may be refused
+        with interrupt.deferred():
+            if restart and (aside := paths.move_aside(path, WRITTEN, "before")):
+                say(f"what an earlier run left in {workdir} is now in {aside}")
+            checkpoints = checkpoints or open_checkpoints(path, c)
+            step = int(state.step)
+            if step < (c.train.num_steps or 0):
+                open_workdir(path, as_dict(c), before)
+            log = Log(path, as_dict(c), c.log, step)
+            checkpoints.forget_best_after(step)
+            checkpoints.find_best(ranked_by(c), read_metrics(log.path))
         if told:
             unlogged = told["unlogged"] if log.last.get("step") != step else None
             if told["log"] not in (log.checksum, log.checksum_before):
                 say(
                     f"note: {log.path} is damaged, or was changed: its records differ from those at the last checkpoint"
                 )
-        return new_state(c, built, shapes) if restored is None else restored
+        return state
 
     state = processes.from_primary(open_files)
+    arrays = parallel.replicate(state)
     step, draw = int(state.step), Sampler(built, c.sample.batch_size)
-    run = Run(c, built, data, labels, path, parallel.replicate(state), step, checkpoints, log, started, draw, unlogged)
+    run = Run(c, built, data, labels, path, arrays, step, checkpoints, log, started, draw, unlogged)
     run.judge = opened_judge
     if step >= run.num_steps:
         say(f"{workdir} has already finished its {run.num_steps} steps")
@@ -230,6 +261,67 @@ def begin(config: Any, workdir: str, opened: Data | None, restart: bool = False)
         when = f"every {every:,} steps" if every else "at the end"
         say(f"{run.num_steps - step:,} steps to train; pictures {when}: {path / 'samples'} and {path / 'curves.png'}")
     return run
+
+
+def lock_workdir(workdir: Path, lock: contextlib.ExitStack) -> None:
+    """Lock a local workdir, which is created, until `lock` is closed or the process ends.
+
+    UserError if another process trains there, or if it cannot be created.
+    """
+    remote = paths.is_remote(workdir)
+    if reserved := set("[]\\") & set(
+        str(workdir if remote else workdir.resolve())
+    ):  # Orbax takes them for patterns when it looks for parts
+        raise UserError(
+            f"--workdir={workdir} has {' '.join(sorted(reserved))} in its path, below which no checkpoint can be "
+            "written: choose another name"
+        )
+    if remote:
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(workdir, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be used: {error}") from error
+    lock.callback(os.close, descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"another process trains in --workdir={workdir}: name another, or wait for its end") from error
+    except OSError:  # of a file system without locks
+        pass
+
+
+def sketch(data: Data) -> dict[str, Any]:
+    """What tells a set of examples from others: their number, and the means of up to 64.
+
+    Another version of an image decoder hardly changes them.
+    """
+    count = len(data.images)
+    some = data.images[np.linspace(0, count - 1, min(64, count)).astype(int)]
+    means = some.reshape(len(some), -1).mean(axis=1, dtype=np.float64)
+    return {"count": count, "means": [round(float(mean), 4) for mean in means]}
+
+
+def check_data(told: dict[str, Any] | None, data: Data, workdir: Path, refuse: bool) -> None:
+    """Compare the data with that of the run in `workdir`, of which `told` was saved: a UserError, or a note."""
+    if not told or not told.get("data") or not (other := other_data(told["data"], data)):
+        return
+    if refuse:
+        raise UserError(
+            f"--workdir={workdir} holds a run on other data ({other}): name another --workdir, which "
+            f"--config.train.init_from={workdir} begins with the networks of this one, or pass --restart"
+        )
+    say(f"note: the data is not that of the start of the run: {other}")
+
+
+def other_data(before: dict[str, Any], data: Data) -> str:
+    """How the data differs from that of the `sketch` `before`, or ''."""
+    now, close = sketch(data), 2.0 if data.images.dtype == np.uint8 else 1e-3
+    if now["count"] != before["count"]:
+        return f"{before['count']:,} examples then, {now['count']:,} now"
+    far = sum(abs(a - b) > close for a, b in zip(now["means"], before["means"], strict=True))
+    return f"{far} of {len(now['means'])} examples that are compared differ" if far else ""
 
 
 def check_memory(built: Built, shapes: Any) -> None:
@@ -251,19 +343,6 @@ def check_memory(built: Built, shapes: Any) -> None:
             raise UserError(
                 f"{what} takes {size / 2**30:,.0f} GiB, of {memory / 2**30:,.0f} GiB of memory: lower {lower}"
             )
-
-
-def changed_settings(workdir: Path, config: dict[str, Any]) -> list[str]:
-    """The settings that differ from those in the workdir's config.json. OSError if it cannot be read."""
-    old = workdir / "config.json"
-    if not paths.exists(old):
-        return []
-    try:
-        before, now = flat(as_dict(read(json.loads(paths.read(old))))), flat(config)
-    except ValueError as error:
-        say(f"note: {old} is damaged ({error}); it is written again")
-        return []
-    return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
 
 
 def open_checkpoints(workdir: Path, c: Config) -> checkpoint.Checkpoints:
@@ -293,7 +372,7 @@ def restore(checkpoints: checkpoint.Checkpoints, shapes: Any, workdir: Path, c: 
 
 def had_checkpoints(workdir: Path, every: int) -> str:
     """Why a run without checkpoints must have had some, or ''. `every` is the number of steps between two."""
-    for name in ("best.json", "results.json", "damaged"):
+    for name in (checkpoint.FIRST, "best.json", "results.json", "damaged"):
         if paths.exists(workdir / name):
             return f"it has {name}"
     records = read_metrics(workdir / "metrics.jsonl")
@@ -302,10 +381,12 @@ def had_checkpoints(workdir: Path, every: int) -> str:
     return f"metrics.jsonl has step {last}" if last > 2 * every else ""
 
 
-def open_workdir(workdir: Path, config: dict[str, Any], changed: list[str]) -> None:
-    """Write config.json. UserError if it cannot be written."""
-    if changed:
-        say(f"note: {workdir} was started with other values of {', '.join(changed)}")
+def open_workdir(workdir: Path, config: dict[str, Any], before: dict[str, Any] | None) -> None:
+    """Write config.json, and note what differs from the configuration `before`. UserError if it cannot be written."""
+    if before is not None:
+        then, now = flat(as_dict(before)), flat(config)
+        if changed := sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name)):
+            say(f"note: {workdir} was started with other values of {', '.join(changed)}")
     try:
         paths.write(workdir / "config.json", json.dumps(config, indent=2) + "\n")
         for folder in (workdir, workdir / "samples"):
@@ -348,6 +429,13 @@ class Steps:
                 self(kind)
             processes.barrier()
 
+    def wait(self, with_r1: bool, check: Callable[[], None]) -> None:
+        """Return when the step is compiled; asks `check` until then, which may raise."""
+        future = self._futures[with_r1 or len(self._futures) == 1]
+        while not future.done():
+            check()
+            time.sleep(0.05)
+
     def __call__(self, with_r1: bool) -> Any:
         """The step; says, the first time, how long it took to compile, its work and its memory."""
         several = len(self._futures) > 1
@@ -385,6 +473,8 @@ def loop(run: Run, interrupt: Interrupt) -> bool:
     ) as bar:
         for batch in itertools.chain([first], stream):
             with meter.paused():  # for the compiler: the time to go is that of steps
+                if run.step == run.first and jax.process_count() == 1:
+                    steps.wait(run.step % r1_every == 0, interrupt.check)
                 step = steps(run.step % r1_every == 0)
             run.state, metrics = stop.step(step, run.state, batch, lambda: bool(interrupt.signal))
             meter.add(metrics)
@@ -494,7 +584,7 @@ def save(run: Run, meter: Meter) -> None:
     meter.check(lambda: intact(run), norms_of(run))
     if run.checkpoints and run.log:
         run.log.flush()
-        told = {"unlogged": meter.unlogged(), "log": run.log.checksum}
+        told = {"unlogged": meter.unlogged(), "log": run.log.checksum, "data": run.sketch}
         run.checkpoints.save(run.step, run.state, as_dict(run.config), told)
 
 

@@ -11,6 +11,7 @@ Checksums detect a checkpoint that was damaged later. One is called damaged only
 and their content is wrong. A read that fails is an OSError, and nothing is moved, deleted or overwritten for it.
 """
 
+import contextlib
 import functools
 import json
 import logging
@@ -34,6 +35,7 @@ from ddgan_jax.storage.paths import Path
 
 Arrays = dict[str, np.ndarray]
 _EMA = "ema_params/"
+FIRST = "first_checkpoint.json"
 
 
 def flatten(tree: Any) -> Arrays:
@@ -173,7 +175,7 @@ class Checkpoints:
             self._best.step = self._marked.get("step")
         except Damaged:
             self._marked, self._best.known = {}, False
-        self._manager = paths.retry(self.directory, self._open)
+        self._manager, self._noted = paths.retry(self.directory, self._open), False
 
     def _open(self) -> ocp.CheckpointManager:
         """The manager of the checkpoints that are there. OSError where it sees others than are listed."""
@@ -238,8 +240,13 @@ class Checkpoints:
         self._prune()
         return True
 
+    def forget_best_after(self, step: int) -> None:
+        """Forget a best checkpoint of a later step than `step`, to which a run has gone back."""
+        if self._marked.get("step", 0) > step:
+            self._marked, self._best.step, self._best.known = {}, None, False
+
     def find_best(self, measure: str, records: list[dict[str, Any]]) -> None:
-        """Mark the best again, from the records of a run whose best.json is damaged; else do nothing."""
+        """Mark the best again from the records of the run, if best.json is damaged or forgotten; else do nothing."""
         if self._best.known:
             return
         steps = set(self.steps())
@@ -248,6 +255,8 @@ class Checkpoints:
             if step in steps and self.offer(step, measure, value):
                 return
         self._best.known = True
+        with contextlib.suppress(FileNotFoundError):
+            (self.directory.parent / "best.json").unlink()
 
     def _prune(self) -> None:
         """Delete now what Orbax would delete at the next save: the best so far when another is, or after a kill."""
@@ -259,6 +268,15 @@ class Checkpoints:
     def wait(self) -> None:
         """Return when everything is on disk. Raises Fault if it could not be written."""
         self._guard(self._manager.wait_until_finished)
+        if self.steps():
+            self._guard(self._mark_first)
+
+    def _mark_first(self) -> None:
+        """Note beside the checkpoints that there was one, for a start after they are gone."""
+        file = self.directory.parent / FIRST
+        if not self._noted and not paths.exists(file):
+            paths.write(file, json.dumps({"step": self.steps()[0]}) + "\n")
+        self._noted = True
 
     def _guard(self, action: Callable[[], Any]) -> None:
         try:

@@ -76,6 +76,22 @@ def test_a_second_start_reads_the_copy_and_a_change_makes_a_new_one(tmp_path, mo
     assert open_folder(tmp_path / "in", tmp_path / "cache", size=4)[0].shape == (1, 4, 4, 3)
 
 
+@pytest.mark.parametrize("kind", ["folder", "lmdb"])
+def test_two_sets_of_equal_names_sizes_and_times_have_two_copies(tmp_path, kind):
+    """Uncompressed files of different content, unpacked or copied with their times kept."""
+    for i, part in enumerate(("one", "two")):
+        files = {f"{name}.bmp": encoded(noise(8, 8, name + 9 * i), "BMP") for name in range(3)} | {"bad.bmp": b"bad"}
+        (tmp_path / part / "in").mkdir(parents=True)
+        if kind == "lmdb":
+            write_lmdb(tmp_path / part / "in", files)
+        for name, content in files.items() if kind == "folder" else ():
+            (tmp_path / part / "in" / name).write_bytes(content)
+        for file in (tmp_path / part / "in").iterdir():
+            os.utime(file, (1, 1))
+        images = open_folder(tmp_path / part / "in", tmp_path / "cache", max_bad_share=0.5)[0]
+        np.testing.assert_array_equal(images, [noise(8, 8, name + 9 * i) for name in range(3)])
+
+
 @pytest.mark.parametrize(
     "sizes, expected",
     [

@@ -42,6 +42,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 MAX_BYTES = 2**30  # of one file: beyond it is more likely an attack on the memory than a photograph
 WINDOW = 256  # files that are decoded ahead of the one that is written
 HEAD = 2**16  # bytes of a file that nearly always hold its header, with the preview that a camera puts before it
+SAMPLED = 8  # files whose first bytes distinguish two sets with the same names, sizes and times
 MOST_SIZE = 256  # px, unless more is asked for: the paper's largest; above it training takes more than one device
 BUCKET_THREADS = 32  # they wait for the network most of the time
 LEADS_NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)  # of a link: other errors may pass
@@ -384,6 +385,10 @@ def _class_of(name: str) -> str:
 def _place(source: Any, path: str, cache_dir: str, settings: str) -> pathlib.Path:
     """Where something is kept that was made of these very files with these settings."""
     lines = [settings, *source.signature()]
+    for index in np.linspace(0, len(source.names) - 1, min(SAMPLED, len(source.names))).astype(int):
+        head = _attempt(source.head, source.names[index])
+        if isinstance(head, bytes):  # otherwise the file is bad, and skipped later
+            lines.append(hashlib.sha256(head).hexdigest())
     key = hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()[:16]
     given = paths.path(path)
     stem = given.stem if paths.is_remote(path) else pathlib.Path(given).resolve().stem
@@ -517,27 +522,29 @@ def _decode_all(source: Any, folder: pathlib.Path, size: int, channels: int) -> 
     (folder / "dataset.json").write_text(json.dumps({"shape": shape, "classes": classes, "labels": labels}))
 
 
+def _attempt(do: Callable[[str], Any], name: str) -> Any:
+    """do(name), or the reason why it cannot be; Fault where the file cannot be read, which is not its own fault."""
+    try:
+        return do(name)
+    except ValueError as error:
+        return str(error) or type(error).__name__
+    except (OSError, MemoryError) as error:
+        reason = f"{type(error).__name__} {error}".splitlines()[0][:200]
+        raise Fault(f"{name} cannot be read: {reason}; run the same command again") from error
+
+
 def _in_order(source: Any, do: Callable[[str], Any], what: str) -> Iterator[tuple[str, Any]]:
     """(name, do(name), or the reason why it cannot be) in the order of the names; in threads, with a bar.
 
-    Fault where a file cannot be read, which is not the fault of the file.
+    Fault as in `_attempt`.
     """
     remote = isinstance(source, _Bucket) or (isinstance(source, _Zip) and source.remote)
-
-    def attempt(name: str) -> Any:
-        try:
-            return do(name)
-        except ValueError as error:
-            return str(error) or type(error).__name__
-        except (OSError, MemoryError) as error:
-            reason = f"{type(error).__name__} {error}".splitlines()[0][:200]
-            raise Fault(f"{name} cannot be read: {reason}; run the same command again") from error
 
     pool = concurrent.futures.ThreadPoolExecutor(BUCKET_THREADS if remote else os.cpu_count())
     try:
         pending: collections.deque = collections.deque()
         for name in tqdm(source.names, what, unit="img", disable=None):
-            pending.append((name, pool.submit(attempt, name)))
+            pending.append((name, pool.submit(_attempt, do, name)))
             if len(pending) >= WINDOW:
                 done, future = pending.popleft()
                 yield done, future.result()

@@ -785,7 +785,9 @@ def test_a_set_that_cannot_be_read(tmp_path, monkeypatch, kind, where, call, par
         ("dataset.json", b"{"),
         ("dataset.json", b"{}"),
         ("dataset.json", b"[1]"),
-        ("dataset.json", b'{"shape": [7, 8, 8, 3], "labels": [], "classes": []}'),
+        ("dataset.json", b'{"shape": [7, 8, 8, 3], "labels": [], "classes": [], "checksums": [0, 0, 0, 0, 0, 0, 0]}'),
+        ("dataset.json", b'{"shape": [6, 8, 8, 3], "labels": [], "classes": [], "checksums": [0]}'),
+        ("dataset.json", b'{"shape": [1, 8, 8, 3], "labels": [], "classes": [], "checksums": [-1]}'),
         ("skipped.json", b"\xff"),
         ("images.bin", b"too few"),
         ("images.bin", b""),
@@ -800,6 +802,23 @@ def test_a_copy_that_is_damaged(tmp_path, name, content):
     with pytest.raises(Fault, match=r"the copy .* is damaged .*: remove it, and run the same command again"):
         open_folder(path, cache)
     assert contents(cache) == before
+
+
+def test_a_byte_of_a_copy_that_has_changed(tmp_path):
+    """The images around it are read; the one that differs is an error that names the file and what to do."""
+    path, cache = a_set(tmp_path, "folder"), tmp_path / "cache"
+    images = image_folder.open_folder(str(path), 8, 3, str(cache))[0]
+    expected, (file,) = images[...], cache.rglob("images.bin")
+    content = bytearray(file.read_bytes())
+    content[3 * 8 * 8 * 3 + 5] ^= 1
+    file.write_bytes(content)
+    others = [0, 1, 2, 4, 5]
+    np.testing.assert_array_equal(images[others], expected[others])
+    np.testing.assert_array_equal(images[4:][[0, 1]], expected[4:])
+    message = f"image 3 in {file} has changed since it was written: remove the folder {file.parent}, and run the same"
+    for reads in (lambda: images[3], lambda: images[2:5][[1]], lambda: images[::3], lambda: np.asarray(images)):
+        with pytest.raises(Fault, match=message):
+            reads()
 
 
 @pytest.mark.parametrize("content", ["", "{", "{}", "null", "[]", '{"images": 1, "side": "x", "grey": 0}'])
@@ -853,7 +872,7 @@ def test_a_copy_is_read_as_an_array_is(tmp_path, monkeypatch):
     """Reads that return less than was asked for, as a system may, are continued; one that fails is an OSError."""
     expected = np.random.default_rng(0).integers(0, 256, (7, 4, 4, 3), np.uint8)
     (tmp_path / "images.bin").write_bytes(expected.tobytes())
-    images = image_folder.Stored(tmp_path / "images.bin", expected.shape)
+    images = image_folder.Stored(tmp_path / "images.bin", expected.shape, [zlib.crc32(image) for image in expected])
     assert len(images) == 7 and images.dtype == np.uint8 and images.shape == expected.shape
     whole, fault = os.pread, OSError(errno.EIO, "I/O error")
     with monkeypatch.context() as patch:
@@ -875,4 +894,4 @@ def test_a_copy_is_read_as_an_array_is(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="I/O error"):
             images[[0]]
     with pytest.raises(ValueError, match="too short for 8 images"):
-        image_folder.Stored(tmp_path / "images.bin", (8, 4, 4, 3))
+        image_folder.Stored(tmp_path / "images.bin", (8, 4, 4, 3), [0] * 8)

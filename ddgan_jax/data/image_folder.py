@@ -419,11 +419,11 @@ def open_folder(
             skipped = json.loads(paths.read(copy / "skipped.json"))
             _report(skipped, len(source.names), max_bad_share, path, copy)
             described = json.loads(paths.read(copy / "dataset.json"))
-            images = Stored(copy / "images.bin", described["shape"])
+            images = Stored(copy / "images.bin", described["shape"], described["checksums"])
             return images, np.asarray(described["labels"], np.int32), described["classes"]
         except UserError:
             raise
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise Fault(f"the copy {copy} is damaged ({error}): remove it, and run the same command again") from error
 
 
@@ -433,10 +433,17 @@ class Stored:
     Not by a memory map, in which a read that fails ends the process with SIGBUS: here it is an OSError, after retries.
     """
 
-    def __init__(self, file: paths.Given, shape: Sequence[int], first: int = 0):
-        """The `shape[0]` images from the one of index `first` on. ValueError if the file is too short for them."""
+    def __init__(self, file: paths.Given, shape: Sequence[int], checksums: Any, first: int = 0):
+        """The `shape[0]` images from the one of index `first` on, with the CRC-32 of each.
+
+        ValueError if the file is too short for them, or the number of checksums differs. Reading an image whose
+        checksum differs is a Fault.
+        """
         self.shape, self.dtype = tuple(shape), np.dtype(np.uint8)
         self.filename, self._first, self._size = os.fspath(file), first, math.prod(shape[1:])
+        self._checksums = np.asarray(checksums, np.uint32)
+        if self._checksums.shape != self.shape[:1]:
+            raise ValueError(f"{file} has {len(self)} images, but {self._checksums.size} checksums")
         self._descriptor = paths.retry(file, lambda: os.open(file, os.O_RDONLY))
         weakref.finalize(self, os.close, self._descriptor)
         if os.fstat(self._descriptor).st_size < (first + len(self)) * self._size:
@@ -450,7 +457,8 @@ class Stored:
             chosen = range(len(self))[indices]
             if chosen.step != 1:
                 return self[np.arange(len(self))[indices]]
-            return Stored(self.filename, (len(chosen), *self.shape[1:]), self._first + chosen.start)
+            shape = (len(chosen), *self.shape[1:])
+            return Stored(self.filename, shape, self._checksums[indices], self._first + chosen.start)
         if isinstance(indices, tuple) or indices is Ellipsis:
             return np.asarray(self)[indices]
         chosen = np.arange(len(self))[indices]
@@ -471,6 +479,11 @@ class Stored:
                     raise OSError(f"{self.filename} ends before image {index}")
                 image[done : done + len(part)] = np.frombuffer(part, np.uint8)
                 done += len(part)
+            if zlib.crc32(image) != self._checksums[index]:
+                raise Fault(
+                    f"image {self._first + index} in {self.filename} has changed since it was written: remove the "
+                    f"folder {os.path.dirname(self.filename)}, and run the same command again"
+                )
         return images
 
 
@@ -508,18 +521,21 @@ def _prepare(source: Any, path: str, copy: pathlib.Path, size: int, channels: in
 def _decode_all(source: Any, folder: pathlib.Path, size: int, channels: int) -> None:
     """Write the copy of all images into a new folder."""
     folder.mkdir()
-    labels, bad, classes = [], {}, _classes(source)
+    labels, checksums, bad, classes = [], [], {}, _classes(source)
     with (folder / "images.bin").open("wb") as file:
         read = lambda name: decode(source.read(name), size, channels)  # noqa: E731
         for name, result in _in_order(source, read, "decoding"):
             if isinstance(result, str):
                 bad[name] = result
             else:
-                file.write(result.tobytes())
+                content = result.tobytes()
+                file.write(content)
+                checksums.append(zlib.crc32(content))
                 labels.append(classes.index(_class_of(name)))
     (folder / "skipped.json").write_text(json.dumps(bad, indent=1, sort_keys=True))
     shape = (len(labels), size, size, channels)
-    (folder / "dataset.json").write_text(json.dumps({"shape": shape, "classes": classes, "labels": labels}))
+    described = {"shape": shape, "classes": classes, "labels": labels, "checksums": checksums}
+    (folder / "dataset.json").write_text(json.dumps(described))
 
 
 def _attempt(do: Callable[[str], Any], name: str) -> Any:

@@ -296,11 +296,11 @@ def test_bad_files_are_skipped_and_listed(tmp_path, capsys):
     (folder / "link.png").symlink_to(secret)
     (folder / "loop").symlink_to(folder)
     (folder / "nowhere.png").symlink_to(folder / "missing.png")
-    with pytest.raises(UserError, match=r"7 of 27 files .* more than data.max_bad_share=0.01 allows"):
+    with pytest.raises(UserError, match=r"8 of 28 files .* more than data.max_bad_share=0.01 allows"):
         open_folder(folder, tmp_path / "cache")
     images, labels, classes = open_folder(folder, tmp_path / "cache", max_bad_share=0.5)
     assert images.shape == (20, 8, 8, 3) and len(labels) == 20 and classes == [""]
-    assert "7 of 27 files" in capsys.readouterr().out
+    assert "8 of 28 files" in capsys.readouterr().out
     (report,) = (tmp_path / "cache" / "image_folder").glob("*/skipped.json")
     reasons = json.loads(report.read_text())
     expected = {
@@ -311,10 +311,29 @@ def test_bad_files_are_skipped_and_listed(tmp_path, capsys):
         "dot.png": "too few",
         "link.png": "outside the folder",
         "nowhere.png": "No such file",
+        "loop": "a link to a folder",
     }
     assert reasons.keys() == expected.keys()
     for name, reason in expected.items():
         assert reason in reasons[name], reasons[name]
+
+
+def test_a_class_that_is_a_link_to_a_folder_is_skipped_and_listed(tmp_path):
+    """It is no class, though its files are images; a hidden one is ignored, as any hidden folder is."""
+    save(tmp_path / "elsewhere" / "x.png", noise(8, 8))
+    for name in ("ant/a.png", "bee/b.png"):
+        save(tmp_path / "in" / name, noise(8, 8))
+    for name in ("cat", "bee/deep", ".hidden"):
+        (tmp_path / "in" / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"2 of 4 files .*the first, bee/deep: it is a link to a folder"):
+        open_folder(tmp_path / "in", tmp_path / "cache")
+    images, _, classes = open_folder(tmp_path / "in", tmp_path / "cache", max_bad_share=0.5)
+    assert len(images) == 2 and classes == ["ant", "bee"]
+    assert image_folder.look(str(tmp_path / "in"), None, None, str(tmp_path / "cache"))[::3] == (2, ["ant", "bee"])
+    shutil.rmtree(tmp_path / "in" / "ant")
+    shutil.rmtree(tmp_path / "in" / "bee")
+    with pytest.raises(UserError, match=r"1 of 1 files .*: it is a link to a folder"):
+        open_folder(tmp_path / "in", tmp_path / "cache")
 
 
 def test_a_zip(tmp_path):

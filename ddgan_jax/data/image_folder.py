@@ -54,15 +54,16 @@ LEADS_NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)  
 class _Folder:
     """The image files below a folder. Links are followed to files inside the folder only, and to no other folder."""
 
-    outside: Collection[str] = ()  # names that are no path below the folder: never read
-
     def __init__(self, path: pathlib.Path):
         self.root = path.resolve()
-        names = []
+        names, links = [], []
         for folder, folders, files in os.walk(self.root, onerror=_raise, followlinks=False):
             folders[:] = [name for name in folders if not name.startswith(".")]
             names += [os.path.relpath(os.path.join(folder, name), self.root) for name in files]
-        self.names = sorted(name.replace(os.sep, "/") for name in names if _is_image_name(name))
+            linked = (path for path in (os.path.join(folder, name) for name in folders) if os.path.islink(path))
+            links += [os.path.relpath(path, self.root) for path in linked]
+        self.outside: Collection[str] = {name.replace(os.sep, "/") for name in links}  # listed, but never read
+        self.names = sorted({name.replace(os.sep, "/") for name in names if _is_image_name(name)} | self.outside)
 
     def signature(self) -> list[str]:
         """Changes when any file does."""
@@ -71,6 +72,8 @@ class _Folder:
 
     def _inside(self, name: str) -> pathlib.Path:
         """The file of a name. ValueError for a link that leads outside or nowhere, and for what is no regular file."""
+        if name in self.outside:
+            raise ValueError("it is a link to a folder, which is not followed")
         link = self.root / name
         try:
             target = link.resolve()

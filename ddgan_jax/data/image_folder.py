@@ -482,7 +482,7 @@ class Stored:
                     raise OSError(f"{self.filename} ends before image {index}")
                 image[done : done + len(part)] = np.frombuffer(part, np.uint8)
                 done += len(part)
-            if zlib.crc32(image) != self._checksums[index]:
+            if zlib.crc32(image.data) != self._checksums[index]:
                 raise Fault(
                     f"image {self._first + index} in {self.filename} has changed since it was written: remove the "
                     f"folder {os.path.dirname(self.filename)}, and run the same command again"

@@ -20,7 +20,7 @@ from etils import epath
 from PIL import Image, ImageFile, ImageOps
 from test_configs import get_config
 
-from ddgan_jax import automatic
+from ddgan_jax import automatic, processes
 from ddgan_jax.build import build, settle
 from ddgan_jax.config import DataConfig, read
 from ddgan_jax.data import decoding, image_folder
@@ -464,6 +464,29 @@ def test_splits_and_labels(tmp_path):
     for split in ("test", "train[:", "train[a:]"):
         with pytest.raises(UserError, match="has no split"):
             open_data(DataConfig("image_folder", split, str(tmp_path), path=str(tmp_path / "in")))
+
+
+@pytest.mark.parametrize(
+    "split, missing",
+    [
+        ("train", None),
+        ("train[1:13]", None),
+        ("train[:70%]", "2 of 7 classes ('f', 'g')"),
+        ("train[13:]", "6 of 7 classes ('a', 'b', 'c', 'd', 'e', ...)"),
+    ],
+)
+def test_a_split_that_lacks_classes_is_noted(tmp_path, capsys, monkeypatch, split, missing):
+    """A part is cut from files that are sorted by class; process 0 names the classes without an image in it."""
+    for i in range(14):
+        save(tmp_path / "in" / "abcdefg"[i // 2] / f"{i}.png", noise(8, 8, i))
+    c = DataConfig("image_folder", split, str(tmp_path), path=str(tmp_path / "in"))
+    data, note = open_data(c), f"note: the split '{split}' has no image of {missing}: it is cut from the files"
+    assert len(data.classes) == 7
+    out = capsys.readouterr().out
+    assert note in out if missing else "note" not in out
+    monkeypatch.setattr(processes, "is_primary", lambda: False)
+    open_data(c)
+    assert "note" not in capsys.readouterr().out
 
 
 OPEN = """

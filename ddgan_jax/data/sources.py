@@ -439,7 +439,23 @@ def _open_folder(c: DataConfig) -> Data:
         _path_of(c), c.image_size, c.channels, cache_dir, c.max_bad_share
     )
     _, part = _part(c.split, {"train": len(images)}, "a folder of images")
-    return Data(images[part], labels[part] if len(classes) > 1 else None, tuple(classes))
+    data = Data(images[part], labels[part] if len(classes) > 1 else None, tuple(classes))
+    if data.labels is not None and (missing := np.setdiff1d(labels, data.labels())).size:
+        _note_missing_classes(c.split, [classes[label] for label in missing], len(classes))
+    return data
+
+
+def _note_missing_classes(split: str, missing: list[str], num_classes: int) -> None:
+    """Print the classes of a folder of which a split has no image."""
+    from ddgan_jax import processes  # imports JAX, which reading needs only here
+
+    if processes.is_primary():
+        names = ", ".join(map(repr, missing[:5])) + (", ..." if len(missing) > 5 else "")  # as they may be no Unicode
+        print(
+            f"note: the split {split!r} has no image of {len(missing)} of {num_classes} classes ({names}): it is cut "
+            "from the files in the order of their names, which begin with their classes",
+            flush=True,
+        )
 
 
 def _path_of(c: DataConfig) -> str:

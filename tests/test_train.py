@@ -503,7 +503,10 @@ def test_another_configuration_leaves_a_workdir_as_it_was(points_run, tmp_path):
     shutil.copytree(points_run, tmp_path, dirs_exist_ok=True)
     wider = presets.get("gaussians:smoke")
     wider.generator.width = 32
-    for config, reason in ((presets.get("digits:smoke"), "holds a run with data.name=gaussians"), (wider, "another architecture")):
+    for config, reason in (
+        (presets.get("digits:smoke"), "holds a run with data.name=gaussians"),
+        (wider, "another architecture"),
+    ):
         with pytest.raises(UserError, match=rf"{reason}.*name another --workdir, or move that run aside"):
             train(config, str(tmp_path))
         assert contents(tmp_path) == contents(points_run)

@@ -22,7 +22,7 @@ from ddgan_jax.diffusion import Schedule, deterministic_posterior, q_sample
 from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.jobs import generate
 from ddgan_jax.model import PRETRAINED, to_images, to_x0
-from ddgan_jax.storage import checkpoint
+from ddgan_jax.storage import checkpoint, paths
 
 
 def grow(params):
@@ -347,6 +347,22 @@ def test_home_is_home(model, tmp_path, monkeypatch):
     assert {"x.png", "t.png", "cache"} <= {file.name for file in tmp_path.iterdir()}
     assert generate.read_image(model, "~/x.png").shape == (8, 8, 1)  # as --image and --mask
     assert not (ROOT / "~").exists()
+
+
+def test_only_unfinished_files_of_our_own_are_removed(tmp_path):
+    """Hidden temporary files of the user stay, and so do folders that are named as ours."""
+    for name in (".mine.tmp", ".config.json.x1.tmp", "a.12.tmp", ".12.tmp", ".config.json.4321.tmp"):
+        (tmp_path / name).touch()
+    (tmp_path / ".folder.12.tmp").mkdir()
+    paths.remove_unfinished(tmp_path)
+    paths.remove_unfinished(tmp_path / "missing")
+    assert {file.name for file in tmp_path.iterdir()} == {
+        ".mine.tmp",
+        ".config.json.x1.tmp",
+        "a.12.tmp",
+        ".12.tmp",
+        ".folder.12.tmp",
+    }
 
 
 @pytest.mark.parametrize("mode, seconds, code", [("sample", 1, 130), ("sample", 10, 130), ("train", 2, 75)])

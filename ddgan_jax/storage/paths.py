@@ -280,11 +280,12 @@ def _write_local(target: epath.Path, content: bytes) -> None:
 
 
 def remove_unfinished(folder: Given) -> None:
-    """Remove what a `write` that was killed has left in a folder that is there or not. In a bucket nothing is left."""
+    """Remove the files that a killed `write` left in a folder, which may be missing. In a bucket none are left."""
     if not is_remote(folder):
         for name in names(folder):
-            if name.startswith(".") and name.endswith(".tmp"):
-                os.unlink(os.path.join(folder, name))
+            file = os.path.join(folder, name)
+            if re.fullmatch(r"\..+\.[0-9]+\.tmp", name, re.DOTALL) and stat.S_ISREG(os.lstat(file).st_mode):
+                os.unlink(file)
 
 
 def move_folder(source: Given, target: Given) -> None:

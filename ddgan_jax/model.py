@@ -357,9 +357,14 @@ def file_of(path: str) -> str | None:
 
 
 def beside(path: str, name: str) -> str:
-    """Where the result `name` of a model goes by default: into its folder, or beside its file."""
-    file = file_of(path)
-    return f"{path}/{name}" if file is None else f"{os.path.splitext(path)[0]}.{name}"
+    """Where the result `name` of a model goes by default: into its workdir or folder, or beside its file.
+
+    Results of a checkpoint in WORKDIR/checkpoints go into WORKDIR, as its own folder is deleted with it.
+    """
+    if file_of(path) is not None:
+        return f"{os.path.splitext(path)[0]}.{name}"
+    folder = paths.path(processes.from_primary(lambda: str(checkpoint.find(path)))).parent
+    return str((folder.parent if folder.name == "checkpoints" else paths.path(path)) / name)
 
 
 def load(path: str | os.PathLike, config: Any = None, **hints: Any) -> Model:

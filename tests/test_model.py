@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 import signal
 
 import jax
@@ -21,7 +22,7 @@ from ddgan_jax.config import as_dict
 from ddgan_jax.diffusion import Schedule, deterministic_posterior, q_sample
 from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.jobs import generate
-from ddgan_jax.model import PRETRAINED, to_images, to_x0
+from ddgan_jax.model import PRETRAINED, beside, to_images, to_x0
 from ddgan_jax.storage import checkpoint, paths
 
 
@@ -347,6 +348,18 @@ def test_home_is_home(model, tmp_path, monkeypatch):
     assert {"x.png", "t.png", "cache"} <= {file.name for file in tmp_path.iterdir()}
     assert generate.read_image(model, "~/x.png").shape == (8, 8, 1)  # as --image and --mask
     assert not (ROOT / "~").exists()
+
+
+def test_results_of_a_numbered_checkpoint_go_into_its_workdir(workdir, tmp_path):
+    """The folder of a checkpoint is deleted with it; one without a workdir is all that there is."""
+    workdir = shutil.copytree(workdir, tmp_path / "run")
+    paths.write(workdir / "best.json", '{"step": 7}')
+    for name in ("", "/", "/checkpoints", "/checkpoints/", "/checkpoints/7", "/checkpoints/7/", "/best"):
+        assert beside(f"{workdir}{name}", "x.png") == f"{workdir}/x.png", name
+    shutil.copytree(workdir / "checkpoints" / "7", tmp_path / "own" / "7")
+    for name in ("own", "own/7"):
+        assert beside(f"{tmp_path}/{name}", "x.png") == f"{tmp_path}/{name}/x.png"
+    assert beside("a/b.pth", "x.png") == "a/b.x.png" and beside("digits", "x.png") == "digits.x.png"
 
 
 def test_only_unfinished_files_of_our_own_are_removed(tmp_path):

@@ -419,6 +419,9 @@ def test_points(tmp_path):
     generate.generate("sample", model, str(tmp_path / "x.png"), **options)
     generate.generate("vary", model, str(tmp_path / "v.png"), num=50, seed=0, t=3, image="")
     assert model.vary(50, 3)[1].dtype == np.float32 and (tmp_path / "t.png").exists()
+    for kind in ("png", "gif", "npz"):
+        out = str(tmp_path / f"i.{kind}")
+        generate.generate("interpolate", model, out, num=5, samples=["0", "1"], seed=0, posterior="gaussian")
     with pytest.raises(UserError, match="this model makes points"):
         generate.generate(
             "edit", model, str(tmp_path / "e.png"), num=1, image="x.png", start_step=1, seed=0, posterior=""

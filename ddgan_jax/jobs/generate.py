@@ -142,7 +142,7 @@ def interpolate(model: Model, out: str, num: int, samples: Sequence[str], **how:
     if len(samples) != 2 or not all(known):
         raise UserError(f"--between={','.join(samples)} must be two samples, such as 0,1, each from 0 to {LAST}")
     images = model.interpolate(num, int(samples[0]), int(samples[1]), **how)
-    if out.endswith(".png"):
+    if out.endswith(".png") and _has_images(model):
         figures.save_image(paths.path(out), figures.grid(images, columns=num))
     else:
         save(np.concatenate([images, images[-2:0:-1]]) if out.endswith(".gif") else images, out)

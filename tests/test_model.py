@@ -316,6 +316,26 @@ def test_the_jobs_write_what_they_say(model, tmp_path, image):
             np.testing.assert_array_equal(np.asarray(written), expected[..., 0])
 
 
+@pytest.mark.parametrize(
+    "mode, options", [("sample", {}), ("interpolate", {"samples": ["0", "3"]}), ("edit", {"start_step": 1})]
+)
+def test_a_directory_with_other_images_is_refused(mode, options, model, tmp_path):
+    """An evaluation of the directory would count them; images that are written again are no others."""
+    if mode == "edit":
+        generate.save(model.sample(1), tmp_path / "grid.png")
+        options = options | {"image": str(tmp_path / "grid.png")}
+    options, out = options | dict(seed=0, posterior="gaussian"), tmp_path / "many"
+    for num in (2, 3, 3):
+        generate.generate(mode, model, str(out), num=num, **options)
+    (out / "notes.txt").touch()
+    with pytest.raises(UserError, match=r"many holds other images, such as 000002.png: name an empty directory"):
+        generate.generate(mode, model, str(out), num=2, **options)
+    (out / "000002.png").rename(out / "photo.JPG")
+    with pytest.raises(UserError, match=r"such as photo\.JPG"):
+        generate.generate(mode, model, str(out), num=9, **options)
+    assert len(list(out.iterdir())) == 4
+
+
 def test_of_many_steps_a_few_are_drawn(tmp_path, model):
     """Evenly, from x_T to x_0; with T <= 8 all of them."""
     assert generate.shown_steps(model) == [3, 2, 1, 0]

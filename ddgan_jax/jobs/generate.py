@@ -14,6 +14,7 @@ import numpy as np
 
 from ddgan_jax import figures, processes
 from ddgan_jax.data import decoding
+from ddgan_jax.data.image_folder import SUFFIXES
 from ddgan_jax.errors import UserError, of_a_file
 from ddgan_jax.model import LAST, Model
 from ddgan_jax.ops import FIR_KERNEL
@@ -34,11 +35,25 @@ KINDS = {
 MOST_STEPS = 8  # of a trajectory that are drawn; the paper's models have no more
 
 
-def check_out(out: str, *kinds: str) -> None:
-    """UserError unless `out` ends in one of `kinds`; to be asked before the work."""
+def check_out(out: str, *kinds: str, num: int = 0) -> None:
+    """UserError unless `out` ends in one of `kinds`, or for a directory that cannot take `num` images.
+
+    To be asked before the work.
+    """
     if paths.path(out).suffix not in kinds:
         known = ", ".join(f"in {kind} ({KINDS[kind]})" for kind in kinds if kind)
         raise UserError(f"--out={out} must end {known}" + (" or name a directory" if "" in kinds else ""))
+    if num:
+        processes.by_primary(lambda: _check_directory(out, num))
+
+
+def _check_directory(out: str, num: int) -> None:
+    """UserError for a directory with images that `num` new ones would not replace: an evaluation would count them."""
+    found = [] if paths.path(out).suffix else paths.names(paths.path(out))
+    for name in found:
+        replaced = re.fullmatch(r"[0-9]{6,}\.png", name) and int(name[:-4]) < num
+        if name.lower().endswith(SUFFIXES) and not replaced:
+            raise UserError(f"--out={out} holds other images, such as {name}: name an empty directory")
 
 
 def save(images: np.ndarray, out: str | os.PathLike) -> None:
@@ -60,7 +75,7 @@ def save(images: np.ndarray, out: str | os.PathLike) -> None:
 
 def sample(model: Model, out: str, num: int, trajectory: str = "", **how: Any) -> None:
     """Samples 0..num-1; and, into the .png or .gif `trajectory`, how the first of them came about."""
-    check_out(out, ".png", ".npz", *_folder(model))
+    check_out(out, ".png", ".npz", *_folder(model), num=num)
     if trajectory:
         check_out(trajectory, ".png", ".gif")
     size = model.denoiser.image_shape[0] if _has_images(model) else 0
@@ -119,7 +134,7 @@ def halfway(model: Model) -> int:
 
 def edit(model: Model, out: str, image: str, start_step: int | None, num: int, **how: Any) -> None:
     """The image, then `num` variants of it from step `start_step`, by default `halfway`."""
-    check_out(out, ".png", ".npz", *_folder(model))
+    check_out(out, ".png", ".npz", *_folder(model), num=num)
     start_step = halfway(model) if start_step is None else start_step
     given = read_image(model, image)
     images = model.edit(given, start_step, num, **how)
@@ -128,7 +143,7 @@ def edit(model: Model, out: str, image: str, start_step: int | None, num: int, *
 
 def inpaint(model: Model, out: str, image: str, mask: str, num: int, rounds: int, **how: Any) -> None:
     """The image with its hole, then `num` ways to fill it in."""
-    check_out(out, ".png", ".npz", *_folder(model))
+    check_out(out, ".png", ".npz", *_folder(model), num=num)
     given, hole = read_image(model, image), read_image(model, mask, "--mask")[..., 0] > 127
     images = model.inpaint(given, ~hole, num, rounds, **how)
     with_hole = np.where(hole[..., None], np.uint8(127), given)
@@ -137,7 +152,7 @@ def inpaint(model: Model, out: str, image: str, mask: str, num: int, rounds: int
 
 def interpolate(model: Model, out: str, num: int, samples: Sequence[str], **how: Any) -> None:
     """`num` images from one sample to another, as a strip, an animation or an array."""
-    check_out(out, ".png", ".gif", ".npz", *_folder(model))
+    check_out(out, ".png", ".gif", ".npz", *_folder(model), num=num)
     known = [re.fullmatch(r"[0-9]{1,10}", index) and int(index) <= LAST for index in samples]
     if len(samples) != 2 or not all(known):
         raise UserError(f"--between={','.join(samples)} must be two samples, such as 0,1, each from 0 to {LAST}")

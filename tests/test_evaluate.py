@@ -531,6 +531,25 @@ def test_an_evaluation_that_cannot_work(num_real, num_samples, fields, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "name, data, message",
+    [
+        ("gaussians", np.zeros((9, 2), np.float32), r"not with other data \[9, 2\]: set eval.every=0"),
+        ("gaussians", sources.gaussians() + 1, r"not with other data \[100000, 2\]"),
+        ("gaussians", np.zeros((9, 8, 8, 1), np.uint8), r"not with other data \[9, 8, 8, 1\]"),
+        ("digits", None, "not with data.name=digits: set eval.every=0"),
+        ("mine", np.zeros((9, 2), np.float32), "not with data.name=mine"),
+    ],
+)
+def test_points_are_compared_with_the_gaussians_alone(name, data, message):
+    c = config("gaussians")
+    for same in (None, Data(sources.gaussians())):
+        judge.open_judge(c, same)
+    c["data"]["name"] = name
+    with pytest.raises(UserError, match=message):
+        judge.open_judge(c, None if data is None else Data(data))
+
+
 def test_what_is_not_measured_needs_no_samples():
     """Without VGG16 there is no precision; with published statistics there need not be real images."""
     judge.check(read(config(features="inception", k=20)), 2, 10, manifolds=False)

@@ -89,6 +89,19 @@ def check(c: Config, num_real: int, num_samples: int = 0, manifolds: bool = True
             raise UserError(f"{what} is too small to evaluate: {why} needs at least {least}")
 
 
+def check_points(c: Config, data: sources.Data | None) -> None:
+    """UserError unless samples are to be compared with the 25 Gaussians, the only points that are measured."""
+    ours, given = sources.gaussians(), f"data.name={c.data.name}"
+    if c.data.name == "gaussians":
+        if data is None or (data.images.shape == ours.shape and np.array_equal(data.images, ours)):
+            return
+        given = f"other data {list(data.images.shape)}"
+    raise UserError(
+        f"eval.features=points compares samples with the 25 Gaussians of data.name=gaussians, not with {given}: "
+        "set eval.every=0 to train without evaluations"
+    )
+
+
 def real_images(c: Config) -> sources.Data:
     """The real images; or none, if there are published statistics to compare with instead."""
     try:
@@ -110,6 +123,7 @@ def open_judge(config: Any, data: sources.Data | None = None, num_samples: int =
     """
     c = read(config)
     if c.eval.features == "points":
+        check_points(c, data)
         return Judge(c, sources.Data(np.zeros((0, 2), np.float32)), np.zeros(0, int), [], [], {})
     data = data or real_images(c)
     num_real = len(data.images)

@@ -157,6 +157,9 @@ def interrupted(number: int, frame: Any) -> None:
 def main() -> int:
     """Run, and tell mistakes (exit code 2), faults (1), signals to a training (75) and Ctrl-C (130) in one sentence."""
     code = 0
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's has not
+            stream.reconfigure(errors="backslashreplace")  # a name of a file or class need not be UTF-8
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, interrupted)
     try:

@@ -1,6 +1,7 @@
 """What a trained model makes: variants, edits, fillings, ways between samples; from Python and as commands."""
 
 import errno
+import io
 import json
 import shutil
 import signal
@@ -16,7 +17,7 @@ from conftest import GOLDEN
 from PIL import Image
 
 import ddgan_jax
-from ddgan_jax import editing, presets, sampling
+from ddgan_jax import cli, editing, presets, processes, sampling
 from ddgan_jax.build import build
 from ddgan_jax.config import as_dict
 from ddgan_jax.diffusion import Schedule, deterministic_posterior, q_sample
@@ -411,6 +412,25 @@ runpy.run_path("main.py", run_name="__main__")
     child = python(script)
     output, errors = child.communicate(timeout=120)
     assert child.returncode in (code, -signal.SIGINT) and "Traceback" not in errors, output + errors
+
+
+def test_names_that_are_not_utf8_are_printed(monkeypatch):
+    """As escapes, in messages and errors, also where the streams are strict."""
+    streams = {name: io.TextIOWrapper(io.BytesIO(), "utf-8", "strict") for name in ("stdout", "stderr")}
+    for name, stream in streams.items():
+        monkeypatch.setattr(cli.sys, name, stream)
+
+    def fail(argv):
+        print("reading caf\udce9")
+        raise UserError("there is no caf\udce9")
+
+    monkeypatch.setattr(cli, "run", fail)
+    monkeypatch.setattr(cli.signal, "getsignal", lambda number: signal.SIG_IGN)
+    monkeypatch.setattr(processes, "leave", lambda *arguments, **options: None)
+    assert cli.main() == 2
+    for name, expected in (("stdout", rb"reading caf\udce9"), ("stderr", rb"error: there is no caf\udce9")):
+        streams[name].flush()
+        assert streams[name].buffer.getvalue().strip() == expected
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,24 @@ from ddgan_jax.errors import Fault, Interrupted, UserError
 
 MODES = ("train", "sample", "vary", "edit", "inpaint", "interpolate", "export", "evaluate", "demo")
 
+# The modes that read a flag; elsewhere it would change nothing, and is refused.
+READ_BY = {
+    "checkpoint": MODES[1:],
+    "samples": ("evaluate",),
+    "num_samples": ("sample", "evaluate"),
+    "sample_seed": ("sample", "vary", "edit", "inpaint", "interpolate", "evaluate"),
+    "label": ("sample", "vary", "edit", "inpaint", "interpolate"),
+    "posterior": ("sample", "edit", "inpaint", "interpolate", "export"),
+    "trajectory": ("sample",),
+    "num_variants": ("vary", "edit", "inpaint", "interpolate"),
+    "image": ("vary", "edit", "inpaint"),
+    "mask": ("inpaint",),
+    "start_step": ("edit",),
+    "t": ("vary",),
+    "rounds": ("inpaint",),
+    "between": ("interpolate",),
+}
+
 flags.DEFINE_string(
     "workdir", None, "Where a run keeps its checkpoints, metrics and pictures; runs/NAME of --config if not given."
 )
@@ -71,6 +89,9 @@ def run(argv: list[str]) -> None:
     for flag, least, most in (("port", 1, 65_535), ("interrupted_exit_code", 0, 255)):
         if not least <= getattr(FLAGS, flag) <= most:
             raise UserError(f"--{flag}={getattr(FLAGS, flag)} must be an integer from {least} to {most}")
+    for flag, modes in READ_BY.items():
+        if FLAGS[flag].present and FLAGS.mode not in modes:
+            raise UserError(f"--{flag} does nothing in --mode={FLAGS.mode}: it is for {', '.join(modes)}; leave it out")
     from ddgan_jax import processes  # with jax, whose second neither --help nor a mistake waits for
 
     if FLAGS.compilation_cache:

@@ -402,11 +402,11 @@ def test_only_unfinished_files_of_our_own_are_removed(tmp_path):
 @pytest.mark.parametrize("mode, seconds, code", [("sample", 1, 130), ("sample", 10, 130), ("train", 2, 75)])
 def test_ctrl_c_has_no_traceback(workdir, tmp_path, mode, seconds, code):
     """While modules are imported, and while it samples; a training that has not begun can be started again."""
-    workdir = workdir if mode == "sample" else tmp_path / "run"
+    workdir, more = (workdir, ["--num_samples=500000"]) if mode == "sample" else (tmp_path / "run", [])
     script = f"""
 import os, runpy, signal, sys, threading
 threading.Timer({seconds}, os.kill, (os.getpid(), signal.SIGINT)).start()
-sys.argv = ["main.py", "--mode={mode}", "--workdir={workdir}", "--num_samples=500000", "--out={tmp_path}/out"]
+sys.argv = ["main.py", "--mode={mode}", "--workdir={workdir}", "--out={tmp_path}/out"] + {more}
 runpy.run_path("main.py", run_name="__main__")
 """
     child = python(script)
@@ -629,6 +629,10 @@ def test_a_read_that_fails_is_neither_damage_nor_the_users_error(monkeypatch, mo
         (["--mode=sample", "--trajectory=x.mp4"], "must end in .png (a grid), in .gif (an animation)"),
         (["--mode=sample", "--out=x.gif"], "must end in .png (a grid), in .npz (an array) or name a directory"),
         (["--mode=sample", "--posterior=mean"], "gaussian"),
+        (["--mode=evaluate", "--posterior=deterministic"], "--posterior does nothing in --mode=evaluate: it is for"),
+        (["--mode=evaluate", "--label=3"], "--label does nothing in --mode=evaluate"),
+        (["--mode=sample", "--start_step=1"], "--start_step does nothing in --mode=sample: it is for edit; leave it"),
+        (["--checkpoint=digits"], "--checkpoint does nothing in --mode=train"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

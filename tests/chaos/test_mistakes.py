@@ -89,7 +89,8 @@ def test_flags(life, forks, full, count, tmp_path, cache):  # noqa: F811
     def check(told):
         out = tmp_path / str(sum(seen.values()))
         out.mkdir()
-        argv = ["--checkpoint=digits_conditional", *told, f"--workdir={out}", f"--out={out}/out", cache]
+        model = [] if "--mode=train" in told else ["--checkpoint=digits_conditional"]
+        argv = [*model, *told, f"--workdir={out}", f"--out={out}/out", cache]
         ended = forks.run(*argv, before=ONE_STEP, seconds=300)
         seen["refused" if ended.code == 2 else "done"] += 1
         judge(ended, (0, 75))

@@ -111,7 +111,7 @@ def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_sampl
     """Judge the checkpoint or workdir `path`, or the `samples` of a file or folder, against `config.data`.
 
     Without a `config`, that of the checkpoint's training is taken.
-    Writes results.json and pictures into the folder `out`, by default `path`/evaluation/STEP, or beside the file of a
+    Writes results.json and pictures into the folder `out`, by default WORKDIR/evaluation/STEP, or beside the file of a
     model. Returns the results, {} in all processes but the first.
     Raises UserError where `config` is of other data than the checkpoint.
     """

@@ -35,6 +35,7 @@ READ_BY = {
     "t": ("vary",),
     "rounds": ("inpaint",),
     "between": ("interpolate",),
+    "restart": ("train",),
 }
 
 flags.DEFINE_string(

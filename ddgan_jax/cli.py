@@ -24,7 +24,6 @@ READ_BY = {
     "checkpoint": MODES[1:],
     "samples": ("evaluate",),
     "num_samples": ("sample", "evaluate"),
-    "sample_seed": ("sample", "vary", "edit", "inpaint", "interpolate", "evaluate"),
     "label": ("sample", "vary", "edit", "inpaint", "interpolate"),
     "posterior": ("sample", "edit", "inpaint", "interpolate", "export"),
     "trajectory": ("sample",),

@@ -39,11 +39,11 @@ ROWS = {
     ),
     "test_all_checkpoints_are_unreadable": (
         "all checkpoints unreadable, then well again",
-        "{runs} runs ended with no file changed; the next one ended as an unbroken run",
+        "{runs} run ended with no file changed; the next one ended as an unbroken run",
     ),
     "test_a_bucket_is_down": (
-        "a bucket that answers 503 for two minutes (emulated), then well again",
-        "{runs} runs ended with no object changed; the next one ended as an unbroken run",
+        "a bucket that answers 503 (emulated), then well again",
+        "{runs} run ended with no object changed; the next one ended as an unbroken run",
     ),
     "test_settings": ("random values in fields", "{trained} trained a step, {refused} were refused"),
     "test_flags": ("random values in flags", "{done} did it, {refused} were refused"),

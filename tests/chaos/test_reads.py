@@ -508,7 +508,7 @@ def check_outage(place: Place, kind: Kind, order: str, seconds: float, out: path
 
 
 def test_all_checkpoints_are_unreadable(on_a_disk, count, tmp_path):
-    count(runs=check_outage(on_a_disk, KINDS["all checkpoints"], "open 5 0", 0, tmp_path))
+    count(ended=check_outage(on_a_disk, KINDS["all checkpoints"], "open 5 0", 0, tmp_path))
 
 
 def test_a_bucket_is_down(in_a_bucket, bucket, full, count, tmp_path):  # noqa: F811
@@ -517,7 +517,7 @@ def test_a_bucket_is_down(in_a_bucket, bucket, full, count, tmp_path):  # noqa: 
     if full:
         quickly = {name: value for name, value in QUICKLY.items() if name != "DDGAN_RETRY_SECONDS"}
         in_a_bucket.server = Forks(**bucket.env, **quickly)
-    count(runs=check_outage(in_a_bucket, KINDS["all checkpoints"], "down", 120 if full else 0, tmp_path))
+    count(ended=check_outage(in_a_bucket, KINDS["all checkpoints"], "down", 120 if full else 0, tmp_path))
     if full:
         in_a_bucket.server.close()
     in_a_bucket.server = server

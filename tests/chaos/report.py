@@ -35,7 +35,7 @@ ROWS = {
     "test_reads_of_a_bucket": (
         "the same in a bucket (emulated): 403, 404, 429, 503, dropped connections",
         "{cases} cases: {right} gave the result without the fault, {one_line} a one-line error with no object changed, "
-        "{told_what_is_missing} reported what is missing, {no_such_read} made no such read",
+        "{reported_what_is_missing} reported what is missing, {no_such_read} made no such read",
     ),
     "test_all_checkpoints_are_unreadable": (
         "all checkpoints unreadable, then well again",

@@ -205,11 +205,11 @@ class Place:
         """A folder of files as a local one."""
         raise NotImplementedError
 
-    def told(self, text: str, out: pathlib.Path) -> str:
+    def filled(self, text: str, out: pathlib.Path) -> str:
         return text.format(here=self.here, local=self.world.place, out=out)
 
     def run(self, command: str, out: pathlib.Path, before: str = "", seconds: float = 120) -> Ended:
-        arguments = [self.told(argument, out) for argument in COMMANDS[command][0]]
+        arguments = [self.filled(argument, out) for argument in COMMANDS[command][0]]
         ended = self.server.run(*arguments, self.cache, before=QUICK + before, seconds=seconds)
         # But for notes, and TensorStore's search for credentials, of which an emulator needs none
         errors = [line for line in ended.errors.splitlines() if not re.search("^note: |google_auth_provider", line)]
@@ -219,7 +219,7 @@ class Place:
         """What a command made."""
         found: dict[str, object] = {}
         if workdir := COMMANDS[command][1]:
-            found |= outcome(self.folder(self.told(workdir, out), out))
+            found |= outcome(self.folder(self.filled(workdir, out), out))
         for file in sorted(out.glob("*")):
             if file.name == "results.json":
                 found |= {name: repr(value) for name, value in numbers(out).items()}  # NaN is not equal to NaN
@@ -274,7 +274,7 @@ class InABucket(Place):
             name = str(file.relative_to(world.whole))
             if file.is_file() and not name.startswith(("points/", "pictures/", "data/", "lmdb/")):
                 bucket.put(f"here/{name}", file.read_bytes())
-        ended = server.run(*[self.told(flag, world.place) for flag in POINTS_RUN], cache, before=STOP, seconds=300)
+        ended = server.run(*[self.filled(flag, world.place) for flag in POINTS_RUN], cache, before=STOP, seconds=300)
         assert ended.code == 75, ended
         self._whole = self.snapshot()
         self._contents = {name: bucket.get(name) for name in self._whole}
@@ -356,7 +356,7 @@ def world(disk, photos, cache, full_run, tmp_path_factory):  # noqa: F811
     here = OnADisk(*disk, made, cache)
 
     def run(*flags: str, code: int = 0, before: str = "") -> None:
-        arguments = [here.told(flag, folder) for flag in flags]
+        arguments = [here.filled(flag, folder) for flag in flags]
         ended = disk[0].run(*arguments, cache, before=QUICK + before, seconds=600)
         assert ended.code == code, ended
 
@@ -428,9 +428,9 @@ def check(place: Place, kind: Kind, name: str, fault: Fault, command: str, out: 
     assert "Traceback" not in ended.errors, ended.errors[-1500:]
     assert ended.code != -9, f"not ended after {ended.seconds:.0f} s"
     if ended.code == 0:
-        ours, told = place.found(command, out), "damaged" in ended.output or "note: " in ended.output
-        if name == "404" and told:
-            return "told what is missing"
+        ours, reported = place.found(command, out), "damaged" in ended.output or "note: " in ended.output
+        if name == "404" and reported:
+            return "reported what is missing"
         different = {key for key in ours.keys() | right.keys() if ours.get(key) != right.get(key)}
         assert not different, f"other results: {sorted(map(str, different))[:5]}\n{ended.output[-1000:]}"
         changed = {file for file, checksum in before.items() if place.snapshot().get(file) != checksum}

@@ -15,7 +15,7 @@ from absl import flags
 
 from ddgan_jax import presets
 from ddgan_jax.config import SEEDS
-from ddgan_jax.errors import Fault, Interrupted, UserError
+from ddgan_jax.errors import Fault, Interrupted, UserError, is_out_of_memory
 
 MODES = ("train", "sample", "vary", "edit", "inpaint", "interpolate", "export", "evaluate", "demo")
 
@@ -199,7 +199,7 @@ def main() -> int:
     except Exception as error:  # of a bug, or of any library: the other processes must learn that this one ends
         from ddgan_jax import processes
 
-        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        if is_out_of_memory(error):
             print(f"stopped: there is not enough memory: {shortened(str(error))}", file=sys.stderr)
         elif processes.lost_others(error):
             print("stopped: another process of this job is gone; the checkpoints are intact", file=sys.stderr)

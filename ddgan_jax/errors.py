@@ -39,19 +39,29 @@ def of_flags() -> Iterator[None]:
         raise UserError(text) from error
 
 
-_NOT_A_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+_NO_SUCH_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+
+
+def is_missing(error: BaseException) -> bool:
+    """Whether an error proves that there is no such file. Other errors of a read may pass."""
+    return isinstance(error, FileNotFoundError) or getattr(error, "errno", None) in _NO_SUCH_FILE
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, of Python, XLA or TensorStore, means that memory ran out."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
 @contextlib.contextmanager
 def of_a_file(what: str) -> Iterator[None]:
-    """What reading a file that a user named raises within: UserError if `what` is no file, Fault if reading it fails.
+    """Turns failures to read a file that a user named into a UserError where there is no such file, else a Fault.
 
     A disk, a bucket, permissions or memory say nothing about the content, which may be read on another try.
     """
     try:
         yield
     except OSError as error:
-        missing = isinstance(error, FileNotFoundError) or error.errno in _NOT_A_FILE  # buckets give no number
-        raise (UserError if missing else Fault)(f"{what} cannot be read: {error.strerror or error}") from error
+        kind = UserError if is_missing(error) else Fault
+        raise kind(f"{what} cannot be read: {error.strerror or error}") from error
     except MemoryError as error:
         raise Fault(f"{what} cannot be read: not enough memory") from error

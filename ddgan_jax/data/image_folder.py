@@ -35,7 +35,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ddgan_jax.data.decoding import decode, look_at
-from ddgan_jax.errors import Fault, UserError
+from ddgan_jax.errors import Fault, UserError, is_missing
 from ddgan_jax.storage import paths
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -45,7 +45,6 @@ HEAD = 2**16  # bytes of a file that nearly always hold its header, with the pre
 SAMPLED = 8  # files whose first bytes distinguish two sets with the same names, sizes and times
 MOST_SIZE = 256  # px, unless more is asked for: the paper's largest; above it training takes more than one device
 BUCKET_THREADS = 32  # they wait for the network most of the time
-LEADS_NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)  # of a link: other errors may pass
 
 
 # --- Files --------------------------------------------------------------------------------------------------------
@@ -81,7 +80,7 @@ class _Folder:
                 raise ValueError("it is a link to a file outside the folder")
             regular = stat.S_ISREG(os.stat(target).st_mode)
         except (OSError, RuntimeError) as error:  # until Python 3.12 the latter, of a link to itself
-            if link.is_symlink() and getattr(error, "errno", errno.ELOOP) in LEADS_NOWHERE:
+            if link.is_symlink() and (isinstance(error, RuntimeError) or is_missing(error)):
                 raise ValueError(f"it is a link that leads nowhere ({error})") from error
             raise
         if not regular:  # a pipe would be waited for, and a device never ends

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from ddgan_jax.errors import Fault, UserError
+from ddgan_jax.errors import Fault, UserError, of_a_file
 from ddgan_jax.storage import paths
 
 StateDict = Mapping[str, np.ndarray]
@@ -23,14 +23,8 @@ Params = dict[str, dict[str, np.ndarray]]
 
 def content(path: str | os.PathLike) -> bytes:
     """The bytes of a file. UserError if there is none; Fault if it is there and cannot be read."""
-    try:
+    with of_a_file(str(path)):
         return paths.read(paths.path(path))
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    except OSError as error:
-        raise Fault(f"{path} cannot be read: {error.strerror or error}") from error
-    except MemoryError as error:
-        raise Fault(f"{path} takes more memory than there is") from error
 
 
 @contextlib.contextmanager
@@ -42,9 +36,7 @@ def parsed(path: str | os.PathLike, otherwise: str) -> Iterator[None]:
         raise
     except MemoryError as error:  # which proves no damage
         raise Fault(f"{path} takes more memory than there is") from error
-    except (
-        Exception
-    ) as error:  # no file is read here, and damaged archives fail in many ways in zipfile, zlib and numpy
+    except Exception as error:  # no file is read here; damaged archives fail in many ways in zipfile, zlib and numpy
         raise UserError(f"{path} is {otherwise} ({type(error).__name__})") from error
 
 

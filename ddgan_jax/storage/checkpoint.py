@@ -29,7 +29,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
-from ddgan_jax.errors import Fault, UserError
+from ddgan_jax.errors import Fault, UserError, is_out_of_memory
 from ddgan_jax.storage import paths
 from ddgan_jax.storage.paths import Path
 
@@ -342,14 +342,10 @@ def _read(path: Path, ema_only: bool = False) -> tuple[Arrays, dict[str, Any]]:
         try:
             return _restore(paths.Path(copy), ema_only)
         except Exception as error:  # as above
-            if _out_of_memory(error):
+            if is_out_of_memory(error):
                 raise OSError(f"the checkpoint {path} cannot be read: {_reason(error)}") from error
             reason = _reason(error).replace(copy, str(path))
             raise Damaged(f"the checkpoint {path} is damaged ({reason})") from error
-
-
-def _out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
 def _reason(error: Exception) -> str:

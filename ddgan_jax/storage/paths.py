@@ -24,7 +24,7 @@ os.environ.setdefault("EPATH_USE_TF", "false")
 
 from etils import epath
 
-from ddgan_jax.errors import UserError
+from ddgan_jax.errors import UserError, is_missing
 
 Path = epath.Path
 Given = str | os.PathLike
@@ -34,8 +34,6 @@ T = TypeVar("T")
 DISK_RETRY_SECONDS = 1.0
 BUCKET_RETRY_SECONDS = 60.0  # or the environment variable DDGAN_RETRY_SECONDS
 MAX_PAUSE = 10.0  # seconds between two attempts
-# Of an OSError that says that there is no such file, as certainly as if it had been read; gcsfs sets no number
-MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 def path(given: Given) -> epath.Path:
@@ -104,7 +102,7 @@ def retry(what: Given, action: Callable[[], T]) -> T:
             with os_errors(what):
                 return action()
         except OSError as error:
-            if error.errno in MISSING or isinstance(error, FileNotFoundError) or time.monotonic() + pause > deadline:
+            if is_missing(error) or time.monotonic() + pause > deadline:
                 raise
             if is_remote(what) and pause == 0.1:
                 cause = " ".join(str(error).split())[:200]
@@ -125,7 +123,7 @@ def _mode(file: Given) -> int:
     try:
         return retry(file, lambda: os.stat(file).st_mode)
     except OSError as error:
-        if error.errno in MISSING:
+        if is_missing(error):
             return 0
         raise
 

@@ -33,6 +33,11 @@ def batch_indices(step: int, num_images: int, global_batch: int, seed: int) -> n
     return np.concatenate(parts)
 
 
+def evenly_spaced(count: int, most: int) -> np.ndarray:
+    """Up to `most` of the indices 0..count-1, the first and the last among them."""
+    return np.linspace(0, count - 1, min(most, count)).astype(int)
+
+
 def like_real(labels: np.ndarray | None, count: int) -> np.ndarray | None:
     """The labels [count] of samples that are compared with real examples of `labels` [N]: as frequent as there."""
     return None if labels is None else labels[batch_indices(0, len(labels), count, 0)]

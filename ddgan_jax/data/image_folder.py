@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from ddgan_jax.data.batches import evenly_spaced
 from ddgan_jax.data.decoding import decode, look_at
 from ddgan_jax.errors import Fault, UserError, is_missing
 from ddgan_jax.storage import paths
@@ -387,7 +388,7 @@ def _class_of(name: str) -> str:
 def _place(source: Any, path: str, cache_dir: str, settings: str) -> pathlib.Path:
     """Where something is kept that was made of these very files with these settings."""
     lines = [settings, *source.signature()]
-    for index in np.linspace(0, len(source.names) - 1, min(SAMPLED, len(source.names))).astype(int):
+    for index in evenly_spaced(len(source.names), SAMPLED):
         head = _attempt(source.head, source.names[index])
         if isinstance(head, bytes):  # otherwise the file is bad, and skipped later
             lines.append(hashlib.sha256(head).hexdigest())

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ddgan_jax.config import DataConfig
 from ddgan_jax.data import decoding, embedded, image_folder
-from ddgan_jax.data.batches import batch_indices
+from ddgan_jax.data.batches import batch_indices, evenly_spaced
 from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.storage import paths
 
@@ -31,6 +31,7 @@ FOLDERS = ("image_folder", "lsun_church")
 SYNTHETIC_IMAGES = 256
 STACKED_IMAGES = 120_000  # as in the released code: two passes over the 60,000 of MNIST
 NUM_POINTS = 100_000
+SAMPLED = 256  # images that stand for a set of which not all are read
 HASHED = 2**31  # bytes of a set on disk that are read, in a few seconds, to tell it from others
 GRID_SIDE, GRID_SPACING, GRID_STD = 5, 2.0, 0.05  # of the 25 Gaussians: means -4, -2, ..., 4 in both coordinates
 # What tensorflow-datasets 4.9.10 imports in its command line and does not install.
@@ -91,7 +92,7 @@ def _checked_examples(images: Any) -> Any:
 
 def _in_eight_bits(images: Any) -> str:
     """The range of images of another type than uint8, of 256 of them at most, and what converts it, for an error."""
-    some = _some(images)
+    some = images[evenly_spaced(len(images), SAMPLED)]
     low, high = some.min(), some.max()
     if images.dtype.kind in "biu" and 0 <= low <= high <= 1:
         how = "images.astype(np.uint8) * 255"
@@ -126,11 +127,6 @@ def _checked_labels(labels: Any, num_examples: int, num_classes: int) -> np.ndar
             f"labels must be from 0 to {most}, but these are from {labels.min()} to {labels.max()}, and {of}"
         )
     return labels.astype(np.int32)
-
-
-def _some(images: Any) -> np.ndarray:
-    """Up to 256 images of a set, evenly spaced."""
-    return images[np.linspace(0, len(images) - 1, min(256, len(images))).astype(int)]
 
 
 def open_data(c: DataConfig) -> Data:
@@ -193,7 +189,7 @@ def fingerprint(name: str, split: str, images: Any) -> str:
     n = len(images)
     size = int(np.prod(images.shape))
     whole = size <= HASHED or isinstance(images, np.ndarray)
-    chosen = np.arange(n) if whole else np.linspace(0, n - 1, 256).astype(int)
+    chosen = np.arange(n) if whole else evenly_spaced(n, SAMPLED)
     rows = max(1, 2**24 // max(1, size // max(1, n)))  # at once, so that no second copy of a set is made
     digest = hashlib.sha256(f"{name} {split} {tuple(images.shape)}".encode())
     for start in range(0, len(chosen), rows):

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from ddgan_jax import automatic, figures, ops, parallel, processes
 from ddgan_jax.build import Built, build, check_batch, facts, labels_of, settle
 from ddgan_jax.config import Config, as_dict, flat, read
-from ddgan_jax.data.batches import batches, like_real
+from ddgan_jax.data.batches import batches, evenly_spaced, like_real
 from ddgan_jax.data.sources import Data, open_data
 from ddgan_jax.errors import Fault, Interrupted, UserError
 from ddgan_jax.jobs.progress import Meter, clock, losses_line, next_commands, overview, say
@@ -36,6 +36,7 @@ from ddgan_jax.storage import checkpoint, paths
 from ddgan_jax.storage.log import Log, read_metrics
 from ddgan_jax.storage.paths import Path
 
+SKETCHED = 64  # examples by which the data of a run is compared with that of its start
 TIMED = 20  # steps that the time of a run is foretold from
 # What a run writes into its workdir, the checkpoints first: until they are moved, a restart can be repeated.
 WRITTEN = (
@@ -73,10 +74,11 @@ class Run:
     started: float
     draw: Sampler
     unlogged: dict[str, Any] | None = None  # in process 0: metrics of steps before this one that are in no record yet
+    sketch: dict[str, Any] | None = None  # in process 0: of the data
     judge: Judge | None = None
 
     def __post_init__(self) -> None:
-        self.first, self.sketch = self.step, sketch(self.data)
+        self.first = self.step
         self.spent = self.log.last.get("seconds", 0.0) if self.log else 0.0  # before this run of the command
 
     @property
@@ -215,19 +217,21 @@ def begin(
     checkpoints: checkpoint.Checkpoints | None = None
     log: Log | None = None
     unlogged: dict[str, Any] | None = None
+    seen: dict[str, Any] | None = None
 
     def open_files() -> Any:
         """In process 0: the files of the run, and its state on the host, restored or initialised, never both."""
-        nonlocal checkpoints, log, unlogged
+        nonlocal checkpoints, log, unlogged, seen
         restored = told = None
         with interrupt.deferred():
             lock_workdir(path, lock)
             overview(built, shapes, built.batch_size // jax.device_count(), data)
+            seen = sketch(data)
             if not restart:
                 checkpoints = open_checkpoints(path, c)
                 restored, told = restore(checkpoints, shapes, path, c)
                 same_path = bool(c.data.path) and before is not None and before["data"]["path"] == c.data.path
-                check_data(told, data, path, refuse=opened is None and not same_path)
+                check_data((told or {}).get("data"), seen, path, refuse=opened is None and not same_path)
         state = new_state(c, built, shapes) if restored is None else restored  # which may be refused
         with interrupt.deferred():
             if restart and (aside := paths.move_aside(path, WRITTEN, "before")):
@@ -250,7 +254,7 @@ def begin(
     state = processes.from_primary(open_files)
     arrays = parallel.replicate(state)
     step, draw = int(state.step), Sampler(built, c.sample.batch_size)
-    run = Run(c, built, data, labels, path, arrays, step, checkpoints, log, started, draw, unlogged)
+    run = Run(c, built, data, labels, path, arrays, step, checkpoints, log, started, draw, unlogged, seen)
     run.judge = opened_judge
     if step >= run.num_steps:
         say(f"{workdir} has already finished its {run.num_steps} steps")
@@ -293,19 +297,23 @@ def lock_workdir(workdir: Path, lock: contextlib.ExitStack) -> None:
 
 
 def sketch(data: Data) -> dict[str, Any]:
-    """What tells a set of examples from others: their number, and the means of up to 64.
+    """The number of examples, and the means of up to SKETCHED of them, by which two sets are told apart.
 
     Another version of an image decoder hardly changes them.
     """
     count = len(data.images)
-    some = data.images[np.linspace(0, count - 1, min(64, count)).astype(int)]
+    some = data.images[evenly_spaced(count, SKETCHED)]
     means = some.reshape(len(some), -1).mean(axis=1, dtype=np.float64)
-    return {"count": count, "means": [round(float(mean), 4) for mean in means]}
+    close = 2.0 if data.images.dtype == np.uint8 else 1e-3
+    return {"count": count, "means": [round(float(mean), 4) for mean in means], "close": close}
 
 
-def check_data(told: dict[str, Any] | None, data: Data, workdir: Path, refuse: bool) -> None:
-    """Compare the data with that of the run in `workdir`, of which `told` was saved: a UserError, or a note."""
-    if not told or not told.get("data") or not (other := other_data(told["data"], data)):
+def check_data(before: dict[str, Any] | None, now: dict[str, Any], workdir: Path, refuse: bool) -> None:
+    """Compare the `sketch` of the data with that `before`, of the checkpoint. Raises UserError, or prints a note.
+
+    Checkpoints of earlier versions hold none.
+    """
+    if not before or not (other := how_different(before, now)):
         return
     if refuse:
         raise UserError(
@@ -315,12 +323,11 @@ def check_data(told: dict[str, Any] | None, data: Data, workdir: Path, refuse: b
     say(f"note: the data is not that of the start of the run: {other}")
 
 
-def other_data(before: dict[str, Any], data: Data) -> str:
-    """How the data differs from that of the `sketch` `before`, or ''."""
-    now, close = sketch(data), 2.0 if data.images.dtype == np.uint8 else 1e-3
+def how_different(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """How two sketches of data differ, or ''."""
     if now["count"] != before["count"]:
         return f"{before['count']:,} examples then, {now['count']:,} now"
-    far = sum(abs(a - b) > close for a, b in zip(now["means"], before["means"], strict=True))
+    far = sum(abs(a - b) > now["close"] for a, b in zip(now["means"], before["means"], strict=True))
     return f"{far} of {len(now['means'])} examples that are compared differ" if far else ""
 
 

@@ -214,7 +214,8 @@ def test_the_best_is_kept_where_its_mark_cannot_be_read(tmp_path, monkeypatch):
     again = checkpoint.Checkpoints(str(tmp_path), keep=1)
     again.restore_latest(jax.eval_shape(tiny_state), print)
     assert again.steps() == [1, 2]
-    again.find_best("fid", [{"step": 1, "fid": 2.0}, {"step": 2, "fid": 3.0}, {"step": 9, "fid": 1.0}, {"step": 2}])
+    records = [{"step": 1, "fid": 2.0}, {"step": 2, "fid": 3.0}, {"step": 9, "fid": 1.0}, {"step": 2}]
+    again.find_best("fid", lambda: records)
     assert checkpoint.find(f"{tmp_path}/best").name == "1"
     again.save(3, tiny_state(3), CONFIG)
     again.close()

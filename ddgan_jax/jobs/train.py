@@ -7,6 +7,7 @@ the numbers that an unbroken run would have had.
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import itertools
 import json
 import math
@@ -242,7 +243,7 @@ def begin(
                 open_workdir(path, as_dict(c), before)
             log = Log(path, as_dict(c), c.log, step)
             checkpoints.forget_best_after(step)
-            checkpoints.find_best(ranked_by(c), read_metrics(log.path))
+            checkpoints.find_best(ranked_by(c), functools.partial(read_metrics, log.path))
         if told:
             unlogged = told["unlogged"] if log.last.get("step") != step else None
             if told["log"] not in (log.checksum, log.checksum_before):

@@ -95,14 +95,16 @@ class Damaged(Fault):
 
 
 class _Best(managers.PreservationPolicy):
-    """Keeps the best checkpoint, and every one while it is not known which is the best."""
+    """Keeps the best checkpoint, and every one while it is not known which is the best.
+
+    `marked` is the content of best.json, {} without one, and None while it is not known.
+    """
 
     def __init__(self) -> None:
-        self.step: int | None = None
-        self.known = True
+        self.marked: dict[str, Any] | None = {}
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        return [checkpoint.step == self.step or not self.known for checkpoint in checkpoints]
+        return [self.marked is None or checkpoint.step == self.marked.get("step") for checkpoint in checkpoints]
 
 
 def best(workdir: Path) -> dict[str, Any]:
@@ -171,10 +173,9 @@ class Checkpoints:
         self.directory.mkdir(parents=True, exist_ok=True)
         logging.getLogger("absl").addFilter(_untold)
         try:
-            self._marked = best(self.directory.parent)
-            self._best.step = self._marked.get("step")
+            self._best.marked = best(self.directory.parent)
         except Damaged:
-            self._marked, self._best.known = {}, False
+            self._best.marked = None
         self._manager, self._noted = paths.retry(self.directory, self._open), False
 
     def _open(self) -> ocp.CheckpointManager:
@@ -230,31 +231,31 @@ class Checkpoints:
         It is then `workdir`/best for `find`, and stays. NaN is never the best. Waits until the checkpoint is there.
         """
         value = float(f"{value:.6g}")  # as metrics.jsonl has it, from which a run that broke off offers it again
-        before = self._marked
+        before = self._best.marked or {}
         if not value < (before["value"] if before.get("measure") == measure else math.inf):
             return False
         self.wait()
         marked = {"step": step, "measure": measure, "value": value}
         paths.write(self.directory.parent / "best.json", json.dumps(_sealed(marked)) + "\n")
-        self._marked, self._best.step, self._best.known = marked, step, True
+        self._best.marked = marked
         self._prune()
         return True
 
     def forget_best_after(self, step: int) -> None:
         """Forget a best checkpoint of a later step than `step`, to which a run has gone back."""
-        if self._marked.get("step", 0) > step:
-            self._marked, self._best.step, self._best.known = {}, None, False
+        if self._best.marked and self._best.marked["step"] > step:
+            self._best.marked = None
 
-    def find_best(self, measure: str, records: list[dict[str, Any]]) -> None:
-        """Mark the best again from the records of the run, if best.json is damaged or forgotten; else do nothing."""
-        if self._best.known:
+    def find_best(self, measure: str, read_records: Callable[[], list[dict[str, Any]]]) -> None:
+        """Mark the best again from the records of the run, if best.json is damaged or forgotten; else read nothing."""
+        if self._best.marked is not None:
             return
         steps = set(self.steps())
-        values = [(record[measure], record["step"]) for record in records if record.get(measure) is not None]
+        values = [(record[measure], record["step"]) for record in read_records() if record.get(measure) is not None]
         for value, step in sorted(values):
             if step in steps and self.offer(step, measure, value):
                 return
-        self._best.known = True
+        self._best.marked = {}
         with contextlib.suppress(FileNotFoundError):
             (self.directory.parent / "best.json").unlink()
 

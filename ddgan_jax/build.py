@@ -258,7 +258,7 @@ def facts(c: Config, data: sources.Data | None) -> dict[str, Any]:
     local = ("data.dir", "data.path")  # where a host has its copy
     found = {f"config.{name}": value for name, value in flat(as_dict(c)).items() if name not in local}
     if data:
-        found["the data"] = f"{len(data.images):,} examples, {sources.fingerprint('', '', data.images)}"
+        found["the data"] = f"{len(data.images):,} examples, {data.fingerprint}"
     if data and data.labels and (c.model.num_classes or c.eval.features == "classifier"):
         found["the labels"] = hashlib.sha256(np.ascontiguousarray(data.labels()).tobytes()).hexdigest()[:16]
     return found | {"jax": jax.__version__, "devices": f"{jax.local_device_count()} x {jax.devices()[0].device_kind}"}

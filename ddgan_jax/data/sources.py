@@ -65,6 +65,11 @@ class Data:
             count = checked().max() + 1
             object.__setattr__(self, "classes", tuple(self.classes or map(str, range(count))))
 
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hash of the examples, computed once: a set may take gigabytes."""
+        return fingerprint("", "", self.images)
+
 
 def _checked_examples(images: Any) -> Any:
     """Images, or points as float32; UserError unless a network can be trained on them as they are."""

@@ -10,6 +10,7 @@ A distance in the features of our own classifier is never called FID.
 
 import dataclasses
 import functools
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -153,8 +154,8 @@ def _real_features(c: Config, data: sources.Data, reference: np.ndarray, network
         return Features(np.zeros((0, 0)), np.zeros((0, 0)))
     # The name of a folder's copy follows from the size and time of every file, also where not every image is hashed.
     copy = os.path.basename(os.path.dirname(getattr(data.images, "filename", None) or ""))
-    fingerprint = sources.fingerprint(f"{c.data.name} {copy}", c.data.split, data.images)
-    path = cache(c, "features", fingerprint, network.fingerprint, f"{len(reference)}.npz")
+    known = hashlib.sha256(f"{c.data.name} {copy} {c.data.split} {data.fingerprint}".encode()).hexdigest()[:16]
+    path = cache(c, "features", known, network.fingerprint, f"{len(reference)}.npz")
     kept = cached(path, lambda: Features(**weights.read(str(path)))) if processes.is_primary() else None
     if kept is not None and len(kept.features) != len(reference):
         kept = None

@@ -254,7 +254,7 @@ def labels_of(data: sources.Data, num_classes: int, name: str) -> np.ndarray | N
 
 
 def facts(c: Config, data: sources.Data | None) -> dict[str, Any]:
-    """What all processes of a job must have in common: the configuration, the data, the versions, the devices."""
+    """Facts that must be equal in all processes of a job: the configuration, the data, the versions, the devices."""
     local = ("data.dir", "data.path")  # where a host has its copy
     found = {f"config.{name}": value for name, value in flat(as_dict(c)).items() if name not in local}
     if data:

@@ -15,7 +15,7 @@ from absl import flags
 
 from ddgan_jax import presets
 from ddgan_jax.config import SEEDS
-from ddgan_jax.errors import Fault, Interrupted, UserError, is_out_of_memory
+from ddgan_jax.errors import NOTHING_LOST, Fault, Interrupted, UserError, is_out_of_memory
 
 MODES = ("train", "sample", "vary", "edit", "inpaint", "interpolate", "export", "evaluate", "demo")
 
@@ -169,9 +169,7 @@ def interrupted(number: int, frame: Any) -> None:
     At once: an exception could be swallowed by a module that is being imported.
     """
     training = flags.FLAGS["mode"].value == "train"
-    os.write(
-        2, b"SIGINT: nothing was lost; run the same command to continue\n" if training else b"SIGINT: interrupted\n"
-    )
+    os.write(2, f"SIGINT: {NOTHING_LOST if training else 'interrupted'}\n".encode())
     os._exit(flags.FLAGS["interrupted_exit_code"].value if training else 130)  # type: ignore[arg-type]
 
 

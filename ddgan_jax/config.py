@@ -77,7 +77,7 @@ class DataConfig:
     max_bad_share: Share = 0.01  # of such a folder: the share of files that may be skipped as damaged
     in_memory_mib: Count = 2048  # larger sets are decoded as they are read
     flip: bool = True  # mirror half of the images (released code)
-    scale: Scale = 1.0  # of points: x_0 is so many times as large, against the same noise
+    scale: Scale = 1.0  # of points: the factor from the data to x_0; the noise stays the same
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,9 @@ class Fault(RuntimeError):
     """Something outside went wrong (a full disk, a non-finite loss): what, and what is safe. Commands exit with 1."""
 
 
+NOTHING_LOST = "nothing was lost; run the same command to continue"
+
+
 class Interrupted(BaseException):
     """A signal ended a job early; what was done is saved. Commands exit with 75, which asks to be started again.
 

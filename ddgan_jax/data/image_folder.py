@@ -170,7 +170,7 @@ class _Zip:
 
     @contextlib.contextmanager
     def _reasons(self) -> Iterator[None]:
-        """What zipfile raises for content that is damaged, encrypted or packed in an unknown way, as a ValueError."""
+        """Turns errors of zipfile about content (damaged, encrypted, of an unknown compression) into a ValueError."""
         try:
             yield
         except (RuntimeError, EOFError, struct.error, zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
@@ -257,7 +257,7 @@ class _Lmdb:
 
     @contextlib.contextmanager
     def _os_errors(self) -> Iterator[None]:
-        """What LMDB raises, of a file that another process has just read, as an OSError."""
+        """Turns errors of LMDB into an OSError: the structure is sound, since another process has just read it."""
         try:
             yield
         except self.error as error:
@@ -281,7 +281,10 @@ class _Lmdb:
 
 @contextlib.contextmanager
 def _open_source(path: str) -> Iterator[Any]:
-    """What `path` names, open. UserError if it does not exist, or holds no image; Fault for any OSError within."""
+    """Opens the folder, zip, LMDB or bucket at `path`.
+
+    Raises UserError if it does not exist or holds no image, and Fault for any OSError in the body of the `with`.
+    """
     try:
         source = paths.retry(path, lambda: _source(path))
         try:

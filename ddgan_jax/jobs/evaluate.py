@@ -115,9 +115,9 @@ def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_sampl
     model. Returns the results, {} in all processes but the first.
     Raises UserError where `config` is of other data than the checkpoint.
     """
-    start, told = time.time(), None if config is None else read(config)
-    model = None if samples else load(path, told)
-    c = told or (model.config if model else Config())
+    start, explicit = time.time(), None if config is None else read(config)
+    model = None if samples else load(path, explicit)
+    c = explicit or (model.config if model else Config())
     count = num_samples or c.eval.num_samples
     results: Results = {"num_samples": count}
     if model is None:
@@ -126,7 +126,7 @@ def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_sampl
         results = {"samples": samples}
     else:
         trained, step = model.config, model.step
-        c = processes.everywhere(lambda: _same_data(told or trained, trained, path))
+        c = processes.everywhere(lambda: _same_data(explicit or trained, trained, path))
         draw = Sampler(model.denoiser, c.sample.batch_size)
         folder = paths.path(out or beside(path, "evaluation" if file_of(path) else f"evaluation/{step}"))
         found = path if file_of(path) else processes.from_primary(lambda: str(checkpoint.find(path)))

@@ -98,7 +98,7 @@ def check_finite(first_step: int, window: list[Metrics], intact: Callable[[], in
 
 
 def _what_helps(safe: int | None) -> str:
-    """What to do about a loss that is not finite; `safe` is the step of the newest checkpoint."""
+    """Advice for the user after a loss that is not finite; `safe` is the step of the newest checkpoint."""
     if safe is None:
         return "there is no checkpoint yet; lower --config.train.lr_g and lr_d, or raise --config.train.r1_gamma"
     return (

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ddgan_jax import processes
-from ddgan_jax.errors import Interrupted
+from ddgan_jax.errors import NOTHING_LOST, Interrupted
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 AGAIN = 1.0  # s; launchers send a signal to the process and to its group, which is one signal twice
@@ -42,7 +42,7 @@ class Interrupt:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """What is done within goes on when a signal comes, and is to look at `signal`.
+        """Signals only set `signal` in the body of the `with`, which checks it.
 
         Raises Interrupted if one has come before, in code that ignores exceptions, such as a garbage collection.
         """
@@ -65,7 +65,7 @@ class Interrupt:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """What is done within is finished when a signal comes; then Interrupted is raised."""
+        """The body of the `with` is finished when a signal comes; then Interrupted is raised."""
         with self.held():
             yield
         self.check()
@@ -76,7 +76,7 @@ class Interrupt:
             raise Interrupted(self._text())
 
     def _text(self) -> str:
-        return f"{self.signal}: nothing was lost; run the same command to continue"
+        return f"{self.signal}: {NOTHING_LOST}"
 
     def _unraisable(self, what: Any) -> None:
         if not isinstance(what.exc_value, Interrupted):  # `held` will raise it

@@ -39,17 +39,18 @@ from ddgan_jax.storage.paths import Path
 
 SKETCHED = 64  # examples by which the data of a run is compared with that of its start
 TIMED = 20  # steps that the time of a run is foretold from
-# What a run writes into its workdir, the checkpoints first: until they are moved, a restart can be repeated.
+# Files and folders that a run writes into its workdir, the checkpoints first: until they are moved, a restart can be
+# repeated.
 WRITTEN = (
     *("checkpoints", "damaged", "best.json", "metrics.jsonl", "results.json", "config.json", "curves.png"),
     *(checkpoint.FIRST, "samples", "tensorboard", "wandb_id.txt", "wandb", "evaluation"),
 )
-# What a run's networks were trained with, and cannot be told from their architecture.
+# Settings that the networks were trained with, and that a comparison of parameters does not reveal.
 FIXED = (
     *("data.name", "data.scale", "data.image_size", "data.channels", "model.data_std", "diffusion.num_steps"),
     *("diffusion.kind", "diffusion.beta_min", "diffusion.beta_max"),
 )
-# What may be chosen for the data and the devices when a run starts, and belongs to it from then on.
+# Settings that may be chosen for the data and the devices when a run starts, and belong to it from then on.
 CHOSEN = {
     "data": ("image_size", "channels"),
     "diffusion": ("beta_max",),
@@ -223,16 +224,16 @@ def begin(
     def open_files() -> Any:
         """In process 0: the files of the run, and its state on the host, restored or initialised, never both."""
         nonlocal checkpoints, log, unlogged, seen
-        restored = told = None
+        restored = saved = None
         with interrupt.deferred():
             lock_workdir(path, lock)
             overview(built, shapes, built.batch_size // jax.device_count(), data)
             seen = sketch(data)
             if not restart:
                 checkpoints = open_checkpoints(path, c)
-                restored, told = restore(checkpoints, shapes, path, c)
+                restored, saved = restore(checkpoints, shapes, path, c)
                 same_path = bool(c.data.path) and before is not None and before["data"]["path"] == c.data.path
-                check_data((told or {}).get("data"), seen, path, refuse=opened is None and not same_path)
+                check_data((saved or {}).get("data"), seen, path, refuse=opened is None and not same_path)
         state = new_state(c, built, shapes) if restored is None else restored  # which may be refused
         with interrupt.deferred():
             if restart and (aside := paths.move_aside(path, WRITTEN, "before")):
@@ -244,9 +245,9 @@ def begin(
             log = Log(path, as_dict(c), c.log, step)
             checkpoints.forget_best_after(step)
             checkpoints.find_best(ranked_by(c), functools.partial(read_metrics, log.path))
-        if told:
-            unlogged = told["unlogged"] if log.last.get("step") != step else None
-            if told["log"] not in (log.checksum, log.checksum_before):
+        if saved:
+            unlogged = saved["unlogged"] if log.last.get("step") != step else None
+            if saved["log"] not in (log.checksum, log.checksum_before):
                 say(
                     f"note: {log.path} is damaged, or was changed: its records differ from those at the last checkpoint"
                 )
@@ -274,9 +275,8 @@ def lock_workdir(workdir: Path, lock: contextlib.ExitStack) -> None:
     UserError if another process trains there, or if it cannot be created.
     """
     remote = paths.is_remote(workdir)
-    if reserved := set("[]\\") & set(
-        str(workdir if remote else workdir.resolve())
-    ):  # Orbax takes them for patterns when it looks for parts
+    reserved = set("[]\\") & set(str(workdir if remote else workdir.resolve()))
+    if reserved:  # Orbax takes them for patterns when it looks for the parts of a checkpoint
         raise UserError(
             f"--workdir={workdir} has {' '.join(sorted(reserved))} in its path, below which no checkpoint can be "
             "written: choose another name"
@@ -365,7 +365,7 @@ def open_checkpoints(workdir: Path, c: Config) -> checkpoint.Checkpoints:
 def restore(checkpoints: checkpoint.Checkpoints, shapes: Any, workdir: Path, c: Config) -> tuple[Any, Any]:
     """As `checkpoints.restore_latest`; UserError where the checkpoints are gone, or of another architecture."""
     try:
-        restored, told = checkpoints.restore_latest(shapes, say)
+        restored, saved = checkpoints.restore_latest(shapes, say)
     except UserError as error:
         raise UserError(f"{error}; name another --workdir, or move that run aside with --restart") from error
     except checkpoint.Damaged as error:
@@ -375,7 +375,7 @@ def restore(checkpoints: checkpoint.Checkpoints, shapes: Any, workdir: Path, c: 
             f"the checkpoints of the run in {workdir} are gone, though {evidence}: put them back into "
             f"{checkpoints.directory}, or start from step 0 with --restart"
         )
-    return restored, told
+    return restored, saved
 
 
 def had_checkpoints(workdir: Path, every: int) -> str:
@@ -592,8 +592,8 @@ def save(run: Run, meter: Meter) -> None:
     meter.check(lambda: intact(run), norms_of(run))
     if run.checkpoints and run.log:
         run.log.flush()
-        told = {"unlogged": meter.unlogged(), "log": run.log.checksum, "data": run.sketch}
-        run.checkpoints.save(run.step, run.state, as_dict(run.config), told)
+        of_job = {"unlogged": meter.unlogged(), "log": run.log.checksum, "data": run.sketch}
+        run.checkpoints.save(run.step, run.state, as_dict(run.config), of_job)
 
 
 def offer(run: Run, values: dict[str, float]) -> None:

@@ -133,13 +133,10 @@ class _Bucket:
 
 
 def _whole(file: paths.Given, size: int) -> bytes:
-    """The content of a file that has `size` bytes: OSError if there are fewer or more, ValueError if too many."""
+    """As `paths.read_exactly`; ValueError for a file that is too large to be read."""
     if size > MAX_BYTES:
         raise ValueError("it is larger than 1 GiB")
-    content = paths.read(file)
-    if len(content) != size:
-        raise OSError(f"{len(content):,} bytes of {file} were read, but it has {size:,}")
-    return content
+    return paths.read_exactly(file, size)
 
 
 class _Zip:

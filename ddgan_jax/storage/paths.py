@@ -118,6 +118,14 @@ def read(file: Given) -> bytes:
     return retry(file, epath.Path(file).read_bytes)
 
 
+def read_exactly(file: Given, size: int) -> bytes:
+    """The content of a file of `size` bytes. OSError as `read`, and if there are fewer or more."""
+    content = read(file)
+    if len(content) != size:
+        raise OSError(f"{len(content):,} bytes of {file} were read, but it has {size:,}")
+    return content
+
+
 def _mode(file: Given) -> int:
     """The mode bits of a local file or folder, 0 if there is none. pathlib's tests hide some failures as absence."""
     try:
@@ -202,9 +210,7 @@ def fetch(source: Given, target: Given, wanted: Callable[[str], bool] = lambda n
     sizes = {name: size for name, (size, _) in files_below(source).items() if wanted(name)}
 
     def copy(name: str) -> None:
-        content = read(epath.Path(source) / name)
-        if len(content) != sizes[name]:
-            raise OSError(f"{source}/{name} was read as {len(content)} of {sizes[name]} bytes")
+        content = read_exactly(epath.Path(source) / name, sizes[name])
         file = os.path.join(target, name)
         os.makedirs(os.path.dirname(file), exist_ok=True)
         with open(file, "wb") as opened:

@@ -291,3 +291,10 @@ def test_a_run_of_an_older_version_goes_on_and_samples_as_it_did(tmp_path):
         np.testing.assert_allclose(array, end[path], rtol=1e-3, atol=2e-6, err_msg=path)
     drawn = ddgan_jax.load(tmp_path / "checkpoints" / "8").sample(len(samples))
     assert np.abs(drawn.astype(int) - samples).max() <= 1
+
+
+@pytest.mark.parametrize("seconds", ["nan", "inf", "-1", "soon"])
+def test_retries_have_an_end(seconds, tmp_path, monkeypatch):
+    monkeypatch.setenv("DDGAN_RETRY_SECONDS", seconds)
+    with pytest.raises(UserError, match=f"DDGAN_RETRY_SECONDS={seconds} must be a number of seconds"):
+        paths.read(tmp_path / "x")

@@ -307,7 +307,7 @@ class Checkpoints:
             state = unflatten(arrays, like, f"the checkpoint of step {step} in {self.directory}")
             for other, damage in damaged:
                 target = self.directory.parent / "damaged" / str(other)
-                paths.move_folder(self.directory / str(other), target)
+                paths.move(self.directory / str(other), target)
                 report(f"{damage}; it is moved to {target}, and the run continues from an earlier checkpoint")
             if damaged:
                 self._manager.reload()

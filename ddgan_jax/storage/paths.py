@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import io
 import logging
+import math
 import os
 import re
 import stat
@@ -94,7 +95,9 @@ def retry(what: Given, action: Callable[[], T]) -> T:
     try:
         limit = float(given)
     except ValueError:
-        raise UserError(f"DDGAN_RETRY_SECONDS={given} must be a number of seconds") from None
+        limit = math.nan
+    if not 0 <= limit < math.inf:
+        raise UserError(f"DDGAN_RETRY_SECONDS={given} must be a number of seconds of at least 0")
     deadline = time.monotonic() + (limit if is_remote(what) else min(limit, DISK_RETRY_SECONDS))
     pause = 0.1
     while True:
@@ -194,10 +197,10 @@ def _local_files_below(folder: Given, prefix: str = "") -> dict[str, tuple[int, 
     files: dict[str, tuple[int, str]] = {}
     for name in names(folder):
         entry = os.path.join(folder, name)
-        if is_dir(entry):
+        found = retry(entry, functools.partial(os.stat, entry))
+        if stat.S_ISDIR(found.st_mode):
             files |= _local_files_below(entry, f"{prefix}{name}/")
         else:
-            found = retry(entry, functools.partial(os.stat, entry))
             files[prefix + name] = (found.st_size, str(found.st_mtime_ns))
     return files
 
@@ -292,19 +295,22 @@ def remove_unfinished(folder: Given) -> None:
                 os.unlink(file)
 
 
-def move_folder(source: Given, target: Given) -> None:
-    """Move a folder, in the place of one that is there. In a bucket, file by file: there is no renaming a folder."""
+def move(source: Given, target: Given) -> None:
+    """Move a file, or a folder in the place of one that is there. In a bucket file by file: it renames no folders."""
     old, new = epath.Path(source), epath.Path(target)
     with os_errors(old):
-        if exists(new):
+        if is_dir(new):
             new.rmtree()
         if not is_remote(old):
             new.parent.mkdir(parents=True, exist_ok=True)
             old.rename(new)
-            return
-        for name in files_below(old):
-            write(new / name, (old / name).read_bytes())
-        old.rmtree()
+        elif is_dir(old):
+            for name in files_below(old):
+                write(new / name, read(old / name))
+            old.rmtree()
+        else:
+            write(new, read(old))
+            old.unlink()
 
 
 def move_aside(folder: Given, entries: Sequence[str], name: str) -> epath.Path | None:
@@ -318,14 +324,7 @@ def move_aside(folder: Given, entries: Sequence[str], name: str) -> epath.Path |
         number += 1
     target = root / f"{name}-{number}"
     for entry in found:
-        if is_dir(root / entry):
-            move_folder(root / entry, target / entry)
-        elif is_remote(root):
-            write(target / entry, read(root / entry))
-            (root / entry).unlink()
-        else:
-            target.mkdir(parents=True, exist_ok=True)
-            (root / entry).rename(target / entry)
+        move(root / entry, target / entry)
     return target
 
 

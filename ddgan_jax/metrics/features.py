@@ -99,11 +99,12 @@ def _find_weights(setting: str, given: str | None, module: Any, folder: str) -> 
 
 def _read_weights(path: str, module: Any) -> dict[str, np.ndarray]:
     """The state dict in a published file."""
+    content = weights.content(path)
     if os.path.basename(path).endswith(f"-{module.SHA256[:8]}.pth"):
-        digest = hashlib.sha256(weights.content(path)).hexdigest()
+        digest = hashlib.sha256(content).hexdigest()
         if digest != module.SHA256:
             raise UserError(f"{path} is damaged: its SHA-256 is {digest}, not {module.SHA256}")
-    return weights.read(path) if path.endswith(".npz") else files.load(path)
+    return weights.parse(content, path) if path.endswith(".npz") else files.parse(content, path)
 
 
 def published_networks(c: Config, manifolds: bool = True) -> list[Network]:

@@ -45,7 +45,11 @@ def read(path: str) -> dict[str, np.ndarray]:
 
     Fault if it cannot be read.
     """
-    found = content(path)
+    return parse(content(path), path)
+
+
+def parse(found: bytes, path: str) -> dict[str, np.ndarray]:
+    """`read` of the bytes of the file `path`."""
     with (
         parsed(path, "damaged, or no .npz file of plain arrays"),
         np.load(io.BytesIO(found), allow_pickle=False) as file,

@@ -43,9 +43,16 @@ def load(path: str) -> dict[str, Any]:
     Tensors come as numpy arrays, the arguments of the run as a dict. Raises UserError if PyTorch is missing, or if
     the file is missing, damaged, or holds anything but tensors and plain values; Fault if it cannot be read.
     """
-    torch = _torch()
+    _torch()
     with of_a_file(path):
         data = paths.read(paths.path(path))
+    return parse(data, path)
+
+
+def parse(data: bytes, path: str) -> dict[str, Any]:
+    """`load` of the bytes of the file `path`."""
+    torch = _torch()
+    with of_a_file(path):
         try:
             with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
                 content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)

@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from ddgan_jax import cluster
-from ddgan_jax.errors import Fault, Interrupted, UserError
+from ddgan_jax.errors import Fault, UserError
 
 T = TypeVar("T")
 # The seconds that a process which has ended waits for the others; 300, of JAX, if unset.
@@ -121,8 +121,6 @@ def _attempt(action: Callable[[], T]) -> tuple[T | None, list[str], Exception | 
         return None, [type(error).__name__, str(error)], None
     except OSError as error:  # of a disk or a bucket
         return None, ["Fault", str(error)], None
-    except Interrupted:
-        raise
     except Exception as error:  # whatever it is, the other processes wait for an answer
         return None, ["Fault", f"failed with {type(error).__name__}: {error}"], error
 

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from ddgan_jax import parallel, processes, sampling
 from ddgan_jax.build import Denoiser
 from ddgan_jax.diffusion import deterministic_posterior, sample_posterior
+from ddgan_jax.errors import is_out_of_memory
 from ddgan_jax.train_step import bind
 
 POSTERIORS = {"gaussian": sample_posterior, "deterministic": deterministic_posterior}
@@ -81,7 +82,7 @@ class Sampler:
                     np.asarray(self._draw(params, np.uint32(seed), part, None if labels is None else labels[part]))
                 )
             except jax.errors.JaxRuntimeError as error:
-                if "RESOURCE_EXHAUSTED" not in str(error) or size == 1:
+                if not is_out_of_memory(error) or size == 1:
                     raise
                 self._batch_size = size // 2
                 return self._part(params, seed, indices, labels)

@@ -47,11 +47,11 @@ class Interrupt:
         Raises Interrupted if one has come before, in code that ignores exceptions, such as a garbage collection.
         """
         self.check()
-        self._held = True
+        before, self._held = self._held, True
         try:
             yield
         finally:
-            self._held = False
+            self._held = before
 
     def _come(self, number: int, frame: Any) -> None:
         if self.signal:

@@ -409,10 +409,11 @@ def new_state(c: Config, built: Built, shapes: Any) -> Any:
     `train.init_from` names other networks than new ones: a D, and the moving average of a G, which is what it samples
     with.
     """
-    if not c.train.init_from:
-        return jax.device_get(ops.jit_once(built.init_state)())
-    where, gen_params, disc_params = networks_of(c, shapes)
+    named = networks_of(c, shapes) if c.train.init_from else None
     state = jax.device_get(ops.jit_once(built.init_state)())
+    if named is None:
+        return state
+    where, gen_params, disc_params = named
     say(f"the networks are those of {where}" + ("" if disc_params else ", which holds no discriminator: D starts anew"))
     return state.replace(gen_params=gen_params, ema_params=gen_params, disc_params=disc_params or state.disc_params)
 

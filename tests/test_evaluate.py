@@ -422,7 +422,7 @@ def test_statistics_are_read_before_samples_are_drawn(tmp_path, monkeypatch):
 READ_FAILURES = [
     (OSError(errno.EIO, "Input/output error"), "cannot be read: Input/output error"),
     (PermissionError(errno.EACCES, "Permission denied"), "cannot be read: Permission denied"),
-    (MemoryError(), "takes more memory than there is"),
+    (MemoryError(), "cannot be read: not enough memory"),
 ]
 
 

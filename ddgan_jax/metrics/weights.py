@@ -35,7 +35,7 @@ def parsed(path: str | os.PathLike, otherwise: str) -> Iterator[None]:
     except UserError:
         raise
     except MemoryError as error:  # which proves no damage
-        raise Fault(f"{path} takes more memory than there is") from error
+        raise Fault(f"{path} cannot be read: not enough memory") from error
     except Exception as error:  # no file is read here; damaged archives fail in many ways in zipfile, zlib and numpy
         raise UserError(f"{path} is {otherwise} ({type(error).__name__})") from error
 

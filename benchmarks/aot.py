@@ -17,7 +17,7 @@ each other; caches; elementwise arithmetic on GPUs; and collectives between devi
 of the configuration's schedule on these devices, with R1 every `train.r1_every` steps.
 
 --only=step compiles the programs of that name (step, step with R1, sampling); --reference=conv,group_norm or =all runs
-operations of `ddgan_jax.ops` in their plain form; --largest=1 doubles the batch until the step no longer fits.
+operations of `ddgan_jax.networks.ops` in their plain form; --largest=1 doubles the batch until the step no longer fits.
 """
 
 import collections
@@ -33,9 +33,9 @@ import numpy as np
 from jax.experimental import topologies
 
 from benchmarks import hlo, measure, step
-from ddgan_jax import parallel
-from ddgan_jax.build import Built
+from ddgan_jax.devices import parallel
 from ddgan_jax.errors import UserError
+from ddgan_jax.method.build import Built
 
 UNKNOWN = float("nan")
 REACHED = 0.7  # of the peak, by the matrix products and convolutions of libraries

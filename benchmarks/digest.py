@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import measure
-from ddgan_jax import parallel, presets
-from ddgan_jax.build import Built, build
+from ddgan_jax.config import presets
+from ddgan_jax.devices import parallel
+from ddgan_jax.method.build import Built, build
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 # (configuration, variant, changes)

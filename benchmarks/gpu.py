@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import aot, measure, step
-from ddgan_jax.build import DTYPES
+from ddgan_jax.method.build import DTYPES
 
 SAMPLES = 100
 

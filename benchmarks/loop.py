@@ -21,16 +21,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import measure
-from ddgan_jax import parallel
-from ddgan_jax.build import Built
-from ddgan_jax.config import LogConfig, read
+from ddgan_jax.commands import train
+from ddgan_jax.commands.progress import say
+from ddgan_jax.commands.signals import Interrupt
+from ddgan_jax.config.settings import LogConfig, read
 from ddgan_jax.data.sources import Data
-from ddgan_jax.jobs import train
-from ddgan_jax.jobs.progress import say
-from ddgan_jax.jobs.signals import Interrupt
-from ddgan_jax.sampler import Sampler
+from ddgan_jax.devices import parallel
+from ddgan_jax.method.build import Built
+from ddgan_jax.method.train_step import make_train_step
+from ddgan_jax.model.sampler import Sampler
 from ddgan_jax.storage.log import Log, read_metrics
-from ddgan_jax.train_step import make_train_step
 
 IMAGES = 50_000
 

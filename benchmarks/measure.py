@@ -20,8 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from ddgan_jax import errors, ops, presets, sampling, train_step
-from ddgan_jax.build import Built, build
+from ddgan_jax import errors
+from ddgan_jax.config import presets
+from ddgan_jax.devices import compiler
+from ddgan_jax.method import sampling, train_step
+from ddgan_jax.method.build import Built, build
+from ddgan_jax.networks import ops
 
 CONV = (8, 32, 32, 128)  # a 3x3 convolution of this to as many channels, zero-padded
 CONV_GFLOP = 2 * 9 * math.prod(CONV) * CONV[-1] / 1e9  # the padding counted too
@@ -101,10 +105,10 @@ def compiled(function: Callable, *args: Any, keeps: bool = False) -> Program:
     """`function` for one device, compiled with the options of training."""
     jax.block_until_ready(args)  # or making them takes time from the compiler
     start = time.perf_counter()
-    with ops.collector_paused():
+    with compiler.collector_paused():
         lowered = jax.jit(function, donate_argnums=(0,) if keeps else ()).lower(*args)
     middle = time.perf_counter()
-    call = ops.compiler_for(args)(lowered)
+    call = compiler.compiler_for(args)(lowered)
     seconds = middle - start, time.perf_counter() - middle
     return Program(function, call, args, *seconds, keeps)
 

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from benchmarks import measure
-from ddgan_jax import parallel, processes
+from ddgan_jax.devices import parallel, processes
 
 LAYOUTS = ((1, 1), (1, 2), (1, 4), (1, 8), (2, 1), (2, 4))  # processes, devices of each
 KINDS = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")

@@ -8,8 +8,8 @@ time) and `work` (seconds x its TFLOP/s) mean the same on a busy machine as on a
 the compiler counts where every convolution is done directly, so that doing it in fewer counts as speed. `trace` are the
 seconds of tracing and lowering, the second step's less for what it shares with the first, `compile` the compiler's.
 
---only=step measures the program of that name; --reference=conv,group_norm or =all runs operations of `ddgan_jax.ops` in
-their plain form.
+--only=step measures the program of that name; --reference=conv,group_norm or =all runs operations of
+`ddgan_jax.networks.ops` in their plain form.
 """
 
 from collections.abc import Callable
@@ -20,8 +20,8 @@ import jax.numpy as jnp
 
 from benchmarks import measure
 from benchmarks.measure import Program
-from ddgan_jax import ops
-from ddgan_jax.build import Built
+from ddgan_jax.devices import compiler
+from ddgan_jax.method.build import Built
 
 
 def functions(built: Built) -> dict:
@@ -52,7 +52,7 @@ def rows(
 
     What `describe` says of a compiled program is added to its row.
     """
-    make = ops.jit_once(built.init_state)
+    make = compiler.jit_once(built.init_state)
     images = jax.device_put(measure.examples(built, built.batch_size))
     plain.seconds()
     found: dict[str, dict] = {}

@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from ddgan_jax import presets
+from ddgan_jax.config import presets
 
 
 def get_config(variant: str = "paper") -> ConfigDict:

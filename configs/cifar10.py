@@ -1,11 +1,11 @@
-"""CIFAR-10 as in the paper (Xiao, Kreis and Vahdat, ICLR 2022, Appendix): the defaults of `ddgan_jax/config.py`.
+"""CIFAR-10 as in the paper (Xiao, Kreis and Vahdat, ICLR 2022, Appendix): the defaults of ddgan_jax.config.settings.
 
 Variants: 'paper' (default), 'fast' (our recipe), 'smoke' (tiny networks, made data, under a minute).
 """
 
 from ml_collections import ConfigDict
 
-from ddgan_jax import presets
+from ddgan_jax.config import presets
 
 
 def get_config(variant: str = "paper") -> ConfigDict:

@@ -5,7 +5,7 @@ Variants: '' (the mixture), 'smoke' (a few steps).
 
 from ml_collections import ConfigDict
 
-from ddgan_jax import presets
+from ddgan_jax.config import presets
 
 
 def get_config(variant: str = "") -> ConfigDict:

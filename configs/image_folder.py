@@ -7,14 +7,14 @@ features while training, if there is one folder a class), 'smoke'.
 
 from ml_collections import ConfigDict
 
-from ddgan_jax import presets
+from ddgan_jax.config import presets
 
 
 def get_config(variant: str = "paper") -> ConfigDict:
     """The size, the batch and the number of steps are chosen for the images, unless flags name others."""
     config = presets.get("celeba_hq_256") if variant == "large" else presets.get("cifar10")
     config.data.update(name="image_folder", split="train", image_size=None, channels=None)
-    config.train.update(num_steps=None, batch_size=None, steps_per_epoch=None)  # ddgan_jax/automatic.py says how
+    config.train.update(num_steps=None, batch_size=None, steps_per_epoch=None)  # ddgan_jax/data/resolve.py says how
     config.checkpoint.every = config.log.samples_every = None
     if variant == "large":
         config.diffusion.num_steps = 4

@@ -7,7 +7,7 @@ The paper gives the networks (those of CIFAR-10) and not the training; everythin
 
 from ml_collections import ConfigDict
 
-from ddgan_jax import presets
+from ddgan_jax.config import presets
 
 
 def get_config(variant: str = "paper") -> ConfigDict:

@@ -1,16 +1,28 @@
 """Denoising Diffusion GANs in JAX and Flax (Xiao, Kreis and Vahdat, ICLR 2022, arXiv 2112.07804).
 
-model = ddgan_jax.load("runs/digits")  # or one that comes with the package: see ddgan_jax.models()
+model = ddgan_jax.load("runs/digits")  # or the name of a bundled model: see ddgan_jax.models()
 images = model.sample(64, seed=0)
+
+state = ddgan_jax.train(ddgan_jax.presets.get("digits"), "runs/digits")
 """
 
+import importlib
 from typing import Any
+
+_PUBLIC = {  # name: the module that defines it
+    "load": "model.model",
+    "models": "model.model",
+    "Model": "model.model",
+    "train": "commands.train",
+    "evaluate": "commands.evaluate",
+    "Data": "data.sources",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Imported when it is asked for, so that the method's files import nothing but what they need."""
-    if name in ("load", "models"):
-        from ddgan_jax import model
-
-        return getattr(model, name)
+    """Imports a public name when it is first used, so that importing the package is quick."""
+    if name == "presets":
+        return importlib.import_module("ddgan_jax.config.presets")
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(f"ddgan_jax.{_PUBLIC[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

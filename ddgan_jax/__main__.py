@@ -6,7 +6,7 @@ import sys
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as nohup asks for
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of Ctrl-C during the imports; `main` handles the rest
 
-from ddgan_jax.cli import main
+from ddgan_jax.commands.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ddgan_jax import figures, presets
-from ddgan_jax.config import read
+from ddgan_jax.commands import figures
+from ddgan_jax.config import presets
+from ddgan_jax.config.settings import read
 from ddgan_jax.data import sources
 from ddgan_jax.storage.log import read_metrics
 from experiments import common

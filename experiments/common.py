@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 import ddgan_jax
-from ddgan_jax import figures
+from ddgan_jax.commands import figures
 from ddgan_jax.errors import Fault
 from ddgan_jax.storage.log import read_metrics
 

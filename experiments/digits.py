@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from ddgan_jax import figures, presets
-from ddgan_jax.config import as_dict, flat
+from ddgan_jax.commands import figures
+from ddgan_jax.config import presets
+from ddgan_jax.config.settings import as_dict, flat
 from experiments import common
 from experiments.recipe import MEASURES, PARTS
 

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import ddgan_jax
-from ddgan_jax import figures
-from ddgan_jax.diffusion import sample_posterior
-from ddgan_jax.model import Model
+from ddgan_jax.commands import figures
+from ddgan_jax.method.diffusion import sample_posterior
+from ddgan_jax.model.model import Model
 from experiments import common, digits, gaussians
 from experiments.why_gaussian_fails import GRID, Mixture, denoising
 

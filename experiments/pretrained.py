@@ -3,9 +3,9 @@
     python -m experiments.pretrained --path=cifar10             # about three hours of one core
 
 `--path` is a folder or zip with one folder a class, as the 50,000 training images of CIFAR-10 saved as files. Writes
-ddgan_jax/pretrained/NAME.safetensors, whose metadata tell how each was made and what it measures. A model whose file is
-there stays as it is: delete the file to make it again, from its training in runs/experiments/pretrained where there is
-one.
+ddgan_jax/model/pretrained/NAME.safetensors, whose metadata record how each was made and what it measures. A model
+whose file is there stays unchanged: delete the file to make it again, from its training in runs/experiments/pretrained
+where there is one.
 """
 
 import argparse
@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 import ddgan_jax
-from ddgan_jax import figures
-from ddgan_jax.model import PRETRAINED
+from ddgan_jax.commands import figures
+from ddgan_jax.model.model import PRETRAINED
 from experiments import common
 
 NAME = "pretrained"

@@ -21,9 +21,11 @@ import jax
 from tqdm import tqdm
 
 from benchmarks import measure
-from ddgan_jax import figures, ops, presets
-from ddgan_jax.build import build
-from ddgan_jax.config import as_dict, flat
+from ddgan_jax.commands import figures
+from ddgan_jax.config import presets
+from ddgan_jax.config.settings import as_dict, flat
+from ddgan_jax.devices import compiler
+from ddgan_jax.method.build import build
 from experiments import common
 
 NAME, FLAGS = "recipe", ["--config=configs/digits.py:paper", "--config.log.samples_every=0"]
@@ -78,7 +80,7 @@ def measured() -> dict[str, float]:
         config = presets.get("digits:paper")
         config.update_from_flattened_dict(RECIPES[recipe])
         built, r1_every[recipe] = build(config), config.train.r1_every
-        make, images = ops.jit_once(built.init_state), measure.examples(built, built.batch_size)
+        make, images = compiler.jit_once(built.init_state), measure.examples(built, built.batch_size)
         for with_r1 in (False, True):
             step = measure.compiled(built.step(with_r1, None), make(), jax.device_put(images), keeps=True)
             programs[recipe, with_r1] = step, []

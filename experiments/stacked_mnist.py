@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ddgan_jax import figures
+from ddgan_jax.commands import figures
 from ddgan_jax.storage import checkpoint
 from experiments import common
 

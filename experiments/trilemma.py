@@ -13,7 +13,7 @@ import pathlib
 import statistics
 from typing import Any
 
-from ddgan_jax import figures
+from ddgan_jax.commands import figures
 from experiments import common
 
 QUALITY_AND_COVERAGE = {

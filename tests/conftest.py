@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import pytest
 
-from ddgan_jax import ops
+from ddgan_jax.networks import ops
 
 ROOT = pathlib.Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"

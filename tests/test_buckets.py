@@ -133,7 +133,7 @@ def test_data_is_read_from_there(bucket, cache, tmp_path):  # noqa: F811
     """A tfds dataset in a bucket, without TensorFlow."""
     script = """
 import pathlib
-from ddgan_jax.config import DataConfig
+from ddgan_jax.config.settings import DataConfig
 from ddgan_jax.data import sources
 from ddgan_jax.storage import paths
 here = sources.open_data(DataConfig("photos", dir=sys.argv[1], image_size=16))
@@ -199,7 +199,7 @@ def test_a_bucket_that_refuses_writes_loses_nothing(bucket, trained, cache, tmp_
 def test_a_fault_waits_for_the_save_before_it(bucket, cache):  # noqa: F811
     script = """
 from ddgan_jax.errors import Fault
-from ddgan_jax.jobs import train
+from ddgan_jax.commands import train
 def fail(run, name): raise Fault("no picture")
 train.pictures = fail
 """

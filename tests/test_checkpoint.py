@@ -18,9 +18,9 @@ import orbax.checkpoint as ocp
 import pytest
 
 import ddgan_jax
-from ddgan_jax import state
+from ddgan_jax.commands.train import train
 from ddgan_jax.errors import Fault, UserError
-from ddgan_jax.jobs.train import train
+from ddgan_jax.method import state
 from ddgan_jax.storage import checkpoint, paths
 
 CONFIG = {"seed": 3, "generator": {"ch_mult": [1, 2]}}

@@ -12,7 +12,7 @@ import jax
 import pytest
 from commands import POINTS, ROOT, ends, free_port, start_group
 
-from ddgan_jax import cluster, processes
+from ddgan_jax.devices import cluster, processes
 from ddgan_jax.errors import UserError
 
 SRUN = {
@@ -134,7 +134,7 @@ JOIN = """
 import os
 import jax
 os.environ.pop("TPU_SKIP_MDS_QUERY", None)  # JAX sets it where it finds no chip, also if it is made to believe in one
-from ddgan_jax import processes
+from ddgan_jax.devices import processes
 processes.initialize()
 print(jax.process_index(), jax.process_count(), processes.exchange(jax.process_index() * 10), flush=True)
 processes.barrier()
@@ -163,7 +163,7 @@ def test_tasks_of_slurm_join():
 
 HIDE = """
 import sys
-import ddgan_jax.processes
+import ddgan_jax.devices.processes
 sys.modules["jax._src.{name}"] = None
 delattr(sys.modules["jax._src"], "{name}")
 """

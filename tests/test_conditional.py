@@ -11,13 +11,15 @@ from test_model import grow, workdir_of
 from test_parallel import run_with_devices
 
 import ddgan_jax
-from ddgan_jax import presets, train_step
-from ddgan_jax.build import build, labels_of
-from ddgan_jax.config import DataConfig, as_dict
+from ddgan_jax.commands import generate
+from ddgan_jax.config import presets
+from ddgan_jax.config.settings import DataConfig, as_dict
 from ddgan_jax.data.batches import batches, like_real
+from ddgan_jax.data.resolve import labels_of
 from ddgan_jax.data.sources import Data, open_data
 from ddgan_jax.errors import UserError
-from ddgan_jax.jobs import generate
+from ddgan_jax.method import train_step
+from ddgan_jax.method.build import build
 from ddgan_jax.networks.discriminator import Discriminator, preset
 from ddgan_jax.networks.generator import Generator
 from ddgan_jax.storage import checkpoint
@@ -62,9 +64,10 @@ def test_the_generator_adds_the_class_to_z_emb():
 
 TOY = """
 import jax, jax.numpy as jnp, numpy as np, optax
-from ddgan_jax import parallel, state as state_lib, train_step
-from ddgan_jax.diffusion import Schedule
-from ddgan_jax.objectives.ddgan import DDGAN
+from ddgan_jax.devices import parallel
+from ddgan_jax.method import state as state_lib, train_step
+from ddgan_jax.method.diffusion import Schedule
+from ddgan_jax.method.objectives.ddgan import DDGAN
 
 method = train_step.Method(
     gen=lambda params, x, t, z, y: params[y][:, None] + 0 * x,

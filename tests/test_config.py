@@ -11,9 +11,9 @@ import pytest
 from ml_collections import config_dict
 from test_configs import CONFIGS, get_config
 
-from ddgan_jax import config
-from ddgan_jax.build import build, denoiser
+from ddgan_jax.config import settings as config
 from ddgan_jax.errors import UserError
+from ddgan_jax.method.build import build, denoiser
 
 DEFAULTS = config.flat(config.as_dict(config.Config()))
 OF_NETWORKS = ("generator.", "discriminator.")

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from commands import run
 
-from ddgan_jax import automatic, presets
-from ddgan_jax.build import build
-from ddgan_jax.config import as_dict, read
+from ddgan_jax.config import presets
+from ddgan_jax.config.settings import as_dict, read
+from ddgan_jax.data import resolve
 from ddgan_jax.errors import UserError
+from ddgan_jax.method.build import build
 
 CONFIGS = presets.names()
 
@@ -84,9 +85,9 @@ def test_the_recipe_of_the_other_presets(name, beta_max):
 def test_the_noise_of_the_recipe_is_chosen_for_the_size_of_a_folders_images(size, beta_max):
     config = get_config("image_folder", "fast")
     config.data.update(image_size=size, channels=3)
-    assert automatic.choose(read(config), 2_000, False, 1)[0].diffusion.beta_max == beta_max
+    assert resolve.choose(read(config), 2_000, False, 1)[0].diffusion.beta_max == beta_max
     config.diffusion.beta_max = 9.0
-    assert automatic.choose(read(config), 2_000, False, 1)[0].diffusion.beta_max == 9
+    assert resolve.choose(read(config), 2_000, False, 1)[0].diffusion.beta_max == 9
     points = get_config("gaussians")
     points.diffusion.beta_max = None
     with pytest.raises(UserError, match=r"diffusion.beta_max=None is chosen for a size of images"):

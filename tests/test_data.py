@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from commands import python
 
-from ddgan_jax import presets
-from ddgan_jax.build import labels_of
-from ddgan_jax.config import DataConfig
+from ddgan_jax.commands.train import train
+from ddgan_jax.config import presets
+from ddgan_jax.config.settings import DataConfig
 from ddgan_jax.data.batches import batch_indices, batches, order
+from ddgan_jax.data.resolve import labels_of
 from ddgan_jax.data.sources import Data, look, open_data
 from ddgan_jax.errors import Fault, UserError
-from ddgan_jax.jobs.train import train
 
 
 def take(images, count, start_step=0, process=0, processes=1, batch=12, seed=3):
@@ -108,7 +108,7 @@ def test_synthetic_is_deterministic():
 def test_import_and_synthetic_need_no_tensorflow():
     script = """
 import sys
-from ddgan_jax.config import DataConfig
+from ddgan_jax.config.settings import DataConfig
 from ddgan_jax.data import batches, sources
 images = sources.open_data(DataConfig("synthetic", image_size=4, channels=1)).images
 loaded = {"tensorflow", "tensorflow_datasets", "clu", "ml_collections", "grain", "sklearn"} & set(sys.modules)
@@ -364,7 +364,7 @@ def test_any_tfds_dataset_by_name(photos_dir):
 def test_read_without_tensorflow(photos_dir):
     script = """
 import sys
-from ddgan_jax.config import DataConfig
+from ddgan_jax.config.settings import DataConfig
 from ddgan_jax.data.sources import open_data
 print(open_data(DataConfig("photos", "train[:50%]", None, 32)).images.shape, "tensorflow" in sys.modules)
 """

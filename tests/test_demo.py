@@ -282,7 +282,7 @@ def answer(url, **options):
         return error.code, error.read()
 
 
-@pytest.mark.parametrize("path", ["/etc/hostname", "main.py", "README.md", "../main.py", "ddgan_jax/cli.py"])
+@pytest.mark.parametrize("path", ["/etc/hostname", "main.py", "README.md", "../main.py", "ddgan_jax/commands/cli.py"])
 def test_no_other_file_is_served(served, path):
     for route in ("gradio_api/file=", "file=", "gradio_api/file/", "static/", "assets/", ""):
         status, content = answer(f"{served.url}/{route}{path}")
@@ -302,7 +302,7 @@ def test_uploads_are_bounded(served):
 def test_gradio_is_missing(monkeypatch):
     import sys
 
-    from ddgan_jax.jobs import demo
+    from ddgan_jax.commands import demo
 
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(UserError, match="the page needs gradio: run `pip install gradio`"):

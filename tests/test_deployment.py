@@ -13,7 +13,7 @@ from environments import ENVIRONMENTS
 from test_model import workdir_of
 
 import ddgan_jax
-from ddgan_jax.sampler import default_labels, noise_of
+from ddgan_jax.model.sampler import default_labels, noise_of
 
 pytestmark = pytest.mark.slow
 OLDEST = [package for package in ENVIRONMENTS["colab"].preinstalled if "==" in package]  # that the package supports

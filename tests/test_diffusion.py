@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from conftest import Golden
 
-from ddgan_jax.diffusion import Schedule, q_sample, q_sample_pair, sample_posterior
 from ddgan_jax.errors import UserError
+from ddgan_jax.method.diffusion import Schedule, q_sample, q_sample_pair, sample_posterior
 
 SETS = {"vp": ("vp", 0.1, 20.0), "geo": ("geometric", 0.01, 0.99), "geo_wide": ("geometric", 1e-4, 0.999)}
 

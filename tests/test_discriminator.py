@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from conftest import Golden, close_to_largest, golden_inventory
 
-from ddgan_jax import ops
 from ddgan_jax.errors import UserError
+from ddgan_jax.method.objectives import ddgan
+from ddgan_jax.networks import ops
 from ddgan_jax.networks.discriminator import LARGE, SMALL, Discriminator, minibatch_stddev, preset
 from ddgan_jax.networks.layers import from_patches
-from ddgan_jax.objectives import ddgan
-from ddgan_jax.torch.architecture import discriminator_config
-from ddgan_jax.torch.convert import discriminator_params, discriminator_state_dict
+from ddgan_jax.storage.torch.architecture import discriminator_config
+from ddgan_jax.storage.torch.convert import discriminator_params, discriminator_state_dict
 
 
 def to_neighbours(batch: int) -> np.ndarray:

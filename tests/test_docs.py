@@ -10,8 +10,8 @@ import tomllib
 import pytest
 from packaging.requirements import Requirement
 
-from ddgan_jax import presets
-from ddgan_jax.diffusion import Schedule
+from ddgan_jax.config import presets
+from ddgan_jax.method.diffusion import Schedule
 from ddgan_jax.networks.discriminator import Discriminator
 from ddgan_jax.networks.generator import Generator
 
@@ -26,6 +26,8 @@ OTHER_FLAGS = set(
     "accelerator-type command python recurse spot version worker zone "  # gcloud, uv
     "gpus-per-node gpus-per-task nodes ntasks-per-node open-mode requeue signal time".split()  # SLURM
 )
+# What follows `config.` where no field is meant: modules, and endings of files
+NO_FIELDS = {"json", "md", "py", "settings", "presets", "presets.get"}
 API = {
     name: path
     for path in sorted((ROOT / "docs" / "api").glob("*.md"))
@@ -59,7 +61,7 @@ def test_links_lead_somewhere(page):
 
 def known_flags() -> set[str]:
     """Those of main.py, but for the fields of a configuration."""
-    files = [ROOT / "ddgan_jax" / name for name in ("cli.py", "presets.py")]
+    files = [ROOT / "ddgan_jax" / name for name in ("commands/cli.py", "config/presets.py")]
     calls = (node for file in files for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call))
     defined = (call.args[0] for call in calls if ast.unparse(call.func).partition(".DEFINE_")[1] and call.args)
     return {name.value for name in defined if isinstance(name, ast.Constant)}
@@ -87,7 +89,7 @@ def test_flags_and_fields_exist(page):
     flags = set(re.findall(r"(?<![\w-])--(?!config\.)([a-zA-Z][\w-]*)", TEXTS[page]))
     unknown = {name for name in flags - known_flags() - OTHER_FLAGS if not name.startswith("xla_")}
     assert not unknown, f"{page}: --{', --'.join(unknown)}"
-    named = set(re.findall(r"\bconfig\.([a-z]\w*(?:\.[a-z]\w*)?)", TEXTS[page])) - {"json", "py"}
+    named = set(re.findall(r"\bconfig\.([a-z]\w*(?:\.[a-z]\w*)?)", TEXTS[page])) - NO_FIELDS
     assert named <= known_fields(), f"{page}: config.{', config.'.join(named - known_fields())}"
 
 

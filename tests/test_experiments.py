@@ -7,10 +7,10 @@ import time
 import numpy as np
 import pytest
 
-from ddgan_jax import presets
-from ddgan_jax.config import as_dict, flat
-from ddgan_jax.diffusion import Schedule
+from ddgan_jax.config import presets
+from ddgan_jax.config.settings import as_dict, flat
 from ddgan_jax.errors import Fault
+from ddgan_jax.method.diffusion import Schedule
 from ddgan_jax.metrics.modes import grid_centres
 from experiments import common, gaussians, recipe, trilemma
 from experiments import why_gaussian_fails as why

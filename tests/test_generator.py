@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from conftest import Golden, close_to_largest, golden_inventory
 
-from ddgan_jax import ops
 from ddgan_jax.errors import UserError
+from ddgan_jax.networks import ops
 from ddgan_jax.networks.generator import Generator
 from ddgan_jax.networks.layers import from_patches, to_patches
-from ddgan_jax.torch.architecture import generator_config
-from ddgan_jax.torch.convert import generator_params, generator_state_dict
+from ddgan_jax.storage.torch.architecture import generator_config
+from ddgan_jax.storage.torch.convert import generator_params, generator_state_dict
 
 TINY = dict(nf=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(8,), nz=6, z_emb_dim=8, n_mlp=1)
 CELEBA = dict(nf=64, ch_mult=(1, 1, 2, 2, 4, 4), n_mlp=3)

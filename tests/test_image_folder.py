@@ -20,14 +20,16 @@ from etils import epath
 from PIL import Image, ImageFile, ImageOps
 from test_configs import get_config
 
-from ddgan_jax import automatic, processes
-from ddgan_jax.build import build, settle
-from ddgan_jax.config import DataConfig, read
-from ddgan_jax.data import decoding, image_folder
+from ddgan_jax.commands.progress import expected_time
+from ddgan_jax.commands.train import train
+from ddgan_jax.config.settings import DataConfig, read
+from ddgan_jax.data import decoding, image_folder, resolve
+from ddgan_jax.data.resolve import resolve_from_data
 from ddgan_jax.data.sources import Data, look, open_data
+from ddgan_jax.devices import processes
 from ddgan_jax.errors import Fault, UserError
-from ddgan_jax.jobs.train import train
-from ddgan_jax.metrics.judge import open_judge
+from ddgan_jax.method.build import build
+from ddgan_jax.metrics.evaluator import open_judge
 from ddgan_jax.storage import paths
 
 
@@ -590,37 +592,37 @@ def test_a_size_that_no_network_takes_is_refused_before_anything_is_decoded(
 def test_numbers_for_so_many_images(size, num_images, devices, batch, steps):
     config = get_config("image_folder", "large" if size > 64 else "paper")
     config.data.update(image_size=size, channels=3)
-    settled, (said,) = automatic.choose(read(config), num_images, False, devices)
+    settled, (said,) = resolve.choose(read(config), num_images, False, devices)
     assert (settled.train.batch_size, settled.train.num_steps) == (batch, steps)
     assert batch % 4 == 0 and batch % devices == 0
     assert settled.train.steps_per_epoch == max(num_images // batch, 1)
     assert settled.checkpoint.every == settled.log.samples_every
     assert 1_000 <= settled.checkpoint.every <= 5_000 and 50_000 % settled.checkpoint.every == 0
     assert f"{num_images:,} images: {size} px, batch {batch}, {steps:,} steps (" in said
-    again, silence = automatic.choose(settled, num_images, False, devices)
+    again, silence = resolve.choose(settled, num_images, False, devices)
     assert again == settled and silence == []
     build(settled)
 
 
 def test_a_batch_that_is_taken_in_parts():
     """Each part of a device's batch holds whole groups of four."""
-    assert [automatic.batch_size(2_000, 64, devices, 4) for devices in (1, 2, 3, 8)] == [64, 64, 48, 128]
+    assert [resolve.batch_size(2_000, 64, devices, 4) for devices in (1, 2, 3, 8)] == [64, 64, 48, 128]
 
 
 def test_what_is_said_and_that_flags_win():
     config = get_config("image_folder")
     config.data.image_size = 64
-    assert automatic.choose(read(config), 2_000, False, 1)[1] == [
+    assert resolve.choose(read(config), 2_000, False, 1)[1] == [
         "2,000 images: 64 px, batch 64, 56,250 steps (1,800 epochs), chosen for this number of images; "
         "--config.train.num_steps and --config.train.batch_size name others"
     ]
     config.train.batch_size, config.checkpoint.every = 16, 7
-    settled, (said,) = automatic.choose(read(config), 2_000, False, 1)
+    settled, (said,) = resolve.choose(read(config), 2_000, False, 1)
     assert settled.train.num_steps == 225_000 and settled.train.steps_per_epoch == 125
     assert settled.checkpoint.every == 7 and settled.log.samples_every == 2_500
     assert said.endswith("--config.train.num_steps names another")
     config.train.update(num_steps=1_000, steps_per_epoch=1)
-    settled, said = automatic.choose(read(config), 2_000, False, 1)
+    settled, said = resolve.choose(read(config), 2_000, False, 1)
     assert settled.train == read(config).train and said == [] and settled.log.samples_every == 500
 
 
@@ -628,13 +630,13 @@ def test_settled_for_the_images_of_a_split_and_the_same_when_asked_again(tmp_pat
     for i in range(40):
         save(tmp_path / "in" / f"{i}.png", noise(20, 17, i))
     config = settings_of(tmp_path / "in", data__split="train[:50%]")
-    settled, (said,) = settle(config)
+    settled, (said,) = resolve_from_data(config)
     assert said.startswith("20 images: 16 px, batch 16, 50,000 steps (40,000 epochs)")
     assert (settled.data.image_size, settled.data.channels) == (16, 3)
-    assert settle(config)[0] == settled
+    assert resolve_from_data(config)[0] == settled
     images = open_data(settled.data).images
-    assert images.shape == (20, 16, 16, 3) and settle(config)[0] == settled
-    given = settle(settings_of(tmp_path / "in"), Data(images))[0]
+    assert images.shape == (20, 16, 16, 3) and resolve_from_data(config)[0] == settled
+    given = resolve_from_data(settings_of(tmp_path / "in"), Data(images))[0]
     assert given.train == settled.train and given.data.image_size == 16
 
 
@@ -643,11 +645,11 @@ def test_other_sets_are_settled_too():
     for name, size, batch in (("synthetic", 8, 256), ("gaussians", 1, 256)):
         config = get_config("gaussians" if name == "gaussians" else "cifar10", "smoke")
         config.train.update(num_steps=None, batch_size=None, steps_per_epoch=None)
-        settled, (said,) = settle(read(config))
+        settled, (said,) = resolve_from_data(read(config))
         assert settled.train.num_steps >= 50_000 and settled.train.batch_size <= batch
         assert settled.data.image_size == size and ("px" in said) == (name == "synthetic")
     config = read(get_config("cifar10"))  # which is not there
-    assert settle(config) == (config, [])
+    assert resolve_from_data(config) == (config, [])
 
 
 @pytest.mark.parametrize("variant", ["paper", "large", "small"])
@@ -656,14 +658,14 @@ def test_a_flat_folder_is_not_judged_by_its_classes(tmp_path, variant):
     for i in range(4):
         save(tmp_path / "in" / f"{i}.png", noise(64, 64, i))
     config = settings_of(tmp_path / "in", variant, eval__every=10, eval__features="classifier")
-    settled, said = settle(config)
+    settled, said = resolve_from_data(config)
     assert settled.eval.every == 0
     assert said[-1].startswith("no evaluation while training: eval.features=classifier learns the classes")
     with pytest.raises(UserError, match=r"eval.features=classifier needs labels, and image_folder has none"):
         open_judge(settled)
     (tmp_path / "in" / "ant").mkdir()
     (tmp_path / "in" / "0.png").rename(tmp_path / "in" / "ant" / "0.png")
-    assert settle(config)[0].eval.every == 10
+    assert resolve_from_data(config)[0].eval.every == 10
 
 
 @pytest.mark.slow
@@ -695,7 +697,7 @@ def test_every_variant_trains_on_a_flat_folder(tmp_path, variant):
     ],
 )
 def test_expected_time(seconds, steps, expected):
-    assert automatic.expected_time(seconds, steps) == expected
+    assert expected_time(seconds, steps) == expected
 
 
 # --- Paths elsewhere ------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 from conftest import Golden, close_to_largest
 
 from ddgan_jax.networks import layers
-from ddgan_jax.torch import convert, names
+from ddgan_jax.storage.torch import convert, names
 
 KERNELS = {"1331": (1, 3, 3, 1), "121": (1, 2, 1), "1234_asym": (1, 2, 3, 4)}
 

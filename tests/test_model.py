@@ -17,13 +17,15 @@ from conftest import GOLDEN
 from PIL import Image
 
 import ddgan_jax
-from ddgan_jax import cli, editing, presets, processes, sampling
-from ddgan_jax.build import build
-from ddgan_jax.config import as_dict
-from ddgan_jax.diffusion import Schedule, deterministic_posterior, q_sample
+from ddgan_jax.commands import cli, generate
+from ddgan_jax.config import presets
+from ddgan_jax.config.settings import as_dict
+from ddgan_jax.devices import processes
 from ddgan_jax.errors import Fault, UserError
-from ddgan_jax.jobs import generate
-from ddgan_jax.model import PRETRAINED, beside, to_images, to_x0
+from ddgan_jax.method import editing, sampling
+from ddgan_jax.method.build import build
+from ddgan_jax.method.diffusion import Schedule, deterministic_posterior, q_sample
+from ddgan_jax.model.model import PRETRAINED, beside, to_images, to_x0
 from ddgan_jax.storage import checkpoint, paths
 
 
@@ -266,7 +268,7 @@ def test_integers_of_numpy_and_jax_are_integers(model, image):
 
 
 def test_more_than_the_memory_holds_is_refused_before_the_work(model, image, monkeypatch, tmp_path):
-    monkeypatch.setattr("ddgan_jax.model._free_memory", lambda: 1_000_000)
+    monkeypatch.setattr("ddgan_jax.model.model._free_memory", lambda: 1_000_000)
     with pytest.raises(UserError, match=r"num=10000 needs at least 0.0 GiB .* are free: ask for at most 7812"):
         model.sample(10_000)
     assert len(model.edit(image, 0, 7_812)) == 7_812
@@ -443,7 +445,7 @@ def test_names_that_are_not_utf8_are_printed(monkeypatch):
 def test_no_memory_is_one_sentence(error, message):
     child = python(f"""
 import sys
-from ddgan_jax import cli
+from ddgan_jax.commands import cli
 def fail(argv):
     raise {error}
 cli.run = fail

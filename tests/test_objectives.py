@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddgan_jax import presets
-from ddgan_jax.build import build
-from ddgan_jax.diffusion import Schedule
-from ddgan_jax.objectives import Context, Pairs, PhaseDraws, ddgan, gaussian, reconstruction
+from ddgan_jax.config import presets
+from ddgan_jax.method.build import build
+from ddgan_jax.method.diffusion import Schedule
+from ddgan_jax.method.objectives import Context, Pairs, PhaseDraws, ddgan, gaussian, reconstruction
 
 
 def quadratic(weights):

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from conftest import ROOT, Golden, close_to_largest
 
-from ddgan_jax import ops, presets
-from ddgan_jax.build import build
+from ddgan_jax.config import presets
 from ddgan_jax.errors import UserError
-from ddgan_jax.ops import fir, reference
-from ddgan_jax.ops.conv import input_gradient, kernel_gradient
+from ddgan_jax.method.build import build
+from ddgan_jax.networks import ops
+from ddgan_jax.networks.ops import fir, reference
+from ddgan_jax.networks.ops.conv import input_gradient, kernel_gradient
 
 KERNELS = {"1331": (1, 3, 3, 1), "121": (1, 2, 1), "1234_asym": (1, 2, 3, 4)}
 

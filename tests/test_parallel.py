@@ -11,21 +11,24 @@ import numpy as np
 import pytest
 from commands import POINTS, run
 
-from ddgan_jax import build, parallel, presets, processes
+from ddgan_jax.config import presets
+from ddgan_jax.devices import parallel, processes
 from ddgan_jax.errors import UserError
+from ddgan_jax.method import build
 
 SCRIPT = """
 import dataclasses, json
 import jax, jax.numpy as jnp, numpy as np
 from test_generator import random_params
 from test_train_step import method_of
-from ddgan_jax import parallel, state as state_lib, train_step as ts
-from ddgan_jax.torch import convert
+from ddgan_jax.devices import parallel
+from ddgan_jax.method import state as state_lib, train_step as ts
+from ddgan_jax.storage.torch import convert
 from ddgan_jax.networks.discriminator import Discriminator, minibatch_stddev, preset
 from ddgan_jax.networks.generator import Generator
-from ddgan_jax.objectives.ddgan import DDGAN
-from ddgan_jax.objectives.denoised import Denoised
-from ddgan_jax.objectives.reconstruction import Reconstruction
+from ddgan_jax.method.objectives.ddgan import DDGAN
+from ddgan_jax.method.objectives.denoised import Denoised
+from ddgan_jax.method.objectives.reconstruction import Reconstruction
 
 assert jax.device_count() == 4
 generator = Generator(nf=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,), nz=6, z_emb_dim=8, n_mlp=1,
@@ -151,10 +154,10 @@ def test_one_replica_equals_four():
 def test_batches_that_devices_can_share(batch, accumulate, devices, message, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: devices)
     if not message:
-        assert build.check_batch(batch, accumulate) == batch // devices
+        assert resolve.check_batch(batch, accumulate) == batch // devices
         return
     with pytest.raises(UserError, match=message):
-        build.check_batch(batch, accumulate)
+        resolve.check_batch(batch, accumulate)
 
 
 def test_the_new_state_takes_the_place_of_the_old_one():

@@ -261,7 +261,8 @@ def test_a_slow_end_of_process_0_is_waited_for(cache, tmp_path):
     """It draws for 45 s, longer than a collective waits; nobody leaves before, and all end well."""
     script = """
 import time
-from ddgan_jax import figures, parallel, processes
+from ddgan_jax.commands import figures
+from ddgan_jax.devices import parallel, processes
 draw = figures.curves
 def slowly(*arguments):
     time.sleep(45)
@@ -311,7 +312,7 @@ def test_process_0_measures_for_longer_than_a_collective_waits(count, alone, cac
 )
 def test_an_error_while_process_0_writes_ends_all_at_once(error, others, alone, cache, tmp_path):
     script = f"""
-from ddgan_jax.jobs import generate
+from ddgan_jax.commands import generate
 def save(*arguments):
     raise {error}
 generate.save = save
@@ -329,7 +330,7 @@ def test_a_signal_ends_other_modes_too(alone, tmp_path):
     script = f"""
 import os
 os.environ |= {{"JAX_COORDINATOR_ADDRESS": "127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}}
-from ddgan_jax import parallel, processes
+from ddgan_jax.devices import parallel, processes
 import time
 processes.initialize()
 print("joined", flush=True)
@@ -347,7 +348,7 @@ def test_the_state_is_placed_without_a_comparison(tmp_path):
     script = """
 import time
 import jax, numpy as np
-from ddgan_jax import parallel, processes
+from ddgan_jax.devices import parallel, processes
 tree = {str(i): np.full((3, 5), i, np.float32) for i in range(1000)}
 processes.initialize()
 parallel.replicate({"0": tree["0"]})

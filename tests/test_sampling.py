@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from conftest import Golden
 
-from ddgan_jax.diffusion import Schedule
+from ddgan_jax.method.diffusion import Schedule
+from ddgan_jax.method.sampling import Noise, denoise, draw_noise, sample
 from ddgan_jax.networks.generator import Generator
-from ddgan_jax.sampling import Noise, denoise, draw_noise, sample
-from ddgan_jax.torch.architecture import generator_config
-from ddgan_jax.torch.convert import generator_params
+from ddgan_jax.storage.torch.architecture import generator_config
+from ddgan_jax.storage.torch.convert import generator_params
 
 
 def golden_noise(golden, prefix, z, noise, steps=4):

@@ -18,14 +18,16 @@ from commands import run_module
 from conftest import GOLDEN, Golden
 
 import ddgan_jax
-from ddgan_jax import build, config, presets
-from ddgan_jax.config import as_dict
+from ddgan_jax.commands import generate
+from ddgan_jax.config import presets
+from ddgan_jax.config import settings as config
+from ddgan_jax.config.settings import as_dict
 from ddgan_jax.errors import Fault, UserError
-from ddgan_jax.jobs import generate
-from ddgan_jax.model import Model
+from ddgan_jax.method import build
+from ddgan_jax.model.model import Model
 from ddgan_jax.networks.discriminator import Discriminator
 from ddgan_jax.networks.generator import Generator
-from ddgan_jax.torch import architecture, convert, files
+from ddgan_jax.storage.torch import architecture, convert, files
 
 torch = pytest.importorskip("torch")
 HINTS = dict(image_size=16, skip_rescale=True, tanh=True, centered=True)
@@ -299,7 +301,7 @@ def test_bad_files_are_refused_in_one_sentence(checkpoint, tmp_path, capfd):
             assert "refused" in err and "print" in err, f"{name}: {err}"
 
 
-@pytest.mark.parametrize("command", ["", "python -m ddgan_jax.torch.files"])
+@pytest.mark.parametrize("command", ["", "python -m ddgan_jax.storage.torch.files"])
 @pytest.mark.parametrize(
     "where, error, message",
     [
@@ -325,7 +327,7 @@ def test_a_read_that_fails_is_no_damage(checkpoint, monkeypatch, capsys, where, 
 def test_command(checkpoint):
     """As a user runs it: what is in the file, and the licence; no arguments, or too few, is code 2."""
 
-    run = functools.partial(run_module, "ddgan_jax.torch.files")
+    run = functools.partial(run_module, "ddgan_jax.storage.torch.files")
     result = run(checkpoint / "netG_1.pth", *(f"{k}={v}" for k, v in HINTS.items()))
     assert result.returncode == 0 and "nf=8" in result.stdout and "licence" in result.stdout
     result = run(checkpoint / "content.pth")

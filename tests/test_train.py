@@ -15,15 +15,15 @@ import pytest
 from commands import POINTS, ROOT, SMOKE, command, ends, python, run, start_group
 from PIL import Image
 
-from ddgan_jax import figures, presets
-from ddgan_jax.build import build
-from ddgan_jax.config import LogConfig, as_dict, read
+from ddgan_jax.commands import figures, progress
+from ddgan_jax.commands import train as train_module
+from ddgan_jax.commands.signals import Interrupt
+from ddgan_jax.commands.train import train
+from ddgan_jax.config import presets
+from ddgan_jax.config.settings import LogConfig, as_dict, read
 from ddgan_jax.data.sources import Data, open_data
 from ddgan_jax.errors import Fault, Interrupted, UserError
-from ddgan_jax.jobs import progress
-from ddgan_jax.jobs import train as train_module
-from ddgan_jax.jobs.signals import Interrupt
-from ddgan_jax.jobs.train import train
+from ddgan_jax.method.build import build
 from ddgan_jax.storage import checkpoint, log, paths
 
 
@@ -145,7 +145,7 @@ def test_it_says_what_it_does(tmp_path, capsys, monkeypatch):
 WITH_WANDB = """
 import sys
 import numpy as np
-from ddgan_jax.config import LogConfig
+from ddgan_jax.config.settings import LogConfig
 from ddgan_jax.storage import log, paths
 for step in (0, 2):
     run = log.Log(paths.path(sys.argv[1]), {"seed": 0}, LogConfig(tensorboard=False, wandb="probe"), step)
@@ -202,7 +202,7 @@ def test_a_record_that_is_not_finite(tmp_path, written):
 
 WITH_TENSORBOARD = """
 import gc, random, sys
-from ddgan_jax.config import LogConfig
+from ddgan_jax.config.settings import LogConfig
 from ddgan_jax.storage import log, paths
 run, blocks = log.Log(paths.path(sys.argv[1]), {}, LogConfig(tensorboard=True), 0), []
 for step in range(1, 1001):
@@ -347,7 +347,7 @@ def test_signals(tmp_path):
             raise AssertionError("it goes on")
     script = """
 import os, signal, time
-from ddgan_jax.jobs.signals import Interrupt
+from ddgan_jax.commands.signals import Interrupt
 with Interrupt() as interrupt, interrupt.held():
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(1.2)
@@ -388,8 +388,8 @@ def test_samples_do_not_depend_on_batch_or_devices(unbroken, tmp_path):
         out = tmp_path / f"{batch}_{devices}.npz"
         script = f"""
 import numpy as np
-from ddgan_jax.model import load
-from ddgan_jax.sampler import Sampler
+from ddgan_jax.model.model import load
+from ddgan_jax.model.sampler import Sampler
 model = load({str(unbroken)!r})
 np.savez({str(out)!r}, images=Sampler(model.denoiser, {batch})(model.params, 0, 100))
 """

@@ -12,19 +12,19 @@ import pytest
 from conftest import Golden, close_to_largest
 from test_discriminator import to_neighbours
 
-from ddgan_jax import state as state_lib
-from ddgan_jax import train_step as ts
-from ddgan_jax.diffusion import Schedule
+from ddgan_jax.method import state as state_lib
+from ddgan_jax.method import train_step as ts
+from ddgan_jax.method.diffusion import Schedule
+from ddgan_jax.method.objectives import PhaseDraws
+from ddgan_jax.method.objectives.ddgan import DDGAN
+from ddgan_jax.method.objectives.denoised import Denoised
+from ddgan_jax.method.objectives.gaussian import Gaussian
+from ddgan_jax.method.objectives.one_shot import OneShot
+from ddgan_jax.method.objectives.reconstruction import Reconstruction
 from ddgan_jax.networks.discriminator import Discriminator
 from ddgan_jax.networks.generator import Generator
 from ddgan_jax.networks.mlp import PointDiscriminator, PointGenerator
-from ddgan_jax.objectives import PhaseDraws
-from ddgan_jax.objectives.ddgan import DDGAN
-from ddgan_jax.objectives.denoised import Denoised
-from ddgan_jax.objectives.gaussian import Gaussian
-from ddgan_jax.objectives.one_shot import OneShot
-from ddgan_jax.objectives.reconstruction import Reconstruction
-from ddgan_jax.torch import architecture, convert
+from ddgan_jax.storage.torch import architecture, convert
 
 
 def method_of(generator, discriminator, **options):
@@ -176,7 +176,7 @@ def test_four_steps_equal_reference():
         if step == 2:  # the reference samples at the end of an epoch, with the raw weights
             from test_sampling import golden_noise
 
-            from ddgan_jax.sampling import denoise
+            from ddgan_jax.method.sampling import denoise
 
             noise = golden_noise(golden, "rand/epoch0_end/", "z_t{}", "noise_t{}")
             gen = partial(method.gen, state.gen_params)
@@ -216,7 +216,7 @@ def test_the_method_runs_on_points(points):
         first = first or metrics
     assert ("r1" in first) and ("r1" not in metrics) and int(state.step) == 200
     gen = lambda x, t, z: method.gen(state.ema_params, x, t, z)  # noqa: E731
-    from ddgan_jax.sampling import sample
+    from ddgan_jax.method.sampling import sample
 
     samples = sample(gen, method.schedule, jax.random.key(5), jnp.arange(256), (2,), method.nz)
     before = 1.4  # the distance of the data's mean from the origin, where an untrained network samples

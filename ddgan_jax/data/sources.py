@@ -7,24 +7,23 @@ TensorFlow, and importing this file not even tfds.
 """
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import functools
 import hashlib
-import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
-from ddgan_jax.config import DataConfig
+from ddgan_jax.config.settings import DataConfig
 from ddgan_jax.data import decoding, embedded, image_folder
 from ddgan_jax.data.batches import batch_indices, evenly_spaced
 from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.storage import paths
+from ddgan_jax.storage.dashboards import quiet
 
 T = TypeVar("T")
 FOLDERS = ("image_folder", "lsun_church")
@@ -448,7 +447,7 @@ def _open_folder(c: DataConfig) -> Data:
 
 def _note_missing_classes(split: str, missing: list[str], num_classes: int) -> None:
     """Print the classes of a folder of which a split has no image."""
-    from ddgan_jax import processes  # imports JAX, which reading needs only here
+    from ddgan_jax.devices import processes  # imports JAX, which reading needs only here
 
     if processes.is_primary():
         names = ", ".join(map(repr, missing[:5])) + (", ..." if len(missing) > 5 else "")  # as they may be no Unicode
@@ -503,22 +502,3 @@ def _check_part(split: str, size: int, part: slice, of: str) -> None:
     """UserError if a part of `size` examples is empty or reversed."""
     if not range(size)[part]:
         raise UserError(f"the split {split!r} holds none of the {size:,} examples of {of}: choose a larger part")
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without the notes of TensorFlow and tfds on what they find and how they were built; exceptions come through.
-
-    TensorFlow 2.21 writes to the file descriptor, before any setting of its own is read.
-    """
-    absl = logging.getLogger("absl")
-    level, stderr, nowhere = absl.level, os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    absl.setLevel(logging.ERROR)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-        os.close(nowhere)
-        absl.setLevel(level)

@@ -14,15 +14,15 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from ddgan_jax import parallel, processes
-from ddgan_jax.config import Config
+from ddgan_jax.config.settings import Config
 from ddgan_jax.data import sources
 from ddgan_jax.data.batches import order
+from ddgan_jax.devices import parallel, processes
 from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.metrics import classifier, inception, vgg, weights
 from ddgan_jax.storage import checkpoint, paths
 from ddgan_jax.storage.paths import Path
-from ddgan_jax.torch import files
+from ddgan_jax.storage.torch import files
 
 LEAST_ACCURACY = {"mnist": 0.985, "mnist_5k": 0.97}  # below it, counts of modes mean nothing
 

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from ddgan_jax import ops, parallel
-from ddgan_jax.config import Positive, PositiveFloat, Range, Width
+from ddgan_jax.config.settings import Positive, PositiveFloat, Range, Width
+from ddgan_jax.devices import parallel
 from ddgan_jax.errors import UserError
-from ddgan_jax.networks import layers
+from ddgan_jax.networks import layers, ops
 from ddgan_jax.networks.layers import Dtype
 
 STDDEV_GROUP = 4  # examples that share one minibatch-stddev feature

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ddgan_jax.config import Below1, Blocks, Kernel, Latents, Layers, Positive, Positives, Width
+from ddgan_jax.config.settings import Below1, Blocks, Kernel, Latents, Layers, Positive, Positives, Width
 from ddgan_jax.errors import UserError
 from ddgan_jax.networks import layers
 from ddgan_jax.networks.layers import Dtype
-from ddgan_jax.ops import FIR_KERNEL
+from ddgan_jax.networks.ops import FIR_KERNEL
 
 CHOICES = {
     "resblock_type": ("biggan", "biggan_oneadagn", "ddpm"),

@@ -18,9 +18,9 @@ import numpy as np
 from flax import linen as nn
 from jax.nn.initializers import Initializer, variance_scaling
 
-from ddgan_jax import ops
 from ddgan_jax.errors import UserError
-from ddgan_jax.ops import FIR_KERNEL, MOST_CHANNELS
+from ddgan_jax.networks import ops
+from ddgan_jax.networks.ops import FIR_KERNEL, MOST_CHANNELS
 
 Dtype = Any
 

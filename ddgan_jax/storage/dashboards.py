@@ -3,15 +3,17 @@
 They are optional, and imported where they are asked for: metrics.jsonl holds the same numbers.
 """
 
+import contextlib
 import json
+import logging
 import os
 import tempfile
 import uuid
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from ddgan_jax.data.sources import quiet
 from ddgan_jax.errors import UserError
 from ddgan_jax.storage import paths
 from ddgan_jax.storage.paths import Path
@@ -100,3 +102,22 @@ class WeightsAndBiases:
         self._run.finish()
         if self._local:
             self._local.cleanup()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the notes of TensorFlow and tfds on what they find and how they were built; exceptions come through.
+
+    TensorFlow 2.21 writes to the file descriptor, before any setting of its own is read.
+    """
+    absl = logging.getLogger("absl")
+    level, stderr, nowhere = absl.level, os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    absl.setLevel(logging.ERROR)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
+        absl.setLevel(level)

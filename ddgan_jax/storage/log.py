@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ddgan_jax.config import LogConfig
+from ddgan_jax.config.settings import LogConfig
 from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.storage import paths
 from ddgan_jax.storage.dashboards import TensorBoard, WeightsAndBiases

@@ -18,13 +18,16 @@ import zipfile
 import numpy as np
 from PIL import Image
 
-from ddgan_jax import build, config, model, presets
+from ddgan_jax.commands import evaluate
+from ddgan_jax.config import presets
+from ddgan_jax.config import settings as config
 from ddgan_jax.data import decoding, image_folder
 from ddgan_jax.errors import Fault, UserError
-from ddgan_jax.jobs import evaluate
+from ddgan_jax.method import build
 from ddgan_jax.metrics import distances, weights
+from ddgan_jax.model import model
 from ddgan_jax.storage import checkpoint
-from ddgan_jax.torch import files
+from ddgan_jax.storage.torch import files
 
 MOST_MEMORY, MOST_SECONDS = 4 * 2**30, 10  # what may be asked for, which is more than what may be used
 JUNK = [None, True, -1, 0, 1, 10**9, 10**30, 1e308, -0.5, "", "x", "../x", [], [0], {}, {"a": 1}, [[1]], "9" * 400]

@@ -48,7 +48,7 @@ def at_step(step: int, do: str) -> str:
     """Lines for `before` of Forks.run: a line of Python that runs just before the step after `step` is taken."""
     return f"""
 import os, signal
-from ddgan_jax import parallel
+from ddgan_jax.devices import parallel
 take = parallel.Stop.step
 def with_it(self, run, state, *rest):
     if int(state.step) == {step}:
@@ -122,8 +122,8 @@ def work(request: dict, out: str, err: str, compiled: str) -> None:
 def serve() -> None:
     """Answer every line of the standard input."""
     import main  # noqa: F401  (these are for the children)
-    from ddgan_jax import model  # noqa: F401
-    from ddgan_jax.jobs import evaluate, generate, train  # noqa: F401
+    from ddgan_jax.commands import evaluate, generate, train  # noqa: F401
+    from ddgan_jax.model import model  # noqa: F401
 
     for line in sys.stdin:
         request = json.loads(line)

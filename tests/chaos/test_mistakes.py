@@ -8,7 +8,8 @@ import pytest
 from forks import SIGTERM, at_step, forks  # noqa: F401
 from hypothesis import strategies as st
 
-from ddgan_jax import config, presets
+from ddgan_jax.config import presets
+from ddgan_jax.config import settings as config
 
 PRESETS = ("gaussians", "digits", "image_folder", "cifar10", "stacked_mnist", "lsun_church_256")
 NUMBERS = ["0", "1", "2", "3", "7", "-1", "0.5", "1e-30", "1e30", "1000000000", "100000000000000000000", "nan", "inf"]

@@ -20,7 +20,7 @@ pytest.importorskip("gradio")
 from test_demo import Served
 from test_long import weight
 
-from ddgan_jax.jobs.demo import MOST
+from ddgan_jax.commands.demo import MOST
 
 MODEL = "digits_conditional"
 OUTSIDE = {"path": "/etc/passwd"}

@@ -1,0 +1,254 @@
+"""Several processes that do one job: they join, agree, share what process 0 read or wrote, and leave."""
+
+import contextlib
+import itertools
+import json
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from ddgan_jax.devices import cluster
+from ddgan_jax.errors import Fault, UserError
+
+T = TypeVar("T")
+# The seconds that a process which has ended waits for the others; 300, of JAX, if unset.
+SHUTDOWN_TIMEOUT = "DDGAN_SHUTDOWN_TIMEOUT"
+
+
+def initialize() -> None:
+    """Join the other processes that the launcher of this one started, if there are any; see cluster.py.
+
+    Call it before anything touches a device. Raises UserError if there are others and it cannot join them.
+    """
+    on_tpu = cluster.on_tpu()
+    arguments = cluster.arguments(os.environ, on_tpu, 0 if on_tpu else cluster.visible_gpus(os.environ))
+    if arguments is None:
+        if tasks := cluster.unused_tasks(os.environ):
+            print(f"note: SLURM gave this job {tasks} tasks, but `srun` did not start this process: it runs alone")
+        return
+    if "coordinator_address" in arguments:
+        arguments["cluster_detection_method"] = "deactivate"  # everything is given
+    if seconds := os.environ.get(SHUTDOWN_TIMEOUT):
+        if not seconds.isdigit():
+            raise UserError(f"{SHUTDOWN_TIMEOUT}={seconds} must be a number of seconds")
+        arguments["shutdown_timeout_seconds"] = int(seconds)
+    _client()  # UserError before the others wait for this process
+    try:
+        jax.distributed.initialize(**arguments)
+    except Exception as error:  # of whatever finds the others: gRPC, requests, Kubernetes' client, SLURM's variables
+        if _no_metadata(error):
+            print(
+                "note: this TPU is on no Cloud TPU VM that says which hosts belong together: it runs alone", flush=True
+            )
+            return
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"this process could not join the others: {reason}; {cluster.BY_HAND}") from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX has taken it for a service of its own, which ends nothing
+    barrier()
+
+
+def _no_metadata(error: BaseException) -> bool:
+    """Did JAX ask the metadata server of Cloud TPU VMs, where there is none?"""
+    return type(error).__module__.startswith("requests") and "metadata" in str(error)
+
+
+# --- What they tell each other ------------------------------------------------------------------------------------
+# Small things go through the store of JAX's coordination service, which waits for as long as it takes, and fails where
+# a process has died; a collective of devices may give up after 30 s where its processes do not come at once.
+
+_DAY = 24 * 60 * 60 * 1000  # ms
+_calls = itertools.count()
+_apart = False
+
+
+def num_processes() -> int:
+    """How many processes do this job together: all that were joined, or 1 within `apart`."""
+    return 1 if _apart else jax.process_count()
+
+
+def process_index() -> int:
+    """The index of this one among them."""
+    return 0 if _apart else jax.process_index()
+
+
+def is_primary() -> bool:
+    """Is this process 0, the only one that writes?"""
+    return jax.process_index() == 0
+
+
+def _client() -> Any:
+    """The client of JAX's coordination service, None before it is joined. UserError if this JAX hides it."""
+    try:
+        from jax._src.distributed import global_state  # as Orbax does; there is no public name for it
+
+        return global_state.client
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"jax {jax.__version__} has no coordination service that this version of ddgan_jax can use: install "
+            "another version of jax, or train with one process"
+        ) from error
+
+
+def exchange(value: Any) -> list[Any]:
+    """Small JSON values of all processes, in their order, in each of them."""
+    if num_processes() == 1:
+        return [value]
+    name, client = f"ddgan_jax/{next(_calls)}", _client()
+    client.key_value_set(f"{name}/{jax.process_index()}", json.dumps(value))
+    return [json.loads(client.blocking_key_value_get(f"{name}/{i}", _DAY)) for i in range(jax.process_count())]
+
+
+def barrier() -> None:
+    """Wait for the other processes, for a day if need be."""
+    exchange(None)
+
+
+def _attempt(action: Callable[[], T]) -> tuple[T | None, list[str], Exception | None]:
+    """(what it returns, [], None), or (None, [kind of error, message], the error if it needs a traceback here)."""
+    try:
+        return action(), [], None
+    except (UserError, Fault) as error:
+        return None, [type(error).__name__, str(error)], None
+    except OSError as error:  # of a disk or a bucket
+        return None, ["Fault", str(error)], None
+    except Exception as error:  # whatever it is, the other processes wait for an answer
+        return None, ["Fault", f"failed with {type(error).__name__}: {error}"], error
+
+
+def _error(outcome: list[str], prefix: str = "") -> Exception:
+    kind, message = outcome
+    return (UserError if kind == "UserError" else Fault)(prefix + message)
+
+
+def everywhere(action: Callable[[], T]) -> T:
+    """`action()` in every process. If it raises an error in any of them, all raise that of the first such process."""
+    if num_processes() == 1:
+        return action()
+    made, outcome, unexpected = _attempt(action)
+    others = exchange(outcome)
+    if unexpected:
+        raise unexpected
+    for index, other in enumerate(others):
+        if other:
+            raise _error(other, f"process {index}: ")
+    return made  # type: ignore[return-value]
+
+
+def from_primary(action: Callable[[], T]) -> T:
+    """What `action()` returns in process 0, in every process; an error that it raises there is raised in all."""
+    if num_processes() == 1:
+        return action()
+    name, client, content, unexpected = f"ddgan_jax/{next(_calls)}", _client(), b"", None
+    if is_primary():
+        with apart():
+            made, outcome, unexpected = _attempt(action)
+        content = pickle.dumps(made)
+        client.key_value_set(name, json.dumps([outcome, len(content)]))
+    outcome, size = json.loads(client.blocking_key_value_get(name, _DAY))
+    if unexpected:
+        raise unexpected
+    if outcome:
+        raise _error(outcome)
+    return pickle.loads(_broadcast(content, size))
+
+
+def by_primary(action: Callable[[], T]) -> T | None:
+    """`action()` in process 0, while the others wait and then return None; an error of it is raised in all."""
+    made: T | None = None
+
+    def do() -> None:
+        nonlocal made
+        made = action()
+
+    from_primary(do)
+    return made
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """What is done within is done by this process alone, with its own devices: it does not wait for others."""
+    global _apart
+    before, _apart = _apart, True
+    try:
+        yield
+    finally:
+        _apart = before
+
+
+def _broadcast(content: bytes, size: int) -> bytes:
+    """`size` bytes of process 0, in every process, by its devices; in parts, which do not fill their memory."""
+    part = min(max(size, 1), 2**26)
+    received = []
+    for start in range(0, size, part):
+        row = np.zeros(-(-part // 4) * 4, np.uint8)
+        mine = np.frombuffer(content[start : start + part], np.uint8)
+        row[: len(mine)] = mine
+        received.append(np.asarray(multihost_utils.broadcast_one_to_all(row.view(np.uint32))).view(np.uint8)[:part])
+    return np.concatenate(received).tobytes()[:size] if received else b""
+
+
+def agree(facts: dict[str, Any]) -> None:
+    """UserError, in every process, unless all have the same facts, {name: JSON value}; it names what differs."""
+    others = exchange(facts)
+    for index, theirs in enumerate(others):
+        for name in sorted(others[0].keys() | theirs.keys()):
+            if theirs.get(name) != others[0].get(name):
+                raise UserError(
+                    f"the processes do not do the same: {name} is {others[0].get(name)} in process 0 and "
+                    f"{theirs.get(name)} in process {index}: give each the same command, data and versions"
+                )
+
+
+def any_process(flag: bool) -> bool:
+    """Has any process set its flag? Every process must ask at the same point."""
+    return any(exchange(bool(flag)))
+
+
+def gather_rows(tree: Any) -> Any:
+    """Host arrays [n, ...] of this process -> those of all processes, [processes n, ...], in their order."""
+    return tree if num_processes() == 1 else multihost_utils.process_allgather(tree, tiled=True)
+
+
+def lost_others(error: BaseException) -> bool:
+    """Is this what a collective or the coordination service raises where another process has ended?"""
+    return (
+        jax.distributed.is_initialized()
+        and isinstance(error, jax.errors.JaxRuntimeError)
+        and any(
+            sign in str(error)
+            for sign in ("Gloo", "NCCL", "coordination service", "Connection", "UNAVAILABLE", "heartbeat")
+        )
+    )
+
+
+def leave(exit_code: int, at_once: bool = False) -> None:
+    """End this process at once if others work with it: at a usual exit it would wait for them, and they for it.
+
+    Or if that is asked for: it would wait for its threads too, which may compile, or wait for a disk, for minutes.
+
+    Process 0 is the last, if the others leave within 10 s too: where it ends first, JAX aborts them. It gives them half
+    a second after their last word, since a process that is aborted between that and its end has the wrong exit code.
+    """
+    if not (jax.distributed.is_initialized() or at_once):
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if jax.distributed.is_initialized():
+        with contextlib.suppress(Exception):  # the others, or the service, may be gone: this process ends all the same
+            if is_primary():
+                for index in range(1, jax.process_count()):
+                    _client().blocking_key_value_get(f"ddgan_jax/left/{index}", 10_000)
+                time.sleep(0.5)
+            else:
+                _client().key_value_set(f"ddgan_jax/left/{jax.process_index()}", "left")
+    os._exit(exit_code)

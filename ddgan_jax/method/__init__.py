@@ -1,0 +1,1 @@
+"""The paper: diffusion, losses, one training step, sampling and editing, as pure functions."""

@@ -1,0 +1,214 @@
+"""From settings to networks, schedule, objective and optimizer.
+
+`denoiser` builds what a trained generator needs to sample, `build` what training needs besides.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from ddgan_jax.config.settings import Config, chosen, fields_of, read
+from ddgan_jax.devices import parallel
+from ddgan_jax.errors import UserError
+from ddgan_jax.method import state, train_step
+from ddgan_jax.method.diffusion import Schedule
+from ddgan_jax.method.objectives import Objective
+from ddgan_jax.method.objectives.ddgan import DDGAN
+from ddgan_jax.method.objectives.denoised import Denoised
+from ddgan_jax.method.objectives.gaussian import Gaussian
+from ddgan_jax.method.objectives.one_shot import OneShot
+from ddgan_jax.method.objectives.reconstruction import Reconstruction
+from ddgan_jax.method.train_step import Method
+from ddgan_jax.networks.discriminator import Discriminator, preset
+from ddgan_jax.networks.generator import Generator
+from ddgan_jax.networks.mlp import PointDiscriminator, PointGenerator
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+OBJECTIVES: dict[str, Callable[[float], Objective]] = {  # by R1's gamma
+    "adversarial": DDGAN,
+    "gaussian": lambda r1_gamma: Gaussian(),
+    "one_shot": OneShot,
+}
+
+
+# --- A generator ----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Denoiser:
+    """A generator as sampling sees it."""
+
+    gen: Callable[..., Any]  # (params, x_{t+1}, t, z[, dropout_keys][, y=labels]) -> x0_hat
+    init_gen: Callable[[jax.Array], Any]  # key -> parameters
+    schedule: Schedule  # of sampling: the diffusion's, or one step for a generator that was trained for one
+    image_shape: tuple[int, ...]  # [H, W, C], or [d] for points
+    nz: int
+    num_classes: int  # 0: unconditional
+    scale: float  # x_0 = scale * data, for points
+
+
+def denoiser(config: Any) -> Denoiser:
+    """What `config` says of the generator, without anything that only training needs.
+
+    Raises UserError for settings that do not go together, or an image size that is not set.
+    """
+    c = read(config)
+    generator, shape, diffusion = generator_of(c), _shape(c), _diffusion(c)
+    x, t, z = jnp.zeros((1, *shape)), jnp.zeros(1, jnp.int32), jnp.zeros((1, generator.nz))
+    labels = {"y": t} if c.model.num_classes else {}
+    return Denoiser(
+        gen=jax.jit(lambda params, *args, **labels: generator.apply({"params": params}, *args, **labels)),
+        init_gen=lambda key: generator.init(key, x, t, z, **labels)["params"],
+        schedule=Schedule.create(1) if OBJECTIVES[c.objective](0.0).at_once else diffusion,
+        image_shape=shape,
+        nz=generator.nz,
+        num_classes=c.model.num_classes,
+        scale=c.data.scale,
+    )
+
+
+def _diffusion(c: Config) -> Schedule:
+    return Schedule.create(**vars(c.diffusion) | {"beta_max": chosen(c.diffusion.beta_max, "diffusion.beta_max")})
+
+
+def _shape(c: Config) -> tuple[int, ...]:
+    channels = chosen(c.data.channels, "data.channels")
+    if c.model.network == "mlp":
+        return (channels,)
+    size = chosen(c.data.image_size, "data.image_size")
+    return size, size, channels
+
+
+def generator_of(c: Config) -> Any:
+    """The generator's module: of the paper for images, fully connected for points. UserError if it cannot be."""
+    both = {"dtype": DTYPES[c.model.dtype]}
+    given = _network_fields(PointGenerator if c.model.network == "mlp" else Generator, c.generator, "generator.")
+    if c.model.network == "mlp":
+        return PointGenerator(dim=_shape(c)[0], levels=_levels(c), **both, **given)
+    (size, _, channels), patch = _shape(c), c.model.patch_size
+    halvings = len(given.get("ch_mult", Generator.ch_mult)) - 1
+    if size % (part := patch * 2**halvings):
+        raise UserError(
+            f"data.image_size={size} does not halve {halvings} times, as the {halvings + 1} levels of "
+            f"generator.ch_mult need{f' with model.patch_size={patch}' if patch > 1 else ''}: choose a multiple of "
+            f"{part}, or fewer levels"
+        )
+    both |= {"num_classes": c.model.num_classes, "patch_size": patch}
+    return Generator(image_channels=channels, remat=c.model.remat, **both, **given)
+
+
+def _discriminator(c: Config) -> Any:
+    """The discriminator's module. UserError if it cannot be."""
+    both = {"dtype": DTYPES[c.model.dtype]}
+    if c.model.network == "mlp":
+        given = _network_fields(PointDiscriminator, c.discriminator, "discriminator.")
+        return PointDiscriminator(levels=_levels(c), **both, **given)
+    given = _network_fields(Discriminator, c.discriminator, "discriminator.")
+    both |= {"num_classes": c.model.num_classes, "patch_size": c.model.patch_size}
+    return Discriminator(**both, **(preset(_shape(c)[0] // c.model.patch_size) | given))
+
+
+# What `config.data` and `config.model` say of a network, and flax's own.
+_NOT_GIVEN = ("parent", "name", "dtype", "image_channels", "num_classes", "patch_size", "remat", "dim", "levels")
+
+
+def _network_fields(network: type[nn.Module], given: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return fields_of(network, given, prefix, _NOT_GIVEN)
+
+
+def _levels(c: Config) -> tuple[float, ...]:
+    """The standard deviations of x_0, ..., x_T for points whose own is `model.data_std`; () if that is not set."""
+    if c.model.data_std is None:
+        return ()
+    schedule, std = _diffusion(c), c.model.data_std * c.data.scale
+    return tuple(np.sqrt(schedule.a_s_cum**2 * std**2 + schedule.sigmas_cum**2).tolist())
+
+
+# --- Training -------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Built(Denoiser):
+    """Everything that a configuration describes, as plain objects."""
+
+    method: Method
+    init_disc: Callable[[jax.Array], Any]  # key -> parameters
+    batch_size: int  # of all devices
+    seed: int
+    noise_seed: int  # of the noise of the training steps
+
+    def init_state(self) -> state.TrainState:
+        """The state before the first step, a function of the seed alone. Jit it."""
+        gen_key, disc_key = jax.random.split(jax.random.key(self.seed))
+        return state.create(self.init_gen(gen_key), self.init_disc(disc_key), self.method.optimizer)
+
+    def step(self, with_r1: bool, axis_name: str | None = parallel.AXIS) -> Callable:
+        """The training step of one replica, for `parallel.map_step`; with axis_name=None of a device by itself."""
+        return train_step.make_train_step(self.method, self.noise_seed, with_r1, axis_name)
+
+
+def build(config: Any) -> Built:
+    """Build what `config` describes. Raises UserError for settings that do not go together."""
+    c = read(config)
+    train, generates, discriminator = c.train, denoiser(c), _discriminator(c)
+    num_steps, per_epoch = (
+        chosen(train.num_steps, "train.num_steps"),
+        chosen(train.steps_per_epoch, "train.steps_per_epoch"),
+    )
+
+    epochs = -(-(train.lr_decay_steps or num_steps) // per_epoch)
+
+    def falling(start: float, end: float) -> state.OfStep:
+        return state.cosine_schedule(start, per_epoch, epochs, end)
+
+    def rate(base: float, floor: float) -> state.OfStep:
+        return falling(base, min(floor, base)) if train.lr_decay else state.constant_schedule(base)
+
+    method = Method(
+        gen=generates.gen,
+        disc=jax.jit(
+            lambda params, *args, **more: discriminator.apply({"params": params}, *args, **more),
+            static_argnames="axis_name",
+        ),
+        schedule=_diffusion(c),
+        objective=_objective(c, falling),
+        optimizer=state.adam(train.adam_b1, train.adam_b2),
+        lr_g=rate(train.lr_g, train.lr_min),
+        lr_d=rate(train.lr_d, train.lr_min_d or train.lr_min),
+        nz=generates.nz,
+        ema_decay=train.ema_decay,
+        flip=c.data.flip,
+        dropout=c.generator.get("dropout", 0) > 0,
+        accumulate=train.accumulate,
+        scale=c.data.scale,
+    )
+    x, t = jnp.zeros((1, *generates.image_shape)), jnp.zeros(1, jnp.int32)
+    labels = {"y": t} if generates.num_classes else {}
+    return Built(
+        **vars(generates),
+        method=method,
+        init_disc=lambda key: discriminator.init(key, x, t, x, **labels)["params"],
+        batch_size=chosen(train.batch_size, "train.batch_size"),
+        seed=c.seed,
+        noise_seed=int(np.random.SeedSequence((c.seed, train.noise_seed)).generate_state(1)[0])
+        if train.noise_seed
+        else c.seed,
+    )
+
+
+def _objective(c: Config, falling: Callable[[float, float], state.OfStep]) -> Objective:
+    """The objective, with what the settings add to it; `falling` makes a weight that falls as learning rates do."""
+    objective = OBJECTIVES[c.objective](c.train.r1_gamma)
+    if not objective.trains_disc:
+        return objective
+    if c.loss.shown == "x_0":
+        objective = Denoised(objective)
+    if not (weight := c.loss.reconstruction):
+        return objective
+    end = c.loss.reconstruction_end
+    return Reconstruction(objective, state.constant_schedule(weight) if end is None else falling(weight, end))

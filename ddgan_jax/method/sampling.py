@@ -1,0 +1,96 @@
+"""Sampling: T calls of the generator, each followed by a draw from the posterior (Section 3.2).
+
+    x_T ~ N(0, I);  for t = T-1..0:  z ~ N(0, I),  x0_hat = G(x_{t+1}, t, z),  x_t ~ q(x_t | x_{t+1}, x0_hat)
+
+`gen` is a callable (x_{t+1}, t, z) -> x0_hat with its parameters bound. Image i depends on (key, i) alone, never
+on the batch that it is drawn in. The `posterior` is an argument: `sample_posterior` (the paper) or
+`deterministic_posterior`.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from ddgan_jax.devices.parallel import example_keys
+from ddgan_jax.method.diffusion import Schedule, sample_posterior
+
+Gen = Callable[[Array, Array, Array], Array]
+Posterior = Callable[[Schedule, Array, Array, Array, Array], Array]  # (schedule, x0, x_{t+1}, t, noise) -> x_t
+
+
+class Noise(struct.PyTreeNode):
+    """The random draws of a batch of samples; entry t of the last two is used in the step x_{t+1} -> x_t."""
+
+    x_T: Float[Array, "b *d"]
+    z: Float[Array, "T b nz"]
+    posterior: Float[Array, "T b *d"]
+
+
+class Trajectory(struct.PyTreeNode):
+    """Every step of a batch of samples, entry t of the step x_{t+1} -> x_t; x_t[0] is the sample."""
+
+    x_tp1: Float[Array, "T b *d"]  # what the generator saw
+    x0_hat: Float[Array, "T b *d"]  # what it predicted
+    x_t: Float[Array, "T b *d"]  # the posterior's draw
+
+
+def draw_noise(key: Array, indices: Int[Array, "b"], num_steps: int, image_shape: Sequence[int], nz: int) -> Noise:
+    """The draws of the samples with these `indices`, each from (key, index) alone."""
+
+    def one(key: Array) -> Noise:
+        x_key, z_key, posterior_key = jax.random.split(key, 3)
+        return Noise(
+            x_T=jax.random.normal(x_key, tuple(image_shape)),
+            z=jax.random.normal(z_key, (num_steps, nz)),
+            posterior=jax.random.normal(posterior_key, (num_steps, *image_shape)),
+        )
+
+    return jax.vmap(one, out_axes=Noise(x_T=0, z=1, posterior=1))(example_keys(key, indices))  # type: ignore[arg-type]
+
+
+def denoise_once(
+    gen: Gen,
+    schedule: Schedule,
+    x_tp1: Float[Array, "b *d"],
+    t: Int[Array, ""],
+    z: Float[Array, "b nz"],
+    noise: Array,
+    posterior: Posterior = sample_posterior,
+) -> Trajectory:
+    """The step x_{t+1} -> x_t, t in 0..T-1; `noise` is of the posterior. Its fields are [b, *d], of this step alone."""
+    steps = jnp.broadcast_to(t, x_tp1.shape[:1])
+    x0_hat = gen(x_tp1, steps, z)
+    return Trajectory(x_tp1=x_tp1, x0_hat=x0_hat, x_t=posterior(schedule, x0_hat, x_tp1, steps, noise))
+
+
+def denoise(
+    gen: Gen,
+    schedule: Schedule,
+    noise: Noise,
+    posterior: Posterior = sample_posterior,
+) -> Trajectory:
+    """Run the steps len(noise.z) - 1, ..., 0 on given draws, from noise.x_T; T steps unless the draws are for fewer."""
+
+    def step(x_tp1: Array, inputs: tuple[Array, Array, Array]) -> tuple[Array, Trajectory]:
+        taken = denoise_once(gen, schedule, x_tp1, *inputs, posterior)
+        return taken.x_t, taken
+
+    steps = jnp.arange(len(noise.z))
+    return jax.lax.scan(step, noise.x_T, (steps, noise.z, noise.posterior), reverse=True)[1]
+
+
+def sample(
+    gen: Gen,
+    schedule: Schedule,
+    key: Array,
+    indices: Int[Array, "b"],
+    image_shape: Sequence[int],
+    nz: int,
+    posterior: Posterior = sample_posterior,
+) -> Float[Array, "b *d"]:
+    """The samples x_0 with these `indices`, [B, *image_shape] in [-1, 1] if the generator ends in a tanh."""
+    noise = draw_noise(key, indices, schedule.num_steps, image_shape, nz)
+    return denoise(gen, schedule, noise, posterior).x_t[0]

@@ -1,0 +1,162 @@
+"""The operations that networks and optimizer are made of, and the only place that knows how a device runs them best.
+
+Each operation has a plain form, in `reference.py`, and a fast one, which computes the same up to rounding. `TABLE` says
+what the fast one does on which device. Networks call `ops.conv(x, kernel)` and name no platform. To read what the
+method computes, read `reference.py` and skip the rest of this folder.
+
+One switch runs everything as the reference: the environment variable DDGAN_OPS=reference, or
+
+    with ops.use_reference():
+        state, metrics = jax.jit(built.step(True, None))(state, images)
+
+DDGAN_OPS=reference:conv,group_norm, or `ops.use_reference("conv", "group_norm")`, does so for these operations alone.
+`ops.portable()` is for converters to other formats. The switch is read while a function is traced, and is part of the
+key of `jax.jit`'s caches: a function that was traced in one form is traced again in the other.
+"""
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+import jax
+
+from ddgan_jax.errors import UserError
+from ddgan_jax.networks.ops import reference
+from ddgan_jax.networks.ops.conv import conv as _conv
+from ddgan_jax.networks.ops.conv import pointwise as _pointwise
+from ddgan_jax.networks.ops.fir import products as _products
+from ddgan_jax.networks.ops.fir import upfirdn as _upfirdn
+from ddgan_jax.networks.ops.memory import add_shift as _add_shift
+from ddgan_jax.networks.ops.memory import materialize as _materialize
+from ddgan_jax.networks.ops.memory import row_major as _row_major
+from ddgan_jax.networks.ops.norm import group_norm as _group_norm
+from ddgan_jax.networks.ops.reference import FIR_KERNEL, MOST_CHANNELS
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+FORMS = ("fast", "reference", "portable")
+_form = jax.make_user_context(os.environ.get("DDGAN_OPS") or "fast")
+
+
+def use_reference(*operations: str) -> AbstractContextManager[None]:
+    """Within it functions are traced with the reference forms of `operations`, or of all."""
+    return _form(f"reference:{','.join(operations)}" if operations else "reference")
+
+
+def portable() -> AbstractContextManager[None]:
+    """Within it functions are traced in forms that converters to other formats know: the reference's, or plainer."""
+    return _form("portable")
+
+
+@functools.cache
+def _as_reference(form: str) -> frozenset[str]:
+    """The operations that run in their reference form. UserError for an unknown `form`."""
+    word, _, names = form.partition(":")
+    chosen = frozenset(names.split(",") if names else TABLE)
+    if word not in FORMS or (word != "reference" and names):
+        forms = f"{', '.join(FORMS)}, or for some of them reference:conv,group_norm"
+        raise UserError(f"DDGAN_OPS={form} is not a form of the operations: it is {forms}")
+    if unknown := ", ".join(sorted(chosen - set(TABLE))):
+        raise UserError(f"DDGAN_OPS={form}: no operation {unknown}: they are {', '.join(TABLE)}")
+    return frozenset() if word == "fast" else chosen
+
+
+# {operation: {"reference", "cpu", "gpu", "tpu": what is done there}}
+TABLE: dict[str, dict[str, str]] = {}
+
+
+def _operation(
+    plain: F,
+    fast: Callable[..., Any],
+    cpu: str,
+    gpu: str = "as the reference",
+    tpu: str = "",
+    portable: Callable[..., Any] | None = None,
+) -> F:
+    """The operation `plain`, in the form that is asked for. `tpu` is as `gpu`, `portable` as `plain` if not given."""
+
+    @functools.wraps(plain)
+    def operation(*args: Any, **kwargs: Any) -> Any:
+        with jax.named_scope(plain.__name__):  # for those who read a compiled program or a profile
+            slow = portable if portable and _form.value == "portable" else plain
+            return (slow if plain.__name__ in _as_reference(_form.value) else fast)(*args, **kwargs)
+
+    what = (plain.__doc__ or "").partition("\n")[0]
+    TABLE[plain.__name__] = {"reference": what, "cpu": cpu, "gpu": gpu, "tpu": tpu or gpu}
+    return operation  # type: ignore[return-value]
+
+
+conv = _operation(
+    reference.conv,
+    _conv,
+    cpu="Winograd's F(2x2, 3x3) in wide float32 layers of 16 px and more; other kernels' gradients in strips of rows",
+    tpu="as the reference, with the channels in lanes",
+)
+pointwise = _operation(reference.pointwise, _pointwise, cpu="a matrix product")
+upfirdn = _operation(
+    reference.upfirdn,
+    _upfirdn,
+    cpu="as the reference",
+    tpu="a matrix product for each axis",
+    portable=_products,
+)
+group_norm = _operation(
+    reference.group_norm,
+    _group_norm,
+    cpu="sums of channels, then of groups by a matrix product; in memory",
+    gpu="sums of channels, then of groups by a matrix product",
+)
+add_shift = _operation(
+    reference.add_shift,
+    _add_shift,
+    cpu="in memory",
+    gpu="apart from the convolution",
+    tpu="as the reference",
+)
+materialize = _operation(reference.materialize, _materialize, cpu="a border that fusion does not cross")
+row_major = _operation(
+    reference.row_major,
+    _row_major,
+    cpu="as the reference",
+    gpu="kernels of convolutions in memory, in the order of their axes",
+    tpu="as the reference",
+)
+
+
+def fir_filter(x: jax.Array, kernel: Sequence[float], pad: int) -> jax.Array:
+    """[B, H, W, C] filtered in both axes with `pad` zeros in all an axis."""
+    return upfirdn(x, kernel, 1.0, up=1, down=1, before=(pad + 1) // 2, after=pad // 2)
+
+
+def fir_downsample(x: jax.Array, kernel: Sequence[float] = FIR_KERNEL) -> jax.Array:
+    """[B, H, W, C] -> [B, H // 2, W // 2, C], low-pass filtered."""
+    pad = len(kernel) - 2
+    return upfirdn(x, kernel, 1.0, up=1, down=2, before=(pad + 1) // 2, after=pad // 2)
+
+
+def fir_upsample(x: jax.Array, kernel: Sequence[float] = FIR_KERNEL, margin: int = 0) -> jax.Array:
+    """[B, H, W, C] -> [B, 2H + 2 margin, 2W + 2 margin, C], the mean kept; `margin` keeps that much of the tails."""
+    before = (len(kernel) - 1) // 2 + 1 + margin
+    return upfirdn(x, kernel, 2.0, up=2, down=1, before=before, after=len(kernel) - before + 2 * margin)
+
+
+__all__ = [
+    "FIR_KERNEL",
+    "FORMS",
+    "MOST_CHANNELS",
+    "TABLE",
+    "add_shift",
+    "conv",
+    "fir_downsample",
+    "fir_filter",
+    "fir_upsample",
+    "group_norm",
+    "materialize",
+    "pointwise",
+    "portable",
+    "row_major",
+    "upfirdn",
+    "use_reference",
+]

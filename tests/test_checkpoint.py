@@ -298,3 +298,17 @@ def test_retries_have_an_end(seconds, tmp_path, monkeypatch):
     monkeypatch.setenv("DDGAN_RETRY_SECONDS", seconds)
     with pytest.raises(UserError, match=f"DDGAN_RETRY_SECONDS={seconds} must be a number of seconds"):
         paths.read(tmp_path / "x")
+
+
+def test_slow_reads_are_retried(tmp_path, monkeypatch):
+    """Also where one attempt takes longer than all retries may."""
+    monkeypatch.setattr(paths, "DISK_RETRY_SECONDS", 0.0)
+    outcomes = [OSError(errno.EIO, "Input/output error"), OSError(errno.EIO, "Input/output error"), b"content"]
+
+    def action():
+        outcome = outcomes.pop(0)
+        if isinstance(outcome, OSError):
+            raise outcome
+        return outcome
+
+    assert paths.retry(tmp_path / "x", action) == b"content"

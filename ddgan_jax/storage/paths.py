@@ -10,6 +10,7 @@ import errno
 import functools
 import importlib.util
 import io
+import itertools
 import logging
 import math
 import os
@@ -35,6 +36,7 @@ T = TypeVar("T")
 DISK_RETRY_SECONDS = 1.0
 BUCKET_RETRY_SECONDS = 60.0  # or the environment variable DDGAN_RETRY_SECONDS
 MAX_PAUSE = 10.0  # seconds between two attempts
+MIN_ATTEMPTS = 3  # unless DDGAN_RETRY_SECONDS is 0
 
 
 def path(given: Given) -> epath.Path:
@@ -89,7 +91,7 @@ def retry(what: Given, action: Callable[[], T]) -> T:
     """Returns `action()`, which reads `what`, after retries while it raises an OSError that may pass.
 
     A missing file is final. Anything else is retried for a second on a disk and for a minute in a bucket, with growing
-    pauses; the last OSError is then raised.
+    pauses, and at least twice, however long an attempt takes; the last OSError is then raised.
     """
     given = os.environ.get("DDGAN_RETRY_SECONDS") or BUCKET_RETRY_SECONDS
     try:
@@ -100,18 +102,20 @@ def retry(what: Given, action: Callable[[], T]) -> T:
         raise UserError(f"DDGAN_RETRY_SECONDS={given} must be a number of seconds of at least 0")
     deadline = time.monotonic() + (limit if is_remote(what) else min(limit, DISK_RETRY_SECONDS))
     pause = 0.1
-    while True:
+    for attempt in itertools.count(1):
         try:
             with os_errors(what):
                 return action()
         except OSError as error:
-            if is_missing(error) or time.monotonic() + pause > deadline:
+            late = time.monotonic() + pause > deadline
+            if is_missing(error) or limit == 0 or (late and attempt >= MIN_ATTEMPTS):
                 raise
             if is_remote(what) and pause == 0.1:
                 cause = " ".join(str(error).split())[:200]
                 print(f"note: {what} cannot be read ({cause}); trying again for {limit:.0f} s", file=sys.stderr)
         time.sleep(pause)
         pause = min(2 * pause, MAX_PAUSE)
+    raise AssertionError("the loop has no other end")
 
 
 def read(file: Given) -> bytes:

@@ -13,6 +13,7 @@ import pathlib
 import pstats
 import tempfile
 import time
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ import numpy as np
 from benchmarks import measure
 from ddgan_jax.commands import train
 from ddgan_jax.commands.progress import say
+from ddgan_jax.commands.run import Files, Run
 from ddgan_jax.commands.signals import Interrupt
 from ddgan_jax.config.settings import LogConfig, read
 from ddgan_jax.data.sources import Data
@@ -67,7 +69,9 @@ def main() -> None:
         c = read(config)
         log = Log(path, {}, LogConfig(tensorboard=False), 0)
         draw = Sampler(built, c.sample.batch_size)
-        run = train.Run(c, free, Data(images), None, path, state, 0, None, log, time.time(), draw)
+        nowhere = types.SimpleNamespace(save=lambda *_: None, wait=lambda: None, steps=list)
+        files = Files(nowhere, log, {})
+        run = Run(c, free, Data(images), None, path, state, 0, files, draw, time.time())
         profile = cProfile.Profile() if flags.profile else None
         if profile:
             profile.enable()

@@ -108,7 +108,7 @@ def test_a_save_that_is_killed_is_no_checkpoint(bucket, trained, cache, tmp_path
         "from ddgan_jax.storage import checkpoint; print(checkpoint.find(sys.argv[1]))", workdir
     ).split() == [f"{workdir}/checkpoints/4"]
     result = run(*arguments, env=bucket.env)
-    assert result.returncode == 0 and "going on from step 4" in result.stdout, result.stdout + result.stderr
+    assert result.returncode == 0 and "resuming from step 4" in result.stdout, result.stdout + result.stderr
     assert_same(arrays_of(bucket, workdir, tmp_path / "a.npz"), arrays_of(bucket, trained, tmp_path / "b.npz"))
 
 
@@ -123,7 +123,7 @@ def test_a_damaged_checkpoint_is_set_aside(bucket, trained, cache, tmp_path):  #
     )
     result = run(*arguments, env=bucket.env)
     assert result.returncode == 0 and f"it is moved to {workdir}/damaged/8" in result.stdout, result.stdout
-    assert "going on from step 4" in result.stdout and f"{workdir}/damaged/8/_CHECKPOINT_METADATA" in bucket.files(
+    assert "resuming from step 4" in result.stdout and f"{workdir}/damaged/8/_CHECKPOINT_METADATA" in bucket.files(
         "damaged"
     )
     assert_same(arrays_of(bucket, workdir, tmp_path / "a.npz"), arrays_of(bucket, trained, tmp_path / "b.npz"))
@@ -193,7 +193,7 @@ def test_a_bucket_that_refuses_writes_loses_nothing(bucket, trained, cache, tmp_
     step = int(found.strip().rpartition("/")[2])
     assert step >= 100
     result = run(*arguments, f"--config.train.num_steps={step + 4}", env=bucket.env)
-    assert result.returncode == 0 and f"going on from step {step}" in result.stdout, result.stdout + result.stderr
+    assert result.returncode == 0 and f"resuming from step {step}" in result.stdout, result.stdout + result.stderr
 
 
 def test_a_fault_waits_for_the_save_before_it(bucket, cache):  # noqa: F811

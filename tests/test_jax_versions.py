@@ -52,7 +52,7 @@ def test_two_processes_do_as_one(python, tmp_path):
         workdir, out = f"--workdir={tmp_path / str(count)}", tmp_path / f"of_{count}"
         assert "finished 4 steps" in run(count, workdir, "--config.train.num_steps=4")
         output = run(count, workdir)
-        assert "going on from step 4" in output and "finished 8 steps" in output, output
+        assert "resuming from step 4" in output and "finished 8 steps" in output, output
         states.append(checkpoint.read(checkpoint.find(str(tmp_path / str(count))))[0])
         trained = f"--workdir={tmp_path / '1'}"
         run(count, trained, "--mode=sample", "--num_samples=301", f"--out={out}.npz")

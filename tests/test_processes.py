@@ -201,7 +201,7 @@ def test_one_that_is_killed_ends_all(killed, cache, tmp_path):
     assert code < 0 or "stopped: another process of this job is gone" in output, output
     step = int(checkpoint.find(str(tmp_path)).name)
     outputs = succeed(start_group(2, *arguments, f"--config.train.num_steps={step + 2}"))
-    assert f"going on from step {step}" in outputs[0]
+    assert f"resuming from step {step}" in outputs[0]
 
 
 def test_settings_and_data_that_differ_are_told_before_the_first_step(cache, tmp_path):

@@ -15,7 +15,7 @@ import pytest
 from commands import POINTS, ROOT, SMOKE, command, ends, python, run, start_group
 from PIL import Image
 
-from ddgan_jax.commands import figures, progress
+from ddgan_jax.commands import figures, progress, setup
 from ddgan_jax.commands import train as train_module
 from ddgan_jax.commands.signals import Interrupt
 from ddgan_jax.commands.train import train
@@ -25,6 +25,7 @@ from ddgan_jax.data.sources import Data, open_data
 from ddgan_jax.errors import Fault, Interrupted, UserError
 from ddgan_jax.method.build import build
 from ddgan_jax.storage import checkpoint, log, paths
+from ddgan_jax.storage.workdir import lock as lock_workdir
 
 
 @pytest.mark.parametrize(
@@ -127,7 +128,7 @@ def test_it_says_what_it_does(tmp_path, capsys, monkeypatch):
     assert drawn == [2, 4]  # records: at step 4, and at the end
     lines = capsys.readouterr().out.splitlines()
     expected = [
-        f"8 steps to train; pictures every 4 steps: {tmp_path}/samples and {tmp_path}/curves.png",
+        f"8 steps to train; images every 4 steps: {tmp_path}/samples and {tmp_path}/curves.png",
         "compiling the training step: ",
         "compiled in ",
         "step 1 done, ",
@@ -321,7 +322,7 @@ def test_interrupted_and_resumed_is_bit_identical(number, unbroken, cache, tmp_p
         assert code == 75 and f"{number.name}: saved step" in output and "finished" not in output, output
     assert not (tmp_path / "results.json").exists()
     result = run(*arguments)
-    assert result.returncode == 0 and "going on from step" in result.stdout, result.stdout + result.stderr
+    assert result.returncode == 0 and "resuming from step" in result.stdout, result.stdout + result.stderr
     assert_same(tmp_path, unbroken)
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps)) and steps[-1] == 24
@@ -453,7 +454,7 @@ def test_a_checkpoint_resumes_on_any_layout(layouts, source, target, cache, tmp_
     if source == target:
         pytest.skip("the same layout: tested above, bit for bit")
     shutil.copytree(layouts[source] / "checkpoints" / "4", tmp_path / "checkpoints" / "4")
-    assert "going on from step 4" in succeed(target, tmp_path, cache)[0]
+    assert "resuming from step 4" in succeed(target, tmp_path, cache)[0]
     assert_close(tmp_path, layouts["1 device"])
 
 
@@ -534,12 +535,12 @@ def test_what_was_chosen_at_the_start_belongs_to_the_run(points_run):
     c = presets.get("gaussians:smoke")
     c.train.update(batch_size=None, num_steps=None, lr_g=0.5)
     c.log.samples_every = None
-    begun = train_module.as_begun(read(c), before, "runs/x")
+    begun = setup.as_begun(read(c), before, "runs/x")
     assert (begun.train.batch_size, begun.train.num_steps, begun.log.samples_every) == (24, 8, 0)
-    assert begun.train.lr_g == 0.5 and train_module.as_begun(read(c), None, "runs/x") == read(c)
+    assert begun.train.lr_g == 0.5 and setup.as_begun(read(c), None, "runs/x") == read(c)
     given = presets.get("gaussians:smoke")
     given.train.batch_size = 32
-    assert train_module.as_begun(read(given), before, "runs/x").train.batch_size == 32
+    assert setup.as_begun(read(given), before, "runs/x").train.batch_size == 32
     assert checkpoint.config_of(points_run) == as_dict(presets.get("gaussians:smoke"))
     assert checkpoint.config_of(points_run / "nothing") is None
 
@@ -569,13 +570,13 @@ def test_the_checkpoint_is_saved_before_the_evaluation(tmp_path, monkeypatch):
         pass
 
     def die(run, interrupt):
-        run.checkpoints.wait()
+        run.files.checkpoints.wait()
         raise Killed
 
     config = presets.get("gaussians:smoke")
     config.eval.update(every=4, online_samples=16)
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "evaluation", die)
+        patch.setattr(train_module, "evaluate_samples", die)
         with pytest.raises(Killed):
             train(config, str(tmp_path / "killed"))
     assert checkpoint.finished(tmp_path / "killed" / "checkpoints") == [4]
@@ -619,12 +620,12 @@ def test_every_configuration_has_its_own_workdir(tmp_path):
 
 def test_one_training_in_a_workdir_at_a_time(tmp_path):
     with contextlib.ExitStack() as lock:
-        train_module.lock_workdir(paths.path(tmp_path), lock)
+        lock_workdir(paths.path(tmp_path), lock)
         with pytest.raises(UserError, match="another process trains in --workdir"):
             train(presets.get("gaussians:smoke"), str(tmp_path))
     assert not list(tmp_path.iterdir())
     with contextlib.ExitStack() as lock:
-        train_module.lock_workdir(paths.path(tmp_path), lock)
+        lock_workdir(paths.path(tmp_path), lock)
 
 
 @pytest.mark.parametrize("name", ["runs [v2]", "a\\b"])

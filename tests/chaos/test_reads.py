@@ -502,7 +502,7 @@ def check_outage(place: Place, kind: Kind, order: str, seconds: float, out: path
     place.be("")
     assert place.snapshot() == before
     ended = place.run("resume", out, seconds=300)
-    assert ended.code == 0 and "going on from step 6" in ended.output, ended
+    assert ended.code == 0 and "resuming from step 6" in ended.output, ended
     assert place.found("resume", out) == unbroken
     return runs
 

@@ -1,0 +1,54 @@
+"""The compiled training steps of a run."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from ddgan_jax.commands.progress import say
+from ddgan_jax.devices import parallel, processes
+from ddgan_jax.method.build import Built
+
+
+class CompiledSteps:
+    """The training steps with and without R1, compiled in the background."""
+
+    def __init__(self, built: Built, stop: parallel.Stop, state: Any, batch: Any, r1_every: int):
+        """Starts to compile the steps. One step serves where R1 is in every step or in none."""
+        say("compiling the training step: seconds for a small network, minutes for a large one")
+        self._start = time.time()
+        one = r1_every == 1 or not built.method.objective.trains_disc
+        kinds = [True] if one else [True, False]
+        futures = stop.compile(map(built.step, kinds), state, batch)
+        self._futures = dict(zip(kinds, futures, strict=True))
+        self._reported: set[bool] = set()
+        if jax.process_count() > 1:  # no process may wait inside a step for another one that still compiles
+            for kind in kinds:
+                self.get(kind)
+            processes.barrier()
+
+    def wait(self, with_r1: bool, check: Callable[[], None]) -> None:
+        """Returns when the step is compiled. Until then, calls `check`, which may raise."""
+        while not self._futures[self._kind(with_r1)].done():
+            check()
+            time.sleep(0.05)
+
+    def get(self, with_r1: bool) -> Any:
+        """The step. The first time, reports how long it took to compile, its operations and its memory."""
+        kind = self._kind(with_r1)
+        step = self._futures[kind].result()
+        if kind not in self._reported:
+            self._reported.add(kind)
+            memory = step.memory_analysis()
+            size = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20 if memory else float("nan")
+            name = f"the step {'with' if kind else 'without'} R1 " if len(self._futures) > 1 else ""
+            say(
+                f"compiled {name}in {time.time() - self._start:.1f} s: "
+                f"{(step.cost_analysis() or {}).get('flops', 0) / 1e9:.3g} GFLOP a step on each device, "
+                f"{size:.0f} MiB of device memory"
+            )
+        return step
+
+    def _kind(self, with_r1: bool) -> bool:
+        return with_r1 or len(self._futures) == 1

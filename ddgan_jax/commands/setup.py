@@ -1,0 +1,276 @@
+"""Setting up a training run: what must hold before the work begins, and restoring a run that was interrupted."""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import os
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from ddgan_jax.commands.progress import overview, say
+from ddgan_jax.commands.run import Files, Run, ranked_by
+from ddgan_jax.commands.signals import Interrupt
+from ddgan_jax.config.settings import Config, as_dict, flat, read
+from ddgan_jax.data.batches import evenly_spaced
+from ddgan_jax.data.resolve import check_batch, facts, labels_of, resolve_from_data
+from ddgan_jax.data.sources import Data, open_data
+from ddgan_jax.devices import compiler, parallel, processes
+from ddgan_jax.errors import Fault, UserError
+from ddgan_jax.method.build import Built, build
+from ddgan_jax.method.state import num_bytes
+from ddgan_jax.metrics.evaluator import open_judge
+from ddgan_jax.model.model import networks_of
+from ddgan_jax.model.sampler import Sampler
+from ddgan_jax.storage import checkpoint, paths, workdir
+from ddgan_jax.storage.log import Log, read_metrics
+from ddgan_jax.storage.paths import Path
+
+SKETCHED = 64  # examples by which the data of a run is compared with that of its start
+# Settings that the networks were trained with, and that a comparison of parameters does not reveal.
+FIXED = (
+    *("data.name", "data.scale", "data.image_size", "data.channels", "model.data_std", "diffusion.num_steps"),
+    *("diffusion.kind", "diffusion.beta_min", "diffusion.beta_max"),
+)
+# Settings that may be chosen for the data and the devices when a run starts, and belong to it from then on.
+CHOSEN = {
+    "data": ("image_size", "channels"),
+    "diffusion": ("beta_max",),
+    "train": ("num_steps", "batch_size", "steps_per_epoch"),
+    "checkpoint": ("every",),
+    "log": ("samples_every",),
+}
+
+
+def set_up(
+    config: Any,
+    path: Path,
+    interrupt: Interrupt,
+    lock: contextlib.ExitStack,
+    data: Data | None = None,
+    restart: bool = False,
+) -> Run:
+    """Sets up a run in the workdir `path`, or resumes the one there. Raises as `train.train`.
+
+    `lock` holds the workdir from now on. Files are read and written while signals are deferred: an exception in the
+    middle of a restore would be taken for damage.
+    """
+    started = time.time()
+    with interrupt.deferred():
+        before = processes.from_primary(lambda: None if restart else checkpoint.config_of(path))
+    given = data is not None
+    c, built, data = processes.everywhere(lambda: _open(config, data, before, path))
+    if jax.process_count() > 1:
+        processes.agree(facts(c, data))
+    labels, shapes = labels_of(data, built.num_classes, c.data.name), jax.eval_shape(built.init_state)
+    check_memory(built, shapes)
+    evaluator = open_judge(c, data) if c.eval.every else None  # refuses an evaluation that cannot work
+
+    def open_all() -> tuple[Files, Any]:
+        with interrupt.deferred():
+            workdir.lock(path, lock)
+            overview(built, shapes, built.batch_size // jax.device_count(), data)
+            sketch = sketch_of(data)
+            checkpoints = None if restart else open_checkpoints(path, c)
+            restored, saved = restore(checkpoints, shapes, path, c) if checkpoints else (None, {})
+            same_path = bool(c.data.path) and before is not None and before["data"]["path"] == c.data.path
+            check_data(saved.get("data"), sketch, path, refuse=not given and not same_path)
+        state = new_state(c, built, shapes) if restored is None else restored  # may be refused, so before any change
+        with interrupt.deferred():
+            if restart and (aside := workdir.move_aside(path)):
+                say(f"the files of the earlier run in {path} are now in {aside}")
+            checkpoints = checkpoints or open_checkpoints(path, c)
+            return open_files(path, c, before, int(state.step), checkpoints, sketch, saved), state
+
+    opened = processes.by_primary(open_all)
+    state = processes.from_primary(lambda: opened[1])  # type: ignore[index]
+    run = Run(
+        config=c,
+        built=built,
+        data=data,
+        labels=labels,
+        path=path,
+        state=parallel.replicate(state),
+        step=int(state.step),
+        files=opened[0] if opened else None,
+        sampler=Sampler(built, c.sample.batch_size),
+        started=started,
+        evaluator=evaluator,
+    )
+    say_where(run)
+    return run
+
+
+def say_where(run: Run) -> None:
+    """Reports the step that the run resumes from, and where its images appear."""
+    if run.step >= run.num_steps:
+        say(f"{run.path} has already finished its {run.num_steps} steps")
+        return
+    if run.step:
+        say(f"resuming from step {run.step}")
+    every = run.config.log.samples_every
+    when = f"every {every:,} steps" if every else "at the end"
+    say(
+        f"{run.num_steps - run.step:,} steps to train; images {when}: {run.path / 'samples'} and "
+        f"{run.path / 'curves.png'}"
+    )
+
+
+# --- Settings, data and memory --------------------------------------------------------------------------------------
+
+
+def as_begun(c: Config, before: dict[str, Any] | None, path: paths.Given) -> Config:
+    """The settings with what was chosen when the run in `path` was started, as `before` records it.
+
+    Raises UserError if that run is on other data, or if its networks were trained for another diffusion.
+    """
+    if before is None:
+        return c
+    old, groups = read(before), {}
+    for group, names in CHOSEN.items():
+        mine, theirs = getattr(c, group), getattr(old, group)
+        taken = {name: getattr(theirs, name) for name in names if getattr(mine, name) is None}
+        groups[group] = dataclasses.replace(mine, **taken)
+    if old.data.name == c.data.name:
+        c = dataclasses.replace(c, **groups)
+    now, then = flat(as_dict(c)), flat(as_dict(old))
+    for name in FIXED:
+        if now[name] != then[name]:
+            raise UserError(
+                f"--workdir={path} holds a run with {name}={then[name]}, and this configuration has {now[name]}: "
+                "name another --workdir, or move that run aside with --restart"
+            )
+    return c
+
+
+def _open(config: Any, data: Data | None, before: dict[str, Any] | None, path: Path) -> tuple[Config, Built, Data]:
+    """The settings, method and data of a run. The data is decoded after everything else is known to fit."""
+    c, chosen = resolve_from_data(as_begun(read(config), before, path), data)
+    built = build(c)
+    check_batch(built.batch_size, c.train.accumulate)
+    for sentence in chosen:
+        say(sentence)
+    data = data or open_data(c.data)
+    if data.images.shape[1:] != built.image_shape:
+        raise UserError(
+            f"dataset {c.data.name} has examples of {list(data.images.shape[1:])}, but model.network="
+            f"{c.model.network} is built for {list(built.image_shape)}: choose another network or dataset"
+        )
+    return c, built, data
+
+
+def sketch_of(data: Data) -> dict[str, Any]:
+    """The number of examples, and the means of up to SKETCHED of them, which distinguish two datasets.
+
+    Another version of an image decoder hardly changes them.
+    """
+    count = len(data.images)
+    some = data.images[evenly_spaced(count, SKETCHED)]
+    means = some.reshape(len(some), -1).mean(axis=1, dtype=np.float64)
+    close = 2.0 if data.images.dtype == np.uint8 else 1e-3
+    return {"count": count, "means": [round(float(mean), 4) for mean in means], "close": close}
+
+
+def check_data(before: dict[str, Any] | None, now: dict[str, Any], path: Path, refuse: bool) -> None:
+    """Compares the sketch of the data with that of the checkpoint, which earlier versions did not save.
+
+    Where they differ, raises UserError if `refuse`, else prints a note.
+    """
+    if not before:
+        return
+    difference = ""
+    if now["count"] != before["count"]:
+        difference = f"{before['count']:,} examples then, {now['count']:,} now"
+    elif far := sum(abs(a - b) > now["close"] for a, b in zip(now["means"], before["means"], strict=True)):
+        difference = f"{far} of {len(now['means'])} examples that are compared differ"
+    if difference and refuse:
+        raise UserError(
+            f"--workdir={path} holds a run on other data ({difference}): name another --workdir, which "
+            f"--config.train.init_from={path} begins with the networks of this one, or pass --restart"
+        )
+    if difference:
+        say(f"note: the data is not that of the start of the run: {difference}")
+
+
+def check_memory(built: Built, shapes: Any) -> None:
+    """Raises UserError if the state, or a batch, is larger than the memory of a device."""
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    memory = limit or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    batch = 4 * math.prod((built.batch_size // jax.device_count(), *built.image_shape))
+    widths = "generator.nf and discriminator.ngf, or width and depth"
+    for size, what, lower in (
+        (num_bytes(shapes), "the state of networks of this size", widths),
+        (batch, f"a batch of {built.batch_size:,}", "train.batch_size"),
+    ):
+        if size > memory:
+            raise UserError(
+                f"{what} takes {size / 2**30:,.0f} GiB, of {memory / 2**30:,.0f} GiB of memory: lower {lower}"
+            )
+
+
+# --- The files and the state, in process 0 --------------------------------------------------------------------------
+
+
+def open_checkpoints(path: Path, c: Config) -> checkpoint.Checkpoints:
+    """The checkpoints of a workdir, which is created. Raises UserError if it cannot be."""
+    with workdir.usable(path):
+        (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+    return checkpoint.Checkpoints(os.fspath(path), c.checkpoint.keep, c.checkpoint.keep_period)
+
+
+def restore(checkpoints: checkpoint.Checkpoints, shapes: Any, path: Path, c: Config) -> tuple[Any, dict[str, Any]]:
+    """The state of the newest valid checkpoint, and what the run saved beside it; (None, {}) for a new run.
+
+    Raises UserError where the checkpoints are gone, or of another architecture; Fault where all are damaged.
+    """
+    try:
+        restored, saved = checkpoints.restore_latest(shapes, say)
+    except UserError as error:
+        raise UserError(f"{error}; name another --workdir, or move that run aside with --restart") from error
+    except checkpoint.Damaged as error:
+        raise Fault(f"{error}; --restart moves them aside and starts from step 0") from error
+    if restored is None and (evidence := workdir.had_checkpoints(path, c.checkpoint.every or 1)):
+        raise UserError(
+            f"the checkpoints of the run in {path} are gone, though {evidence}: put them back into "
+            f"{checkpoints.directory}, or start from step 0 with --restart"
+        )
+    return restored, saved or {}
+
+
+def new_state(c: Config, built: Built, shapes: Any) -> Any:
+    """The state at step 0, on the host. Raises as `model.networks_of`, before any work.
+
+    With `train.init_from`, the generator starts from the moving average of another one, which is what that one samples
+    with; the discriminator starts from the other's if there is one.
+    """
+    named = networks_of(c, shapes) if c.train.init_from else None
+    state = jax.device_get(compiler.jit_once(built.init_state)())
+    if named is None:
+        return state
+    where, gen_params, disc_params = named
+    lacks = "" if disc_params else ", which holds no discriminator: a new one is initialized"
+    say(f"the networks are those of {where}{lacks}")
+    return state.replace(gen_params=gen_params, ema_params=gen_params, disc_params=disc_params or state.disc_params)
+
+
+def open_files(
+    path: Path,
+    c: Config,
+    before: dict[str, Any] | None,
+    step: int,
+    checkpoints: checkpoint.Checkpoints,
+    sketch: dict[str, Any],
+    saved: dict[str, Any],
+) -> Files:
+    """Opens the files of a run that is at `step`. `saved` is what it saved beside its checkpoint."""
+    if step < (c.train.num_steps or 0):
+        workdir.write_config(path, as_dict(c), before, say)
+    log = Log(path, as_dict(c), c.log, step)
+    checkpoints.forget_best_after(step)
+    checkpoints.find_best(ranked_by(c), functools.partial(read_metrics, log.path))
+    if saved and saved["log"] not in (log.checksum, log.checksum_before):
+        say(f"note: {log.path} is damaged, or was changed: its records differ from those at the last checkpoint")
+    return Files(checkpoints, log, sketch, saved.get("unlogged") if log.last.get("step") != step else None)

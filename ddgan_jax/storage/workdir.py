@@ -1,0 +1,88 @@
+"""The folder of a run: its lock, its configuration, and what an earlier run left in it."""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ddgan_jax.config.settings import as_dict, flat
+from ddgan_jax.errors import UserError
+from ddgan_jax.storage import checkpoint, paths
+from ddgan_jax.storage.log import read_metrics
+from ddgan_jax.storage.paths import Path
+
+# Files and folders that a run writes into its workdir, the checkpoints first: until they are moved, a restart can be
+# repeated.
+WRITTEN = (
+    *("checkpoints", "damaged", "best.json", "metrics.jsonl", "results.json", "config.json", "curves.png"),
+    *(checkpoint.FIRST, "samples", "tensorboard", "wandb_id.txt", "wandb", "evaluation"),
+)
+
+
+@contextlib.contextmanager
+def usable(path: Path) -> Iterator[None]:
+    """Turns an OSError in the body of the `with` into a UserError that names the workdir."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--workdir={path} cannot be used: {error}") from error
+
+
+def lock(path: Path, held: contextlib.ExitStack) -> None:
+    """Creates a local workdir and locks it until `held` is closed or the process ends.
+
+    Raises UserError if another process trains there, or if it cannot be created. In a bucket there are no locks.
+    """
+    remote = paths.is_remote(path)
+    reserved = set("[]\\") & set(str(path if remote else path.resolve()))
+    if reserved:  # Orbax takes them for patterns when it looks for the parts of a checkpoint
+        raise UserError(
+            f"--workdir={path} has {' '.join(sorted(reserved))} in its path, below which no checkpoint can be "
+            "written: choose another name"
+        )
+    if remote:
+        return
+    with usable(path):
+        path.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDONLY)
+    held.callback(os.close, descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"another process trains in --workdir={path}: name another, or wait for its end") from error
+    except OSError:  # of a file system without locks
+        pass
+
+
+def move_aside(path: Path) -> Path | None:
+    """Moves what an earlier run wrote to a folder before-N of the workdir, which is returned; None without any."""
+    return paths.move_aside(path, WRITTEN, "before")
+
+
+def had_checkpoints(path: Path, every: int) -> str:
+    """Why a run without checkpoints must have had some, or ''. `every` is the number of steps between two."""
+    for name in (checkpoint.FIRST, "best.json", "results.json", "damaged"):
+        if paths.exists(path / name):
+            return f"it has {name}"
+    records = read_metrics(path / "metrics.jsonl")
+    last = records[-1]["step"] if records else 0
+    # The second save waits for the first, and the record of its step may be written before it.
+    return f"metrics.jsonl has step {last}" if last > 2 * every else ""
+
+
+def write_config(
+    path: Path, config: dict[str, Any], before: dict[str, Any] | None, report: Callable[[str], None]
+) -> None:
+    """Writes config.json, reports which fields differ from `before`, and removes files that a kill left half-written.
+
+    Raises OSError if they cannot be written.
+    """
+    if before is not None:
+        then, now = flat(as_dict(before)), flat(config)
+        if changed := sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name)):
+            report(f"note: {path} was started with other values of {', '.join(changed)}")
+    paths.write(path / "config.json", json.dumps(config, indent=2) + "\n")
+    for folder in (path, path / "samples"):
+        paths.remove_unfinished(folder)

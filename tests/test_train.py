@@ -654,6 +654,21 @@ def test_other_data_or_noise_in_a_workdir(points_run, tmp_path):
     assert contents(tmp_path) == before
 
 
+def test_other_labels_in_a_workdir(tmp_path, capsys):
+    """Of the same images: the networks would learn swapped classes. A sketch of an earlier version holds no labels."""
+    data = Data(np.zeros((6, 8, 8, 1), np.uint8), np.array([0, 0, 0, 1, 1, 1]))
+    before = setup.sketch_of(data, data.labels())
+    for now, refused in ((setup.sketch_of(data, 1 - data.labels()), True), (before, False)):
+        with (
+            pytest.raises(UserError, match=r"other data \(the labels differ\)") if refused else contextlib.nullcontext()
+        ):
+            setup.check_data(before, now, tmp_path, refuse=True)
+        setup.check_data(before, now, tmp_path, refuse=False)
+        assert ("the labels differ" in capsys.readouterr().out) == refused
+    setup.check_data({k: v for k, v in before.items() if k != "labels"}, before, tmp_path, refuse=True)
+    assert "labels" not in setup.sketch_of(data, None)
+
+
 def test_a_command_that_trains_nothing_writes_no_configuration(points_run, tmp_path):
     shutil.copytree(points_run, tmp_path, dirs_exist_ok=True)
     config = presets.get("gaussians:smoke")

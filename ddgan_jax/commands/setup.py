@@ -6,6 +6,7 @@ import functools
 import math
 import os
 import time
+import zlib
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ from ddgan_jax.method.state import num_bytes
 from ddgan_jax.metrics.evaluator import open_judge
 from ddgan_jax.model.model import networks_of
 from ddgan_jax.model.sampler import Sampler
-from ddgan_jax.storage import checkpoint, paths, workdir
+from ddgan_jax.storage import checkpoint, manager, paths, workdir
 from ddgan_jax.storage.log import Log, read_metrics
 from ddgan_jax.storage.paths import Path
 
@@ -73,7 +74,7 @@ def set_up(
         with interrupt.deferred():
             workdir.lock(path, lock)
             overview(built, shapes, built.batch_size // jax.device_count(), data)
-            sketch = sketch_of(data)
+            sketch = sketch_of(data, labels)
             checkpoints = None if restart else open_checkpoints(path, c)
             restored, saved = restore(checkpoints, shapes, path, c) if checkpoints else (None, {})
             same_path = bool(c.data.path) and before is not None and before["data"]["path"] == c.data.path
@@ -162,16 +163,17 @@ def _open(config: Any, data: Data | None, before: dict[str, Any] | None, path: P
     return c, built, data
 
 
-def sketch_of(data: Data) -> dict[str, Any]:
+def sketch_of(data: Data, labels: np.ndarray | None) -> dict[str, Any]:
     """The number of examples, and the means of up to SKETCHED of them, which distinguish two datasets.
 
-    Another version of an image decoder hardly changes them.
+    Another version of an image decoder hardly changes them. `labels` [N], of a class-conditional run, add a checksum.
     """
     count = len(data.images)
     some = data.images[evenly_spaced(count, SKETCHED)]
     means = some.reshape(len(some), -1).mean(axis=1, dtype=np.float64)
     close = 2.0 if data.images.dtype == np.uint8 else 1e-3
-    return {"count": count, "means": [round(float(mean), 4) for mean in means], "close": close}
+    sketch = {"count": count, "means": [round(float(mean), 4) for mean in means], "close": close}
+    return sketch if labels is None else sketch | {"labels": zlib.crc32(labels.tobytes())}
 
 
 def check_data(before: dict[str, Any] | None, now: dict[str, Any], path: Path, refuse: bool) -> None:
@@ -186,6 +188,8 @@ def check_data(before: dict[str, Any] | None, now: dict[str, Any], path: Path, r
         difference = f"{before['count']:,} examples then, {now['count']:,} now"
     elif far := sum(abs(a - b) > now["close"] for a, b in zip(now["means"], before["means"], strict=True)):
         difference = f"{far} of {len(now['means'])} examples that are compared differ"
+    elif "labels" in before and before["labels"] != now.get("labels"):
+        difference = "the labels differ"
     if difference and refuse:
         raise UserError(
             f"--workdir={path} holds a run on other data ({difference}): name another --workdir, which "
@@ -214,14 +218,14 @@ def check_memory(built: Built, shapes: Any) -> None:
 # --- The files and the state, in process 0 --------------------------------------------------------------------------
 
 
-def open_checkpoints(path: Path, c: Config) -> checkpoint.Checkpoints:
+def open_checkpoints(path: Path, c: Config) -> manager.Checkpoints:
     """The checkpoints of a workdir, which is created. Raises UserError if it cannot be."""
     with workdir.usable(path):
         (path / "checkpoints").mkdir(parents=True, exist_ok=True)
-    return checkpoint.Checkpoints(os.fspath(path), c.checkpoint.keep, c.checkpoint.keep_period)
+    return manager.Checkpoints(os.fspath(path), c.checkpoint.keep, c.checkpoint.keep_period)
 
 
-def restore(checkpoints: checkpoint.Checkpoints, shapes: Any, path: Path, c: Config) -> tuple[Any, dict[str, Any]]:
+def restore(checkpoints: manager.Checkpoints, shapes: Any, path: Path, c: Config) -> tuple[Any, dict[str, Any]]:
     """The state of the newest valid checkpoint, and what the run saved beside it; (None, {}) for a new run.
 
     Raises UserError where the checkpoints are gone, or of another architecture; Fault where all are damaged.
@@ -261,7 +265,7 @@ def open_files(
     c: Config,
     before: dict[str, Any] | None,
     step: int,
-    checkpoints: checkpoint.Checkpoints,
+    checkpoints: manager.Checkpoints,
     sketch: dict[str, Any],
     saved: dict[str, Any],
 ) -> Files:

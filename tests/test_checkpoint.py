@@ -21,7 +21,7 @@ import ddgan_jax
 from ddgan_jax.commands.train import train
 from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.method import state
-from ddgan_jax.storage import checkpoint, paths
+from ddgan_jax.storage import checkpoint, manager, paths
 
 CONFIG = {"seed": 3, "generator": {"ch_mult": [1, 2]}}
 
@@ -35,7 +35,7 @@ def tiny_state(step=0):
 @pytest.fixture
 def workdir(tmp_path):
     """Three checkpoints: steps 1, 2 and 3."""
-    checkpoints = checkpoint.Checkpoints(str(tmp_path), keep=3)
+    checkpoints = manager.Checkpoints(str(tmp_path), keep=3)
     for step in (1, 2, 3):
         checkpoints.save(step, tiny_state(step), CONFIG)
     checkpoints.close()
@@ -44,7 +44,7 @@ def workdir(tmp_path):
 
 def restore(workdir):
     said = []
-    restored = checkpoint.Checkpoints(str(workdir)).restore_latest(jax.eval_shape(tiny_state), said.append)[0]
+    restored = manager.Checkpoints(str(workdir)).restore_latest(jax.eval_shape(tiny_state), said.append)[0]
     return restored, said
 
 
@@ -60,28 +60,28 @@ def test_round_trip(workdir):
 
 
 def test_keeps_the_last_and_every_mth(tmp_path):
-    checkpoints = checkpoint.Checkpoints(str(tmp_path), keep=2, keep_period=4)
+    checkpoints = manager.Checkpoints(str(tmp_path), keep=2, keep_period=4)
     for step in range(1, 10):
         checkpoints.save(step, tiny_state(step), CONFIG)
         checkpoints.save(step, tiny_state(step), CONFIG)  # again is nothing new
     checkpoints.close()
-    assert checkpoint.Checkpoints(str(tmp_path)).steps() == [4, 8, 9]
+    assert manager.Checkpoints(str(tmp_path)).steps() == [4, 8, 9]
 
 
 def test_the_best_stays_and_has_a_name(tmp_path):
     """Smaller is better, NaN is never; another measure starts anew."""
     values = {1: float("nan"), 2: 3.0, 3: 2.0, 4: 2.0, 5: 7.0, 6: float("nan")}
-    checkpoints = checkpoint.Checkpoints(str(tmp_path), keep=1)
+    checkpoints = manager.Checkpoints(str(tmp_path), keep=1)
     with pytest.raises(UserError, match="no checkpoint in"):
         checkpoint.find(f"{tmp_path}/best")
     for step, value in values.items():
         checkpoints.save(step, tiny_state(step), CONFIG)
-        assert checkpoints.offer(step, "fid", value) == (step in (2, 3))
+        assert checkpoints.update_best(step, "fid", value) == (step in (2, 3))
     checkpoints.close()
-    again = checkpoint.Checkpoints(str(tmp_path), keep=1)  # as after a resume
-    assert again.steps() == [3, 6] and not again.offer(6, "fid", 2.5)
+    again = manager.Checkpoints(str(tmp_path), keep=1)  # as after a resume
+    assert again.steps() == [3, 6] and not again.update_best(6, "fid", 2.5)
     assert checkpoint.restore_ema(f"{tmp_path}/best")[2] == 3 and checkpoint.restore_ema(str(tmp_path))[2] == 6
-    assert again.offer(6, "recall", 9.0) and checkpoint.find(f"{tmp_path}/best").name == "6"
+    assert again.update_best(6, "recall", 9.0) and checkpoint.find(f"{tmp_path}/best").name == "6"
 
 
 def largest_file(folder: pathlib.Path) -> pathlib.Path:
@@ -115,7 +115,7 @@ def test_a_damaged_checkpoint_is_set_aside(workdir, damage):
     restored, said = restore(workdir)
     assert int(restored.step) == 2 and (workdir / "damaged" / "3").exists()
     assert len(said) == 1 and "is damaged" in said[0] and "continues from an earlier checkpoint" in said[0]
-    checkpoints = checkpoint.Checkpoints(str(workdir))
+    checkpoints = manager.Checkpoints(str(workdir))
     checkpoints.save(3, tiny_state(3), CONFIG)  # the step can be saved again
     checkpoints.close()
     assert int(restore(workdir)[0].step) == 3
@@ -192,26 +192,26 @@ def test_a_folder_that_cannot_be_listed_has_no_unknown_checkpoints(workdir, monk
         patch.setenv("DDGAN_RETRY_SECONDS", "0")
         patch.setattr(ocp.CheckpointManager, "all_steps", lambda self: [])
         with pytest.raises(OSError, match="cannot be listed"):
-            checkpoint.Checkpoints(str(workdir))
+            manager.Checkpoints(str(workdir))
 
 
 def test_the_best_is_kept_where_its_mark_cannot_be_read(tmp_path, monkeypatch):
-    checkpoints = checkpoint.Checkpoints(str(tmp_path), keep=1)
+    checkpoints = manager.Checkpoints(str(tmp_path), keep=1)
     for step, value in ((1, 2.0), (2, 3.0)):
         checkpoints.save(step, tiny_state(step), CONFIG)
-        checkpoints.offer(step, "fid", value)
+        checkpoints.update_best(step, "fid", value)
     checkpoints.close()
     before = contents(tmp_path)
     with monkeypatch.context() as patch:
         patch.setenv("DDGAN_RETRY_SECONDS", "0")
         patch.setattr(type(paths.path("x")), "read_bytes", lambda path: os.read(-1, 1))
         with pytest.raises(OSError):
-            checkpoint.Checkpoints(str(tmp_path), keep=1)
+            manager.Checkpoints(str(tmp_path), keep=1)
         with pytest.raises(OSError):
             checkpoint.find(f"{tmp_path}/best")
     assert contents(tmp_path) == before
     (tmp_path / "best.json").write_text('{"step": 2, "mea')  # damaged: found again from the records of the run
-    again = checkpoint.Checkpoints(str(tmp_path), keep=1)
+    again = manager.Checkpoints(str(tmp_path), keep=1)
     again.restore_latest(jax.eval_shape(tiny_state), print)
     assert again.steps() == [1, 2]
     records = [{"step": 1, "fid": 2.0}, {"step": 2, "fid": 3.0}, {"step": 9, "fid": 1.0}, {"step": 2}]
@@ -229,7 +229,7 @@ def test_another_architecture_is_told(workdir):
     with pytest.raises(
         UserError, match=r"another architecture.*gen_params/layer/kernel is float32\[3, 2\].*\[3, 5\] here"
     ):
-        checkpoint.Checkpoints(str(workdir)).restore_latest(wider, print)
+        manager.Checkpoints(str(workdir)).restore_latest(wider, print)
     with pytest.raises(UserError, match="only in the configuration"):
         checkpoint.unflatten({}, {"a": np.zeros(1)})
 
@@ -257,9 +257,9 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(workdir):
     script = f"""
 import resource, sys
 import numpy as np
-from ddgan_jax.storage.checkpoint import Checkpoints
+from ddgan_jax.storage.manager import Checkpoints
 from ddgan_jax.errors import Fault
-from ddgan_jax.storage import checkpoint, paths
+from ddgan_jax.storage import checkpoint, manager, paths
 resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
 checkpoints = Checkpoints({str(workdir)!r}, keep=5)
 try:

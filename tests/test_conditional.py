@@ -22,7 +22,7 @@ from ddgan_jax.method import train_step
 from ddgan_jax.method.build import build
 from ddgan_jax.networks.discriminator import Discriminator, preset
 from ddgan_jax.networks.generator import Generator
-from ddgan_jax.storage import checkpoint
+from ddgan_jax.storage import manager
 
 CONDITIONAL = ("--config=configs/digits.py:smoke", "--config.data.name=digits", "--config.model.num_classes=10")
 
@@ -219,7 +219,7 @@ def test_an_unconditional_model_takes_no_label(tmp_path):
 def test_an_old_checkpoint_has_no_field_for_classes(tmp_path):
     config = as_dict(presets.get("digits:smoke"))
     del config["model"]["num_classes"]
-    checkpoints = checkpoint.Checkpoints(str(tmp_path))
+    checkpoints = manager.Checkpoints(str(tmp_path))
     checkpoints.save(1, jax.jit(build(config).init_state)(), config)
     checkpoints.close()
     assert ddgan_jax.load(str(tmp_path)).sample(2).shape == (2, 8, 8, 1)

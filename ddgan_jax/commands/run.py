@@ -11,7 +11,7 @@ from ddgan_jax.data.sources import Data
 from ddgan_jax.method.build import Built
 from ddgan_jax.metrics.evaluator import RANKED_BY, Judge
 from ddgan_jax.model.sampler import Sampler
-from ddgan_jax.storage import checkpoint, paths
+from ddgan_jax.storage import manager, paths
 from ddgan_jax.storage.log import Log
 from ddgan_jax.storage.paths import Path
 
@@ -20,7 +20,7 @@ from ddgan_jax.storage.paths import Path
 class Files:
     """The files of a run, which process 0 writes."""
 
-    checkpoints: checkpoint.Checkpoints
+    checkpoints: manager.Checkpoints
     log: Log
     sketch: dict[str, Any]  # of the data, to recognise it when the run is resumed
     unlogged: dict[str, Any] | None = None  # metrics of steps before the first one here that are in no record yet

@@ -229,7 +229,7 @@ def record(run: Run, meter: Meter, interrupt: Interrupt, stopping: bool = False,
 def update_best(run: Run, values: dict[str, float]) -> None:
     """Marks the checkpoint of this step as the best, in process 0, if an evaluation among `values` ranks it first."""
     name = ranked_by(run.config)
-    if run.files and name in values and run.files.checkpoints.offer(run.step, name, values[name]):
+    if run.files and name in values and run.files.checkpoints.update_best(run.step, name, values[name]):
         say(f"step {run.step} is the best so far: {name} {values[name]:.4g}")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ddgan_jax.config.settings import as_dict, flat
 from ddgan_jax.errors import UserError
-from ddgan_jax.storage import checkpoint, paths
+from ddgan_jax.storage import manager, paths
 from ddgan_jax.storage.log import read_metrics
 from ddgan_jax.storage.paths import Path
 
@@ -17,7 +17,7 @@ from ddgan_jax.storage.paths import Path
 # repeated.
 WRITTEN = (
     *("checkpoints", "damaged", "best.json", "metrics.jsonl", "results.json", "config.json", "curves.png"),
-    *(checkpoint.FIRST, "samples", "tensorboard", "wandb_id.txt", "wandb", "evaluation"),
+    *(manager.FIRST, "samples", "tensorboard", "wandb_id.txt", "wandb", "evaluation"),
 )
 
 
@@ -63,7 +63,7 @@ def move_aside(path: Path) -> Path | None:
 
 def had_checkpoints(path: Path, every: int) -> str:
     """Why a run without checkpoints must have had some, or ''. `every` is the number of steps between two."""
-    for name in (checkpoint.FIRST, "best.json", "results.json", "damaged"):
+    for name in (manager.FIRST, "best.json", "results.json", "damaged"):
         if paths.exists(path / name):
             return f"it has {name}"
     records = read_metrics(path / "metrics.jsonl")

@@ -26,7 +26,7 @@ from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.method import build
 from ddgan_jax.metrics import distances, weights
 from ddgan_jax.model import model
-from ddgan_jax.storage import checkpoint
+from ddgan_jax.storage import checkpoint, manager
 from ddgan_jax.storage.torch import files
 
 MOST_MEMORY, MOST_SECONDS = 4 * 2**30, 10  # what may be asked for, which is more than what may be used
@@ -181,7 +181,7 @@ def a_checkpoint(rng: random.Random, folder: pathlib.Path) -> None:
     good = folder / "good"
     if not good.exists():
         arrays = {"step": np.int32(3), "ema_params": {"w": np.zeros((2, 2), np.float32)}}
-        checkpoints = checkpoint.Checkpoints(str(good))
+        checkpoints = manager.Checkpoints(str(good))
         checkpoints.save(3, arrays, config.as_dict(config.Config()))
         checkpoints.close()
     copy = folder / "x"

@@ -22,6 +22,7 @@ from ddgan_jax.commands.train import train
 from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.method import state
 from ddgan_jax.storage import checkpoint, manager, paths
+from ddgan_jax.storage import workdir as workdir_files
 
 CONFIG = {"seed": 3, "generator": {"ch_mult": [1, 2]}}
 
@@ -43,8 +44,11 @@ def workdir(tmp_path):
 
 
 def restore(workdir):
-    said = []
-    restored = manager.Checkpoints(str(workdir)).restore_latest(jax.eval_shape(tiny_state), said.append)[0]
+    checkpoints = manager.Checkpoints(str(workdir))
+    said, before = [], checkpoint.finished(workdir / "checkpoints")
+    restored = checkpoints.restore_latest(jax.eval_shape(tiny_state))[0]
+    assert checkpoint.finished(workdir / "checkpoints") == before
+    checkpoints.set_damaged_aside(said.append)
     return restored, said
 
 
@@ -195,7 +199,8 @@ def test_a_folder_that_cannot_be_listed_has_no_unknown_checkpoints(workdir, monk
             manager.Checkpoints(str(workdir))
 
 
-def test_the_best_is_kept_where_its_mark_cannot_be_read(tmp_path, monkeypatch):
+@pytest.mark.parametrize("loss", ["damaged", "missing"])
+def test_the_best_is_kept_where_its_mark_cannot_be_read(loss, tmp_path, monkeypatch):
     checkpoints = manager.Checkpoints(str(tmp_path), keep=1)
     for step, value in ((1, 2.0), (2, 3.0)):
         checkpoints.save(step, tiny_state(step), CONFIG)
@@ -210,10 +215,14 @@ def test_the_best_is_kept_where_its_mark_cannot_be_read(tmp_path, monkeypatch):
         with pytest.raises(OSError):
             checkpoint.find(f"{tmp_path}/best")
     assert contents(tmp_path) == before
-    (tmp_path / "best.json").write_text('{"step": 2, "mea')  # damaged: found again from the records of the run
+    if loss == "damaged":
+        (tmp_path / "best.json").write_text('{"step": 2, "mea')
+    else:
+        (tmp_path / "best.json").unlink()
     again = manager.Checkpoints(str(tmp_path), keep=1)
-    again.restore_latest(jax.eval_shape(tiny_state), print)
-    assert again.steps() == [1, 2]
+    again.restore_latest(jax.eval_shape(tiny_state))
+    again.prune()
+    assert again.steps() == [1, 2]  # until the records of the run tell which is the best
     records = [{"step": 1, "fid": 2.0}, {"step": 2, "fid": 3.0}, {"step": 9, "fid": 1.0}, {"step": 2}]
     again.find_best("fid", lambda: records)
     assert checkpoint.find(f"{tmp_path}/best").name == "1"
@@ -229,7 +238,7 @@ def test_another_architecture_is_told(workdir):
     with pytest.raises(
         UserError, match=r"another architecture.*gen_params/layer/kernel is float32\[3, 2\].*\[3, 5\] here"
     ):
-        manager.Checkpoints(str(workdir)).restore_latest(wider, print)
+        manager.Checkpoints(str(workdir)).restore_latest(wider)
     with pytest.raises(UserError, match="only in the configuration"):
         checkpoint.unflatten({}, {"a": np.zeros(1)})
 
@@ -259,7 +268,7 @@ import resource, sys
 import numpy as np
 from ddgan_jax.storage.manager import Checkpoints
 from ddgan_jax.errors import Fault
-from ddgan_jax.storage import checkpoint, manager, paths
+from ddgan_jax.storage import checkpoint
 resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
 checkpoints = Checkpoints({str(workdir)!r}, keep=5)
 try:
@@ -312,3 +321,55 @@ def test_slow_reads_are_retried(tmp_path, monkeypatch):
         return outcome
 
     assert paths.retry(tmp_path / "x", action) == b"content"
+
+
+def test_a_checkpoint_that_is_deleted_meanwhile_is_not_called_damaged(workdir, monkeypatch):
+    """A training run deletes its old checkpoints while another command reads them."""
+    found = checkpoint.find
+
+    def find(path):
+        directory = found(path)
+        if directory.name == "2":
+            shutil.rmtree(directory)
+        return directory
+
+    monkeypatch.setattr(checkpoint, "find", find)
+    with pytest.raises(FileNotFoundError, match="deleted meanwhile"):
+        checkpoint.read(workdir / "checkpoints" / "9")
+    with pytest.raises(UserError, match="there is no checkpoint in"):
+        checkpoint.restore_ema(str(workdir / "checkpoints" / "2"))
+    shutil.rmtree(workdir / "checkpoints" / "3")
+    directories = iter([workdir / "checkpoints" / "3", workdir / "checkpoints" / "1", workdir / "checkpoints" / "1"])
+    monkeypatch.setattr(checkpoint, "find", lambda path: next(directories))
+    assert checkpoint.restore_ema(str(workdir))[2] == 1
+
+
+def test_a_restart_that_is_killed_continues_in_the_same_folder(tmp_path, monkeypatch):
+    for name in ("checkpoints/4/x", "best.json", "samples/a.png", "metrics.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    move, moved = paths.move, []
+
+    def killed(source, target):
+        if moved:
+            raise KeyboardInterrupt
+        moved.append(source)
+        move(source, target)
+
+    monkeypatch.setattr(paths, "move", killed)
+    with pytest.raises(KeyboardInterrupt):
+        workdir_files.move_aside(tmp_path)
+    monkeypatch.setattr(paths, "move", move)
+    assert workdir_files.move_aside(tmp_path) == tmp_path / "before-1" and workdir_files.move_aside(tmp_path) is None
+    assert (tmp_path / "before-1" / "checkpoints" / "4" / "x").exists() and os.listdir(tmp_path) == ["before-1"]
+    (tmp_path / "config.json").write_text("of a run that was killed before its first checkpoint")
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert workdir_files.move_aside(tmp_path) == tmp_path / "before-2"
+
+
+def test_checkpoints_behind_a_relative_link_are_moved_aside(tmp_path):
+    (tmp_path / "large_disk" / "4").mkdir(parents=True)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to("../large_disk")
+    workdir_files.move_aside(paths.path(tmp_path / "run"))
+    assert (tmp_path / "run" / "before-1" / "checkpoints" / "4").is_dir()

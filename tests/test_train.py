@@ -645,6 +645,7 @@ def test_other_data_or_noise_in_a_workdir(points_run, tmp_path):
     longer.train.num_steps = 16
     train(longer, str(tmp_path), own)
     before = contents(tmp_path)
+    longer.checkpoint.keep = 1  # a command that is refused deletes nothing
     with pytest.raises(UserError, match=r"holds a run on other data \(\d+ of 64 examples that are compared differ\)"):
         longer.train.num_steps = 20
         train(longer, str(tmp_path))
@@ -673,8 +674,10 @@ def test_a_command_that_trains_nothing_writes_no_configuration(points_run, tmp_p
     shutil.copytree(points_run, tmp_path, dirs_exist_ok=True)
     config = presets.get("gaussians:smoke")
     config.seed = 7
+    config.checkpoint.keep = 1
     train(config, str(tmp_path))
     assert (tmp_path / "config.json").read_bytes() == (points_run / "config.json").read_bytes()
+    assert checkpoint.finished(tmp_path / "checkpoints") == checkpoint.finished(points_run / "checkpoints")
 
 
 def test_networks_that_are_not_there_move_nothing(points_run, tmp_path):

@@ -231,7 +231,7 @@ def restore(checkpoints: manager.Checkpoints, shapes: Any, path: Path, c: Config
     Raises UserError where the checkpoints are gone, or of another architecture; Fault where all are damaged.
     """
     try:
-        restored, saved = checkpoints.restore_latest(shapes, say)
+        restored, saved = checkpoints.restore_latest(shapes)
     except UserError as error:
         raise UserError(f"{error}; name another --workdir, or move that run aside with --restart") from error
     except checkpoint.Damaged as error:
@@ -270,11 +270,15 @@ def open_files(
     saved: dict[str, Any],
 ) -> Files:
     """Opens the files of a run that is at `step`. `saved` is what it saved beside its checkpoint."""
-    if step < (c.train.num_steps or 0):
+    log = Log(path, as_dict(c), c.log, step)  # may refuse the settings, so before any change
+    trains = step < (c.train.num_steps or 0)
+    if trains:
         workdir.write_config(path, as_dict(c), before, say)
-    log = Log(path, as_dict(c), c.log, step)
+        checkpoints.set_damaged_aside(say)
     checkpoints.forget_best_after(step)
     checkpoints.find_best(ranked_by(c), functools.partial(read_metrics, log.path))
+    if trains:
+        checkpoints.prune()
     if saved and saved["log"] not in (log.checksum, log.checksum_before):
         say(f"note: {log.path} is damaged, or was changed: its records differ from those at the last checkpoint")
     return Files(checkpoints, log, sketch, saved.get("unlogged") if log.last.get("step") != step else None)

@@ -9,6 +9,7 @@ Checksums detect later damage. A checkpoint counts as damaged only if its files 
 content is wrong. A read that fails is an OSError, and nothing is moved, deleted or overwritten for it.
 """
 
+import errno
 import functools
 import json
 import logging
@@ -153,6 +154,8 @@ def read_with_metadata(path: Path, ema_only: bool = False) -> tuple[Arrays, dict
             paths.fetch(path, copy, lambda name: not (ema_only and name.startswith("state/")))
         except MemoryError as error:
             raise OSError(f"the checkpoint {path} cannot be read: {reason_of(error)}") from error
+        if not paths.files_below(path):  # a training run deletes its old checkpoints
+            raise FileNotFoundError(errno.ENOENT, "The checkpoint was deleted meanwhile", str(path))
         try:
             return _restore(paths.Path(copy), ema_only)
         except Exception as error:  # as above
@@ -254,6 +257,12 @@ def restore_ema(path: str) -> tuple[dict[str, Any], dict[str, Any], int]:
     Raises UserError if there is no checkpoint, Damaged if its content is wrong, OSError if it cannot be read.
     """
     directory = find(path)
-    arrays, config = read(directory, ema_only=True)
+    try:
+        arrays, config = read(directory, ema_only=True)
+    except FileNotFoundError:  # a training run has deleted it, after it saved a newer one
+        if (newer := find(path)) == directory:
+            raise
+        directory = newer
+        arrays, config = read(directory, ema_only=True)
     ema = {key.removeprefix(EMA): value for key, value in arrays.items() if key.startswith(EMA)}
     return nested(ema), config, int(directory.name)

@@ -67,13 +67,7 @@ class Log:
         self.checksum = _checksum("".join(lines))  # of all records
         earlier = lines[:-1] if self.last.get("step") == start_step else lines
         self.checksum_before = _checksum("".join(earlier))  # of those before `start_step`
-        self._uploaded, self._file = time.time(), None
         self._dashboards: list[TensorBoard | WeightsAndBiases] = []
-        with self._guard():
-            paths.write(self.path, "".join(lines))
-            if not paths.is_remote(self.path):
-                self._file = open(self.path, "a")
-        self._lines = lines if self._file is None else []  # in a bucket: what the file is to hold
         if settings.tensorboard is not False:
             try:
                 self._dashboards.append(TensorBoard(workdir, config, start_step))
@@ -88,6 +82,12 @@ class Log:
                 self._dashboards.append(WeightsAndBiases(workdir, config, settings.wandb, start_step))
             except ModuleNotFoundError as error:
                 raise UserError(f"log.wandb={settings.wandb} needs {error.name}: run `pip install wandb`") from error
+        self._uploaded, self._file = time.time(), None
+        with self._guard():
+            paths.write(self.path, "".join(lines))
+            if not paths.is_remote(self.path):
+                self._file = open(self.path, "a")
+        self._lines = lines if self._file is None else []  # in a bucket: what the file is to hold
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Append one record. Raises Fault if it cannot be written."""

@@ -70,11 +70,13 @@ class Checkpoints:
         self._policy = managers.AnyPreservationPolicy(policies)
         self.directory.mkdir(parents=True, exist_ok=True)
         logging.getLogger("absl").addFilter(_is_no_traceback_of_orbax)
+        self._damaged: list[tuple[int, Damaged]] = []
+        self._manager, self._noted = paths.retry(self.directory, self._open), False
         try:
-            self._best.marked = best(self.directory.parent)
+            # Without best.json, an earlier part of the run may have had a best checkpoint: `find_best` knows.
+            self._best.marked = best(self.directory.parent) or (None if self.steps() else {})
         except Damaged:
             self._best.marked = None
-        self._manager, self._noted = paths.retry(self.directory, self._open), False
 
     def _open(self) -> ocp.CheckpointManager:
         """Orbax's manager of the checkpoints on disk. Raises OSError where it does not see all that are listed."""
@@ -132,12 +134,15 @@ class Checkpoints:
         before = self._best.marked or {}
         if not value < (before["value"] if before.get("measure") == measure else math.inf):
             return False
+        self._mark_best(step, measure, value)
+        self.prune()
+        return True
+
+    def _mark_best(self, step: int, measure: str, value: float) -> None:
         self.wait()
         marked = {"step": step, "measure": measure, "value": value}
         paths.write(self.directory.parent / "best.json", json.dumps(sealed(marked)) + "\n")
         self._best.marked = marked
-        self._prune()
-        return True
 
     def forget_best_after(self, step: int) -> None:
         """Forgets a best checkpoint after `step`, from which the run resumes."""
@@ -145,19 +150,20 @@ class Checkpoints:
             self._best.marked = None
 
     def find_best(self, measure: str, read_records: Callable[[], list[dict[str, Any]]]) -> None:
-        """Marks the best again from the records of the run, if best.json is damaged or forgotten."""
+        """Marks the best again from the records of the run, if best.json is missing, damaged or forgotten."""
         if self._best.marked is not None:
             return
         steps = set(self.steps())
         values = [(record[measure], record["step"]) for record in read_records() if record.get(measure) is not None]
         for value, step in sorted(values):
-            if step in steps and self.update_best(step, measure, value):
+            if step in steps and not math.isnan(value):
+                self._mark_best(step, measure, value)
                 return
         self._best.marked = {}
         with contextlib.suppress(FileNotFoundError):
             (self.directory.parent / "best.json").unlink()
 
-    def _prune(self) -> None:
+    def prune(self) -> None:
         """Deletes what Orbax would delete only at the next save: the previous best, or what a kill left."""
         found = [types.SimpleNamespace(step=step) for step in self.steps()]
         for info, stays in zip(found, self._policy.should_preserve(found, context=None), strict=True):
@@ -187,13 +193,12 @@ class Checkpoints:
                 + (f"the one of step {safe[-1]} is intact" if safe else "there is no earlier one")
             ) from error
 
-    def restore_latest(self, like: Any, report: Callable[[str], None]) -> tuple[Any, dict[str, Any] | None]:
+    def restore_latest(self, like: Any) -> tuple[Any, dict[str, Any] | None]:
         """The state of the newest valid checkpoint, in the tree of `like`, and what was saved as its `of_job`.
 
-        Returns (None, None) without any checkpoint. Moves newer, damaged ones to `workdir`/damaged.
+        Returns (None, None) without any checkpoint. Changes nothing: `set_damaged_aside` moves newer, damaged ones.
 
-        Raises Damaged, with nothing moved, if all are damaged; OSError if one cannot be read; UserError if it is of
-        another architecture.
+        Raises Damaged if all are damaged; OSError if one cannot be read; UserError if it is of another architecture.
         """
         damaged: list[tuple[int, Damaged]] = []
         for step in reversed(self.steps()):
@@ -202,15 +207,19 @@ class Checkpoints:
             except Damaged as error:
                 damaged.append((step, error))
                 continue
+            self._damaged = damaged
             state = unflatten(arrays, like, f"the checkpoint of step {step} in {self.directory}")
-            for other, damage in damaged:
-                target = self.directory.parent / "damaged" / str(other)
-                paths.move(self.directory / str(other), target)
-                report(f"{damage}; it is moved to {target}, and the run continues from an earlier checkpoint")
-            if damaged:
-                self._manager.reload()
-            self._prune()
             return state, metadata.get("of_job")
         if damaged:
             raise Damaged(f"no checkpoint in {self.directory} is valid, and none was moved: {damaged[0][1]}")
         return None, None
+
+    def set_damaged_aside(self, report: Callable[[str], None]) -> None:
+        """Moves the damaged checkpoints that `restore_latest` found after the one it restored to `workdir`/damaged."""
+        for step, damage in self._damaged:
+            target = self.directory.parent / "damaged" / str(step)
+            paths.move(self.directory / str(step), target)
+            report(f"{damage}; it is moved to {target}, and the run continues from an earlier checkpoint")
+        if self._damaged:
+            self._manager.reload()
+        self._damaged = []

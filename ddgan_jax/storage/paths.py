@@ -18,7 +18,7 @@ import re
 import stat
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import IO, Any, TypeVar
 
 # Before etils looks: it would open buckets with TensorFlow wherever that is installed, and import it for seconds.
@@ -307,7 +307,11 @@ def move(source: Given, target: Given) -> None:
             new.rmtree()
         if not is_remote(old):
             new.parent.mkdir(parents=True, exist_ok=True)
-            old.rename(new)
+            if os.path.islink(old):  # a relative link would lead elsewhere from its new place
+                os.symlink(os.path.realpath(old), new)
+                os.unlink(old)
+            else:
+                old.rename(new)
         elif is_dir(old):
             for name in files_below(old):
                 write(new / name, read(old / name))
@@ -315,21 +319,6 @@ def move(source: Given, target: Given) -> None:
         else:
             write(new, read(old))
             old.unlink()
-
-
-def move_aside(folder: Given, entries: Sequence[str], name: str) -> epath.Path | None:
-    """Move those of the `entries` that are in a folder to its subfolder name-1, or -2, ...; None without any."""
-    root = epath.Path(folder)
-    found = [entry for entry in entries if exists(root / entry)]
-    if not found:
-        return None
-    number = 1
-    while exists(root / f"{name}-{number}"):
-        number += 1
-    target = root / f"{name}-{number}"
-    for entry in found:
-        move(root / entry, target / entry)
-    return target
 
 
 def cache_dir(data_dir: str) -> str:

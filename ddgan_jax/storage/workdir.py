@@ -57,8 +57,23 @@ def lock(path: Path, held: contextlib.ExitStack) -> None:
 
 
 def move_aside(path: Path) -> Path | None:
-    """Moves what an earlier run wrote to a folder before-N of the workdir, which is returned; None without any."""
-    return paths.move_aside(path, WRITTEN, "before")
+    """Moves what an earlier run wrote to a folder before-N of the workdir, which is returned; None without any.
+
+    If the process is killed meanwhile, the next call continues in the same folder. The checkpoints are moved first, and
+    a new run creates their folder first.
+    """
+    found = [entry for entry in WRITTEN if paths.exists(path / entry)]
+    if not found:
+        return None
+    number = 1
+    while paths.exists(path / f"before-{number}"):
+        number += 1
+    last = path / f"before-{number - 1}"
+    interrupted = number > 1 and "checkpoints" not in found and not any(paths.exists(last / entry) for entry in found)
+    target = last if interrupted else path / f"before-{number}"
+    for entry in found:
+        paths.move(path / entry, target / entry)
+    return target
 
 
 def had_checkpoints(path: Path, every: int) -> str:

@@ -1,4 +1,4 @@
-"""The exceptions that are told in one sentence instead of a traceback."""
+"""The exceptions that a command reports in one line instead of a traceback."""
 
 import contextlib
 import errno
@@ -9,34 +9,34 @@ from absl import flags
 
 
 class UserError(ValueError):
-    """A wrong setting or input: what is wrong, its value, what would be right. Commands exit with code 2."""
+    """An invalid setting or input: what is wrong, its value, and what would be right. Commands exit with code 2."""
 
 
 class Fault(RuntimeError):
-    """Something outside went wrong (a full disk, a non-finite loss): what, and what is safe. Commands exit with 1."""
+    """A fault such as a full disk or a non-finite loss: what failed, and what is safe. Commands exit with code 1."""
 
 
 NOTHING_LOST = "nothing was lost; run the same command to continue"
 
 
 class Interrupted(BaseException):
-    """A signal ended a job early; what was done is saved. Commands exit with 75, which asks to be started again.
+    """A signal ended a command early, and its progress is saved. Commands exit with code 75, which asks for a restart.
 
-    Like KeyboardInterrupt no Exception: it is raised in the middle of code that takes an Exception for a fault of its
-    own.
+    Not an Exception, like KeyboardInterrupt: it is raised in the middle of code that would treat an Exception as a
+    fault of its own.
     """
 
 
 @contextlib.contextmanager
 def of_flags() -> Iterator[None]:
-    """What absl's flags and the configuration files that they read raise within, as a UserError."""
+    """Turns what absl's flags, and the configuration files that they read, raise into a UserError."""
     try:
         yield
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OverflowError, OSError) as error:
-        # A traceback inside the message ends in the sentence that a configuration raised.
+        # The message may hold a traceback, whose last line is the error that a configuration raised.
         text = " ".join(str(error).split("Error: ")[-1].replace("\\n", " ").split())
-        if name := re.fullmatch(r"[\"']*(\w+)[\"']*", text):  # all that a KeyError says
-            text = f"this configuration has no field {name[1]!r}: a flag sets one that it has; add others in its file"
+        if name := re.fullmatch(r"[\"']*(\w+)[\"']*", text):  # the whole message of a KeyError
+            text = f"this configuration has no field {name[1]!r}: a flag sets an existing field; add others in its file"
         if "Did you mean" in text:
             text = "unknown field of the configuration: did you mean" + text.split("Did you mean")[1].rstrip("'")
         raise UserError(text) from error

@@ -21,7 +21,7 @@ import ddgan_jax
 from ddgan_jax.commands.train import train
 from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.method import state
-from ddgan_jax.storage import checkpoint, manager, paths
+from ddgan_jax.storage import buckets, checkpoint, manager, paths
 from ddgan_jax.storage import workdir as workdir_files
 
 CONFIG = {"seed": 3, "generator": {"ch_mult": [1, 2]}}
@@ -311,7 +311,7 @@ def test_retries_have_an_end(seconds, tmp_path, monkeypatch):
 
 def test_slow_reads_are_retried(tmp_path, monkeypatch):
     """Also where one attempt takes longer than all retries may."""
-    monkeypatch.setattr(paths, "DISK_RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(buckets, "DISK_RETRY_SECONDS", 0.0)
     outcomes = [OSError(errno.EIO, "Input/output error"), OSError(errno.EIO, "Input/output error"), b"content"]
 
     def action():

@@ -86,11 +86,11 @@ def test_what_jax_is_told(env, on_tpu, gpus, expected):
         (
             OPEN_MPI_5,
             0,
-            "Open MPI started 2 processes, and JAX does not know where the first of them is: set JAX_COORD",
+            "Open MPI started 2 processes, and JAX cannot find the first of them: set JAX_COORD",
         ),
         ({"PMI_SIZE": "2", "PMI_RANK": "1"}, 0, "MPI started 2 processes"),
         (INDEXED_JOB, 0, "an indexed Kubernetes job: set JAX_COORDINATOR_ADDRESS=HOST:PORT"),
-        (SRUN, 3, "SLURM started 2 processes on a machine with 3 GPUs, which they cannot share evenly"),
+        (SRUN, 3, "SLURM started 2 processes on a host with 3 GPUs, which they cannot share evenly"),
     ],
 )
 def test_processes_that_cannot_find_each_other_are_refused(env, gpus, message, monkeypatch):
@@ -179,7 +179,7 @@ def test_a_command_needs_no_private_name_of_jax(tmp_path):
 def test_several_processes_say_what_they_miss_of_jax(tmp_path):
     script = HIDE.format(name="distributed")
     for code, output in ends(start_group(2, POINTS, f"--workdir={tmp_path}", script=script)):
-        assert code == 2 and "has no coordination service that this version of ddgan_jax can use" in output, output
+        assert code == 2 and "has no coordination service that this version of ddgan_jax knows" in output, output
         assert "Traceback" not in output
 
 

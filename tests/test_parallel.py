@@ -205,7 +205,7 @@ def test_entries_of_the_compilation_cache_that_were_cut_short_are_replaced(tmp_p
     for start, notes in (1, len(sizes) - 1), (2, 0):
         result = run(*arguments, f"--workdir={tmp_path / str(start)}", env=env)
         assert result.returncode == 0 and "Error reading" not in result.stderr, result.stderr
-        assert result.stdout.count("was cut short, and is removed") == notes
+        assert result.stdout.count("is truncated, and is removed") == notes
         assert sizes.keys() == set(cache.glob("*-cache")) and all(
             file.stat().st_size > 0.9 * sizes[file] for file in sizes
         )

@@ -223,7 +223,7 @@ def test_data_that_differs_or_is_missing_in_one_stops_all(cache, tmp_path):
     folder = ["--config=configs/cifar10.py:smoke", "--config.data.name=image_folder", f"--workdir={tmp_path / 'run'}"]
     folder += [QUIET, cache, f"--config.data.path={tmp_path / 'a'}", f"--config.data.dir={tmp_path / 'copies'}"]
     for code, output in ends(start_group(2, *folder, own={1: [f"--config.data.path={tmp_path / 'b'}"]})):
-        assert code == 2 and "the processes do not do the same: the data is 20 examples" in output, output
+        assert code == 2 and "the processes do not run the same command: the data is 20 examples" in output, output
     for code, output in ends(start_group(2, *folder, own={1: [f"--config.data.path={tmp_path / 'nothing'}"]})):
         assert code == 2 and "process 1: data.path=" in output and "does not exist" in output, output
 
@@ -234,9 +234,12 @@ def test_data_that_differs_or_is_missing_in_one_stops_all(cache, tmp_path):
         ("raise UserError('it is not there')", "process 1: it is not there"),
         (
             "return dataclasses.replace(data, images=data.images[::-1])",
-            "do not do the same: the data is 1,797 examples",
+            "do not run the same command: the data is 1,797 examples",
         ),
-        ("return dataclasses.replace(data, labels=lambda: data.labels()[::-1])", "do not do the same: the labels is "),
+        (
+            "return dataclasses.replace(data, labels=lambda: data.labels()[::-1])",
+            "do not run the same command: the labels is ",
+        ),
     ],
 )
 def test_an_evaluation_of_other_data_in_one_stops_all(opened, message, tmp_path):

@@ -246,7 +246,7 @@ def test_a_loss_that_is_not_finite_is_named():
         {"d_loss": np.float32(1), "g_loss": np.float32(2)},
         {"d_loss": np.float32(1), "g_loss": np.float32("nan")},
     ]
-    with pytest.raises(Fault, match="g_loss is not finite at step 11: the checkpoint of step 8 is good"):
+    with pytest.raises(Fault, match="g_loss is not finite at step 11: the checkpoint of step 8 is valid"):
         progress.check_finite(10, window, lambda: 8)
     progress.check_finite(10, window[:1], lambda: 8)
 

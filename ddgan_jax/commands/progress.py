@@ -1,4 +1,4 @@
-"""What a training run tells people, and the metrics that it tells of."""
+"""The lines that a training run prints, and the metrics since the last record."""
 
 import contextlib
 import math
@@ -21,25 +21,25 @@ from ddgan_jax.method.state import num_bytes
 
 Metrics = dict[str, Any]
 
-MOST_CURVES = 16  # with more steps T than this, losses are not told apart by t
+MAX_CURVES = 16  # with more denoising steps T, losses are not recorded for each t
 
 
 def say(text: str) -> None:
-    """One line for people, from process 0, above the progress bar."""
+    """Prints one line, in process 0, above the progress bar."""
     if processes.is_primary():
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 
 
 def clock(seconds: float) -> str:
-    """'1:02:03' or '2:03'."""
+    """A duration as '1:02:03' or '2:03'."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(int(minutes), 60)
     return f"{hours}:{minutes:02d}:{int(seconds):02d}" if hours else f"{minutes}:{int(seconds):02d}"
 
 
 def next_commands(workdir: str, evaluates: bool) -> list[str]:
-    """What to try with a run that has finished, as its user calls this program."""
+    """Commands to try with a finished run, in the form in which this program was called."""
     program = {"main.py": "python main.py", "__main__.py": "python -m ddgan_jax"}.get(
         os.path.basename(sys.argv[0]), "ddgan-jax"
     )
@@ -48,7 +48,7 @@ def next_commands(workdir: str, evaluates: bool) -> list[str]:
 
 
 def overview(built: Built, shapes: Any, per_device: int, data: Data) -> None:
-    """Say what is trained: networks, batch layout, state (of these `shapes`), classes."""
+    """Prints what is trained: networks, batch layout, the size of the state, classes."""
     count = lambda tree: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))  # noqa: E731
     say(
         f"generator {count(shapes.gen_params):,} parameters, discriminator {count(shapes.disc_params):,}; "
@@ -71,38 +71,38 @@ def overview(built: Built, shapes: Any, per_device: int, data: Data) -> None:
 
 
 def summarise(window: list[Metrics]) -> dict[str, float]:
-    """Means over a window of steps; `_by_t` sums become one mean for every t that occurred. Host floats."""
+    """Means over a window of steps, as floats; `_by_t` sums become one mean for each t that occurred."""
     names = {name for metrics in window for name in metrics}
     means = {name: np.mean([np.asarray(m[name], np.float64) for m in window if name in m], axis=0) for name in names}
     summary = {name: float(value) for name, value in means.items() if not name.endswith("_by_t")}
     for network in ("d", "g"):
-        if f"{network}_loss_by_t" not in means:  # the Gaussian objective has no D
+        if f"{network}_loss_by_t" not in means:  # Gaussian denoising has no discriminator
             continue
         sums, counts = means[f"{network}_loss_by_t"], means[f"{network}_count_by_t"]
-        if len(sums) > MOST_CURVES:
+        if len(sums) > MAX_CURVES:
             continue
         summary |= {f"{network}_loss_t{t}": float(sums[t] / counts[t]) for t in range(len(sums)) if counts[t] > 0}
     return dict(sorted(summary.items()))
 
 
-def check_finite(first_step: int, window: list[Metrics], intact: Callable[[], int | None]) -> None:
-    """Raise Fault that names the first step and quantity of the window that is not finite, and what helps.
+def check_finite(first_step: int, window: list[Metrics], last_complete: Callable[[], int | None]) -> None:
+    """Raises Fault if a metric of the window is not finite: which one, at which step, and what helps.
 
-    `intact` is only asked in process 0, of the step of the newest checkpoint that is there.
+    `last_complete` returns the step of the newest checkpoint; only process 0 calls it.
     """
     for i, metrics in enumerate(window):
         for name, value in sorted(metrics.items()):
             if not np.all(np.isfinite(value)):
-                safe = processes.from_primary(intact)
+                safe = processes.from_primary(last_complete)
                 raise Fault(f"{name} is not finite at step {first_step + i}: {_what_helps(safe)}")
 
 
 def _what_helps(safe: int | None) -> str:
-    """Advice for the user after a loss that is not finite; `safe` is the step of the newest checkpoint."""
+    """Advice after a loss that is not finite; `safe` is the step of the newest checkpoint."""
     if safe is None:
         return "there is no checkpoint yet; lower --config.train.lr_g and lr_d, or raise --config.train.r1_gamma"
     return (
-        f"the checkpoint of step {safe} is good, but the same command ends here again; continue from it with other "
+        f"the checkpoint of step {safe} is valid, but the same command ends here again; resume from it with other "
         "noise (--config.train.noise_seed=1), a lower --config.train.lr_g and lr_d, or a higher --config.train.r1_gamma"
     )
 
@@ -111,55 +111,55 @@ class Meter:
     """The metrics of the steps since the last record, and the time that these took."""
 
     def __init__(self, batch_size: int, step: int, unlogged: dict[str, Any] | None = None):
-        """Begin before the first step after `step`, with what `unlogged` returned when a run broke off there."""
+        """Starts at `step`, with what `unlogged` returned if a run was interrupted there."""
         self._batch_size = batch_size
         self._window: list[Metrics] = list(unlogged["steps"]) if unlogged else []
         self._from = step - len(self._window)
         self._mark = time.time() - (unlogged["seconds"] if unlogged else 0)
 
     def add(self, metrics: Metrics) -> None:
-        """Of one step more, still on the devices."""
+        """Adds the metrics of one step, which are still on the devices."""
         self._window.append(metrics)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done within is no step: it does not count."""
+        """Within it, time does not count as training time."""
         since = time.time()
         yield
         self._mark += time.time() - since
 
-    def check(self, intact: Callable[[], int | None], last: Metrics | None = None) -> None:
-        """Wait for the steps. Raises Fault where a metric, or one of `last`, is not finite; `intact` as above."""
+    def check(self, last_complete: Callable[[], int | None], last: Metrics | None = None) -> None:
+        """Waits for the steps. Raises Fault if a metric, or one of `last`, is not finite; see `check_finite`."""
         self._window = jax.device_get(self._window)
-        check_finite(self._from, self._window, intact)
-        check_finite(self._from + len(self._window) - 1, [jax.device_get(last or {})], intact)
+        check_finite(self._from, self._window, last_complete)
+        check_finite(self._from + len(self._window) - 1, [jax.device_get(last or {})], last_complete)
 
-    def values(self, last: Metrics, intact: Callable[[], int | None]) -> tuple[dict[str, float], float]:
-        """(the means since the last record, and the metrics `last`; the seconds that a step took); begins anew.
+    def values(self, last: Metrics, last_complete: Callable[[], int | None]) -> tuple[dict[str, float], float]:
+        """The means since the last record with the metrics `last`, and the seconds per step; resets the meter.
 
-        To be called after `check`. Raises Fault where `last` is not finite.
+        Call it after `check`. Raises Fault if `last` is not finite.
         """
         steps, seconds, last = len(self._window), time.time() - self._mark, jax.device_get(last)
-        check_finite(self._from + steps - 1, [last], intact)
+        check_finite(self._from + steps - 1, [last], last_complete)
         speed = {"images_per_second": steps * self._batch_size / max(seconds, 1e-9)}
         values = summarise(self._window) | summarise([last]) | speed
         self._window, self._from, self._mark = [], self._from + steps, time.time()
         return values, seconds / max(steps, 1)
 
     def unlogged(self) -> dict[str, Any]:
-        """The metrics that are in no record yet, as JSON: a run that breaks off goes on with them."""
+        """The metrics that are in no record yet, as JSON, with which an interrupted run resumes."""
         steps = [{name: np.asarray(value).tolist() for name, value in metrics.items()} for metrics in self._window]
         return {"steps": steps, "seconds": time.time() - self._mark}
 
 
 def losses_line(values: dict[str, float]) -> str:
-    """'D 1.386 G 0.693 512 images/s'."""
+    """The losses and the speed as 'D 1.386 G 0.693 512 images/s'."""
     parts = [f"{name[0].upper()} {values[name]:.3f}" for name in ("d_loss", "g_loss") if name in values]
     return " ".join([*parts, f"{values['images_per_second']:.0f} images/s"])
 
 
 def expected_time(seconds_per_step: float, steps: int) -> str:
-    """'about 3 h 20 min for 56,250 steps'."""
+    """A duration as 'about 3 h 20 min for 56,250 steps'."""
     minutes = round(seconds_per_step * steps / 60)
     days, hours = divmod(minutes // 60, 24)
     if days:

@@ -1,4 +1,4 @@
-"""Signals that end a job early: SIGTERM of a scheduler, Ctrl-C, and SIGUSR1 as SLURM's `--signal=USR1@60` sends it."""
+"""Signals that end a command early: SIGTERM from a scheduler, Ctrl-C, and SIGUSR1 from SLURM's `--signal=USR1@60`."""
 
 import contextlib
 import os
@@ -13,17 +13,17 @@ from ddgan_jax.devices import processes
 from ddgan_jax.errors import NOTHING_LOST, Interrupted
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-AGAIN = 1.0  # s; launchers send a signal to the process and to its group, which is one signal twice
+AGAIN = 1.0  # seconds; a launcher may send one signal both to a process and to its group
 
 
 class Interrupt:
-    """Listens for SIGNALS inside a `with`. The first raises Interrupted at once, or within `held` is only noted.
+    """A context that handles SIGNALS: the first one raises Interrupted, or within `held` only sets `signal`.
 
-    Another one, a second later or more, ends the process at once.
+    Another one, at least a second later, ends the process immediately.
     """
 
     def __init__(self) -> None:
-        """Nothing has come yet."""
+        """Starts without a signal."""
         self.signal = ""
         self._time = 0.0
         self._held = False
@@ -31,7 +31,7 @@ class Interrupt:
     def __enter__(self) -> "Interrupt":
         self._before, self._hook = {}, sys.unraisablehook
         sys.unraisablehook = self._unraisable
-        if threading.current_thread() is threading.main_thread():  # no other thread may listen
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
             self._before = {number: signal.signal(number, self._come) for number in SIGNALS}
         return self
 
@@ -42,9 +42,9 @@ class Interrupt:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Signals only set `signal` in the body of the `with`, which checks it.
+        """Within it, signals only set `signal`, which the body checks.
 
-        Raises Interrupted if one has come before, in code that ignores exceptions, such as a garbage collection.
+        Raises Interrupted if one has come before in code that ignores exceptions, such as a garbage collection.
         """
         self.check()
         before, self._held = self._held, True
@@ -65,7 +65,7 @@ class Interrupt:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """The body of the `with` is finished when a signal comes; then Interrupted is raised."""
+        """Within it, signals wait for the end of the body; then Interrupted is raised."""
         with self.held():
             yield
         self.check()
@@ -83,8 +83,8 @@ class Interrupt:
             self._hook(what)
 
 
-def until(interrupt: Interrupt, chunks: Iterator[Any]) -> Iterator[Any]:
-    """The chunks, until a signal has come to any process: then Interrupted, in all of them at the same chunk."""
+def raise_on_signal(interrupt: Interrupt, chunks: Iterator[Any]) -> Iterator[Any]:
+    """Yields chunks until a signal comes to any process, then raises Interrupted in all of them at the same chunk."""
     for chunk in chunks:
         if processes.any_process(bool(interrupt.signal)):
             raise Interrupted(interrupt.signal)

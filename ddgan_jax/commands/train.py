@@ -21,7 +21,7 @@ from ddgan_jax.commands.compiled import CompiledSteps
 from ddgan_jax.commands.progress import Meter, clock, expected_time, losses_line, next_commands, say
 from ddgan_jax.commands.run import Run, ranked_by
 from ddgan_jax.commands.setup import set_up
-from ddgan_jax.commands.signals import Interrupt, until
+from ddgan_jax.commands.signals import Interrupt, raise_on_signal
 from ddgan_jax.config.settings import as_dict
 from ddgan_jax.data.batches import batches, like_real
 from ddgan_jax.data.sources import Data
@@ -252,7 +252,7 @@ def evaluate_samples(run: Run, interrupt: Interrupt) -> dict[str, float]:
     assert run.evaluator
     count = run.config.eval.online_samples
     labels = like_real(run.labels, count)
-    chunks = until(interrupt, run.sampler.chunks(jax.device_get(run.state.ema_params), 0, count, labels))
+    chunks = raise_on_signal(interrupt, run.sampler.chunks(jax.device_get(run.state.ema_params), 0, count, labels))
     try:
         measured = judge(run.evaluator, chunks, count, labels=labels)
     except (ValueError, RuntimeError, OSError, MemoryError) as error:  # of settings, a device, a disk

@@ -1,7 +1,7 @@
-"""Which launcher started this process, and how it joins the others: Cloud TPU, GKE, SLURM, Open MPI, Kubernetes.
+"""The launcher of this process, and how to join the other processes: Cloud TPU, GKE, SLURM, Open MPI, Kubernetes.
 
-JAX finds the coordinator on these platforms by itself. What is decided here, from environment variables alone, is
-whether there is a group to join, and which GPUs of the machine belong to this process.
+JAX finds the coordinator on these platforms. This module decides, from environment variables alone, whether there is a
+group to join, and which GPUs of the host belong to this process.
 """
 
 import glob
@@ -22,9 +22,9 @@ class Group(NamedTuple):
     launcher: str
     processes: int
     rank: int
-    local_processes: int = 1  # of this machine
+    local_processes: int = 1  # on this host
     local_rank: int = 0
-    known_to_jax: bool = True  # does JAX find the coordinator?
+    known_to_jax: bool = True  # whether JAX finds the coordinator
 
 
 def _number(env: Mapping[str, str], *names: str) -> int | None:
@@ -33,7 +33,7 @@ def _number(env: Mapping[str, str], *names: str) -> int | None:
 
 
 def _tasks_per_node(env: Mapping[str, str]) -> int:
-    """This node's part of SLURM's list, such as 2(x3),1."""
+    """The number of tasks on this node, from SLURM's list, such as 2(x3),1."""
     counts: list[int] = []
     for part in re.findall(r"(\d+)(?:\(x(\d+)\))?", env.get("SLURM_STEP_TASKS_PER_NODE", "")):
         counts += [int(part[0])] * int(part[1] or 1)
@@ -60,16 +60,16 @@ def launched(env: Mapping[str, str]) -> Group | None:
 
 
 def unused_tasks(env: Mapping[str, str]) -> int:
-    """The tasks of a SLURM job with several, of which this process is none; else 0."""
+    """The number of tasks of a SLURM job with several tasks, if this process is not one of them; else 0."""
     tasks = _number(env, "SLURM_NTASKS") or 0
     return tasks if tasks > 1 and launched(env) is None else 0
 
 
 def local_gpus(group: Group, env: Mapping[str, str], gpus: int) -> list[int] | None:
-    """The GPUs of this process, of the `gpus` that it sees; None where it sees none, or JAX_LOCAL_DEVICE_IDS says.
+    """The indices of this process's GPUs among the `gpus` that it sees; None without GPUs or with JAX_LOCAL_DEVICE_IDS.
 
-    A launcher that binds GPUs to tasks shows each its own; else the tasks of a machine share them evenly. UserError if
-    they cannot.
+    A launcher that binds GPUs to tasks shows each task its own. Otherwise the tasks of a host divide them evenly.
+    Raises UserError if they cannot.
     """
     if not gpus or env.get("JAX_LOCAL_DEVICE_IDS"):
         return None
@@ -79,14 +79,14 @@ def local_gpus(group: Group, env: Mapping[str, str], gpus: int) -> list[int] | N
     share, rest = divmod(gpus, group.local_processes)
     if rest or not share:
         raise UserError(
-            f"{group.launcher} started {group.local_processes} processes on a machine with {gpus} GPUs, "
-            "which they cannot share evenly: start one process a machine, or one a GPU"
+            f"{group.launcher} started {group.local_processes} processes on a host with {gpus} GPUs, "
+            "which they cannot share evenly: start one process per host, or one per GPU"
         )
     return list(range(group.local_rank * share, (group.local_rank + 1) * share))
 
 
 def visible_gpus(env: Mapping[str, str]) -> int:
-    """How many NVIDIA GPUs this process sees."""
+    """The number of NVIDIA GPUs that this process sees."""
     if "CUDA_VISIBLE_DEVICES" in env:
         return len([name for name in env["CUDA_VISIBLE_DEVICES"].split(",") if name and name != "-1"])
     return len(glob.glob("/dev/nvidia[0-9]*"))
@@ -95,7 +95,7 @@ def visible_gpus(env: Mapping[str, str]) -> int:
 def on_tpu() -> bool:
     """Whether this host has TPUs that JAX will use."""
     try:
-        from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm  # what JAX goes by; it has no public name
+        from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm  # what JAX itself checks; it has no public name
     except ImportError:
         devices = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
         return bool(devices) and importlib.util.find_spec("libtpu") is not None
@@ -103,7 +103,7 @@ def on_tpu() -> bool:
 
 
 def _tpu_arguments(env: Mapping[str, str]) -> dict[str, Any] | None:
-    """Of a Cloud TPU VM or a pod of GKE with TPUs; {} where JAX knows the rest, None for a host by itself."""
+    """`arguments` on a Cloud TPU VM or a GKE pod with TPUs: {} where JAX finds the rest, None for a single host."""
     bounds = env.get("TPU_PROCESS_BOUNDS") or env.get("TPU_HOST_BOUNDS")
     if bounds and set(bounds.split(",")) == {"1"}:  # how one host of a pod is used alone
         return None
@@ -115,10 +115,10 @@ def _tpu_arguments(env: Mapping[str, str]) -> dict[str, Any] | None:
 
 
 def arguments(env: Mapping[str, str], on_tpu: bool, gpus: int) -> dict[str, Any] | None:
-    """What `jax.distributed.initialize` is to be called with in this environment; None: there is no group to join.
+    """The arguments of `jax.distributed.initialize` in this environment, or None without a group to join.
 
-    `on_tpu` says that this machine has TPUs, `gpus` how many GPUs this process sees. UserError if several processes
-    were started which cannot find each other.
+    `on_tpu` is whether this host has TPUs, `gpus` the number of GPUs that this process sees. Raises UserError if
+    several processes were started that cannot find each other.
     """
     group = launched(env)
     given = {name: env[name] for name in JAX_VARIABLES if env.get(name)}
@@ -147,12 +147,12 @@ def arguments(env: Mapping[str, str], on_tpu: bool, gpus: int) -> dict[str, Any]
         if env.get("JAX_NUM_PROCESSES") is None and not importlib.util.find_spec("kubernetes"):
             raise UserError(
                 "this is a pod of an indexed Kubernetes job: set JAX_COORDINATOR_ADDRESS=HOST:PORT, of the pod with "
-                "index 0, and JAX_NUM_PROCESSES in each (1 for a pod by itself), or `pip install kubernetes`"
+                "index 0, and JAX_NUM_PROCESSES in each (1 for a single pod), or `pip install kubernetes`"
             )
         return {"local_device_ids": local_gpus(group, env, gpus)}
     if not group.known_to_jax:
         raise UserError(
-            f"{group.launcher} started {group.processes} processes, and JAX does not know where the first of them is: "
-            "set JAX_COORDINATOR_ADDRESS=HOST:PORT, of the machine of rank 0"
+            f"{group.launcher} started {group.processes} processes, and JAX cannot find the first of them: "
+            "set JAX_COORDINATOR_ADDRESS=HOST:PORT, of the host of rank 0"
         )
     return {"local_device_ids": local_gpus(group, env, gpus)}

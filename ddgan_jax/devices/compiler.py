@@ -17,11 +17,12 @@ import jax
 
 
 def compiler_options(runs_once: bool = False, arguments: Any = ()) -> dict[str, Any]:
-    """For a training step. On a CPU the highest level compiles longer (33 s against 19 s), for no faster a step.
+    """XLA's options for a training step, or for a program that `runs_once`, such as the initialization of a state.
 
-    Or for what `runs_once`, as making a state does: the random bits of every layer take long to optimise. A program
-    whose `arguments`, the state, hold over 2^26 numbers is ordered for little memory: each operation of such large
-    networks fills a CPU's threads by itself. Those of small ones do not, and in XLA's own order several run at once.
+    On a CPU, the highest optimization level compiles a step in 33 s instead of 19 s and does not make it faster; a
+    program that runs once is not optimized, since the random bits of every layer take long. If the `arguments` hold
+    more than 2^26 numbers, operations are scheduled for little memory: each operation of such large networks fills a
+    CPU's threads. Those of small networks do not, and XLA's default schedule runs several at once.
     """
     if jax.default_backend() != "cpu":
         return {}
@@ -32,7 +33,7 @@ def compiler_options(runs_once: bool = False, arguments: Any = ()) -> dict[str, 
 
 
 def jit_once(function: Callable[..., Any]) -> Callable[..., Any]:
-    """jax.jit for a function that runs once, as the one that makes the first state: it compiles fast."""
+    """jax.jit for a function that runs once, such as the initialization of a state: it compiles quickly."""
     return jax.jit(function, compiler_options=compiler_options(runs_once=True))
 
 
@@ -44,7 +45,7 @@ def compiler_for(arguments: Any) -> Callable[[Any], Any]:
 
 @contextlib.contextmanager
 def collector_paused() -> Iterator[None]:
-    """No garbage collection, which takes a quarter of tracing and lowering: nearly all that they make is kept."""
+    """Pauses garbage collection, which takes a quarter of tracing and lowering and frees almost nothing."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -55,10 +56,10 @@ def collector_paused() -> Iterator[None]:
 
 
 def cache_programs(folder: Any) -> None:
-    """Keep compiled programs in `folder`, a path, for the next start.
+    """Caches compiled programs in `folder`, a path, for the next start.
 
-    JAX warns of an entry that was cut short and never replaces it. It is removed as soon as JAX warns, which comes
-    before JAX compiles and writes the program again. The warning does not name the entry, so all are looked at.
+    JAX warns about a truncated entry and never replaces it. It is removed when JAX warns, before JAX compiles and
+    writes the program again. The warning does not name the entry, so all entries are checked.
     """
     jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
     show = warnings.showwarning
@@ -69,7 +70,7 @@ def cache_programs(folder: Any) -> None:
             cut = [file for file in folder.glob("*-cache") if not _decompresses(file.read_bytes())]
         for file in cut:
             file.unlink(missing_ok=True)
-            print(f"note: {file} was cut short, and is removed: its program is compiled again", flush=True)
+            print(f"note: {file} is truncated, and is removed: its program is compiled again", flush=True)
         if not cut:
             show(message, *rest, **options)
 
@@ -77,12 +78,12 @@ def cache_programs(folder: Any) -> None:
 
 
 def _decompresses(content: bytes) -> bool:
-    """Whether an entry of JAX's cache is complete; it is compressed by zstandard where that is installed."""
+    """Whether an entry of JAX's cache is complete. JAX compresses entries with zstandard if that is installed."""
     decompress: Callable[[bytes], bytes] = zlib.decompress
     cut_short: type[Exception] = zlib.error
     if content.startswith(b"\x28\xb5\x2f\xfd"):
         if not importlib.util.find_spec("zstandard"):
-            return True  # of another environment, whose entries this one never reads
+            return True  # written by another environment, and never read by this one
         import zstandard
 
         decompress, cut_short = zstandard.ZstdDecompressor().decompress, zstandard.ZstdError

@@ -1,8 +1,8 @@
-"""The only file that knows there is more than one device; `processes` knows of more than one process.
+"""Several devices: the only module that knows of more than one. `processes` knows of more than one process.
 
-A train step is written for one replica, with `axis_name` for its averages; `map_step` runs it on every device.
-The state is replicated without a leading device axis, the batch is split along its first axis. Randomness belongs
-to examples, by their index in the *global* batch, so that the numbers do not depend on how many devices share it.
+A training step is written for one replica, with `axis_name` for its averages; `map_step` runs it on every device. The
+state is replicated without a leading device axis, and the batch is split along its first axis. Random numbers depend on
+an example's index in the *global* batch, so results do not depend on the number of devices.
 """
 
 import collections
@@ -25,38 +25,38 @@ OLD_PMAP = jax.__version_info__ < (0, 8)  # its compiled program takes and retur
 
 
 def map_step(step: Callable, devices: Any = None) -> Any:
-    """step(state, batch) of one replica -> on all `devices` (None: all there are), the state donated and replicated."""
+    """Maps step(state, batch) of one replica over `devices` (None: all devices), with a donated, replicated state."""
     return jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0, devices=devices)
 
 
 class Stop:
-    """Runs the steps of a loop, and says after which one it is to stop: after the same in every process.
+    """Runs the steps of a loop until any process asks to stop; all processes stop after the same step.
 
-    The processes tell each other with their gradients: the flags of all are added up in each step, and read two steps
-    later, when that step is done, so that the devices never wait. No process runs further ahead of them than that.
+    Each step also sums the processes' flags, as it sums their gradients. The sum is read two steps later, when that
+    step is done, so the devices never wait. No process dispatches further ahead than that.
     """
 
     AHEAD = 2
 
     def __init__(self) -> None:
-        """Not yet."""
+        """Starts with `now`, whether to stop, as False."""
         self.now = False
         self._pending: collections.deque = collections.deque()
         self._flags = [split(np.full(jax.local_device_count(), flag, np.float32)) for flag in (0, 1)]
 
     def step(self, run: Callable, state: Any, batch: Any, flag: Callable[[], bool]) -> tuple[Any, Any]:
-        """run(state, batch) -> (state, metrics); `flag` says whether this process wants to stop."""
+        """Calls run(state, batch) -> (state, metrics); `flag` returns whether this process asks to stop."""
         state, metrics = run(state, (batch, self._flags[flag()]))
         self._pending.append(metrics.pop("stop"))
         if len(self._pending) > self.AHEAD:
             self.now = bool(np.asarray(self._pending.popleft()) > 0)
-        if jax.process_count() == 1:  # there is nobody to wait for
+        if jax.process_count() == 1:  # no other process has to agree
             self.now = flag()
         return state, metrics
 
     @classmethod
     def watched(cls, step: Callable) -> Callable:
-        """A step of a replica that takes a flag beside its batch, and adds up those of all."""
+        """A step of a replica that also takes a flag with its batch and sums the flags of all replicas."""
 
         def run(state: Any, inputs: tuple[Any, jax.Array]) -> tuple[Any, Any]:
             batch, flag = inputs
@@ -66,15 +66,15 @@ class Stop:
         return run
 
     def compile(self, steps: Iterable[Callable], state: Any, batch: Any) -> list[Future]:
-        """`compile_steps` of steps that are run by `step`."""
+        """Compiles steps that `step` runs; see `compile_steps`."""
         return compile_steps(map(self.watched, steps), state, (batch, self._flags[0]))
 
 
 def compile_steps(steps: Iterable[Callable], state: Any, batch: Any) -> list[Future]:
-    """`map_step` of each, compiled for a `replicate`d state and a `split` batch.
+    """Futures of the mapped and compiled steps, for a state of `replicate` and a batch of `split`.
 
-    It is traced with these arrays (a mere shape fails in several processes). Each program is compiled in the background
-    as soon as it is traced, beside the others: XLA does much of its work in one thread a program.
+    Tracing needs these arrays: shapes alone fail with several processes. Each program is compiled in the background as
+    soon as it is traced, in parallel with the others, since XLA does much of its work in one thread per program.
     """
     compile_, threads = compiler.compiler_for(state), ThreadPoolExecutor()
     with compiler.collector_paused():
@@ -90,9 +90,9 @@ def _sharding(*axes: str) -> NamedSharding:
 
 
 def replicate(tree: Any) -> Any:
-    """Host arrays, the same in every process -> arrays on every device of every process, as `map_step` takes them.
+    """Copies host arrays, the same in every process, to every device of every process, as `map_step` takes them.
 
-    `device_put` would compare every array over all processes, which takes minutes where they are many.
+    `device_put` would compare every array across all processes, which takes minutes with many processes.
     """
     if jax.process_count() == 1:
         return jax.device_put(tree, _sharding())
@@ -100,15 +100,15 @@ def replicate(tree: Any) -> Any:
 
 
 def split(batch: Any) -> Any:
-    """This process's part of a batch: of arrays [B, ...], arrays on the devices of all processes, [devices, b, ...].
+    """Splits this process's part of a batch, arrays [B, ...], over its devices: global arrays [devices, b, ...].
 
-    With `OLD_PMAP`, arrays on the devices of this process. Raises UserError unless B divides by this process's devices.
+    With `OLD_PMAP`, the arrays are local to this process. Raises UserError unless B is a multiple of its devices.
     """
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(_sharding(AXIS), _rows(x)), batch)
 
 
 def prefetch(stream: Iterator[Any], ahead: int = 2) -> Iterator[Any]:
-    """The batches of `stream`, `split`; the next `ahead` are on their way to the devices while one is used."""
+    """Splits the batches of `stream`, and transfers the next `ahead` to the devices while one is used."""
     placed = collections.deque(split(batch) for batch in itertools.islice(stream, ahead))
     while placed:
         placed.extend(split(batch) for batch in itertools.islice(stream, 1))
@@ -123,21 +123,21 @@ def _rows(batch: np.ndarray) -> np.ndarray:
 
 
 def global_indices(batch_size: int, axis_name: str | None) -> jax.Array:
-    """Inside a replica: the indices [batch_size] of its examples in the global batch."""
+    """The indices [batch_size] of a replica's examples in the global batch. Call it inside the replica."""
     replica = 0 if axis_name is None else jax.lax.axis_index(axis_name)
     return replica * batch_size + jnp.arange(batch_size)
 
 
 def mean(tree: Any, axis_name: str | None) -> Any:
-    """Inside a replica: the average over all replicas."""
+    """Averages a tree over all replicas. Call it inside a replica."""
     return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
 
 
 def gather_neighbours(x: jax.Array, axis_name: str | None, multiple: int) -> tuple[jax.Array, jax.Array | int]:
-    """Inside a replica: (rows [m b, ...] of m neighbouring replicas, where its own [b, ...] begin among them).
+    """All-gathers x from the fewest neighbouring replicas that together hold whole groups. Call it inside a replica.
 
-    m is the smallest number for which m b is a multiple of `multiple` (or of the whole batch, if that is smaller), so
-    1, without any communication, where b is one already.
+    Returns the gathered rows [m*b, ...] and the offset of this replica's rows [b, ...] among them. m = 1, without
+    communication, when b is already a multiple of `multiple`, or of the whole batch if that is smaller.
     """
     replicas = 1 if axis_name is None else jax.lax.axis_size(axis_name)
     multiple = min(multiple, replicas * x.shape[0])
@@ -150,9 +150,10 @@ def gather_neighbours(x: jax.Array, axis_name: str | None, multiple: int) -> tup
 
 
 def accumulate(gradients: Callable[[Any], tuple[Any, Any]], examples: Any, num: int) -> tuple[Any, Any]:
-    """`gradients(examples)` -> (gradients of a mean, numbers [B, ...]), from `num` equal parts, one after the other.
+    """Computes gradients(examples) -> (gradients of a mean, values [B, ...]) in `num` equal parts, one after the other.
 
-    `examples` is a tree of arrays [B, ...]. The results are those of the whole to rounding, in the memory of one part.
+    `examples` is a tree of arrays [B, ...]. Equals the result for the whole batch up to rounding, in the memory of one
+    part.
     """
     if num == 1:
         return gradients(examples)
@@ -168,28 +169,28 @@ def accumulate(gradients: Callable[[Any], tuple[Any, Any]], examples: Any, num: 
 
 
 def example_keys(key: jax.Array, indices: jax.Array) -> jax.Array:
-    """One key [B] for each example, from its index alone."""
+    """One key for each example, [B], from `key` and its index alone."""
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(indices)
 
 
-# --- What every process does with its own devices -----------------------------------------------------------------
+# --- The devices of one process -------------------------------------------------------------------------------------
 
 
 def map_local(function: Callable, in_axes: tuple[int | None, ...]) -> Callable:
-    """`function` of one device -> the same on all of this process's, split along the axes that `in_axes` names."""
+    """Maps a function over this process's devices, splitting its arguments along `in_axes` (None: not split)."""
     return jax.pmap(function, in_axes=in_axes, devices=jax.local_devices())
 
 
 def replicate_local(tree: Any) -> Any:
-    """Arrays on every device of this process, for what `map_local` does not split."""
+    """Copies arrays to every device of this process, for arguments that `map_local` does not split."""
     return jax.device_put(tree, NamedSharding(Mesh(np.array(jax.local_devices()), (AXIS,)), PartitionSpec()))
 
 
 def rounds(total: int, per_device: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Rounds in which all devices share the items 0..total-1: (indices of this process's part [n], items of the round).
+    """Divides the items 0..total-1 into chunks over all devices: (this process's indices [n], items in the chunk).
 
-    n is `per_device` times this process's devices in every round; in the last one indices beyond the end are the last
-    item again, and their results are to be dropped. `processes.gather_rows` puts the parts together.
+    n is `per_device` times the number of this process's devices. In the last chunk, indices beyond the end repeat the
+    last item, and their results are to be dropped. `processes.gather_rows` joins the parts of all processes.
     """
     num, devices = processes.num_processes(), jax.local_device_count()
     mine = min(per_device, -(-total // (num * devices))) * devices

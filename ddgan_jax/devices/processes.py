@@ -1,4 +1,4 @@
-"""Several processes that do one job: they join, agree, share what process 0 read or wrote, and leave."""
+"""Several processes that run one command: joining, comparing arguments, sharing what process 0 reads, exiting."""
 
 import contextlib
 import itertools
@@ -20,14 +20,14 @@ from ddgan_jax.devices import cluster
 from ddgan_jax.errors import Fault, UserError
 
 T = TypeVar("T")
-# The seconds that a process which has ended waits for the others; 300, of JAX, if unset.
+# Seconds for which a process that has finished waits for the others; JAX's default of 300 if unset.
 SHUTDOWN_TIMEOUT = "DDGAN_SHUTDOWN_TIMEOUT"
 
 
 def initialize() -> None:
-    """Join the other processes that the launcher of this one started, if there are any; see cluster.py.
+    """Joins the other processes that the launcher started, if there are any; see `cluster`.
 
-    Call it before anything touches a device. Raises UserError if there are others and it cannot join them.
+    Call it before anything uses a device. Raises UserError if there are other processes and it cannot join them.
     """
     on_tpu = cluster.on_tpu()
     arguments = cluster.arguments(os.environ, on_tpu, 0 if on_tpu else cluster.visible_gpus(os.environ))
@@ -47,24 +47,24 @@ def initialize() -> None:
     except Exception as error:  # of whatever finds the others: gRPC, requests, Kubernetes' client, SLURM's variables
         if _no_metadata(error):
             print(
-                "note: this TPU is on no Cloud TPU VM that says which hosts belong together: it runs alone", flush=True
+                "note: this host is no Cloud TPU VM whose metadata list the hosts of a pod: it runs alone", flush=True
             )
             return
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"this process could not join the others: {reason}; {cluster.BY_HAND}") from error
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX has taken it for a service of its own, which ends nothing
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX handles it for its preemption service, which ends nothing
     barrier()
 
 
 def _no_metadata(error: BaseException) -> bool:
-    """Did JAX ask the metadata server of Cloud TPU VMs, where there is none?"""
+    """Whether JAX failed to reach the metadata server of Cloud TPU VMs."""
     return type(error).__module__.startswith("requests") and "metadata" in str(error)
 
 
-# --- What they tell each other ------------------------------------------------------------------------------------
-# Small things go through the store of JAX's coordination service, which waits for as long as it takes, and fails where
-# a process has died; a collective of devices may give up after 30 s where its processes do not come at once.
+# --- Communication --------------------------------------------------------------------------------------------------
+# Small values go through the store of JAX's coordination service, which waits as long as necessary, and fails when a
+# process has died. A collective of devices may time out after 30 s if its processes do not enter it together.
 
 _DAY = 24 * 60 * 60 * 1000  # ms
 _calls = itertools.count()
@@ -72,35 +72,35 @@ _apart = False
 
 
 def num_processes() -> int:
-    """How many processes do this job together: all that were joined, or 1 within `apart`."""
+    """The number of processes that run this command together: all that joined, or 1 within `apart`."""
     return 1 if _apart else jax.process_count()
 
 
 def process_index() -> int:
-    """The index of this one among them."""
+    """The index of this process among them."""
     return 0 if _apart else jax.process_index()
 
 
 def is_primary() -> bool:
-    """Is this process 0, the only one that writes?"""
+    """Whether this is process 0, the only one that writes."""
     return jax.process_index() == 0
 
 
 def _client() -> Any:
-    """The client of JAX's coordination service, None before it is joined. UserError if this JAX hides it."""
+    """The client of JAX's coordination service; None before joining. Raises UserError if this JAX does not have it."""
     try:
         from jax._src.distributed import global_state  # as Orbax does; there is no public name for it
 
         return global_state.client
     except (ImportError, AttributeError) as error:
         raise UserError(
-            f"jax {jax.__version__} has no coordination service that this version of ddgan_jax can use: install "
+            f"jax {jax.__version__} has no coordination service that this version of ddgan_jax knows: install "
             "another version of jax, or train with one process"
         ) from error
 
 
 def exchange(value: Any) -> list[Any]:
-    """Small JSON values of all processes, in their order, in each of them."""
+    """All-gathers small JSON values: those of all processes, in their order, in every process."""
     if num_processes() == 1:
         return [value]
     name, client = f"ddgan_jax/{next(_calls)}", _client()
@@ -109,12 +109,12 @@ def exchange(value: Any) -> list[Any]:
 
 
 def barrier() -> None:
-    """Wait for the other processes, for a day if need be."""
+    """Waits for the other processes, for up to a day."""
     exchange(None)
 
 
 def _attempt(action: Callable[[], T]) -> tuple[T | None, list[str], Exception | None]:
-    """(what it returns, [], None), or (None, [kind of error, message], the error if it needs a traceback here)."""
+    """Calls `action`: (result, [], None), or (None, [kind of error, message], the error if it needs a traceback)."""
     try:
         return action(), [], None
     except (UserError, Fault) as error:
@@ -131,7 +131,7 @@ def _error(outcome: list[str], prefix: str = "") -> Exception:
 
 
 def everywhere(action: Callable[[], T]) -> T:
-    """`action()` in every process. If it raises an error in any of them, all raise that of the first such process."""
+    """Calls `action` in every process. If it raises in any process, all raise the error of the first such process."""
     if num_processes() == 1:
         return action()
     made, outcome, unexpected = _attempt(action)
@@ -145,7 +145,7 @@ def everywhere(action: Callable[[], T]) -> T:
 
 
 def from_primary(action: Callable[[], T]) -> T:
-    """What `action()` returns in process 0, in every process; an error that it raises there is raised in all."""
+    """Calls `action` in process 0 and returns its result in every process. If it raises, all processes raise."""
     if num_processes() == 1:
         return action()
     name, client, content, unexpected = f"ddgan_jax/{next(_calls)}", _client(), b"", None
@@ -163,7 +163,7 @@ def from_primary(action: Callable[[], T]) -> T:
 
 
 def by_primary(action: Callable[[], T]) -> T | None:
-    """`action()` in process 0, while the others wait and then return None; an error of it is raised in all."""
+    """Calls `action` in process 0 while the others wait, and return None. If it raises, all processes raise."""
     made: T | None = None
 
     def do() -> None:
@@ -176,7 +176,7 @@ def by_primary(action: Callable[[], T]) -> T | None:
 
 @contextlib.contextmanager
 def apart() -> Iterator[None]:
-    """What is done within is done by this process alone, with its own devices: it does not wait for others."""
+    """Within it, this process works alone, on its own devices, and does not wait for the others."""
     global _apart
     before, _apart = _apart, True
     try:
@@ -186,7 +186,7 @@ def apart() -> Iterator[None]:
 
 
 def _broadcast(content: bytes, size: int) -> bytes:
-    """`size` bytes of process 0, in every process, by its devices; in parts, which do not fill their memory."""
+    """Broadcasts `size` bytes of process 0 through the devices, in parts that do not fill their memory."""
     part = min(max(size, 1), 2**26)
     received = []
     for start in range(0, size, part):
@@ -198,29 +198,29 @@ def _broadcast(content: bytes, size: int) -> bytes:
 
 
 def agree(facts: dict[str, Any]) -> None:
-    """UserError, in every process, unless all have the same facts, {name: JSON value}; it names what differs."""
+    """Raises UserError in every process unless all have the same facts, {name: JSON value}; it names a difference."""
     others = exchange(facts)
     for index, theirs in enumerate(others):
         for name in sorted(others[0].keys() | theirs.keys()):
             if theirs.get(name) != others[0].get(name):
                 raise UserError(
-                    f"the processes do not do the same: {name} is {others[0].get(name)} in process 0 and "
-                    f"{theirs.get(name)} in process {index}: give each the same command, data and versions"
+                    f"the processes do not run the same command: {name} is {others[0].get(name)} in process 0 and "
+                    f"{theirs.get(name)} in process {index}: give each the same arguments, data and versions"
                 )
 
 
 def any_process(flag: bool) -> bool:
-    """Has any process set its flag? Every process must ask at the same point."""
+    """Whether any process has set its flag. Every process must call it at the same point."""
     return any(exchange(bool(flag)))
 
 
 def gather_rows(tree: Any) -> Any:
-    """Host arrays [n, ...] of this process -> those of all processes, [processes n, ...], in their order."""
+    """All-gathers host arrays [n, ...] of this process: [processes * n, ...], in the order of the processes."""
     return tree if num_processes() == 1 else multihost_utils.process_allgather(tree, tiled=True)
 
 
 def lost_others(error: BaseException) -> bool:
-    """Is this what a collective or the coordination service raises where another process has ended?"""
+    """Whether a collective or the coordination service raised this because another process has ended."""
     return (
         jax.distributed.is_initialized()
         and isinstance(error, jax.errors.JaxRuntimeError)
@@ -232,12 +232,12 @@ def lost_others(error: BaseException) -> bool:
 
 
 def leave(exit_code: int, at_once: bool = False) -> None:
-    """End this process at once if others work with it: at a usual exit it would wait for them, and they for it.
+    """Exits immediately if there are other processes: a normal exit would wait for them, and they for this one.
 
-    Or if that is asked for: it would wait for its threads too, which may compile, or wait for a disk, for minutes.
+    Also exits immediately with `at_once`: a normal exit would wait minutes for threads that compile or write.
 
-    Process 0 is the last, if the others leave within 10 s too: where it ends first, JAX aborts them. It gives them half
-    a second after their last word, since a process that is aborted between that and its end has the wrong exit code.
+    Process 0 exits last, if the others exit within 10 s: when it exits first, JAX aborts them. It waits another half
+    second, since a process that is aborted just before its end has the wrong exit code.
     """
     if not (jax.distributed.is_initialized() or at_once):
         return

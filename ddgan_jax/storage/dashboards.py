@@ -1,6 +1,6 @@
-"""Where people look at a run from afar: TensorBoard and Weights & Biases, with the same methods.
+"""Dashboards of a run: TensorBoard and Weights & Biases, with the same methods.
 
-They are optional, and imported where they are asked for: metrics.jsonl holds the same numbers.
+Both are optional, and imported where they are used: metrics.jsonl holds the same numbers.
 """
 
 import contextlib
@@ -20,39 +20,39 @@ from ddgan_jax.storage.paths import Path
 
 
 class TensorBoard:
-    """Events in `workdir`/tensorboard. ModuleNotFoundError without clu or TensorFlow.
+    """Events in `workdir`/tensorboard. Raises ModuleNotFoundError without clu or TensorFlow.
 
-    TensorFlow keeps every Python number that it was ever given, 0.8 KB each, but not those of NumPy.
+    TensorFlow keeps every Python number that it is given, 0.8 KB each, but not NumPy's numbers.
     """
 
     def __init__(self, workdir: Path, config: dict[str, Any], step: int):
         with quiet():  # it imports TensorFlow
             from clu import metric_writers
         self._events = workdir / "tensorboard"
-        # TensorFlow has its own way to a bucket, with its own credentials: what it writes goes there by ours.
+        # TensorFlow would write to a bucket with credentials of its own, so it writes locally and `flush` uploads.
         self._local = tempfile.TemporaryDirectory(prefix="tensorboard") if paths.is_remote(workdir) else None
         folder = self._local.name if self._local else str(self._events)
         self._writer = metric_writers.AsyncWriter(metric_writers.SummaryWriter(folder))
-        text = "    " + json.dumps(config, indent=2).replace("\n", "\n    ")  # indented: Markdown shows it as it is
+        text = "    " + json.dumps(config, indent=2).replace("\n", "\n    ")  # indented, which Markdown shows as code
         self._writer.write_texts(step, {"config": text})
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Show the metrics of a step."""
+        """Shows the metrics of a step."""
         self._writer.write_scalars(np.int64(step), {name: np.float32(value) for name, value in values.items()})
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Show uint8 [H, W, 3]."""
+        """Shows an image, uint8 [H, W, 3]."""
         self._writer.write_images(np.int64(step), {name: image[None]})
 
     def flush(self) -> None:
-        """Return when all is where it belongs. OSError if it cannot be written."""
+        """Returns when everything is written. Raises OSError if it cannot be."""
         self._writer.flush()
         for name in os.listdir(self._local.name) if self._local else ():
             with open(os.path.join(self._local.name, name), "rb") as file:  # type: ignore[union-attr]
                 paths.write(self._events / name, file.read())
 
     def close(self) -> None:
-        """Write what is pending."""
+        """Writes pending events and closes."""
         self.flush()
         self._writer.close()
         if self._local:
@@ -60,9 +60,9 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """The run in a project of Weights & Biases, the same one after a resume. ModuleNotFoundError without wandb.
+    """A run in a project of Weights & Biases, continued after a resume. Raises ModuleNotFoundError without wandb.
 
-    Where it goes, and under whose name, is told by wandb's own variables: WANDB_MODE=offline keeps it in `workdir`.
+    wandb's own variables choose the account and the server; WANDB_MODE=offline keeps the run in `workdir`.
     """
 
     def __init__(self, workdir: Path, config: dict[str, Any], project: str, step: int):
@@ -82,23 +82,23 @@ class WeightsAndBiases:
                 config=config,
                 settings=wandb.Settings(silent=True),
             )
-        except wandb.errors.Error as error:  # of an account, a network
+        except wandb.errors.Error as error:  # for instance without an account or a network
             raise UserError(f"log.wandb={project}: {error}; WANDB_MODE=offline keeps the run here") from error
         self._image = wandb.Image
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Show the metrics of a step."""
+        """Shows the metrics of a step."""
         self._run.log(values, step=step)
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Show uint8 [H, W, 3]."""
+        """Shows an image, uint8 [H, W, 3]."""
         self._run.log({name: self._image(image)}, step=step)
 
     def flush(self) -> None:
-        """It sends by itself."""
+        """Does nothing: wandb sends in the background."""
 
     def close(self) -> None:
-        """Send what is pending."""
+        """Sends pending data and closes."""
         self._run.finish()
         if self._local:
             self._local.cleanup()
@@ -106,9 +106,9 @@ class WeightsAndBiases:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the notes of TensorFlow and tfds on what they find and how they were built; exceptions come through.
+    """Silences the notes that TensorFlow and tfds print when they are imported; exceptions are raised.
 
-    TensorFlow 2.21 writes to the file descriptor, before any setting of its own is read.
+    TensorFlow 2.21 writes to the file descriptor before it reads any setting of its own.
     """
     absl = logging.getLogger("absl")
     level, stderr, nowhere = absl.level, os.dup(2), os.open(os.devnull, os.O_WRONLY)

@@ -1,4 +1,4 @@
-"""What a run says while it trains: metrics.jsonl, one record a line, and the dashboards that are asked for."""
+"""The log of a run: metrics.jsonl, one record per line, and the dashboards that are enabled."""
 
 import contextlib
 import json
@@ -16,24 +16,24 @@ from ddgan_jax.storage import paths
 from ddgan_jax.storage.dashboards import TensorBoard, WeightsAndBiases
 from ddgan_jax.storage.paths import Path
 
-SECONDS_BETWEEN_UPLOADS = 30  # a file in a bucket cannot be appended to: it is written whole
+SECONDS_BETWEEN_UPLOADS = 30  # a file in a bucket cannot be appended to, so it is rewritten
 
 
 def as_json(value: Any, **how: Any) -> str:
-    """JSON, with null for NaN and infinity, which JSON does not have; `how` as for json.dumps."""
+    """JSON with null for NaN and infinity, which JSON lacks; `how` are options of json.dumps."""
     return json.dumps(json.loads(json.dumps(value, default=float), parse_constant=lambda _: None), **how)
 
 
 def read_metrics(path: paths.Given, at_most: int | None = None) -> list[dict]:
-    """The records of a metrics.jsonl; lines that are damaged, such as a last one that was cut off, are left out.
+    """The records of a metrics.jsonl without damaged lines, such as a truncated last one.
 
-    None stands for a value that was not finite.
-    With `at_most`, so many or fewer, evenly chosen, and all that have an evaluation beside them.
+    None stands for a value that was not finite. `at_most` limits the number of records: evenly spaced ones, and all
+    that hold an evaluation.
     """
     lines = paths.read(path).splitlines() if paths.exists(path) else []
     every = max(1, math.ceil(len(lines) / at_most)) if at_most else 1
     records = []
-    for i, line in enumerate(lines, start=1 - len(lines)):  # the last is always one of them
+    for i, line in enumerate(lines, start=1 - len(lines)):  # so that the last is always included
         if i % every and b'"eval/' not in line:
             continue
         with contextlib.suppress(ValueError):
@@ -44,29 +44,30 @@ def read_metrics(path: paths.Given, at_most: int | None = None) -> list[dict]:
 
 
 def _checksum(lines: str, before: int = 0) -> int:
-    """CRC-32 of lines as older logs, whose checksums are in checkpoints, had them: with NaN, not null."""
+    """CRC-32 of lines in the form of older logs, with NaN for null: checkpoints hold checksums of that form."""
     return zlib.crc32(lines.replace(": null", ": NaN").encode(), before)
 
 
 class Log:
-    """The metrics and pictures of a run, for process 0.
+    """The metrics and images of a run, in process 0.
 
-    A record in a local file is there at once, in a bucket within half a minute, and everywhere after `flush`.
+    A record is in a local file immediately, in a bucket within half a minute, and everywhere after `flush`.
     """
 
     def __init__(self, workdir: Path, config: dict[str, Any], settings: LogConfig, start_step: int):
-        """Open the log; records of steps after `start_step`, from a run that broke off, are dropped.
+        """Opens the log and drops the records after `start_step`, which an interrupted run left.
 
-        UserError if a dashboard that is asked for is not installed; Fault if the log cannot be written.
+        Raises UserError if an enabled dashboard is not installed, before anything is changed; Fault if the log cannot
+        be written.
         """
         self.path = workdir / "metrics.jsonl"
         records = [record for record in read_metrics(self.path) if record["step"] <= start_step]
-        # Of those that stay, the last one's finite values.
+        # The finite values of the last record that stays
         self.last = {k: v for k, v in records[-1].items() if v is not None} if records else {}
         lines = [json.dumps(record) + "\n" for record in records]
-        self.checksum = _checksum("".join(lines))  # of all records
+        self.checksum = _checksum("".join(lines))  # over all records
         earlier = lines[:-1] if self.last.get("step") == start_step else lines
-        self.checksum_before = _checksum("".join(earlier))  # of those before `start_step`
+        self.checksum_before = _checksum("".join(earlier))  # over those before `start_step`
         self._dashboards: list[TensorBoard | WeightsAndBiases] = []
         if settings.tensorboard is not False:
             try:
@@ -87,10 +88,10 @@ class Log:
             paths.write(self.path, "".join(lines))
             if not paths.is_remote(self.path):
                 self._file = open(self.path, "a")
-        self._lines = lines if self._file is None else []  # in a bucket: what the file is to hold
+        self._lines = lines if self._file is None else []  # the content of the file, where it is in a bucket
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Append one record. Raises Fault if it cannot be written."""
+        """Appends one record. Raises Fault if it cannot be written."""
         line = as_json({"step": step} | {k: float(f"{v:.6g}") for k, v in values.items()}) + "\n"
         self.checksum = _checksum(line, self.checksum)
         with self._guard():
@@ -105,12 +106,12 @@ class Log:
             dashboard.scalars(step, values)
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Show uint8 [H, W, 3] in the dashboards."""
+        """Shows an image, uint8 [H, W, 3], in the dashboards."""
         for dashboard in self._dashboards:
             dashboard.image(step, name, image)
 
     def flush(self) -> None:
-        """Return when all records are where they belong. Raises Fault if they cannot be written."""
+        """Returns when all records are written. Raises Fault if they cannot be."""
         with self._guard():
             if not self._file:
                 self._upload()
@@ -118,7 +119,7 @@ class Log:
                 dashboard.flush()
 
     def close(self) -> None:
-        """Write what is pending. Raises Fault if it cannot be written."""
+        """Writes pending records and closes. Raises Fault if they cannot be written."""
         self.flush()
         if self._file:
             self._file.close()

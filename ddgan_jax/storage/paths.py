@@ -6,20 +6,14 @@ without TensorFlow.
 
 import concurrent.futures
 import contextlib
-import errno
 import functools
 import importlib.util
 import io
-import itertools
-import logging
-import math
 import os
 import re
 import stat
-import sys
-import time
-from collections.abc import Callable, Iterator
-from typing import IO, Any, TypeVar
+from collections.abc import Callable
+from typing import IO, Any
 
 # Before etils looks: it would open buckets with TensorFlow wherever that is installed, and import it for seconds.
 os.environ.setdefault("EPATH_USE_TF", "false")
@@ -27,16 +21,9 @@ os.environ.setdefault("EPATH_USE_TF", "false")
 from etils import epath
 
 from ddgan_jax.errors import UserError, is_missing
+from ddgan_jax.storage.buckets import Given, bucket_reader, is_remote, os_errors, retry, silence_gcsfs
 
 Path = epath.Path
-Given = str | os.PathLike
-T = TypeVar("T")
-
-# Seconds for which a failed read is retried: a bucket is away for longer than a disk.
-DISK_RETRY_SECONDS = 1.0
-BUCKET_RETRY_SECONDS = 60.0  # or the environment variable DDGAN_RETRY_SECONDS
-MAX_PAUSE = 10.0  # seconds between two attempts
-MIN_ATTEMPTS = 3  # unless DDGAN_RETRY_SECONDS is 0
 
 
 def path(given: Given) -> epath.Path:
@@ -54,74 +41,14 @@ def path(given: Given) -> epath.Path:
         raise UserError(f"{text}: a path in a bucket is gs://bucket/name")
     if importlib.util.find_spec("gcsfs") is None:
         raise UserError(f"{text} is in a bucket, which needs gcsfs: run `pip install gcsfs`")
-    _silence_gcsfs()
+    silence_gcsfs()
     return epath.Path(text)
-
-
-def _silence_gcsfs() -> None:
-    """It logs every way to credentials that it tries before the right one, and failures, which are raised as well."""
-    for name in ("gcsfs", "google.auth"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-
-
-def is_remote(given: Given) -> bool:
-    """Is it in a bucket?"""
-    return os.fspath(given).startswith("gs://")
-
-
-@contextlib.contextmanager
-def os_errors(what: Given) -> Iterator[None]:
-    """What a bucket raises within, of gcsfs, aiohttp or google.auth, as an OSError, as a local disk would raise it."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        if not is_remote(what):
-            raise
-        raise FileNotFoundError(errno.ENOENT, "No such file", os.fspath(what)) from error
-    except (OSError, UserError):
-        raise
-    except Exception as error:  # gcsfs, aiohttp, requests and google.auth have no base in common
-        if not is_remote(what):
-            raise
-        reason = str(error).strip().splitlines()
-        raise OSError(f"{type(error).__name__}: {reason[0][:200]}" if reason else type(error).__name__) from error
-
-
-def retry(what: Given, action: Callable[[], T]) -> T:
-    """Returns `action()`, which reads `what`, after retries while it raises an OSError that may pass.
-
-    A missing file is final. Anything else is retried for a second on a disk and for a minute in a bucket, with growing
-    pauses, and at least twice, however long an attempt takes; the last OSError is then raised.
-    """
-    given = os.environ.get("DDGAN_RETRY_SECONDS") or BUCKET_RETRY_SECONDS
-    try:
-        limit = float(given)
-    except ValueError:
-        limit = math.nan
-    if not 0 <= limit < math.inf:
-        raise UserError(f"DDGAN_RETRY_SECONDS={given} must be a number of seconds of at least 0")
-    deadline = time.monotonic() + (limit if is_remote(what) else min(limit, DISK_RETRY_SECONDS))
-    pause = 0.1
-    for attempt in itertools.count(1):
-        try:
-            with os_errors(what):
-                return action()
-        except OSError as error:
-            late = time.monotonic() + pause > deadline
-            if is_missing(error) or limit == 0 or (late and attempt >= MIN_ATTEMPTS):
-                raise
-            if is_remote(what) and pause == 0.1:
-                cause = " ".join(str(error).split())[:200]
-                print(f"note: {what} cannot be read ({cause}); trying again for {limit:.0f} s", file=sys.stderr)
-        time.sleep(pause)
-        pause = min(2 * pause, MAX_PAUSE)
-    raise AssertionError("the loop has no other end")
 
 
 def read(file: Given) -> bytes:
     """The content of a file. OSError if it cannot be read, also after retries."""
     if is_remote(file):
-        return retry(file, lambda: _bucket_reader().cat_file(os.fspath(file)))
+        return retry(file, lambda: bucket_reader().cat_file(os.fspath(file)))
     return retry(file, epath.Path(file).read_bytes)
 
 
@@ -146,14 +73,14 @@ def _mode(file: Given) -> int:
 def exists(file: Given) -> bool:
     """Whether there is such a file or folder. OSError where a disk or bucket does not answer."""
     if is_remote(file):
-        return retry(file, lambda: _bucket_reader().exists(os.fspath(file)))
+        return retry(file, lambda: bucket_reader().exists(os.fspath(file)))
     return bool(_mode(file))
 
 
 def is_dir(path: Given) -> bool:
     """Whether there is such a folder. OSError where a disk or bucket does not answer."""
     if is_remote(path):
-        return retry(path, lambda: _bucket_reader().isdir(os.fspath(path)))
+        return retry(path, lambda: bucket_reader().isdir(os.fspath(path)))
     return stat.S_ISDIR(_mode(path))
 
 
@@ -172,7 +99,7 @@ def read_start(file: Given, size: int) -> bytes:
 
     def start() -> bytes:
         if is_remote(file):
-            return _bucket_reader().cat_file(os.fspath(file), start=0, end=size)
+            return bucket_reader().cat_file(os.fspath(file), start=0, end=size)
         with open(file, "rb") as opened:
             return opened.read(size)
 
@@ -188,7 +115,7 @@ def files_below(folder: Given) -> dict[str, tuple[int, str]]:
         return _local_files_below(folder)
     prefix, files = os.fspath(folder).removeprefix("gs://").rstrip("/") + "/", {}
     try:
-        found = retry(folder, lambda: _bucket_reader().find(os.fspath(folder), detail=True))
+        found = retry(folder, lambda: bucket_reader().find(os.fspath(folder), detail=True))
     except FileNotFoundError:  # the whole bucket
         return {}
     for name, info in found.items():
@@ -231,25 +158,6 @@ def fetch(source: Given, target: Given, wanted: Callable[[str], bool] = lambda n
         except OSError:
             pool.shutdown(cancel_futures=True)
             raise
-
-
-def _bucket_files() -> Any:
-    """The file system of gs:// paths, the one that epath has: it keeps one for the same arguments."""
-    import fsspec
-
-    _silence_gcsfs()
-    return fsspec.filesystem("gcs", finalize_on_close=True)
-
-
-@functools.cache
-def _bucket_reader() -> Any:
-    """The file system that reads from buckets, and always asks them.
-
-    It has none of the retries of gcsfs, which take 30 s a request: `retry` has its own.
-    """
-    kind = type(_bucket_files())
-    request = getattr(kind._request, "__wrapped__", kind._request)  # what a decorator retries
-    return type("Reader", (kind,), {"_request": request})(use_listings_cache=False)
 
 
 def write(file: Given, content: str | bytes | Callable[[IO[bytes]], Any]) -> None:

@@ -1,1 +1,1 @@
-"""The paper's claims as commands; docs/results/README.md has what came out."""
+"""The paper's claims as commands; docs/claims.md has their results."""

@@ -184,7 +184,7 @@ def method_table(
 def run(
     file: str, experiment: Callable[[argparse.Namespace], dict[str, Any]], trains: bool = False, **options: str
 ) -> None:
-    """The command line of the experiment in `file`: write what it finds to results.json, with its figure and table.
+    """The command line of the experiment in `file`: write what it finds to results.json, its figure and the pages.
 
     With `trains` it is told how many runs to have at a time; `options` are arguments that it needs besides, and what
     they mean.
@@ -208,16 +208,33 @@ def run(
     (folder / "results.json").write_text(
         json.dumps({"command": command, "machine": machine()} | results, indent=2) + "\n"
     )
-    print(show(name))
+    from experiments import report  # which imports this module
+
+    draw(name)
+    report.write_tables()
+    print(table(name))
 
 
-def show(name: str) -> str:
-    """Draw figure.png and table.md of an experiment from its results.json; returns them as a section of Markdown."""
-    module, folder = importlib.import_module(f"experiments.{name}"), RESULTS / name
-    results = json.loads((folder / "results.json").read_text())
-    table = module.table(results)
-    (folder / "table.md").write_text(table + "\n")
-    module.draw_figure(results, folder / "figure.png")
-    about = (module.__doc__ or name).split(".")[0]
-    command = f"`{results['command']}`, {results['machine']}"
-    return "\n\n".join([f"## {about}", command, table, f"![{about}]({name}/figure.png)"])
+def names() -> list[str]:
+    """The experiments that have committed results."""
+    return sorted(path.parent.name for path in RESULTS.glob("*/results.json"))
+
+
+def module(name: str) -> Any:
+    """The module of an experiment."""
+    return importlib.import_module(f"experiments.{name}")
+
+
+def table(name: str) -> str:
+    """The table of an experiment, in Markdown, from its results.json."""
+    return module(name).table(read_results(name))
+
+
+def draw(name: str) -> None:
+    """Draw figure.png of an experiment from its results.json."""
+    module(name).draw_figure(read_results(name), RESULTS / name / "figure.png")
+
+
+def read_results(name: str) -> dict[str, Any]:
+    """The results.json of an experiment."""
+    return json.loads((RESULTS / name / "results.json").read_text())

@@ -7,10 +7,10 @@ mode, coverage the share of modes. Digits: precision and recall. StackedMNIST: p
 """
 
 import argparse
-import importlib
 import json
 import pathlib
 import statistics
+from collections.abc import Collection
 from typing import Any
 
 from ddgan_jax.commands import figures
@@ -20,6 +20,18 @@ QUALITY_AND_COVERAGE = {
     "gaussians": ("25 Gaussians", lambda judged: judged["high_quality"], lambda judged: judged["modes"] / 25),
     "digits": ("digits", lambda judged: judged["precision"], lambda judged: judged["recall"]),
     "stacked_mnist": ("StackedMNIST", lambda judged: judged["precision"], lambda judged: judged["modes"] / 1000),
+}
+SHORT = {
+    ("25 Gaussians", "DDGAN, T = 4"),
+    ("25 Gaussians", "one-shot GAN (T = 1)"),
+    ("25 Gaussians", "Gaussian denoiser, T = 4"),
+    ("25 Gaussians", "Gaussian denoiser, T = 1,000"),
+    ("StackedMNIST", "DDGAN, T = 3, our recipe"),
+    ("StackedMNIST", "one-shot GAN, T = 1"),
+    ("digits", "T = 3 (our recipe)"),
+    ("digits", "T = 1 (one-shot GAN)"),
+    ("digits", "Gaussian denoiser, T = 4"),
+    ("digits", "Gaussian denoiser, T = 100"),
 }
 
 
@@ -34,11 +46,12 @@ def rows() -> list[dict[str, Any]]:
     for name, (data, quality, coverage) in QUALITY_AND_COVERAGE.items():
         path = common.RESULTS / name / "results.json"
         runs = json.loads(path.read_text())["runs"] if path.exists() else []
-        for method in importlib.import_module(f"experiments.{name}").METHODS:
+        for method in common.module(name).METHODS:
             measures = {"quality": quality, "coverage": coverage, "seconds_per_100": seconds_per_100}
             judged = [run["judged"] for run in runs if run["method"] == method]
             middle = {name: statistics.median(map(measure, judged)) for name, measure in measures.items()}
-            found.append({"data": data, "method": method} | middle)
+            about = {"network_calls": judged[0]["sampling"]["network_calls"], "seeds": len(judged)}
+            found.append({"data": data, "method": method} | about | middle)
     return found
 
 
@@ -47,13 +60,21 @@ def experiment(args: argparse.Namespace) -> dict[str, Any]:
     return {"rows": rows()}
 
 
-def table(results: dict[str, Any]) -> str:
-    """Markdown: a row a method."""
-    lines = ["| data | method | quality | coverage | sampling 100, s |", "|---|---|---|---|---|"]
+def table(results: dict[str, Any], methods: Collection[tuple[str, str]] = ()) -> str:
+    """Markdown: a row a method; only the `methods`, pairs of data and method, if any are given."""
+    headings = ("data", "method", "network calls", "seeds", "quality", "coverage", "sampling 100, s")
+    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
     for row in results["rows"]:
-        numbers = f"{row['quality']:.2f} | {row['coverage']:.2f} | {row['seconds_per_100']:.2g}"
-        lines.append(f"| {row['data']} | {row['method']} | {numbers} |")
+        if not methods or (row["data"], row["method"]) in methods:
+            cells = [row["data"], row["method"], f"{row['network_calls']:,}", str(row["seeds"])]
+            cells += [f"{row['quality']:.2f}", f"{row['coverage']:.2f}", f"{row['seconds_per_100']:.2g}"]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def short_table(results: dict[str, Any]) -> str:
+    """The rows of `table` that README.md shows."""
+    return table(results, SHORT)
 
 
 def draw_figure(results: dict[str, Any], path: pathlib.Path) -> None:

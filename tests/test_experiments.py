@@ -55,16 +55,6 @@ def test_draws_follow_the_forward_process():
     np.testing.assert_allclose(x.var(0), variance, rtol=0.02)
 
 
-@pytest.mark.parametrize("name", sorted(path.parent.name for path in common.RESULTS.glob("*/results.json")))
-def test_tables_are_those_of_the_results(name):
-    module = __import__(f"experiments.{name}", fromlist=["table"])
-    folder = common.RESULTS / name
-    assert (folder / "table.md").read_text() == module.table(json.loads((folder / "results.json").read_text())) + "\n"
-    assert (folder / "figure.png").exists() and (folder / "table.md").read_text().strip() in (
-        common.RESULTS / "README.md"
-    ).read_text()
-
-
 def test_the_trilemma_is_of_the_committed_results():
     results = json.loads((common.RESULTS / "trilemma" / "results.json").read_text())
     assert results["rows"] == trilemma.rows()

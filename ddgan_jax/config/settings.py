@@ -61,8 +61,6 @@ Kernel = Annotated[Sequence[float], Range(_is_kernel, "numbers whose sum is not 
 Octaves = Annotated[Layers, _at_most(31)]
 LARGEST = float(np.finfo(np.float32).max)  # what networks compute with
 
-# --8<-- [start:fields]  (docs/configuration.md shows what is between these two lines)
-
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
@@ -200,8 +198,11 @@ class Config:
             "dropout": 0.0,  # (released code)
         }
     )
-    discriminator: Mapping[str, Any] = field(  # fields of Discriminator, or of PointDiscriminator; its stages follow
-        default_factory=lambda: {"ngf": 64, "t_emb_dim": 256}  # from the image size (released code)
+    discriminator: Mapping[str, Any] = field(  # fields of Discriminator, or of PointDiscriminator
+        default_factory=lambda: {
+            "ngf": 64,  # initial channels; the number of stages follows from the image size (released code)
+            "t_emb_dim": 256,  # (released code)
+        }
     )
     train: TrainConfig = TrainConfig()
     loss: LossConfig = LossConfig()
@@ -209,8 +210,6 @@ class Config:
     log: LogConfig = LogConfig()
     sample: SampleConfig = SampleConfig()
     eval: EvalConfig = EvalConfig()
-
-    # --8<-- [end:fields]
 
     def __post_init__(self) -> None:
         _check_together(self)

@@ -1,15 +1,15 @@
-"""The figures of docs/reliability.md, from what the tests recorded: `python tests/chaos/report.py`.
+"""The table of docs/reliability.md, from what tests/chaos recorded.
 
-`pytest -m chaos tests/chaos --full --record=docs/results/reliability` records, for new figures into an empty folder.
-What a case recorded before counts no more.
+`pytest -m chaos tests/chaos --full --record=docs/results/reliability` records; of a case that was run again, the last
+record counts. For a new set of numbers, record into an empty folder. `python -m experiments.report` writes the table.
 """
 
 import json
-import pathlib
 import string
 from collections import defaultdict
 
-FOLDER = pathlib.Path(__file__).parent.parent.parent / "docs" / "results" / "reliability"
+from experiments import common
+
 KILLS = "{kills} kills of {runs} trainings"
 # {test: (what was tried, what was seen)}, with the figures that `count` was told: sums, the largest as `most_NAME`,
 # and how many `runs` there were
@@ -96,10 +96,10 @@ class Formatter(string.Formatter):
         return f"{value:,}" if isinstance(value, int) else format(value, format_spec)
 
 
-def report() -> str:
-    """Write table.md beside the records; returns it."""
+def table() -> str:
+    """Markdown: a row a test."""
     cases: dict[str, dict[str, dict]] = defaultdict(dict)
-    for line in (FOLDER / "cases.jsonl").read_text().splitlines():
+    for line in (common.RESULTS / "reliability" / "cases.jsonl").read_text().splitlines():
         record = json.loads(line)
         cases[record["test"]][record["case"]] = record
     lines = ["| tried | seen |", "|---|---|"]
@@ -109,9 +109,4 @@ def report() -> str:
     everything = [run for runs in cases.values() for run in runs.values()]
     machines, days = (sorted({run[name] for run in everything}) for name in ("machine", "date"))
     lines += ["", f"{'; '.join(machines)}, {' to '.join(sorted({days[0], days[-1]}))}."]
-    (FOLDER / "table.md").write_text("\n".join(lines) + "\n")
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(report())

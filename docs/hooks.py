@@ -1,10 +1,15 @@
-"""What the site needs beside docs/: CONTRIBUTING.md, which stands in the root, where GitHub shows it, as a page."""
+"""What MkDocs does not do itself: equations as MathML, and CONTRIBUTING.md, which stands in the root, as a page."""
 
+import html
 import pathlib
+import re
 
+from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 
 CONTRIBUTING = pathlib.Path(__file__).parent.parent / "CONTRIBUTING.md"
+# As pymdownx.arithmatex marks $...$ and $$...$$
+EQUATION = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 
 
 def on_files(files, config):
@@ -18,3 +23,14 @@ def on_page_markdown(markdown, page, config, files):
     if page.file.src_uri == "contributing.md":
         return markdown.replace("](docs/", "](")
     return markdown.replace("](../CONTRIBUTING.md", "](contributing.md")
+
+
+def on_page_content(content, page, config, files):
+    """Typeset equations as MathML, which browsers draw without a script."""
+
+    def typeset(match):
+        tag, kind, latex = match.groups()
+        display = "block" if kind == "[" else "inline"
+        return f'<{tag} class="arithmatex">{convert(html.unescape(latex), display=display)}</{tag}>'
+
+    return EQUATION.sub(typeset, content)

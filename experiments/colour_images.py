@@ -4,7 +4,7 @@
 
 `--path` is a folder or zip with one folder a class, as the 50,000 training images of CIFAR-10 saved as files. It shows
 that training, sampling and evaluation work on natural images; it is not the paper's result, which takes a network 40
-times as large, and its Frechet distance is in the features of a classifier of these classes: not an FID.
+times as large, and its classifier distance is in the features of a classifier of these classes: not an FID.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def table(results: dict[str, Any]) -> str:
     run, real = results["run"], results["real"]
     judged = run["judged"]
     lines = [
-        "| images | steps | training | Frechet distance | precision | recall | sampling 100, s |",
+        "| images | steps | training | classifier distance | precision | recall | sampling 100, s |",
         "|---|---|---|---|---|---|---|",
     ]
     hours, time = f"{run['train_seconds'] / 3600:.2f} h", f"{judged['sampling']['seconds_per_100']:.2g}"
@@ -81,7 +81,7 @@ def draw_figure(results: dict[str, Any], path: pathlib.Path) -> None:
     judged = [r for r in way if "eval/classifier_frechet" in r]
     panels[1].plot([r["step"] for r in judged], [r["eval/classifier_frechet"] for r in judged], ".-")
     panels[1].axhline(results["real"]["classifier_frechet"], linestyle="--", color="k", label="real images")
-    panels[1].set(title="Frechet distance, of fewer samples", xlabel="step", yscale="log")
+    panels[1].set(title="classifier distance, of fewer samples", xlabel="step", yscale="log")
     panels[1].legend()
     panels[1].locator_params(axis="x", nbins=5)
     with np.load(path.parent / "samples.npz") as arrays:

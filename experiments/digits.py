@@ -60,7 +60,7 @@ def experiment(args: argparse.Namespace) -> dict[str, Any]:
 def table(results: dict[str, Any]) -> str:
     """Markdown: a row a method, all seeds in it."""
     measures = {
-        "Frechet distance": lambda judged: f"{judged['classifier_frechet']:.1f}",
+        "classifier distance": lambda judged: f"{judged['classifier_frechet']:.1f}",
         "precision": lambda judged: f"{judged['precision']:.2f}",
         "recall": lambda judged: f"{judged['recall']:.2f}",
     }

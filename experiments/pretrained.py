@@ -71,7 +71,7 @@ def experiment(args: argparse.Namespace) -> dict[str, Any]:
 def table(results: dict[str, Any]) -> str:
     """Markdown: a row a model."""
     lines = [
-        "| name | what | steps | training | MB | Frechet distance | precision | recall | modes | KL |",
+        "| name | what | steps | training | MB | classifier distance | precision | recall | modes | KL |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, m in results["models"].items():

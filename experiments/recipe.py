@@ -55,7 +55,7 @@ RECIPES: dict[str, dict[str, Any]] = {  # the fields of configs/digits.py:paper 
     "one-shot GAN": {"diffusion.num_steps": 1},
     "Gaussian, 100 steps": {"objective": "gaussian", "diffusion.num_steps": 100},
 }
-MEASURES = {"classifier_frechet": "Frechet distance", "precision": "precision", "recall": "recall"}
+MEASURES = {"classifier_frechet": "classifier distance", "precision": "precision", "recall": "recall"}
 TIMED = 60  # runs of a step
 
 

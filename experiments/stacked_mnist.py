@@ -22,7 +22,7 @@ METHODS = {"DDGAN, T = 3, our recipe": [], "one-shot GAN, T = 1": ["--config.dif
 OURS, ONE_SHOT = METHODS
 CASES = [(OURS, 0), (ONE_SHOT, 0), (OURS, 1), (OURS, 2)]  # and seeds
 SHOWN = 64
-ON_THE_WAY = {"modes": "modes of 1,000", "kl": "KL, nats", "classifier_frechet": "Frechet distance"}
+ON_THE_WAY = {"modes": "modes of 1,000", "kl": "KL, nats", "classifier_frechet": "classifier distance"}
 
 
 def experiment(args: argparse.Namespace) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def table(results: dict[str, Any]) -> str:
     measures = {
         "modes of 1,000": lambda judged: f"{judged['modes']:,}",
         "KL": lambda judged: f"{judged['kl']:.3f}",
-        "Frechet distance": lambda judged: f"{judged['classifier_frechet']:.0f}",
+        "classifier distance": lambda judged: f"{judged['classifier_frechet']:.0f}",
         "precision": lambda judged: f"{judged['precision']:.2f}",
         "recall": lambda judged: f"{judged['recall']:.2f}",
     }

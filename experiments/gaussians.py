@@ -28,8 +28,8 @@ METHODS = {
     "DDGAN, T = 4": [],
     "one-shot GAN (T = 1)": ONE_SHOT,
     "DDGAN without z, T = 4": ["--config.generator.nz=0"],
-    "DDGAN, T = 4, networks without waves": PLAIN,
-    "one-shot GAN (T = 1), networks without waves": [*ONE_SHOT, *PLAIN],
+    "DDGAN, T = 4, without Fourier features": PLAIN,
+    "one-shot GAN (T = 1), without Fourier features": [*ONE_SHOT, *PLAIN],
     "Gaussian denoiser, T = 4": GAUSSIAN,
     "Gaussian denoiser, T = 1,000": [*GAUSSIAN, "--config.diffusion.num_steps=1000"],
 }

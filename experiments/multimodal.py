@@ -82,7 +82,7 @@ def experiment(args: argparse.Namespace) -> dict[str, Any]:
     models = {kind: trained(gaussians, method, seed) for kind, method in KINDS.items()}
     first, random = models["DDGAN"], np.random.default_rng(0)
     steps, deviation = range(first.num_steps), []
-    distances: dict[str, list[float]] = {kind: [] for kind in ["exact, another draw", *KINDS]}
+    distances: dict[str, list[float]] = {kind: [] for kind in ["exact, a second sample", *KINDS]}
     noisy = first.trajectory(POINTS, SHOWN_SEED).x_tp1
     std = first.config.data.scale * first.config.model.data_std  # of x_0
     for t, x_tp1 in enumerate(noisy):
@@ -90,7 +90,7 @@ def experiment(args: argparse.Namespace) -> dict[str, Any]:
         deviation.append(wide)
         mixtures = exact(first, x_tp1, t)
         truth = exact_draws(*mixtures, random)
-        found = {"exact, another draw": exact_draws(*mixtures, random)}
+        found = {"exact, a second sample": exact_draws(*mixtures, random)}
         found |= {kind: [draws(model, x, t, i) for i, x in enumerate(x_tp1)] for kind, model in models.items()}
         for kind, sets in found.items():
             each = [energy_distance(a, b) for a, b in zip(truth, sets, strict=True)]

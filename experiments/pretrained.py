@@ -1,4 +1,4 @@
-"""The models that come with the package: trained, written at half precision, and judged as they are written.
+"""The bundled models: trained, written at half precision, and evaluated in that form.
 
     python -m experiments.pretrained --path=cifar10             # about three hours of one core
 

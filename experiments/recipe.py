@@ -31,12 +31,12 @@ from experiments import common
 NAME, FLAGS = "recipe", ["--config=configs/digits.py:paper", "--config.log.samples_every=0"]
 OURS = flat(as_dict(presets.get("digits")))
 PARTS = {  # what configs/digits.py changes, which the table takes away one by one
-    "x_0 shown to D": "loss.shown",
+    "x_0 as D's input": "loss.shown",
     "squared error": "loss.reconstruction",
     "less noise": "diffusion.beta_max",
     "T = 3": "diffusion.num_steps",
     "a smaller D": "discriminator.ngf",
-    "D learning on": "train.lr_min_d",
+    "a high final rate of D": "train.lr_min_d",
 }
 
 

@@ -17,36 +17,37 @@ ROWS = {
     "test_at_random_moments": ("SIGKILL at random moments, points", KILLS),
     "test_images_at_random_moments": ("the same, with images to prepare and a classifier to train", KILLS),
     "test_at_every_write": ("SIGKILL before each write to the workdir", "{kills} kills"),
-    "test_in_a_save": ("SIGKILL while a checkpoint is written", "{kills} kills, {unfinished} left a part of one"),
+    "test_in_a_save": ("SIGKILL while a checkpoint is written", "{kills} kills, {unfinished} left a partial one"),
     "test_in_a_bucket": ("SIGKILL, workdir in a bucket (emulated)", KILLS),
     "test_one_of_two_processes": ("SIGKILL of one of two processes", KILLS),
     "test_sigterm": ("SIGTERM at random moments", "{signals} signals in {runs} trainings"),
-    "test_while_training": ("a sick disk under a training", "{cases} combinations of write, fault and moment"),
-    "test_while_writing_a_result": ("a sick disk under a result", "{cases} combinations"),
+    "test_while_training": ("a failing disk during a training", "{cases} combinations of write, fault and moment"),
+    "test_while_writing_a_result": ("a failing disk while a result is written", "{cases} combinations"),
     "test_every_file": (
         "a damaged file of a workdir, then resume, sample or evaluate",
-        "{cases} cases: {right_numbers} right numbers, {told} said what is lost, {one_sentence} ended in a sentence",
+        "{cases} cases: {right_numbers} right numbers, {told} reported what is lost, "
+        "{one_sentence} ended with a one-line error",
     ),
     "test_reads_of_a_disk": (
         "a kind of file that cannot be read, or with short reads, and each command that reads it",
-        "{cases} cases: {right} gave the result without the fault, {one_line} a one-line error with no file changed, "
+        "{cases} cases: {right} gave the fault-free result, {one_line} a one-line error with no file changed, "
         "{no_such_read} made no such read",
     ),
     "test_reads_of_a_bucket": (
         "the same in a bucket (emulated): 403, 404, 429, 503, dropped connections",
-        "{cases} cases: {right} gave the result without the fault, {one_line} a one-line error with no object changed, "
+        "{cases} cases: {right} gave the fault-free result, {one_line} a one-line error with no object changed, "
         "{reported_what_is_missing} reported what is missing, {no_such_read} made no such read",
     ),
     "test_all_checkpoints_are_unreadable": (
-        "all checkpoints unreadable, then well again",
-        "{runs} run ended with no file changed; the next one ended as an unbroken run",
+        "all checkpoints unreadable, then readable again",
+        "{runs} run ended with no file changed; the next one ended like an uninterrupted run",
     ),
     "test_a_bucket_is_down": (
-        "a bucket that answers 503 (emulated), then well again",
-        "{runs} run ended with no object changed; the next one ended as an unbroken run",
+        "a bucket that answers 503 (emulated), then recovers",
+        "{runs} run ended with no object changed; the next one ended like an uninterrupted run",
     ),
     "test_settings": ("random values in fields", "{trained} trained a step, {refused} were refused"),
-    "test_flags": ("random values in flags", "{done} did it, {refused} were refused"),
+    "test_flags": ("random values in flags", "{done} were carried out, {refused} were refused"),
     "test_mutated_files": (
         "mutated files, of 12 kinds",
         "{cases} files, {refused} refused; at most {most_slowest:.1f} s and {most_mib:.0f} MiB each",
@@ -55,9 +56,12 @@ ROWS = {
     "test_what_is_no_file": ("pipes, devices, links and folders named as images", "{cases} kinds"),
     "test_fifty_at_once": (
         "visitors of the page at once",
-        "{visitors}, each with the right pictures within {most_longest_seconds:.0f} s",
+        "{visitors}, each with the right images within {most_longest_seconds:.0f} s",
     ),
-    "test_who_goes_away_leaves_nothing_running": ("visitors of the page who leave", "{left}, and nothing goes on"),
+    "test_who_goes_away_leaves_nothing_running": (
+        "visitors of the page who leave",
+        "{left}; no work continues for them",
+    ),
     "test_a_long_run": (
         "a long training that logs, saves, draws and evaluates 200 times",
         "{runs} trainings of {most_steps:,} steps; memory grew at most {most_growth:.3f} times",
@@ -87,7 +91,7 @@ def summed(runs: list[dict]) -> dict:
 
 
 class Formatter(string.Formatter):
-    """Whole numbers with commas; what no case told is 0."""
+    """Whole numbers with commas; a figure that no case recorded is 0."""
 
     def get_value(self, key, args, kwargs):
         return kwargs.get(key, 0)

@@ -49,7 +49,7 @@ def table(results: dict[str, Any]) -> str:
         "precision": lambda judged: f"{judged['precision']:.2f}",
         "recall": lambda judged: f"{judged['recall']:.2f}",
     }
-    lines = [f"| method | seed | judged after | {' | '.join(measures)} |", "|---|---|---|" + "---|" * len(measures)]
+    lines = [f"| method | seed | evaluated at | {' | '.join(measures)} |", "|---|---|---|" + "---|" * len(measures)]
     for method in METHODS:
         for run in common.of_method(results, method):
             moments = {f"{run['steps']:,} steps": run["judged"]}

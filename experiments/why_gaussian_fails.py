@@ -163,7 +163,7 @@ def table(results: dict[str, Any]) -> str:
         lines.append(f"| {num_steps:,} | {row} |")
     lines += [
         "",
-        "T = 4, the 25 Gaussians enlarged to another spacing: share multimodal, and KL, by step",
+        "T = 4, the 25 Gaussians enlarged to another spacing: the multimodal fraction and the KL of each step",
         "",
     ]
     lines += ["| spacing | x_4 -> x_3 | x_3 -> x_2 | x_2 -> x_1 | x_1 -> x_0 |", "|---|---|---|---|---|"]

@@ -1,4 +1,4 @@
-"""README and docs: links lead somewhere, flags and fields exist, tables are those of the results, the API is whole."""
+"""README and docs: links, flags, fields and files exist, tables are current, and the API pages are complete."""
 
 import ast
 import inspect
@@ -18,7 +18,7 @@ from experiments import report
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in PAGES}
-# Flags of our other commands, and of other programs (those of XLA begin with xla_).
+# Flags of the other commands here, and of other programs. Those of XLA begin with xla_.
 OTHER_FLAGS = set(
     "at_once seconds path batch largest only reference target "  # experiments, benchmarks
     "full record "  # tests
@@ -26,7 +26,7 @@ OTHER_FLAGS = set(
     "accelerator-type command python recurse spot version worker zone "  # gcloud, uv
     "gpus-per-node gpus-per-task nodes ntasks-per-node open-mode requeue signal time".split()  # SLURM
 )
-# What follows `config.` where no field is meant: modules, and endings of files
+# Words that follow `config.` without being fields: modules, and suffixes of files
 NO_FIELDS = {"json", "md", "py", "settings", "presets", "presets.get"}
 API = {
     name: path
@@ -48,7 +48,7 @@ def test_the_readme_is_short_and_has_the_two_commands():
 
 
 @pytest.mark.parametrize("page", TEXTS)
-def test_links_lead_somewhere(page):
+def test_linked_files_exist(page):
     for link in re.findall(r"\]\(([^)\s]+)\)", TEXTS[page]):
         if not link.startswith(("http://", "https://", "#")):
             target = (ROOT / page).parent / link.partition("#")[0]
@@ -56,7 +56,7 @@ def test_links_lead_somewhere(page):
 
 
 def known_flags() -> set[str]:
-    """Those of main.py, but for the fields of a configuration."""
+    """Flags of main.py, except the fields of a configuration."""
     files = [ROOT / "ddgan_jax" / name for name in ("commands/cli.py", "config/presets.py")]
     calls = (node for file in files for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call))
     defined = (call.args[0] for call in calls if ast.unparse(call.func).partition(".DEFINE_")[1] and call.args)
@@ -64,7 +64,7 @@ def known_flags() -> set[str]:
 
 
 def known_fields() -> set[str]:
-    """'train', 'train.lr_g', ... of all configurations, and what else the networks and the schedule take."""
+    """Fields of all configurations ('train', 'train.lr_g', ...), and the other arguments of networks and schedule."""
 
     def fields(config, prefix=""):
         for name, value in config.items():
@@ -90,8 +90,8 @@ def test_flags_and_fields_exist(page):
 
 
 @pytest.mark.parametrize("page", TEXTS)
-def test_files_that_are_named_exist(page):
-    """Those of the package, of configs/ and so on; `:VARIANT` of a configuration is one that it has."""
+def test_named_files_and_variants_exist(page):
+    """Paths in the folders of the project, the variants of configurations, and modules after `python -m`."""
     folders = "ddgan_jax|configs|tests|experiments|benchmarks|colab|docs"
     for name, variant in re.findall(rf"(?<![\w/.])((?:{folders})/[\w/]+\.\w+)(?::(\w+))?", TEXTS[page]):
         assert (ROOT / name).exists(), f"{page}: {name}"
@@ -101,7 +101,7 @@ def test_files_that_are_named_exist(page):
         assert (ROOT / name.replace(".", "/")).with_suffix(".py").exists(), f"{page}: {name}"
 
 
-def test_presets_are_those_of_the_configurations():
+def test_the_table_of_presets_matches_the_configurations():
     rows = re.findall(r"^\| `(configs/\S+)` \|.*", TEXTS["docs/configuration.md"], re.MULTILINE)
     assert {row.partition(":")[0] for row in rows} == {f"configs/{name}.py" for name in presets.names()}
     for line in TEXTS["docs/configuration.md"].splitlines():
@@ -116,7 +116,7 @@ def test_presets_are_those_of_the_configurations():
 
 
 def test_tables_are_current():
-    """Each is on one page, as `python -m experiments.report` writes it there."""
+    """Every table stands on one page, as `python -m experiments.report` writes it."""
     tables = report.tables()
     for page in report.PAGES:
         assert page.read_text() == report.fill(page, tables), f"{page}: run `python -m experiments.report`"
@@ -125,7 +125,7 @@ def test_tables_are_current():
 
 
 def test_every_public_name_is_on_a_page_of_the_api():
-    """A page has a module, or a package with all modules in it (but for the whole of ddgan_jax, which is the index)."""
+    """A page documents a module, or a package with all its modules. `ddgan_jax` itself is on the index page."""
     assert set(API) <= set(MODULES), f"not in the package: {set(API) - set(MODULES)}"
     packages = tuple(f"{name}." for name in API if name != "ddgan_jax")
     for module, path in MODULES.items():
@@ -135,11 +135,11 @@ def test_every_public_name_is_on_a_page_of_the_api():
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
         ]
         assert not public or module in API or module.startswith(packages), (
-            f"docs/api has not {module}.{public[0]}: add `::: {module}`, or its package, to a page there"
+            f"docs/api lacks {module}.{public[0]}: add `::: {module}`, or its package, to a page there"
         )
 
 
-def test_the_api_has_pages_in_the_navigation():
+def test_every_page_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text()
     for path in (ROOT / "docs").rglob("*.md"):
         name = str(path.relative_to(ROOT / "docs"))

@@ -31,18 +31,14 @@ def table() -> str:
     for node, annotation in fields(settings.Config):
         name = name_of(node)
         if dataclasses.is_dataclass(annotation):
-            rows = [row(field, name_of(field), field.value, allowed(kind)) for field, kind in fields(annotation)]
-            about = (annotation.__doc__ or "").removeprefix(f"`config.{name}`: ")
-            sections.append(section(f"config.{name}", about, rows))
+            rows = [row(name_of(field), field.value, allowed(kind)) for field, kind in fields(annotation)]
+            sections.append(section(f"config.{name}", annotation.__doc__ or "", rows))
         elif found := [part for part in ast.walk(node) if isinstance(part, ast.Dict)]:
             entries = zip(found[0].keys, found[0].values, strict=True)
-            rows = [
-                row(value, ast.literal_eval(key), value, allowed(type(ast.literal_eval(value))))
-                for key, value in entries
-            ]
+            rows = [row(ast.literal_eval(key), value, allowed(type(ast.literal_eval(value)))) for key, value in entries]
             sections.append(section(f"config.{name}", meaning(node.lineno), rows))
         else:
-            ungrouped.append(row(node, name, node.value, allowed(annotation)))
+            ungrouped.append(row(name, node.value, allowed(annotation)))
     return "\n\n".join([section("config", "", ungrouped), *sections])
 
 
@@ -60,16 +56,16 @@ def name_of(node: ast.AnnAssign) -> str:
 
 def section(name: str, about: str, rows: list[str]) -> str:
     """A heading, a sentence about the group, and its table."""
-    sentence = about[:1].upper() + about[1:].rstrip(".") + ("." if about else "")
+    sentence = about.rstrip(".") + "." if about else ""
     lines = ["| field | allowed | default | meaning |", "|---|---|---|---|", *rows]
     return "\n\n".join(filter(None, (f"### `{name}`", sentence, "\n".join(lines))))
 
 
-def row(node: ast.AST, name: str, default: ast.expr | None, values: str) -> str:
-    """A line of a table, with the comment at the end of `node`."""
-    source = ast.get_source_segment(SOURCE, default) if default else None
+def row(name: str, default: ast.expr, values: str) -> str:
+    """A line of a table, with the comment beside the default."""
+    source = ast.get_source_segment(SOURCE, default)
     given = re.sub(r"(?<=\d)_", "", source or "").strip("\"'")  # as a flag has it: 5_000 is 5000
-    cells = (f"`{name}`", values, f"`{given}`", meaning(node.end_lineno))
+    cells = (f"`{name}`", values, f"`{given}`", meaning(default.end_lineno))
     return f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"
 
 

@@ -36,6 +36,7 @@ def _at_most(most: int) -> Range:
 
 Positive = Annotated[int, Range(lambda n: n >= 1, "an integer of at least 1"), _at_most(2**31 - 1)]
 Count = Annotated[int, Range(lambda n: n >= 0, "an integer of at least 0"), _at_most(2**31 - 1)]
+TwoOrMore = Annotated[int, Range(lambda n: n >= 2, "an integer of at least 2")]
 Width = Annotated[Positive, _at_most(16_384)]
 Latents = Annotated[Count, _at_most(16_384)]
 Layers = Annotated[Count, _at_most(1_000)]
@@ -64,144 +65,144 @@ LARGEST = float(np.finfo(np.float32).max)  # what networks compute with
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """`config.data`: which images, or points."""
+    """Dataset of images, or of points."""
 
-    name: str = "cifar10"  # of tfds, or one of ours: the table in docs/data.md
-    split: str = "train"  # or a part: 'train[:90%]'
-    dir: str | None = None  # of tfds and of prepared copies; None: $TFDS_DATA_DIR or ~/tensorflow_datasets
-    image_size: Annotated[Positive, _at_most(4096)] | None = None  # None: that of the images; of a folder, at most 256
-    channels: Annotated[Positive, _at_most(64)] | None = None  # None: what the images have
-    path: str | None = None  # of 'image_folder' and 'lsun_church': a folder, a zip or an LMDB; also gs://
-    max_bad_share: Share = 0.01  # of such a folder: the share of files that may be skipped as damaged
-    in_memory_mib: Count = 2048  # larger sets are decoded as they are read
+    name: str = "cifar10"  # a dataset of tfds, or one listed in docs/data.md
+    split: str = "train"  # the split, or a part of it: 'train[:90%]'
+    dir: str | None = None  # of tfds and prepared copies; None: TFDS_DATA_DIR or ~/tensorflow_datasets
+    image_size: Annotated[Positive, _at_most(4096)] | None = None  # None: from the dataset; from a folder, at most 256
+    channels: Annotated[Positive, _at_most(64)] | None = None  # None: from the dataset
+    path: str | None = None  # for 'image_folder' and 'lsun_church': a folder, zip or LMDB; also gs://
+    max_bad_share: Share = 0.01  # fraction of the files in `path` that may be skipped as damaged
+    in_memory_mib: Count = 2048  # MiB; a larger dataset is decoded while it is read, not at the start
     flip: bool = True  # mirror half of the images (released code)
-    scale: Scale = 1.0  # of points: the factor from the data to x_0; the noise stays the same
+    scale: Scale = 1.0  # for points: x_0 = scale * data, with unchanged noise
 
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionConfig:
-    """`config.diffusion`: the fields of `Schedule.create`."""
+    """Noise schedule, the arguments of `Schedule.create`."""
 
-    num_steps: Annotated[Positive, _at_most(100_000)] = 4  # T (paper)
-    kind: Literal["vp", "geometric"] = "vp"  # (paper)
-    beta_min: PositiveFloat = 0.1  # (paper)
-    beta_max: PositiveFloat | None = 20.0  # (paper); None: chosen for the image size, as in our recipe
+    num_steps: Annotated[Positive, _at_most(100_000)] = 4  # T, the denoising steps (paper)
+    kind: Literal["vp", "geometric"] = "vp"  # variance-preserving noise (paper), or geometric
+    beta_min: PositiveFloat = 0.1  # smallest noise (paper)
+    beta_max: PositiveFloat | None = 20.0  # largest noise (paper); None: resolved from the image size
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """`config.model`: what both networks share."""
+    """Settings of both networks."""
 
-    network: Literal["unet", "mlp"] = "unet"  # 'mlp': fully connected, for points
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of convolutions and dense layers; GPUs and TPUs round float32
-    patch_size: Positive = 1  # of images: so many pixels a side are the channels of one position; 1: pixels (paper)
-    data_std: Scale | None = None  # of points: their standard deviation, to normalise what networks see
-    num_classes: Count = 0  # above 0: networks that know the labels of the data (not in the paper)
-    remat: bool = False  # recompute the blocks of G in its backward pass: less memory, about a third more work
+    network: Literal["unet", "mlp"] = "unet"  # 'unet' for images, 'mlp' (fully connected) for points
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of convolutions and dense layers
+    patch_size: Positive = 1  # side of the square of pixels that the networks take as one position (paper: 1)
+    data_std: Scale | None = None  # for points: standard deviation that normalises the networks' input
+    num_classes: Count = 0  # above 0: class-conditional networks (not in the paper)
+    remat: bool = False  # recompute G's blocks in the backward pass: less memory, about a third more work
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """`config.train`: the optimizers, and how long."""
+    """Optimizers, and length of the training."""
 
-    init_from: str | None = None  # a workdir, checkpoint or .pth whose networks a new run begins with
-    num_steps: Positive | None = 351_000  # 1800 epochs (paper) of 195 steps; None: chosen for the number of images
-    batch_size: Positive | None = 256  # 4 GPUs x 64 (paper); of all devices; None: chosen for the number of images
-    accumulate: Positive = 1  # parts that each device takes its batch in, one after the other, for less memory
-    lr_g: Weight = 1.6e-4  # (paper)
-    lr_d: Weight = 1.25e-4  # (paper)
-    lr_decay: bool = True  # cosine, to lr_min (paper)
-    lr_decay_steps: Positive | None = None  # and constant afterwards; None: num_steps (paper)
-    lr_min: Weight = 1e-5  # (released code)
-    lr_min_d: PositiveFloat | None = None  # of the discriminator; None: lr_min (released code)
-    steps_per_epoch: Positive | None = 195  # the learning rate moves once an epoch (released code); None: an epoch
-    adam_b1: Below1 = 0.5  # (paper)
-    adam_b2: Below1 = 0.9  # (paper)
-    r1_gamma: Weight = 0.02  # R1 coefficient (paper)
-    r1_every: Positive = 15  # lazy regularization (paper)
-    ema_decay: Share = 0.9999  # (paper)
-    noise_seed: Count = 0  # other noise than that of `seed`, to get past a loss that is not finite; 0: that of `seed`
+    init_from: str | None = None  # workdir, checkpoint or .pth file that initializes the networks of a new run
+    num_steps: Positive | None = 351_000  # 1800 epochs (paper) of 195 steps; None: resolved from the dataset
+    batch_size: Positive | None = 256  # of all devices together: 4 GPUs x 64 (paper); None: resolved from the dataset
+    accumulate: Positive = 1  # parts of a device's batch, computed one after another to save memory
+    lr_g: Weight = 1.6e-4  # learning rate of the generator (paper)
+    lr_d: Weight = 1.25e-4  # learning rate of the discriminator (paper)
+    lr_decay: bool = True  # cosine decay to lr_min (paper)
+    lr_decay_steps: Positive | None = None  # length of the decay, constant afterwards; None: num_steps (paper)
+    lr_min: Weight = 1e-5  # final learning rate (released code)
+    lr_min_d: PositiveFloat | None = None  # final rate of the discriminator; None: lr_min (released code)
+    steps_per_epoch: Positive | None = 195  # steps between changes of the rates (released code); None: an epoch
+    adam_b1: Below1 = 0.5  # decay of the first moment (paper)
+    adam_b2: Below1 = 0.9  # decay of the second moment (paper)
+    r1_gamma: Weight = 0.02  # coefficient of R1 (paper)
+    r1_every: Positive = 15  # steps between applications of R1, lazy regularization (paper)
+    ema_decay: Share = 0.9999  # of the moving average of G's weights (paper)
+    noise_seed: Count = 0  # above 0: different noise, to pass a step whose loss is not finite
 
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """`config.loss`: additions to the paper's losses, off by default."""
+    """Additions to the paper's losses, off by default."""
 
-    shown: Literal["x_t", "x_0"] = "x_t"  # what D sees with x_{t+1} (paper); 'x_0': the image without noise
-    reconstruction: Weight = 0.0  # weight in G's loss of the squared error of x_0, times the signal-to-noise ratio
-    reconstruction_end: Weight | None = None  # where it falls to, by lr_decay's cosine; None: nowhere
+    shown: Literal["x_t", "x_0"] = "x_t"  # the discriminator's input besides x_{t+1} (paper: x_t)
+    reconstruction: Weight = 0.0  # weight of the SNR-weighted squared error of x_0 in the generator's loss
+    reconstruction_end: Weight | None = None  # final value of that weight, by a cosine; None: constant weight
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """`config.checkpoint`: which steps stay."""
+    """Checkpoints, and how many of them are kept."""
 
-    every: Positive | None = 5_000  # steps; None: about a fiftieth of all
-    keep: Positive = 3  # the last ones
-    keep_period: Count = 50_000  # and for good every one whose step this divides; 0: none
+    every: Positive | None = 5_000  # steps between checkpoints; None: about a fiftieth of the training
+    keep: Positive = 3  # number of last checkpoints that are kept
+    keep_period: Count = 50_000  # also keep every multiple of this permanently; 0: none
 
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    """`config.log`: what a run shows."""
+    """Metrics and grids of samples."""
 
-    every: Positive = 100  # steps between two lines of metrics
-    tensorboard: bool | None = None  # None: if clu is installed
-    wandb: str | None = None  # a project of Weights & Biases to show the run in
-    samples_every: Count | None = 5_000  # steps between two grids of samples; None: about a fiftieth of all; 0: no grid
+    every: Positive = 100  # steps between records of metrics
+    tensorboard: bool | None = None  # write TensorBoard files; None: if clu is installed
+    wandb: str | None = None  # project of Weights & Biases that also gets the metrics
+    samples_every: Count | None = 5_000  # steps between grids; None: about a fiftieth of the training; 0: no grid
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
-    """`config.sample`: how samples are drawn."""
+    """Sampling."""
 
-    batch_size: Positive = 64  # images drawn at once on a device; halved where memory runs out
-    grid: Annotated[Positive, _at_most(65_536)] = 64  # images in a grid
+    batch_size: Positive = 64  # samples per device and batch; halved if memory runs out
+    grid: Annotated[Positive, _at_most(65_536)] = 64  # samples in a grid
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """`config.eval`: how samples are measured."""
+    """Evaluation of samples."""
 
-    features: Literal["inception", "classifier", "points"] = "inception"  # 'classifier', of this project: small images
-    num_samples: Annotated[int, Range(lambda n: n >= 2, "an integer of at least 2")] = 50_000  # (paper)
-    reference_samples: Positive | None = None  # real images that the samples are compared with; None: all
-    reference_statistics: str | None = None  # mu and sigma of real images that others published, .npz, for FID
-    manifold_samples: Positive = 50_000  # at most so many of each set for precision and recall
-    k: Positive = 3  # their neighbours (Kynkaanniemi et al. 2019)
-    batch_size: Positive = 64  # images in a feature network at once, on a device
+    features: Literal["inception", "classifier", "points"] = "inception"  # 'classifier' is for small images
+    num_samples: TwoOrMore = 50_000  # samples that are evaluated (paper)
+    reference_samples: Positive | None = None  # real images to compare with; None: all
+    reference_statistics: str | None = None  # .npz file with mu and sigma of real images, for FID
+    manifold_samples: Positive = 50_000  # largest number of samples, and of real images, for precision and recall
+    k: Positive = 3  # nearest neighbours in precision and recall (Kynkäänniemi et al. 2019)
+    batch_size: Positive = 64  # images per device and batch of a feature network
     inception_weights: str | None = None  # None: pt_inception-2015-12-05-6726825d.pth in data.dir
     vgg_weights: str | None = None  # None: vgg16-397923af.pth in data.dir
-    every: Count = 0  # steps between two evaluations while training; 0: none
-    online_samples: Annotated[int, Range(lambda n: n >= 2, "an integer of at least 2")] = 1_000  # such one draws
+    every: Count = 0  # steps between evaluations during training; 0: none
+    online_samples: TwoOrMore = 1_000  # samples per evaluation during training
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """All settings of a run."""
 
-    seed: Annotated[int, SEEDS] = 0  # of weights, noise, and the order of the images
-    objective: Literal["adversarial", "gaussian", "one_shot"] = "adversarial"  # or for comparison 'gaussian': x_0 by
-    # squared error; 'one_shot': a GAN whose discriminator sees diffused images
+    seed: Annotated[int, SEEDS] = 0  # seed of weights, noise, and the order of the images
+    objective: Literal["adversarial", "gaussian", "one_shot"] = "adversarial"  # (paper); 'gaussian' and 'one_shot'
+    # are baselines: squared error of x_0 without a discriminator, and a one-step GAN that discriminates diffused images
     data: DataConfig = DataConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     model: ModelConfig = ModelConfig()
-    generator: Mapping[str, Any] = field(  # fields of Generator, or of PointGenerator
+    generator: Mapping[str, Any] = field(  # Fields of `Generator`, or of `PointGenerator` for points
         default_factory=lambda: {
             "nf": 128,  # initial channels (paper)
             "ch_mult": (1, 2, 2, 2),  # channel multipliers (paper)
-            "num_res_blocks": 2,  # (paper)
-            "attn_resolutions": (16,),  # (paper)
-            "nz": 100,  # latent dimension (paper)
-            "z_emb_dim": 256,  # (paper)
-            "n_mlp": 4,  # latent mapping layers (paper)
-            "dropout": 0.0,  # (released code)
+            "num_res_blocks": 2,  # residual blocks per resolution (paper)
+            "attn_resolutions": (16,),  # resolutions with attention, in pixels (paper)
+            "nz": 100,  # dimension of z; 0: no z (paper)
+            "z_emb_dim": 256,  # width of the mapping of z (paper)
+            "n_mlp": 4,  # layers of the mapping of z (paper)
+            "dropout": 0.0,  # dropout rate (released code)
         }
     )
-    discriminator: Mapping[str, Any] = field(  # fields of Discriminator, or of PointDiscriminator
+    discriminator: Mapping[str, Any] = field(  # Fields of `Discriminator`, or of `PointDiscriminator`
         default_factory=lambda: {
             "ngf": 64,  # initial channels; the number of stages follows from the image size (released code)
-            "t_emb_dim": 256,  # (released code)
+            "t_emb_dim": 256,  # width of the embedding of t (released code)
         }
     )
     train: TrainConfig = TrainConfig()

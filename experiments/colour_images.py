@@ -1,9 +1,9 @@
-"""Real colour images: the whole path on a folder of CIFAR-10's pictures, with a small network, on a CPU core.
+"""Real colour images: training to evaluation on a folder of CIFAR-10's images, with a small network on a CPU core.
 
-    python -m experiments.colour_images --path=cifar10      # about an hour; started again, it goes on
+    python -m experiments.colour_images --path=cifar10      # about an hour; the same command resumes
 
-`--path` is a folder or zip with one folder a class, as the 50,000 training images of CIFAR-10 saved as files. It shows
-that training, sampling and evaluation work on natural images; it is not the paper's result, which takes a network 40
+`--path` is a folder or zip with one folder for each class: the 50,000 training images of CIFAR-10 saved as files. The
+result shows that training, sampling and evaluation work on natural images. It is not the paper's, whose network is 40
 times as large, and its classifier distance is in the features of a classifier of these classes: not an FID.
 """
 
@@ -23,16 +23,16 @@ from ddgan_jax.storage.log import read_metrics
 from experiments import common
 
 NAME = "colour_images"
-SHOWN = (0.1, 0.3, 1.0)  # of the training, where samples are shown
-REAL = 5_000  # real images that are compared with all of them, for a scale
+SHOWN = (0.1, 0.3, 1.0)  # fractions of the training after which samples are shown
+REAL = 5_000  # real images that are compared with all real images, for reference
 
 
 def experiment(args: argparse.Namespace) -> dict[str, Any]:
-    """Train, evaluate, and evaluate real images beside it."""
+    """Train, evaluate samples, and evaluate real images."""
     path = str(pathlib.Path(args.path).resolve())
     flags = ["--config=configs/image_folder.py:small", f"--config.data.path={path}"]
     workdir = common.ROOT / "runs" / "experiments" / NAME
-    found = common.train_and_judge(workdir, *flags)
+    found = common.train_and_evaluate(workdir, *flags)
     config = presets.get("image_folder:small")
     config.data.path = path
     images = sources.open_data(read(config).data).images
@@ -54,7 +54,7 @@ def experiment(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown: the samples, and real images judged in the same way."""
+    """Markdown with a row for the samples and one for real images."""
     run, real = results["run"], results["real"]
     judged = run["judged"]
     lines = [
@@ -70,7 +70,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def draw_figure(results: dict[str, Any], path: pathlib.Path) -> None:
-    """Losses and distance on the way, and samples of three moments."""
+    """Draw losses and distance during training, and samples after three steps."""
     plt = figures.pyplot()
     way = results["on_the_way"]
     figure, panels = plt.subplots(1, 2 + len(SHOWN), figsize=(4.2 * (2 + len(SHOWN)), 4.2), layout="constrained")

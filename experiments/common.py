@@ -1,4 +1,4 @@
-"""What the experiments share: runs of main.py, and results on disk."""
+"""Shared parts of the experiments: runs of main.py, results on disk, and the command line."""
 
 import argparse
 import contextlib
@@ -29,7 +29,7 @@ SEEDS = (0, 1, 2)
 
 
 def machine() -> str:
-    """The processor, and the versions that decide about rounding."""
+    """Processor and jax version, which determine rounding."""
     import jax
 
     from benchmarks.measure import cpu
@@ -38,7 +38,10 @@ def machine() -> str:
 
 
 def main(*flags: str, output: pathlib.Path | None = None) -> None:
-    """Run main.py with these flags, its output shown, or added to a file. Fault if it fails."""
+    """Run main.py with these flags; its output is shown, or appended to the file `output`.
+
+    Raises: Fault if the command fails.
+    """
     with output.open("a") if output else contextlib.nullcontext() as to:
         code = subprocess.run([sys.executable, "main.py", *flags], cwd=ROOT, stdout=to, stderr=to).returncode
     if code:
@@ -46,10 +49,10 @@ def main(*flags: str, output: pathlib.Path | None = None) -> None:
         raise Fault(f"main.py {' '.join(flags)} ended with exit code {code}{where}")
 
 
-def train_and_judge(workdir: pathlib.Path, *flags: str, quiet: bool = False) -> dict[str, Any]:
-    """Train in `workdir` (or go on there) and evaluate: the results of both. What is finished is not done again.
+def train_and_evaluate(workdir: pathlib.Path, *flags: str, quiet: bool = False) -> dict[str, Any]:
+    """Train in `workdir`, or resume there, and evaluate. Returns the results of both; a finished run is not repeated.
 
-    Fault where what was finished there had other flags: the methods of an experiment are numbered, and may have moved.
+    Raises: Fault if the finished run had other flags, since methods are numbered by their place in the experiment.
     """
     done = workdir / "measured.json"
     if done.exists():
@@ -73,7 +76,7 @@ def train_and_judge(workdir: pathlib.Path, *flags: str, quiet: bool = False) -> 
 
 
 def evaluated(record: dict[str, Any]) -> dict[str, float]:
-    """The measures of an evaluation while training, by the names that they have at the end, and its step."""
+    """The step and the measures of an evaluation during training, under the names of the final evaluation."""
     return {name.removeprefix("eval/"): v for name, v in record.items() if name.startswith("eval/") or name == "step"}
 
 
@@ -83,10 +86,11 @@ def flags_of(fields: Mapping[str, Any]) -> list[str]:
 
 
 def run_all(jobs: Mapping[pathlib.Path, Sequence[str]], at_once: int) -> list[dict[str, Any]]:
-    """`train_and_judge` for every workdir and its flags, in order, `at_once` at a time, each on its share of the cores.
+    """`train_and_evaluate` for every workdir and its flags, `at_once` at a time. Returns the results in order.
 
-    Small networks leave most of a second core idle, so two runs of one core each take less time than one after the
-    other. The seconds of a run are those on its share. With several at a time their output is in WORKDIR/output.txt.
+    Each run has an equal part of the cores, and its seconds are those on that part. Small networks leave most of a
+    second core idle, so two runs on one core each finish sooner than two runs one after the other. If several run at a
+    time, their output is in WORKDIR/output.txt.
     """
     cores: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
     ours = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
@@ -97,8 +101,8 @@ def run_all(jobs: Mapping[pathlib.Path, Sequence[str]], at_once: int) -> list[di
         share = cores.get()
         try:
             if share and at_once > 1:
-                os.sched_setaffinity(0, share)  # of this thread, which its children inherit
-            return train_and_judge(workdir, *flags, quiet=at_once > 1)
+                os.sched_setaffinity(0, share)  # Child processes inherit the affinity of this thread
+            return train_and_evaluate(workdir, *flags, quiet=at_once > 1)
         finally:
             cores.put(share)
 
@@ -106,7 +110,7 @@ def run_all(jobs: Mapping[pathlib.Path, Sequence[str]], at_once: int) -> list[di
         runs = [pool.submit(one, *job) for job in jobs.items()]
         try:
             return [run.result() for run in tqdm(runs, unit="run", desc="experiment")]
-        except BaseException:  # Ctrl-C too: else the runs that wait would begin
+        except BaseException:  # Also for Ctrl-C: otherwise the waiting runs would start
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
@@ -118,11 +122,13 @@ def sweep(
     at_once: int,
     cases: Sequence[tuple[str, int]] = (),
 ) -> list[dict[str, Any]]:
-    """`run_all` of every method (a name and its flags) with every seed: what it found, with `method` and `seed`.
+    """`run_all` of every method (a name and its flags) with every seed. Returns results with `method` and `seed`.
 
-    `cases` are the methods and seeds that are run, where they are not all.
+    `cases` lists the methods and seeds to run, if they are not all.
     """
-    cases = cases or [(method, seed) for seed in SEEDS for method in methods]  # first one seed of all
+    cases = cases or [
+        (method, seed) for seed in SEEDS for method in methods
+    ]  # the first seed of all methods comes first
     found = run_all(dict(job(name, common_flags, methods, *case) for case in cases), at_once)
     return [{"method": method, "seed": seed} | run for (method, seed), run in zip(cases, found, strict=True)]
 
@@ -130,12 +136,12 @@ def sweep(
 def job(
     name: str, common_flags: Sequence[str], methods: Mapping[str, Sequence[str]], method: str, seed: int
 ) -> tuple[pathlib.Path, list[str]]:
-    """The workdir and the flags of one of the trainings of `sweep`."""
+    """Workdir and flags of one training of `sweep`."""
     return workdir(name, methods, method, seed), [*common_flags, f"--config.seed={seed}", *methods[method]]
 
 
 def workdir(name: str, methods: Mapping[str, Sequence[str]], method: str, seed: int) -> pathlib.Path:
-    """Where `sweep` trains one of the methods of the experiment `name`."""
+    """Workdir of a method and a seed in the experiment `name`."""
     return ROOT / "runs" / "experiments" / name / f"{list(methods).index(method)}_seed{seed}"
 
 
@@ -145,14 +151,14 @@ def samples(name: str, methods: Mapping[str, Sequence[str]], num: int) -> dict[s
 
 
 def keep(name: str, file: str, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write arrays that the figure of the experiment `name` is made of beside its results, as `file`.npz."""
+    """Write arrays that the figure of the experiment `name` shows, as `file`.npz beside its results."""
     folder = RESULTS / name
     folder.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(folder / f"{file}.npz", **arrays)
 
 
 def draw_samples(figure: Any, folder: pathlib.Path, methods: Collection[str]) -> None:
-    """A row of samples of each method, two methods beside each other, in a Matplotlib figure: those that were kept."""
+    """Draw a row of the kept samples of each method in a Matplotlib figure, two methods side by side."""
     with np.load(folder / "samples.npz") as arrays:
         axes = figure.subplots(-(-len(methods) // 2), 2)
         for axis, method in zip(axes.flat, methods, strict=True):
@@ -162,14 +168,17 @@ def draw_samples(figure: Any, folder: pathlib.Path, methods: Collection[str]) ->
 
 
 def of_method(results: dict[str, Any], method: str) -> list[dict[str, Any]]:
-    """The runs of one method, by seed."""
+    """The runs of one method, ordered by seed."""
     return sorted((run for run in results["runs"] if run["method"] == method), key=lambda run: run["seed"])
 
 
 def method_table(
     results: dict[str, Any], methods: Iterable[str], measures: Mapping[str, Callable[[dict[str, Any]], str]]
 ) -> str:
-    """Markdown: a row a method, in its cells every seed; `measures` are functions of what was judged, by heading."""
+    """Markdown with a row for each method and every seed in each cell.
+
+    `measures` maps a heading to a function of the evaluation's results.
+    """
     columns = {heading: lambda run, measure=measure: measure(run["judged"]) for heading, measure in measures.items()}
     columns["training, s"] = lambda run: f"{run['train_seconds']:.0f}"
     columns["sampling 100, s"] = lambda run: f"{run['judged']['sampling']['seconds_per_100']:.2g}"
@@ -184,15 +193,14 @@ def method_table(
 def run(
     file: str, experiment: Callable[[argparse.Namespace], dict[str, Any]], trains: bool = False, **options: str
 ) -> None:
-    """The command line of the experiment in `file`: write what it finds to results.json, its figure and the pages.
+    """The command line of the experiment in `file`: writes results.json, its figure, and the tables in the pages.
 
-    With `trains` it is told how many runs to have at a time; `options` are arguments that it needs besides, and what
-    they mean.
+    `trains` adds `--at_once`. `options` maps the names of other required arguments to their help.
     """
     name = pathlib.Path(file).stem
     parser = argparse.ArgumentParser(prog=f"python -m experiments.{name}")
     if trains:
-        parser.add_argument("--at_once", type=int, default=1, help="runs at a time, each on its share of the cores")
+        parser.add_argument("--at_once", type=int, default=1, help="runs at a time, each on an equal part of the cores")
     for option, meaning in options.items():
         parser.add_argument(f"--{option}", required=True, help=meaning)
     args = parser.parse_args()
@@ -208,7 +216,7 @@ def run(
     (folder / "results.json").write_text(
         json.dumps({"command": command, "machine": machine()} | results, indent=2) + "\n"
     )
-    from experiments import report  # which imports this module
+    from experiments import report  # here, since it imports this module
 
     draw(name)
     report.write_tables()

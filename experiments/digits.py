@@ -2,8 +2,8 @@
 
     python -m experiments.digits --at_once=2                    # two seeds of each
 
-Trains and evaluates configs/digits.py:long, with the changes of METHODS, in runs/experiments/digits; what is finished
-there is not done again.
+Trains and evaluates configs/digits.py:long, with the changes of METHODS, in runs/experiments/digits; finished runs are
+not repeated.
 """
 
 import argparse
@@ -30,7 +30,7 @@ FLAGS = ["--config=configs/digits.py:long", *common.flags_of(FIELDS)]
 BATCH = presets.get("digits:long").train.batch_size
 _PAPER = flat(as_dict(presets.get("digits:paper")))
 PAPER = {field: _PAPER[field] for field in PARTS.values()}  # the paper's losses and noise, T = 4
-PAPER["train.lr_min_d"] = _PAPER["train.lr_min"]  # there it is None, which no flag can say
+PAPER["train.lr_min_d"] = _PAPER["train.lr_min"]  # None there, which no flag can express
 METHODS = {
     name: common.flags_of(fields)
     for name, fields in {
@@ -50,7 +50,7 @@ SHOWN = 32  # samples of each method's first seed in the figure
 
 
 def experiment(args: argparse.Namespace) -> dict[str, Any]:
-    """Train, evaluate and sample all."""
+    """Train, evaluate and sample every method."""
     cases = [(method, seed) for seed in SEEDS for method in METHODS]
     runs = common.sweep(NAME, FLAGS, METHODS, args.at_once, cases)
     common.keep(NAME, "samples", common.samples(NAME, METHODS, SHOWN))
@@ -58,7 +58,7 @@ def experiment(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown: a row a method, all seeds in it."""
+    """Markdown with a row for each method, and all seeds in it."""
     measures = {
         "classifier distance": lambda judged: f"{judged['classifier_frechet']:.1f}",
         "precision": lambda judged: f"{judged['precision']:.2f}",
@@ -68,12 +68,12 @@ def table(results: dict[str, Any]) -> str:
 
 
 def minutes(run: dict[str, Any]) -> list[float]:
-    """Of training until each evaluation on the way, without the evaluations."""
+    """Minutes of training until each evaluation, without the time of evaluations."""
     return [way["step"] * BATCH / run["images_per_second"] / 60 for way in run["on_the_way"]]
 
 
 def draw_figure(results: dict[str, Any], path: pathlib.Path) -> None:
-    """Each measure while training, the mean of the seeds, and every seed at its end; below, samples of the first."""
+    """Draw each measure during training (mean of the seeds), every seed's final value, and samples of the first."""
     plt = figures.pyplot()
     figure = plt.figure(figsize=(14, 9), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(5, 3))

@@ -2,7 +2,7 @@
 
     python -m experiments.gaussians --at_once=2                 # three seeds of each
 
-Trains and evaluates configs/gaussians.py in runs/experiments/gaussians; what is finished there is not done again. The
+Trains and evaluates configs/gaussians.py in runs/experiments/gaussians; finished runs are not repeated. The
 figure gives the width of the modes: the deviation along an axis of the high-quality points from their centres, 0.049 in
 exact samples.
 """
@@ -37,7 +37,7 @@ SHOWN = 2000  # points of each method's first seed in the figure
 
 
 def experiment(args: argparse.Namespace) -> dict[str, Any]:
-    """Train, evaluate and sample all."""
+    """Train, evaluate and sample every method."""
     runs = common.sweep(NAME, FLAGS, METHODS, args.at_once)
     points = {method: x.astype(np.float16) for method, x in common.samples(NAME, METHODS, SHOWN).items()}
     common.keep(NAME, "points", points)
@@ -51,7 +51,7 @@ def width(points: np.ndarray) -> float:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown: a row a method, all seeds in it."""
+    """Markdown with a row for each method, and all seeds in it."""
     measures = {
         "modes of 25": lambda judged: str(judged["modes"]),
         "high quality, %": lambda judged: f"{100 * judged['high_quality']:.1f}",
@@ -61,7 +61,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def draw_figure(results: dict[str, Any], path: pathlib.Path) -> None:
-    """A scatter plot of each method's first seed, with the circles of three standard deviations."""
+    """Draw a scatter plot of each method's first seed, with circles of three standard deviations."""
     plt = figures.pyplot()
     with np.load(path.parent / "points.npz") as arrays:
         points = {name: arrays[name].astype(np.float32) for name in METHODS if name in arrays}

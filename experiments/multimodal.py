@@ -2,11 +2,11 @@
 
     python -m experiments.multimodal                            # seconds, after those of gaussians and digits
 
-Draws of p(x_t | x_{t+1}) by networks trained on 25 Gaussians, beside the exact distribution; and on digits, what the
-generator makes of one x_{t+1}. Reported are, over POINTS noisy points, the energy distance between DRAWS draws of the
-model and as many exact ones, in standard deviations of x_t; and for digits the standard deviation over z, in grey
-levels of 255, root mean square over pixels and noisy images. The figure shows, for each t, the noisy point whose exact
-distribution has the modes of the most even weights.
+Samples of p(x_t | x_{t+1}) by networks trained on 25 Gaussians, beside the exact distribution; and on digits, the
+generator's images for one x_{t+1}. The table has two measures. For the 25 Gaussians, it is the energy distance between
+DRAWS samples of the model and DRAWS exact samples, in standard deviations of x_t, averaged over POINTS noisy points.
+For digits, it is the standard deviation over z in grey levels of 255, as the root mean square over pixels and noisy
+images. For each t, the figure shows the noisy point whose exact distribution weights its modes most uniformly.
 """
 
 import argparse
@@ -43,14 +43,14 @@ def exact(model: Model, x_tp1: np.ndarray, t: int) -> tuple[np.ndarray, np.ndarr
 def exact_draws(
     means: np.ndarray, log_weights: np.ndarray, variance: float, random: np.random.Generator
 ) -> list[np.ndarray]:
-    """DRAWS draws [., 2] from each of the mixtures."""
+    """DRAWS samples [DRAWS, 2] of each mixture."""
     chosen = [random.choice(len(w), DRAWS, p=np.exp(w)) for w in log_weights]
     noise = random.standard_normal((len(means), DRAWS, 2))
     return [m[c] + np.sqrt(variance) * e for m, c, e in zip(means, chosen, noise, strict=True)]
 
 
 def draws(model: Model, x_tp1: np.ndarray, t: int, seed: int) -> np.ndarray:
-    """DRAWS draws [N, 2] from p_theta(x_t | x_{t+1}): fresh z, and the posterior's noise."""
+    """DRAWS samples [DRAWS, 2] of p_theta(x_t | x_{t+1}), with new z and new posterior noise."""
     z_key, noise_key = jax.random.split(jax.random.key(seed))
     many, steps = jnp.tile(x_tp1, (DRAWS, 1)), jnp.full(DRAWS, t)
     denoiser = model.denoiser
@@ -69,14 +69,14 @@ def energy_distance(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def trained(of: Any, method: str, seed: int) -> Model:
-    """What the experiment `of` trains, trained now if it was not."""
+    """A model of the experiment `of`, which is trained now if it has not been."""
     path, flags = common.job(of.NAME, of.FLAGS, of.METHODS, method, seed)
-    common.train_and_judge(path, *flags)
+    common.train_and_evaluate(path, *flags)
     return ddgan_jax.load(str(path))
 
 
 def experiment(args: argparse.Namespace) -> dict[str, Any]:
-    """Draw from what the experiments of gaussians and digits trained."""
+    """Sample the models of the experiments gaussians and digits."""
     seed = common.SEEDS[0]
     arrays: dict[str, np.ndarray] = {}
     models = {kind: trained(gaussians, method, seed) for kind, method in KINDS.items()}
@@ -111,7 +111,7 @@ def experiment(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown: a row a step."""
+    """Markdown with a row for each t."""
     kinds = list(results["energy_distance"])
     lines = [f"| t | {' | '.join(kinds)} | digits: deviation over z |", "|---|" + "---|" * (len(kinds) + 1)]
     for t, spread in enumerate(results["spread_of_digits"]):
@@ -121,7 +121,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def draw_figure(results: dict[str, Any], path: pathlib.Path) -> None:
-    """A column for every t: the exact distribution, the models', and digits from one noisy digit."""
+    """Draw a column for each t: the exact distribution, the models' samples, and digits from one noisy digit."""
     plt = figures.pyplot()
     kinds = ["exact", *KINDS]
     steps = list(reversed(range(len(results["spread_of_digits"]))))

@@ -1,9 +1,9 @@
-"""The pictures of the documentation, and the numbers that it states of the first command: digits and their classes.
+"""Images of the documentation, and the numbers that it states of the digits with and without classes.
 
     python -m experiments.pictures                              # ten minutes on 2 cores
 
-Trains `python main.py` and configs/digits.py:conditional in runs/experiments/pictures (what is finished there is not
-trained again), and makes the pictures in docs/ with the commands of docs/editing.md and docs/evaluation.md.
+Trains `python main.py` and configs/digits.py:conditional in runs/experiments/pictures, unless they are
+finished there, and makes the images in docs/ with the commands of docs/editing.md and docs/evaluation.md.
 """
 
 import json
@@ -23,11 +23,11 @@ COMMANDS = {
 
 
 def pictures() -> None:
-    """Train and draw."""
+    """Train, and draw the images."""
     digits, labels = RUNS / "digits", RUNS / "labels"
     found = [
-        common.train_and_judge(digits, "--config=configs/digits.py"),
-        common.train_and_judge(labels, "--config=configs/digits.py:conditional"),
+        common.train_and_evaluate(digits, "--config=configs/digits.py"),
+        common.train_and_evaluate(labels, "--config=configs/digits.py:conditional"),
     ]
     for name, flags in COMMANDS.items():
         common.main(f"--workdir={digits}", *flags, f"--out={DOCS / name}")

@@ -2,10 +2,10 @@
 
     python -m experiments.pretrained --path=cifar10             # about three hours of one core
 
-`--path` is a folder or zip with one folder a class, as the 50,000 training images of CIFAR-10 saved as files. Writes
-ddgan_jax/model/pretrained/NAME.safetensors, whose metadata record how each was made and what it measures. A model
-whose file is there stays unchanged: delete the file to make it again, from its training in runs/experiments/pretrained
-where there is one.
+`--path` is a folder or zip with one folder for each class: the 50,000 training images of CIFAR-10 saved as files.
+Writes ddgan_jax/model/pretrained/NAME.safetensors, whose metadata record how each was made and what it measures. A
+model whose file exists stays unchanged. Delete the file to make it again, from its training in
+runs/experiments/pretrained if there is one.
 """
 
 import argparse
@@ -33,11 +33,11 @@ MODELS = {
 }
 MEASURES = ("classifier_frechet", "precision", "recall", "modes", "kl", "high_quality", "num_samples")
 SHOWN = 32
-MEGABYTES = 8  # of all
+MEGABYTES = 8  # of all models together
 
 
 def experiment(args: argparse.Namespace) -> dict[str, Any]:
-    """Train, write and judge each."""
+    """Train, write and evaluate each model."""
     results = common.RESULTS / NAME / "results.json"
     before = json.loads(results.read_text())["models"] if results.exists() else {}
     runs = {}
@@ -50,7 +50,7 @@ def experiment(args: argparse.Namespace) -> dict[str, Any]:
         workdir = common.ROOT / "runs" / "experiments" / NAME / name
         common.main(*flags, f"--workdir={workdir}")
         model, file = ddgan_jax.load(workdir), PRETRAINED / f"{name}.safetensors"
-        data = dataclasses.replace(model.config.data, dir=None, path=path)  # not where this machine keeps it
+        data = dataclasses.replace(model.config.data, dir=None, path=path)  # without the paths of this computer
         model = dataclasses.replace(model, config=dataclasses.replace(model.config, data=data))
         about = {"summary": what, "command": shlex.join(["python", "main.py", *flags])}
         PRETRAINED.mkdir(exist_ok=True)
@@ -69,7 +69,7 @@ def experiment(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown: a row a model."""
+    """Markdown with a row for each model."""
     lines = [
         "| name | what | steps | training | MB | classifier distance | precision | recall | modes | KL |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -87,7 +87,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def draw_figure(results: dict[str, Any], path: pathlib.Path) -> None:
-    """Samples of each."""
+    """Draw samples of each model."""
     plt = figures.pyplot()
     figure, panels = plt.subplots(1, len(MODELS), figsize=(3.2 * len(MODELS), 6.4), layout="constrained")
     with np.load(path.parent / "samples.npz") as arrays:

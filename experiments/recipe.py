@@ -2,9 +2,9 @@
 
     python -m experiments.recipe --seconds=60 --at_once=2       # three seeds of each
 
-Every recipe gets as many steps as a core takes in so many seconds, which is measured before, without compilation. It
-trains and evaluates configs/digits.py:paper, with its changes, in runs/experiments/recipe; what is finished there is
-not done again. To try another recipe, add it at the end of RECIPES.
+Every recipe gets the number of steps that one core takes in `--seconds`, which is measured first, without compilation.
+A recipe is configs/digits.py:paper with changes, trained and evaluated in runs/experiments/recipe; finished runs are
+not repeated. To try another recipe, add it at the end of RECIPES.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from experiments import common
 
 NAME, FLAGS = "recipe", ["--config=configs/digits.py:paper", "--config.log.samples_every=0"]
 OURS = flat(as_dict(presets.get("digits")))
-PARTS = {  # what configs/digits.py changes, which the table takes away one by one
+PARTS = {  # the changes of configs/digits.py, which the table removes one by one
     "x_0 as D's input": "loss.shown",
     "squared error": "loss.reconstruction",
     "less noise": "diffusion.beta_max",
@@ -41,7 +41,7 @@ PARTS = {  # what configs/digits.py changes, which the table takes away one by o
 
 
 def ours(but: str = "") -> dict[str, Any]:
-    """The fields of our recipe, without one of its parts."""
+    """The fields of our recipe, without the part `but`."""
     return {field: OURS[field] for part, field in PARTS.items() if part != but}
 
 
@@ -56,14 +56,16 @@ RECIPES: dict[str, dict[str, Any]] = {  # the fields of configs/digits.py:paper 
     "Gaussian, 100 steps": {"objective": "gaussian", "diffusion.num_steps": 100},
 }
 MEASURES = {"classifier_frechet": "classifier distance", "precision": "precision", "recall": "recall"}
-TIMED = 60  # runs of a step
+TIMED = 60  # timed runs of a step
 
 
 def seconds_a_step() -> dict[str, float]:
-    """Processor time of a step of each recipe on one core, with R1's share. Measured once, kept."""
+    """Mean processor time of a step of each recipe on one core, including R1. It is measured once, and kept."""
     path = common.ROOT / "runs" / "experiments" / NAME / "seconds_a_step.json"
     if not path.exists():
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as one:  # its core and memory are its own
+        with ProcessPoolExecutor(
+            1, multiprocessing.get_context("spawn")
+        ) as one:  # in a process of its own, on one core
             found = one.submit(measured).result()
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(found, indent=2) + "\n")
@@ -71,7 +73,7 @@ def seconds_a_step() -> dict[str, float]:
 
 
 def measured() -> dict[str, float]:
-    """See `seconds_a_step`. The recipes take turns, so that what else the machine does costs all of them the same."""
+    """Measure `seconds_a_step`. The recipes alternate, so that other work on the computer slows all of them equally."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     programs: dict[tuple[str, bool], tuple[measure.Program, list[float]]] = {}
@@ -98,7 +100,7 @@ def measured() -> dict[str, float]:
 
 
 def experiment(args: argparse.Namespace) -> dict[str, Any]:
-    """Time, train and evaluate all."""
+    """Time, train and evaluate every recipe."""
     seconds, methods = float(args.seconds), {}
     one_step = seconds_a_step()
     for name, fields in RECIPES.items():
@@ -108,7 +110,7 @@ def experiment(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown: a row a recipe, the median of the seeds and their range in each cell."""
+    """Markdown with a row for each recipe, and the median of the seeds and their range in each cell."""
     lines = [f"| recipe | network calls | steps | {' | '.join(MEASURES.values())} |", "|---|---|---|" + "---|" * 3]
     for recipe in RECIPES:
         runs = common.of_method(results, recipe)
@@ -123,7 +125,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def draw_figure(results: dict[str, Any], path: pathlib.Path) -> None:
-    """A panel a measure, a row a recipe, every seed a dot."""
+    """Draw a panel for each measure with a row for each recipe and a dot for each seed."""
     plt = figures.pyplot()
     figure, panels = plt.subplots(1, len(MEASURES), figsize=(13, 0.45 * len(RECIPES) + 1), layout="constrained")
     for axis, (name, title) in zip(panels, MEASURES.items(), strict=True):

@@ -11,8 +11,8 @@ from collections import defaultdict
 from experiments import common
 
 KILLS = "{kills} kills of {runs} trainings"
-# {test: (what was tried, what was seen)}, with the figures that `count` was told: sums, the largest as `most_NAME`,
-# and how many `runs` there were
+# {test: (what was tried, what was seen)}. The names in braces are figures that a case passed to `count`, as `summed`
+# returns them
 ROWS = {
     "test_at_random_moments": ("SIGKILL at random moments, points", KILLS),
     "test_images_at_random_moments": ("the same, with images to prepare and a classifier to train", KILLS),
@@ -80,7 +80,7 @@ ROWS = {
 
 
 def summed(runs: list[dict]) -> dict:
-    """The figures of a test's cases: their sums, and the largest as most_NAME."""
+    """The sum of each figure over the cases of a test, and its largest value as most_NAME."""
     figures = {"runs": len(runs)}
     for run in runs:
         for name, value in run.items():
@@ -91,7 +91,7 @@ def summed(runs: list[dict]) -> dict:
 
 
 class Formatter(string.Formatter):
-    """Whole numbers with commas; a figure that no case recorded is 0."""
+    """Formats integers with commas; a figure that no case recorded is 0."""
 
     def get_value(self, key, args, kwargs):
         return kwargs.get(key, 0)
@@ -101,7 +101,7 @@ class Formatter(string.Formatter):
 
 
 def table() -> str:
-    """Markdown: a row a test."""
+    """Markdown with a row for each test."""
     cases: dict[str, dict[str, dict]] = defaultdict(dict)
     for line in (common.RESULTS / "reliability" / "cases.jsonl").read_text().splitlines():
         record = json.loads(line)

@@ -2,8 +2,8 @@
 
     python -m experiments.stacked_mnist --at_once=2             # three seeds of ours, one of the one-shot GAN: 2 hours
 
-Trains and evaluates configs/stacked_mnist.py:mnist_5k in runs/experiments/stacked_mnist; what is finished there is not
-done again. Each run is judged at its end, and where its distance was smallest on the way.
+Trains and evaluates configs/stacked_mnist.py:mnist_5k in runs/experiments/stacked_mnist; finished runs are not
+repeated. Each run is evaluated at its end, and at the step with the smallest distance.
 """
 
 import argparse
@@ -26,7 +26,7 @@ ON_THE_WAY = {"modes": "modes of 1,000", "kl": "KL, nats", "classifier_frechet":
 
 
 def experiment(args: argparse.Namespace) -> dict[str, Any]:
-    """Train, evaluate and sample all."""
+    """Train, evaluate and sample every method."""
     runs = common.sweep(NAME, FLAGS, METHODS, args.at_once, CASES)
     for run in runs:
         workdir, flags = common.job(NAME, FLAGS, METHODS, run["method"], run["seed"])
@@ -41,7 +41,7 @@ def experiment(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown: a row a method and moment, all seeds in it."""
+    """Markdown with a row for each method, seed and evaluated step."""
     measures = {
         "modes of 1,000": lambda judged: f"{judged['modes']:,}",
         "KL": lambda judged: f"{judged['kl']:.3f}",
@@ -54,7 +54,7 @@ def table(results: dict[str, Any]) -> str:
         for run in common.of_method(results, method):
             moments = {f"{run['steps']:,} steps": run["judged"]}
             if run["best"]["step"] != run["steps"]:
-                moments[f"{run['best']['step']:,} steps, its best"] = run["best"]
+                moments[f"{run['best']['step']:,} steps, the best"] = run["best"]
             for moment, judged in moments.items():
                 cells = [method, str(run["seed"]), moment, *(measure(judged) for measure in measures.values())]
                 lines.append(f"| {' | '.join(cells)} |")
@@ -62,7 +62,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def draw_figure(results: dict[str, Any], path: pathlib.Path) -> None:
-    """Modes, KL and distance on the way, a line a seed, and samples of each method's first one."""
+    """Draw modes, KL and distance during training, a line for each seed, and samples of each method's first seed."""
     plt = figures.pyplot()
     figure, panels = plt.subplots(1, 3 + len(METHODS), figsize=(4.5 * (3 + len(METHODS)), 4.5), layout="constrained")
     for axis, (measure, title) in zip(panels[:3], ON_THE_WAY.items(), strict=True):

@@ -1,9 +1,10 @@
-"""The trilemma: quality, coverage and speed on one picture, from the other experiments' committed results.
+"""The trilemma: quality, coverage and speed in one figure, from the other experiments' committed results.
 
     python -m experiments.trilemma                              # a second
 
-A row is the median over the seeds. 25 Gaussians: quality is the share of samples within three standard deviations of a
-mode, coverage the share of modes. Digits: precision and recall. StackedMNIST: precision, and the share of modes.
+A row is the median over the seeds. For the 25 Gaussians, quality is the fraction of samples within three standard
+deviations of a mode, and coverage the fraction of modes. For digits they are precision and recall; for StackedMNIST,
+precision and the fraction of modes.
 """
 
 import argparse
@@ -36,12 +37,12 @@ SHORT = {
 
 
 def seconds_per_100(judged: dict[str, Any]) -> float:
-    """Of sampling."""
+    """Seconds for 100 samples."""
     return judged["sampling"]["seconds_per_100"]
 
 
 def rows() -> list[dict[str, Any]]:
-    """Data, method, quality, coverage (0 to 1) and seconds for 100 samples, of all that has results."""
+    """A row for each method with results: quality and coverage (0 to 1), and seconds for 100 samples."""
     found = []
     for name, (data, quality, coverage) in QUALITY_AND_COVERAGE.items():
         path = common.RESULTS / name / "results.json"
@@ -56,12 +57,12 @@ def rows() -> list[dict[str, Any]]:
 
 
 def experiment(args: argparse.Namespace) -> dict[str, Any]:
-    """Collect what the others measured."""
+    """Collect the results of the other experiments."""
     return {"rows": rows()}
 
 
 def table(results: dict[str, Any], methods: Collection[tuple[str, str]] = ()) -> str:
-    """Markdown: a row a method; only the `methods`, pairs of data and method, if any are given."""
+    """Markdown with a row for each method, or only for `methods`: pairs of data and method."""
     headings = ("data", "method", "network calls", "seeds", "quality", "coverage", "sampling 100, s")
     lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
     for row in results["rows"]:
@@ -78,7 +79,7 @@ def short_table(results: dict[str, Any]) -> str:
 
 
 def draw_figure(results: dict[str, Any], path: pathlib.Path) -> None:
-    """Quality against coverage, a panel for each data; the area of a circle grows with the time of sampling."""
+    """Draw quality against coverage, a panel for each dataset; slower sampling has a larger circle."""
     plt = figures.pyplot()
     names = list(dict.fromkeys(row["data"] for row in results["rows"]))
     figure, panels = plt.subplots(1, len(names), figsize=(7 * len(names), 7.5), layout="constrained", squeeze=False)

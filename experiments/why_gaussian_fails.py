@@ -10,10 +10,10 @@ v = a^2 s^2 + 1 - abar_{k-1}, and the step x_k = sqrt(alpha_k) x_{k-1} + sqrt(be
          mu_m(x_k) = u (a c_m / v + sqrt(alpha_k) x_k / beta_k)
          w_m(x_k)  ~ w_m N(x_k; sqrt(alpha_k) a c_m, (alpha_k v + beta_k) I)
 
-What a Gaussian denoiser can reach at best is the Gaussian of the same mean and covariance. Reported for T steps of the
-paper's schedule, over the steps k = 1..T and over x_k drawn from q(x_k):
+The best Gaussian denoiser has the mean and covariance of (2). For T steps of the paper's schedule, over the steps
+k = 1..T and x_k ~ q(x_k), the table has
 
-    multimodal   the share of (k, x_k) for which (2) has more than one local maximum
+    multimodal   the fraction of (k, x_k) for which (2) has more than one local maximum
     gap          E[ KL( q(x_{k-1} | x_k) || that Gaussian ) ] in nats, summed over the steps
 """
 
@@ -68,14 +68,14 @@ def denoising(data: Mixture, schedule: Schedule, k: int, x_k: np.ndarray) -> tup
 
 
 def draw(data: Mixture, random: np.random.Generator, num: int, schedule: Schedule, k: int) -> np.ndarray:
-    """x_k [num, d] from q(x_k)."""
+    """Samples x_k [num, d] of q(x_k)."""
     m = random.choice(len(data.centres), num, p=data.weights)
     x_0 = data.centres[m] + data.std * random.standard_normal((num, data.centres.shape[1]))
     return schedule.a_s_cum[k] * x_0 + schedule.sigmas_cum[k] * random.standard_normal(x_0.shape)
 
 
 def count_modes(means: np.ndarray, log_weights: np.ndarray, variance: float) -> np.ndarray:
-    """The local maxima [N] of the mixtures: where the fixed-point iteration from every component ends (mean shift)."""
+    """The number of local maxima [N] of the mixtures, found by mean shift from every component."""
     counts = np.zeros(len(means), int)
     for n in range(len(means)):
         relevant = log_weights[n] > np.log(1e-3)  # lighter components are no mode that anyone would see
@@ -98,7 +98,7 @@ def count_modes(means: np.ndarray, log_weights: np.ndarray, variance: float) -> 
 
 
 def gap(means: np.ndarray, log_weights: np.ndarray, variance: float, random: np.random.Generator, num: int) -> float:
-    """E_n KL(mixture n || Gaussian of its mean and covariance), by `num` draws from each."""
+    """E_n KL(mixture n || Gaussian of its mean and covariance), by `num` samples of each."""
     n, _, d = means.shape
     w = np.exp(log_weights)
     mean = (w[..., None] * means).sum(1)
@@ -118,7 +118,7 @@ def gap(means: np.ndarray, log_weights: np.ndarray, variance: float, random: np.
 
 
 def measure(data: Mixture, num_steps: int, random: np.random.Generator) -> dict[int, tuple[np.ndarray, float]]:
-    """(the modes of each of 100 draws, the gap) of the steps k; of many steps a sample, evenly spread."""
+    """Modes of 100 samples and gap of each step k; of many steps, only evenly spaced ones."""
     schedule, found = Schedule.create(num_steps), {}
     for k in np.unique(np.linspace(1, num_steps, min(num_steps, 50)).round().astype(int)).tolist():
         mixture = denoising(data, schedule, k, draw(data, random, 100, schedule, k))
@@ -127,20 +127,20 @@ def measure(data: Mixture, num_steps: int, random: np.random.Generator) -> dict[
 
 
 def over_all_steps(data: Mixture, num_steps: int, random: np.random.Generator) -> dict[str, float]:
-    """The share that is multimodal, the modes at most, and the summed gap."""
+    """The multimodal fraction, the largest number of modes, and the summed gap."""
     counts, gaps = zip(*measure(data, num_steps, random).values(), strict=True)
     multimodal = float((np.array(counts) > 1).mean())
     return {"multimodal": multimodal, "most_modes": int(np.max(counts)), "gap": float(np.mean(gaps) * num_steps)}
 
 
 def by_step(data: Mixture, num_steps: int, random: np.random.Generator) -> dict[str, dict[str, float]]:
-    """The share that is multimodal, and the gap, of every step k."""
+    """The multimodal fraction and the gap of every step k."""
     steps = measure(data, num_steps, random).items()
     return {str(k): {"multimodal": float((counts > 1).mean()), "gap": gap_} for k, (counts, gap_) in steps}
 
 
 def experiment(args: argparse.Namespace) -> dict[str, Any]:
-    """Every number of the experiment."""
+    """Compute every number of the experiment."""
     start, random = time.time(), np.random.default_rng(0)
     tables = {
         name: {str(num_steps): over_all_steps(data, num_steps, random) for num_steps in STEPS}
@@ -154,7 +154,7 @@ def experiment(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown."""
+    """Markdown with a table of T, and one of the spacings."""
     lines = ["| T | 1-D: multimodal | modes | KL to the best Gaussians | 25 Gaussians: multimodal | modes | KL |"]
     lines += ["|---|---|---|---|---|---|---|"]
     for num_steps in STEPS:
@@ -176,7 +176,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def draw_figure(results: dict[str, Any], path: pathlib.Path) -> None:
-    """The denoising distributions of one x_k half-way, for every T: exact, so nothing is read from `results`."""
+    """Draw the denoising distributions of one x_k half-way, for every T. They are computed, not read from `results`."""
     plt = figures.pyplot()
     shown = (1000, 100, 16, 4, 2, 1)
     figure, panels = plt.subplots(2, len(shown), figsize=(2.6 * len(shown), 5.6), constrained_layout=True)

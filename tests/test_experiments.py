@@ -85,7 +85,7 @@ def test_runs_share_the_cores_and_come_back_in_order(tmp_path, monkeypatch):
     def measured(workdir, *flags, quiet):
         return {"workdir": workdir.name, "flags": flags, "cores": os.sched_getaffinity(0), "quiet": quiet}
 
-    monkeypatch.setattr(common, "train_and_judge", measured)
+    monkeypatch.setattr(common, "train_and_evaluate", measured)
     jobs = {tmp_path / str(i): [f"--config.seed={i}"] for i in range(5)}
     alone = common.run_all(jobs, 1)
     shared = common.run_all(jobs, 2)
@@ -106,7 +106,7 @@ def test_after_a_failed_run_no_other_begins(tmp_path, monkeypatch):
         time.sleep(0.5)
         return {}
 
-    monkeypatch.setattr(common, "train_and_judge", measured)
+    monkeypatch.setattr(common, "train_and_evaluate", measured)
     jobs = {tmp_path / name: ["--fail"] if name == "first" else [] for name in ("first", "second", "third", "fourth")}
     with pytest.raises(Fault, match="no luck"):
         common.run_all(jobs, 1)
@@ -115,7 +115,7 @@ def test_after_a_failed_run_no_other_begins(tmp_path, monkeypatch):
 
 def test_a_failed_run_says_where_to_look(tmp_path):
     with pytest.raises(Fault, match=r"exit code 2, see .*output.txt"):
-        common.train_and_judge(tmp_path, "--config=configs/none.py", quiet=True)
+        common.train_and_evaluate(tmp_path, "--config=configs/none.py", quiet=True)
     assert "configs/none.py" in (tmp_path / "output.txt").read_text()
 
 
@@ -123,6 +123,6 @@ def test_results_of_other_flags_are_not_taken_for_these(tmp_path):
     """A finished run is taken as it is, unless it was of another method, whose number has changed."""
     found = {"flags": ["--config=configs/digits.py", "--config.seed=0"], "steps": 7}
     (tmp_path / "measured.json").write_text(json.dumps(found))
-    assert common.train_and_judge(tmp_path, *found["flags"]) == found
+    assert common.train_and_evaluate(tmp_path, *found["flags"]) == found
     with pytest.raises(Fault, match=r"holds a run of --config=configs/digits.py --config.seed=0: move it away"):
-        common.train_and_judge(tmp_path, "--config=configs/digits.py", "--config.seed=1")
+        common.train_and_evaluate(tmp_path, "--config=configs/digits.py", "--config.seed=1")

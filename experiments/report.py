@@ -39,10 +39,14 @@ def section_of(name: str) -> str:
     for page in PAGES:
         before, marker, _ = page.read_text().partition(f"<!-- table: {name} -->")
         if marker:
-            heading = re.findall(r"^#+ (.+)$", before, re.MULTILINE)[-1]
-            anchor = re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
-            return f"../{page.relative_to(common.ROOT / 'docs')}#{anchor}"
+            return f"../{page.relative_to(common.ROOT / 'docs')}#{anchors(before)[-1]}"
     raise LookupError(f"no page has `<!-- table: {name} -->`")
+
+
+def anchors(text: str) -> list[str]:
+    """The anchors of a page's headings, as GitHub and MkDocs make them."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
 
 
 def fill(page: pathlib.Path, found: dict[str, str]) -> str:

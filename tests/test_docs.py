@@ -48,11 +48,14 @@ def test_the_readme_is_short_and_has_the_two_commands():
 
 
 @pytest.mark.parametrize("page", TEXTS)
-def test_linked_files_exist(page):
+def test_links_lead_to_files_and_headings(page):
     for link in re.findall(r"\]\(([^)\s]+)\)", TEXTS[page]):
-        if not link.startswith(("http://", "https://", "#")):
-            target = (ROOT / page).parent / link.partition("#")[0]
+        if not link.startswith(("http://", "https://")):
+            file, _, anchor = link.partition("#")
+            target = (ROOT / page).parent / file if file else ROOT / page
             assert target.exists(), f"{page}: {link}"
+            of_code = target.parent.name == "api"  # its anchors come from the docstrings
+            assert not anchor or of_code or anchor in report.anchors(target.read_text()), f"{page}: {link}"
 
 
 def known_flags() -> set[str]:

@@ -1,7 +1,7 @@
-"""Paths that users give, local or in a bucket (`gs://bucket/run`) alike, and the one atomic write of the project.
+"""Files and folders, local or in a bucket (`gs://bucket/run`): reading, listing, moving, and one atomic write.
 
-A bucket is read and written by gcsfs, with the credentials of the machine (`gcloud auth application-default login`),
-without TensorFlow.
+gcsfs reads and writes buckets, with the credentials of the host (`gcloud auth application-default login`) and without
+TensorFlow.
 """
 
 import concurrent.futures
@@ -15,7 +15,7 @@ import stat
 from collections.abc import Callable
 from typing import IO, Any
 
-# Before etils looks: it would open buckets with TensorFlow wherever that is installed, and import it for seconds.
+# Set before etils is imported: it would open buckets with TensorFlow if that is installed, and import it for seconds.
 os.environ.setdefault("EPATH_USE_TF", "false")
 
 from etils import epath
@@ -27,9 +27,9 @@ Path = epath.Path
 
 
 def path(given: Given) -> epath.Path:
-    """A path as a user gives it: local, with `~`, or `gs://bucket/name`.
+    """The path that a user names: local, with `~`, or `gs://bucket/name`.
 
-    UserError for another scheme, such as https://, or where gcsfs is missing.
+    Raises UserError for another scheme, such as https://, or if gcsfs is missing.
     """
     text = os.fspath(given)
     scheme = re.match(r"(\w+):/", text)
@@ -46,14 +46,14 @@ def path(given: Given) -> epath.Path:
 
 
 def read(file: Given) -> bytes:
-    """The content of a file. OSError if it cannot be read, also after retries."""
+    """The content of a file. Raises OSError if it cannot be read, also after retries."""
     if is_remote(file):
         return retry(file, lambda: bucket_reader().cat_file(os.fspath(file)))
     return retry(file, epath.Path(file).read_bytes)
 
 
 def read_exactly(file: Given, size: int) -> bytes:
-    """The content of a file of `size` bytes. OSError as `read`, and if there are fewer or more."""
+    """The content of a file of `size` bytes. Raises OSError as `read`, and if it has another size."""
     content = read(file)
     if len(content) != size:
         raise OSError(f"{len(content):,} bytes of {file} were read, but it has {size:,}")
@@ -61,7 +61,7 @@ def read_exactly(file: Given, size: int) -> bytes:
 
 
 def _mode(file: Given) -> int:
-    """The mode bits of a local file or folder, 0 if there is none. pathlib's tests hide some failures as absence."""
+    """The mode bits of a local file or folder, 0 if there is none. pathlib reports some failures as absence."""
     try:
         return retry(file, lambda: os.stat(file).st_mode)
     except OSError as error:
@@ -71,21 +71,21 @@ def _mode(file: Given) -> int:
 
 
 def exists(file: Given) -> bool:
-    """Whether there is such a file or folder. OSError where a disk or bucket does not answer."""
+    """Whether there is such a file or folder. Raises OSError if the disk or bucket does not answer."""
     if is_remote(file):
         return retry(file, lambda: bucket_reader().exists(os.fspath(file)))
     return bool(_mode(file))
 
 
 def is_dir(path: Given) -> bool:
-    """Whether there is such a folder. OSError where a disk or bucket does not answer."""
+    """Whether there is such a folder. Raises OSError if the disk or bucket does not answer."""
     if is_remote(path):
         return retry(path, lambda: bucket_reader().isdir(os.fspath(path)))
     return stat.S_ISDIR(_mode(path))
 
 
 def names(folder: Given) -> list[str]:
-    """The names of the entries of a folder, sorted; [] where there is none. OSError if it cannot be listed."""
+    """The sorted names in a folder; [] if there is no such folder. Raises OSError if it cannot be listed."""
     if is_remote(folder):
         return sorted({name.partition("/")[0] for name in files_below(folder)})
     try:
@@ -95,7 +95,7 @@ def names(folder: Given) -> list[str]:
 
 
 def read_start(file: Given, size: int) -> bytes:
-    """The first `size` bytes of a file, or all of a smaller one; of a bucket no more is fetched. OSError as `read`."""
+    """The first `size` bytes of a file; a bucket transfers no more than these. Raises OSError as `read`."""
 
     def start() -> bytes:
         if is_remote(file):
@@ -107,9 +107,9 @@ def read_start(file: Given, size: int) -> bytes:
 
 
 def files_below(folder: Given) -> dict[str, tuple[int, str]]:
-    """{name: (size, time of the last change)} of all files below a folder, of a bucket in one listing.
+    """{name: (size, time of the last change)} of all files below a folder; one request for a bucket.
 
-    {} where there is no such folder. OSError where it cannot be listed.
+    {} if there is no such folder. Raises OSError if it cannot be listed.
     """
     if not is_remote(folder):
         return _local_files_below(folder)
@@ -137,9 +137,9 @@ def _local_files_below(folder: Given, prefix: str = "") -> dict[str, tuple[int, 
 
 
 def fetch(source: Given, target: Given, wanted: Callable[[str], bool] = lambda name: True) -> None:
-    """Copy the files below a folder, local or in a bucket, whose names are `wanted` into the local folder `target`.
+    """Copies the files below a folder, local or in a bucket, whose names are `wanted` to the local folder `target`.
 
-    OSError if any cannot be read, also after retries, or has another size than its listing says.
+    Raises OSError if any cannot be read, also after retries, or differs in size from its listing.
     """
     sizes = {name: size for name, (size, _) in files_below(source).items() if wanted(name)}
 
@@ -161,10 +161,10 @@ def fetch(source: Given, target: Given, wanted: Callable[[str], bool] = lambda n
 
 
 def write(file: Given, content: str | bytes | Callable[[IO[bytes]], Any]) -> None:
-    """Write a file, so that at any moment it is the old one or the new one; its folder is made.
+    """Writes a file atomically: at any moment it is the old one or the new one. Creates its folder.
 
-    `content` may be a function that writes into an open binary file. OSError, which names the file, if it cannot be
-    written: the old file is still there.
+    `content` may be a function that writes to an open binary file. Raises OSError, which names the file, if it cannot
+    be written; the old file is then unchanged.
     """
     target = epath.Path(file)
     if callable(content):
@@ -174,7 +174,7 @@ def write(file: Given, content: str | bytes | Callable[[IO[bytes]], Any]) -> Non
     elif isinstance(content, str):
         content = content.encode()
     try:
-        if is_remote(target):  # there, a file appears when it is whole
+        if is_remote(target):  # a bucket shows a file only when it is complete
             with os_errors(target):
                 target.write_bytes(content)
         else:
@@ -199,7 +199,7 @@ def _write_local(target: epath.Path, content: bytes) -> None:
 
 
 def remove_unfinished(folder: Given) -> None:
-    """Remove the files that a killed `write` left in a folder, which may be missing. In a bucket none are left."""
+    """Removes the files that a killed `write` left in a local folder. In a bucket it leaves none."""
     if not is_remote(folder):
         for name in names(folder):
             file = os.path.join(folder, name)
@@ -208,7 +208,7 @@ def remove_unfinished(folder: Given) -> None:
 
 
 def move(source: Given, target: Given) -> None:
-    """Move a file, or a folder in the place of one that is there. In a bucket file by file: it renames no folders."""
+    """Moves a file, or a folder, which replaces an existing one. A bucket cannot rename folders: files are copied."""
     old, new = epath.Path(source), epath.Path(target)
     with os_errors(old):
         if is_dir(new):
@@ -230,7 +230,7 @@ def move(source: Given, target: Given) -> None:
 
 
 def cache_dir(data_dir: str) -> str:
-    """Where copies and caches of data lie: `data_dir` if it is local, else ~/.cache/ddgan_jax on this machine."""
+    """The folder of prepared copies and caches: `data_dir` if it is local, else ~/.cache/ddgan_jax on this host."""
     if not is_remote(data_dir):
         return data_dir
     return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "ddgan_jax")

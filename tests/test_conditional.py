@@ -67,14 +67,14 @@ import jax, jax.numpy as jnp, numpy as np, optax
 from ddgan_jax.devices import parallel
 from ddgan_jax.method import state as state_lib, train_step
 from ddgan_jax.method.diffusion import Schedule
-from ddgan_jax.method.objectives.ddgan import DDGAN
+from ddgan_jax.method.losses import Losses
 
 method = train_step.Method(
     gen=lambda params, x, t, z, y: params[y][:, None] + 0 * x,
     disc=lambda params, x_t, t, x_tp1, y, axis_name=None: params[y] * x_t[:, 0],
-    schedule=Schedule.create(1), optimizer=optax.identity(),
+    losses=Losses(Schedule.create(1), r1_gamma=0.0), optimizer=optax.identity(),
     lr_g=state_lib.constant_schedule(1.0), lr_d=state_lib.constant_schedule(1.0), nz=1,
-    objective=DDGAN(0.0), ema_decay=0.0,
+    ema_decay=0.0,
 )
 start = state_lib.create(jnp.zeros(5), jnp.array([0.0, 0.0, 0.0, 1.0, 0.0]), method.optimizer)
 images = (1.0 + np.arange(16.0, dtype=np.float32))[:, None]

@@ -7,7 +7,7 @@ import pytest
 from conftest import Golden, close_to_largest, golden_inventory
 
 from ddgan_jax.errors import UserError
-from ddgan_jax.method.objectives import ddgan
+from ddgan_jax.method import losses
 from ddgan_jax.networks import ops
 from ddgan_jax.networks.discriminator import LARGE, SMALL, Discriminator, minibatch_stddev, preset
 from ddgan_jax.networks.layers import from_patches
@@ -39,7 +39,7 @@ def test_logits_and_gradients_equal_reference(kind):
 
     # `x` is the golden files' name for x_t, and `x_t` for x_{t+1}.
     def r1(params, x, t, x_t):
-        return ddgan.r1_penalty(lambda *a: disc.apply({"params": params}, *a), x, t, x_t, gamma)
+        return losses.r1_penalty(lambda *a: disc.apply({"params": params}, *a), x, t, x_t, gamma)
 
     def plain(params, x, t, x_t):
         return jnp.mean(jax.nn.softplus(-disc.apply({"params": params}, x, t, x_t)))

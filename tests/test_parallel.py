@@ -26,15 +26,14 @@ from ddgan_jax.method import state as state_lib, train_step as ts
 from ddgan_jax.storage.torch import convert
 from ddgan_jax.networks.discriminator import Discriminator, minibatch_stddev, preset
 from ddgan_jax.networks.generator import Generator
-from ddgan_jax.method.objectives.ddgan import DDGAN
-from ddgan_jax.method.objectives.denoised import Denoised
-from ddgan_jax.method.objectives.reconstruction import Reconstruction
+from ddgan_jax.method.diffusion import Schedule
+from ddgan_jax.method.losses import Losses
 
 assert jax.device_count() == 4
 generator = Generator(nf=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,), nz=6, z_emb_dim=8, n_mlp=1,
                       image_channels=1, dropout=0.1)
 disc = Discriminator(ngf=4, t_emb_dim=8, **preset(8))
-method = method_of(generator, disc, flip=True, dropout=True, objective=DDGAN(1.0))
+method = method_of(generator, disc, flip=True, dropout=True, losses=Losses(Schedule.create(4), 1.0))
 x, t = jnp.zeros((4, 8, 8, 1)), jnp.zeros(4, jnp.int32)
 d_params = jax.jit(lambda k: disc.init(k, x, t, x)["params"])(jax.random.key(1))
 make = jax.jit(lambda g, d: state_lib.create(g, d, method.optimizer))
@@ -75,11 +74,11 @@ disc = Discriminator(ngf=4, t_emb_dim=8, **preset(8))
 x, t = jnp.zeros((4, 8, 8, 1)), jnp.zeros(4, jnp.int32)
 d_params = jax.jit(lambda k: disc.init(k, x, t, x)["params"])(jax.random.key(1))
 make = jax.jit(lambda g, d: state_lib.create(g, d, method.optimizer))
-for name, size, parts, objective in (
-    ("straddle", 12, 1, Reconstruction(Denoised(DDGAN(1.0)), state_lib.constant_schedule(2.0))),
-    ("parts", 32, 2, DDGAN(1.0)),
+for name, size, parts, options in (
+    ("straddle", 12, 1, {"discriminator_input": "x_0", "reconstruction": state_lib.constant_schedule(2.0)}),
+    ("parts", 32, 2, {}),
 ):
-    method = method_of(generator, disc, objective=objective)
+    method = method_of(generator, disc, losses=Losses(Schedule.create(4), 1.0, **options))
     images = np.random.default_rng(0).integers(0, 256, (3, size, 8, 8, 1), np.uint8)
     one, one_metrics = train(
         lambda r1: jax.jit(ts.make_train_step(method, 0, r1)), make(random_params(generator, 8), d_params), lambda x: x

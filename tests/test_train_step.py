@@ -15,12 +15,7 @@ from test_discriminator import to_neighbours
 from ddgan_jax.method import state as state_lib
 from ddgan_jax.method import train_step as ts
 from ddgan_jax.method.diffusion import Schedule
-from ddgan_jax.method.objectives import PhaseDraws
-from ddgan_jax.method.objectives.ddgan import DDGAN
-from ddgan_jax.method.objectives.denoised import Denoised
-from ddgan_jax.method.objectives.gaussian import Gaussian
-from ddgan_jax.method.objectives.one_shot import OneShot
-from ddgan_jax.method.objectives.reconstruction import Reconstruction
+from ddgan_jax.method.losses import Losses, PhaseNoise
 from ddgan_jax.networks.discriminator import Discriminator
 from ddgan_jax.networks.generator import Generator
 from ddgan_jax.networks.mlp import PointDiscriminator, PointGenerator
@@ -31,25 +26,24 @@ def method_of(generator, discriminator, **options):
     defaults = dict(
         gen=lambda params, *args: generator.apply({"params": params}, *args),
         disc=lambda params, *args, **names: discriminator.apply({"params": params}, *args, **names),
-        schedule=Schedule.create(4),
+        losses=Losses(Schedule.create(4), r1_gamma=0.02),
         optimizer=state_lib.adam(),
         lr_g=state_lib.constant_schedule(1.6e-4),
         lr_d=state_lib.constant_schedule(1.25e-4),
         nz=generator.nz,
-        objective=DDGAN(0.02),
         ema_decay=0.9,
     )
     return ts.Method(**(defaults | options))
 
 
-def pairs_of(method, state, x0, draws):
-    """What D is shown of real x_0."""
-    return method.objective.pairs(ts.context(method, state, ts.Phase(x0, draws)))
+def pairs_of(method, state, x0, noise):
+    """The discriminator's inputs for real x_0, and x0_hat."""
+    return method.losses.make_pairs(ts.bind(method.gen, state.gen_params), ts.Phase(x0, noise))
 
 
-def phase_draws(golden, prefix, order):
+def phase_noise(golden, prefix, order):
     images = {key: golden.nhwc(f"{prefix}{key}")[order] for key in ("noise_t", "noise_tp1", "noise_posterior")}
-    return PhaseDraws(t=golden.ints(prefix + "t")[order], z=golden[prefix + "z"][order], **images)
+    return PhaseNoise(t=golden.ints(prefix + "t")[order], z=golden[prefix + "z"][order], **images)
 
 
 @pytest.mark.golden
@@ -75,10 +69,11 @@ def test_four_steps_equal_reference():
     method = method_of(
         generator,
         disc,
-        schedule=Schedule.create(flags["num_timesteps"], "vp", flags["beta_min"], flags["beta_max"]),
+        losses=Losses(
+            Schedule.create(flags["num_timesteps"], "vp", flags["beta_min"], flags["beta_max"]), flags["r1_gamma"]
+        ),
         lr_g=state_lib.cosine_schedule(flags["lr_g"], 3, flags["num_epoch"]),
         lr_d=state_lib.cosine_schedule(flags["lr_d"], 3, flags["num_epoch"]),
-        objective=DDGAN(flags["r1_gamma"]),
         ema_decay=flags["ema_decay"],
     )
     order = to_neighbours(flags["batch_size"])
@@ -123,8 +118,8 @@ def test_four_steps_equal_reference():
         x0 = golden.nhwc(f"step{step}/real")[order]
         draws = ts.Draws(
             flip=np.zeros(8, bool),
-            d=phase_draws(golden, f"rand/step{step}/D/", order),
-            g=phase_draws(golden, f"rand/step{step}/G/", order),
+            d=phase_noise(golden, f"rand/step{step}/D/", order),
+            g=phase_noise(golden, f"rand/step{step}/G/", order),
         )
         with_r1 = step % flags["lazy_reg"] == 0
         assert with_r1 == golden[f"step{step}/has_r1"]
@@ -134,7 +129,7 @@ def test_four_steps_equal_reference():
         np.testing.assert_allclose(parts["d_real"][back], golden[f"step{step}/D_real"], atol=2e-5)
         np.testing.assert_allclose(parts["d_fake"][back], golden[f"step{step}/D_fake"], atol=2e-5)
         if step == 0:
-            x_t, fake, x_tp1, _ = (x[back] for x in pairs(state, x0, draws.d))
+            x_t, fake, x_tp1 = (x[back] for x in pairs(state, x0, draws.d)[0])
             np.testing.assert_allclose(x_t, golden.nhwc("step0/D/x_t"), atol=1e-5)
             np.testing.assert_allclose(x_tp1, golden.nhwc("step0/D/x_tp1"), atol=1e-5)
             np.testing.assert_allclose(fake, golden.nhwc("step0/D/x_pos_sample"), atol=2e-5)
@@ -160,7 +155,7 @@ def test_four_steps_equal_reference():
         grads, parts = g_gradients(stepped_d, x0, draws.g)
         compare_gradients("G", step, grads)
         np.testing.assert_allclose(parts["g_fake"][back], golden[f"step{step}/G/output"], atol=2e-5)
-        _, fake, *_ = pairs(state, x0, draws.g)
+        fake = pairs(state, x0, draws.g)[0].fake
         np.testing.assert_allclose(fake[back], golden.nhwc(f"step{step}/G/x_pos_sample"), atol=2e-5)
 
         state = new_state
@@ -180,7 +175,9 @@ def test_four_steps_equal_reference():
 
             noise = golden_noise(golden, "rand/epoch0_end/", "z_t{}", "noise_t{}")
             gen = partial(method.gen, state.gen_params)
-            sample = jax.jit(lambda gen, n: denoise(gen, method.schedule, n).x_t[0], static_argnums=0)(gen, noise)
+            sample = jax.jit(lambda gen, n: denoise(gen, method.losses.schedule, n).x_t[0], static_argnums=0)(
+                gen, noise
+            )
             np.testing.assert_allclose(sample, golden.nhwc("epoch0_end/fake_sample"), atol=5e-5)
     assert state.step == 4
 
@@ -218,7 +215,7 @@ def test_the_method_runs_on_points(points):
     gen = lambda x, t, z: method.gen(state.ema_params, x, t, z)  # noqa: E731
     from ddgan_jax.method.sampling import sample
 
-    samples = sample(gen, method.schedule, jax.random.key(5), jnp.arange(256), (2,), method.nz)
+    samples = sample(gen, method.losses.schedule, jax.random.key(5), jnp.arange(256), (2,), method.nz)
     before = 1.4  # the distance of the data's mean from the origin, where an untrained network samples
     assert float(jnp.linalg.norm(jnp.mean(samples, axis=0) - 1.0)) < before / 2
 
@@ -264,12 +261,11 @@ def linear(shape=(2,), **options):
     defaults = dict(
         gen=lambda params, x, t, z: params * x,
         disc=lambda params, x_t, t, x_tp1: jnp.sum(params * x_t, axis=tuple(range(1, x_t.ndim))),
-        schedule=Schedule.create(1),
+        losses=Losses(Schedule.create(1), r1_gamma=0.0),
         optimizer=optax.identity(),
         lr_g=state_lib.constant_schedule(0.1),
         lr_d=state_lib.constant_schedule(1.0),
         nz=1,
-        objective=DDGAN(0.0),
         ema_decay=0.0,
     )
     method = ts.Method(**(defaults | options))
@@ -295,26 +291,29 @@ def test_images_are_scaled_and_mirrored():
     np.testing.assert_allclose(seen[True], (1 - mirrored) * plain + mirrored * plain[:, ::-1], atol=1e-5)
 
 
-def test_d_can_be_shown_the_image_without_noise():
-    """D's gradient is that of x_0 and x0_hat; G's has the squared error's beside that of D."""
-    objective = Reconstruction(Denoised(DDGAN(0.0)), state_lib.constant_schedule(2.0))
-    method, state = linear(schedule=Schedule.create(4), objective=objective)
+def test_the_discriminator_can_see_the_image_without_noise():
+    """D's gradient is that of x_0 and x0_hat; G's is the squared error's, beside that of D."""
+    paper = Losses(Schedule.create(4), r1_gamma=0.0)
+    ours = dataclasses.replace(paper, discriminator_input="x_0", reconstruction=state_lib.constant_schedule(2.0))
+    method, state = linear(losses=ours)
     x0 = jax.random.normal(jax.random.key(1), (8, 2))
     draws = ts.draw(jax.random.key(0), jnp.arange(8), 4, (2,), 1, False).d
-    paper = dataclasses.replace(method, objective=DDGAN(0.0))
-    shown, usual = (pairs_of(m, state, x0, draws) for m in (method, paper))
-    np.testing.assert_array_equal(shown.x_t, x0)
-    np.testing.assert_array_equal(shown.fake_x_t, usual.x0_hat)
-    np.testing.assert_array_equal(shown.x_tp1, usual.x_tp1)
+    (pairs, x0_hat), (usual, same) = (
+        pairs_of(dataclasses.replace(method, losses=losses), state, x0, draws) for losses in (ours, paper)
+    )
+    np.testing.assert_array_equal(pairs.real, x0)
+    for found in (pairs.fake, x0_hat):
+        np.testing.assert_array_equal(found, same)
+    np.testing.assert_array_equal(pairs.condition, usual.condition)
     grad, _ = ts.d_gradients(method, state, ts.Phase(x0, draws), False)  # at v = 0, as above
-    np.testing.assert_allclose(grad, (usual.x0_hat - x0).mean(axis=0) / 2, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(grad, (x0_hat - x0).mean(axis=0) / 2, rtol=1e-5, atol=1e-7)
 
-    grad, parts = ts.g_gradients(method, state, ts.Phase(x0, draws))  # D = 0 has no gradient to give
-    snr = (method.schedule.a_s_cum[1:] / method.schedule.sigmas_cum[1:])[draws.t] ** 2
-    generated = lambda params: ts.bind(method.gen, params)(usual.x_tp1, draws.t, draws.z)  # noqa: E731
+    grad, values = ts.g_gradients(method, state, ts.Phase(x0, draws))  # D = 0 has no gradient to give
+    snr = (method.losses.schedule.a_s_cum[1:] / method.losses.schedule.sigmas_cum[1:])[draws.t] ** 2
+    generated = lambda params: ts.bind(method.gen, params)(usual.condition, draws.t, draws.z)  # noqa: E731
     expected = jax.grad(lambda params: 2 * jnp.mean(snr[:, None] * jnp.square(x0 - generated(params))))
     np.testing.assert_allclose(grad, expected(state.gen_params), rtol=1e-4, atol=1e-6)
-    assert set(parts) == {"g_fake", "g_loss", "g_squared_error"}
+    assert set(values) == {"g_fake", "g_loss", "g_squared_error"}
 
 
 def test_a_generator_without_z_learns_from_parts_of_a_batch():
@@ -368,7 +367,7 @@ def test_gradients_that_nobody_uses_are_not_computed():
 def test_the_gaussian_objective_learns_the_mean():
     """Of x_0 ~ N(0, 4 I) the mean given x_1 is w x_1, w = 4 a / (4 a^2 + s^2); D is left as it was."""
     schedule = Schedule.create(1, "geometric", 0.01, 0.5)
-    method, state = linear(objective=Gaussian(), schedule=schedule)
+    method, state = linear(losses=Losses(schedule, r1_gamma=0.0, objective="gaussian"))
     data = 2 * jax.random.normal(jax.random.key(0), (4096, 2))
     step = jax.jit(ts.make_train_step(method, 0, True))
     for _ in range(30):
@@ -383,10 +382,11 @@ def test_the_gaussian_objective_learns_the_mean():
 def test_the_one_shot_objective_compares_diffused_images():
     """G sees pure noise at t = 0; D both images at the same x_t, and nothing of x_{t+1}."""
     schedule = Schedule.create(4)
-    method, state = linear(objective=OneShot(0.0), schedule=schedule, gen=lambda w, x, t, z: w * x + t[:, None])
+    losses = Losses(schedule, r1_gamma=0.0, objective="one_shot")
+    method, state = linear(losses=losses, gen=lambda w, x, t, z: w * x + t[:, None])
     x0 = jax.random.normal(jax.random.key(0), (64, 2))
     draws = ts.draw(jax.random.key(1), jnp.arange(64), 4, (2,), 1, dropout=False).d
-    x_t, fake_x_t, x_tp1, _ = pairs_of(method, state.replace(gen_params=jnp.float32(3.0)), x0, draws)
+    (x_t, fake_x_t, x_tp1), _ = pairs_of(method, state.replace(gen_params=jnp.float32(3.0)), x0, draws)
     a, s = (jnp.asarray(c)[draws.t][:, None] for c in (schedule.a_s_cum, schedule.sigmas_cum))
     np.testing.assert_allclose(x_t, a * x0 + s * draws.noise_t, atol=1e-5)
     np.testing.assert_allclose(fake_x_t, a * 3 * draws.noise_tp1 + s * draws.noise_posterior, atol=1e-5)

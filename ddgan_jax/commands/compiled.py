@@ -18,7 +18,7 @@ class CompiledSteps:
         """Starts to compile the steps. One step serves where R1 is in every step or in none."""
         say("compiling the training step: seconds for a small network, minutes for a large one")
         self._start = time.time()
-        one = r1_every == 1 or not built.method.objective.trains_disc
+        one = r1_every == 1 or not built.method.losses.has_discriminator
         kinds = [True] if one else [True, False]
         futures = stop.compile(map(built.step, kinds), state, batch)
         self._futures = dict(zip(kinds, futures, strict=True))

@@ -235,7 +235,7 @@ def update_best(run: Run, values: dict[str, float]) -> None:
 
 def norms_of(run: Run) -> dict[str, jax.Array]:
     """The norms of the parameters and gradients of the networks that are trained."""
-    trained = "dg" if run.built.method.objective.trains_disc else "g"
+    trained = "dg" if run.built.method.losses.has_discriminator else "g"
     return {name: value for name, value in norms(run.state).items() if name[0] in trained}
 
 

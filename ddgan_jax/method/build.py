@@ -17,23 +17,13 @@ from ddgan_jax.devices import parallel
 from ddgan_jax.errors import UserError
 from ddgan_jax.method import state, train_step
 from ddgan_jax.method.diffusion import Schedule
-from ddgan_jax.method.objectives import Objective
-from ddgan_jax.method.objectives.ddgan import DDGAN
-from ddgan_jax.method.objectives.denoised import Denoised
-from ddgan_jax.method.objectives.gaussian import Gaussian
-from ddgan_jax.method.objectives.one_shot import OneShot
-from ddgan_jax.method.objectives.reconstruction import Reconstruction
+from ddgan_jax.method.losses import Losses
 from ddgan_jax.method.train_step import Method
 from ddgan_jax.networks.discriminator import Discriminator, preset
 from ddgan_jax.networks.generator import Generator
 from ddgan_jax.networks.mlp import PointDiscriminator, PointGenerator
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-OBJECTIVES: dict[str, Callable[[float], Objective]] = {  # by R1's gamma
-    "adversarial": DDGAN,
-    "gaussian": lambda r1_gamma: Gaussian(),
-    "one_shot": OneShot,
-}
 
 
 # --- A generator ----------------------------------------------------------------------------------------------------
@@ -64,7 +54,7 @@ def denoiser(config: Any) -> Denoiser:
     return Denoiser(
         gen=jax.jit(lambda params, *args, **labels: generator.apply({"params": params}, *args, **labels)),
         init_gen=lambda key: generator.init(key, x, t, z, **labels)["params"],
-        schedule=Schedule.create(1) if OBJECTIVES[c.objective](0.0).at_once else diffusion,
+        schedule=Schedule.create(1) if c.objective == "one_shot" else diffusion,
         image_shape=shape,
         nz=generator.nz,
         num_classes=c.model.num_classes,
@@ -175,8 +165,7 @@ def build(config: Any) -> Built:
             lambda params, *args, **more: discriminator.apply({"params": params}, *args, **more),
             static_argnames="axis_name",
         ),
-        schedule=_diffusion(c),
-        objective=_objective(c, falling),
+        losses=_losses(c, falling),
         optimizer=state.adam(train.adam_b1, train.adam_b2),
         lr_g=rate(train.lr_g, train.lr_min),
         lr_d=rate(train.lr_d, train.lr_min_d or train.lr_min),
@@ -201,14 +190,13 @@ def build(config: Any) -> Built:
     )
 
 
-def _objective(c: Config, falling: Callable[[float, float], state.OfStep]) -> Objective:
-    """The objective, with what the settings add to it; `falling` makes a weight that falls as learning rates do."""
-    objective = OBJECTIVES[c.objective](c.train.r1_gamma)
-    if not objective.trains_disc:
-        return objective
-    if c.loss.shown == "x_0":
-        objective = Denoised(objective)
-    if not (weight := c.loss.reconstruction):
-        return objective
-    end = c.loss.reconstruction_end
-    return Reconstruction(objective, state.constant_schedule(weight) if end is None else falling(weight, end))
+def _losses(c: Config, decaying: Callable[[float, float], state.OfStep]) -> Losses:
+    """The selected losses; `decaying` makes a weight that decays as the learning rates do."""
+    weight, end = c.loss.reconstruction, c.loss.reconstruction_end
+    return Losses(
+        schedule=_diffusion(c),
+        r1_gamma=c.train.r1_gamma,
+        objective=c.objective,
+        discriminator_input=c.loss.shown,
+        reconstruction=(state.constant_schedule(weight) if end is None else decaying(weight, end)) if weight else None,
+    )

@@ -7,7 +7,7 @@ for one replica. The step, on a batch of real x_0:
     2.  new t, x_{t+1}, z, posterior draw on the same x_0; step of G on L_G
     3.  ema = decay ema + (1 - decay) G
 
-with the losses of `objectives/ddgan.py`. Other objectives make other pairs and losses in the same step.
+with the losses of `losses.py`, whose options make other pairs and losses in the same step.
 """
 
 import dataclasses
@@ -22,8 +22,7 @@ from flax import struct
 from jax import Array
 
 from ddgan_jax.devices import parallel
-from ddgan_jax.method.diffusion import Schedule
-from ddgan_jax.method.objectives import Context, Objective, Parts, PhaseDraws
+from ddgan_jax.method.losses import Losses, PerExample, Phase, PhaseNoise
 from ddgan_jax.method.state import OfStep, Params, TrainState, apply_gradients, update_ema
 from ddgan_jax.networks import ops
 
@@ -32,12 +31,11 @@ Metrics = dict[str, Array]
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """What a step is made of: the networks as callables, the schedule, the objective, and the constants of training."""
+    """What a step is made of: the networks as callables, the losses, and the constants of training."""
 
     gen: Callable[..., Any]  # (params, x_{t+1}, t, z[, dropout_keys][, y=labels]) -> x0_hat
     disc: Callable[..., Any]  # (params, x_t, t, x_{t+1}[, y=labels][, axis_name=...]) -> logits [B]
-    schedule: Schedule
-    objective: Objective
+    losses: Losses
     optimizer: optax.GradientTransformation
     lr_g: OfStep  # learning rate
     lr_d: OfStep
@@ -53,16 +51,16 @@ class Draws(struct.PyTreeNode):
     """The random numbers of a step."""
 
     flip: Array  # [B] bool, mirror the image?
-    d: PhaseDraws
-    g: PhaseDraws
+    d: PhaseNoise
+    g: PhaseNoise
 
 
 def draw(key: Array, indices: Array, num_steps: int, image_shape: tuple[int, ...], nz: int, dropout: bool) -> Draws:
     """All random numbers of a step for the examples `indices` [B] of the global batch, from (key, index) alone."""
 
-    def phase(key: Array) -> PhaseDraws:
+    def phase(key: Array) -> PhaseNoise:
         t_key, t_noise_key, tp1_noise_key, z_key, posterior_key, dropout_key = jax.random.split(key, 6)
-        return PhaseDraws(
+        return PhaseNoise(
             t=jax.random.randint(t_key, (), 0, num_steps),
             noise_t=jax.random.normal(t_noise_key, image_shape),
             noise_tp1=jax.random.normal(tp1_noise_key, image_shape),
@@ -82,7 +80,7 @@ def step_draws(method: Method, seed: int, step: Array, x0: Array, axis_name: str
     """The random numbers of training step `step` for this replica's x_0 [B, *d], from the seed and the step."""
     key = jax.random.fold_in(jax.random.key(seed), step)
     indices = parallel.global_indices(x0.shape[0], axis_name)
-    return draw(key, indices, method.schedule.num_steps, x0.shape[1:], method.nz, method.dropout)
+    return draw(key, indices, method.losses.schedule.num_steps, x0.shape[1:], method.nz, method.dropout)
 
 
 def make_train_step(
@@ -122,26 +120,16 @@ def update(
 ) -> tuple[TrainState, Metrics]:
     """The step as a pure function of real x_0 [B, *d] in [-1, 1] (already mirrored), their labels and the draws."""
     metrics: Metrics = {}
-    if method.objective.trains_disc:
+    if method.losses.has_discriminator:
         state, metrics = update_d(method, state, Phase(x0, draws.d, y, axis_name), with_r1)
     state, g_metrics = update_g(method, state, Phase(x0, draws.g, y, axis_name))
     return state, metrics | g_metrics
 
 
-@dataclasses.dataclass(frozen=True)
-class Phase:
-    """What a phase is of, beside the state: a replica's real x_0, its draws and its labels."""
-
-    x0: Array  # [B, *d]
-    draws: PhaseDraws
-    y: Array | None = None  # [B]
-    axis_name: str | None = None
-
-
 def update_d(method: Method, state: TrainState, phase: Phase, with_r1: bool) -> tuple[TrainState, Metrics]:
-    """1 of `update`: the state with the new D."""
-    grads, parts = d_gradients(method, state, phase, with_r1)
-    metrics = _metrics("d", parts, phase.draws.t, method)
+    """Part 1 of the step: the state with the new D, and its metrics."""
+    grads, values = d_gradients(method, state, phase, with_r1)
+    metrics = _metrics("d", values, phase.noise.t, method)
     grads, metrics = parallel.mean((grads, metrics), phase.axis_name)
     lr_d = method.lr_d(state.step)
     disc_params, disc_opt = apply_gradients(method.optimizer, grads, state.disc_opt, state.disc_params, lr_d)
@@ -150,9 +138,9 @@ def update_d(method: Method, state: TrainState, phase: Phase, with_r1: bool) -> 
 
 
 def update_g(method: Method, state: TrainState, phase: Phase) -> tuple[TrainState, Metrics]:
-    """2 and 3 of `update`: the state with the new G and its moving average."""
-    grads, parts = g_gradients(method, state, phase)
-    metrics = _metrics("g", parts, phase.draws.t, method)
+    """Parts 2 and 3 of the step: the state with the new G and its moving average, and G's metrics."""
+    grads, values = g_gradients(method, state, phase)
+    metrics = _metrics("g", values, phase.noise.t, method)
     grads, metrics = parallel.mean((grads, metrics), phase.axis_name)
     lr_g = method.lr_g(state.step)
     gen_params, gen_opt = apply_gradients(method.optimizer, grads, state.gen_opt, state.gen_params, lr_g)
@@ -165,42 +153,34 @@ def update_g(method: Method, state: TrainState, phase: Phase) -> tuple[TrainStat
     return state, metrics | {"lr_g": lr_g}
 
 
-def d_gradients(method: Method, state: TrainState, phase: Phase, with_r1: bool) -> tuple[Params, Parts]:
-    """Gradients of D's parameters, and the parts of its loss. No gradient of G is computed."""
+def d_gradients(method: Method, state: TrainState, phase: Phase, with_r1: bool) -> tuple[Params, PerExample]:
+    """Gradients of the discriminator's parameters, and its values per example. G's gradients are not computed."""
 
-    def gradients(phase: Phase) -> tuple[Params, Parts]:
-        c = context(method, state, phase)
-        pairs = method.objective.pairs(c)
+    def gradients(phase: Phase) -> tuple[Params, PerExample]:
+        pairs, _ = method.losses.make_pairs(bind(method.gen, state.gen_params, phase.labels), phase)
 
-        def loss(params: Params) -> tuple[Array, Parts]:
-            disc = bind(method.disc, params, phase.y, phase.axis_name)
-            return method.objective.d_loss(dataclasses.replace(c, disc=disc), pairs, with_r1)
+        def loss(params: Params) -> tuple[Array, PerExample]:
+            disc = bind(method.disc, params, phase.labels, phase.axis_name)
+            return method.losses.d_loss(disc, pairs, phase, with_r1)
 
         return jax.grad(loss, has_aux=True)(state.disc_params)
 
-    return in_parts(gradients, method, phase)
+    return parallel.accumulate(gradients, phase, method.accumulate)
 
 
-def g_gradients(method: Method, state: TrainState, phase: Phase) -> tuple[Params, Parts]:
-    """Gradients of G's parameters through D, whose own get none, and the parts of G's loss."""
+def g_gradients(method: Method, state: TrainState, phase: Phase) -> tuple[Params, PerExample]:
+    """Gradients of the generator's parameters through D, and its values per example. D's are not computed."""
 
-    def gradients(phase: Phase) -> tuple[Params, Parts]:
-        c = context(method, state, phase)
+    def gradients(phase: Phase) -> tuple[Params, PerExample]:
+        disc = bind(method.disc, state.disc_params, phase.labels, phase.axis_name)
 
-        def loss(params: Params) -> tuple[Array, Parts]:
-            with_params = dataclasses.replace(c, gen=bind(method.gen, params, phase.y))
-            return method.objective.g_loss(with_params, method.objective.pairs(with_params))
+        def loss(params: Params) -> tuple[Array, PerExample]:
+            pairs, x0_hat = method.losses.make_pairs(bind(method.gen, params, phase.labels), phase)
+            return method.losses.g_loss(disc, pairs, x0_hat, phase, state.step)
 
         return jax.grad(loss, has_aux=True)(state.gen_params)
 
-    return in_parts(gradients, method, phase)
-
-
-def context(method: Method, state: TrainState, phase: Phase) -> Context:
-    """A phase as the objective sees it, with the networks as they are."""
-    gen = bind(method.gen, state.gen_params, phase.y)
-    disc = bind(method.disc, state.disc_params, phase.y, phase.axis_name)
-    return Context(gen, disc, method.schedule, phase.x0, phase.draws, state.step)
+    return parallel.accumulate(gradients, phase, method.accumulate)
 
 
 def bind(
@@ -212,23 +192,13 @@ def bind(
     return partial(network, params, **{name: value for name, value in given.items() if value is not None})
 
 
-def in_parts(gradients: Callable[[Phase], tuple[Params, Parts]], method: Method, phase: Phase) -> tuple[Params, Parts]:
-    """`gradients` of a phase -> (gradients of a mean, parts [B]), in `method.accumulate` parts to save memory."""
+def _metrics(network: str, values: PerExample, t: Array, method: Method) -> Metrics:
+    """Means of the values per example, and the loss of `network` ('d' or 'g') by t."""
 
-    def of_part(examples: Any) -> tuple[Params, Parts]:
-        x0, draws, y = examples
-        return gradients(dataclasses.replace(phase, x0=x0, draws=draws, y=y))
+    def by_t(x: Array) -> Array:
+        """Sums [T] of x [B] by t, divided by B. The ratio of two of them may be taken after averaging over batches."""
+        return jnp.zeros(method.losses.schedule.num_steps).at[t].add(x) / x.shape[0]
 
-    return parallel.accumulate(of_part, (phase.x0, phase.draws, phase.y), method.accumulate)
-
-
-def _metrics(network: str, parts: Parts, t: Array, method: Method) -> Metrics:
-    """The means of the parts, and the loss of `network` for every t."""
-
-    def by_t(values: Array) -> Array:
-        """[B] values summed apart for every t, over B: [T]. The ratio of two such sums averages rightly."""
-        return jnp.zeros(method.schedule.num_steps).at[t].add(values) / values.shape[0]
-
-    loss = parts[f"{network}_loss"]
-    means = {name: jnp.mean(values) for name, values in parts.items() if name != "g_fake"}
+    loss = values[f"{network}_loss"]
+    means = {name: jnp.mean(value) for name, value in values.items() if name != "g_fake"}
     return means | {f"{network}_loss_by_t": by_t(loss), f"{network}_count_by_t": by_t(jnp.ones_like(loss))}

@@ -25,6 +25,7 @@ import dataclasses
 import os
 import re
 import time
+from functools import partial
 from typing import Any
 
 import jax
@@ -35,7 +36,8 @@ from jax.experimental import topologies
 from benchmarks import hlo, measure, step
 from ddgan_jax.devices import parallel
 from ddgan_jax.errors import UserError
-from ddgan_jax.method.build import Built
+from ddgan_jax.method.build import init_state
+from ddgan_jax.method.train_step import Method, make_train_step
 
 UNKNOWN = float("nan")
 REACHED = 0.7  # of the peak, by the matrix products and convolutions of libraries
@@ -151,16 +153,17 @@ def target(name: str) -> tuple[Gpu | Tpu, Any]:
         raise UserError(f"no compiler for {name} (pip install {package}): {error}") from error
 
 
-def lowered(built: Built, devices: Any, batch: int, name: str) -> Any:
+def lowered(method: Method, devices: Any, batch: int, name: str) -> Any:
     """The program `name` of `batch` images a device."""
-    state = jax.eval_shape(built.init_state)
+    state = jax.eval_shape(partial(init_state, method, 0))
     if name == "sampling":
         indices = jax.ShapeDtypeStruct((len(devices), batch), jnp.int32)
-        program = jax.pmap(measure.sampler(built), in_axes=(None, 0), devices=devices)
+        program = jax.pmap(measure.sampler(method), in_axes=(None, 0), devices=devices)
         return program.lower(state.ema_params, indices)
-    kind = np.uint8 if len(built.image_shape) == 3 else np.float32
-    images = jax.ShapeDtypeStruct((len(devices), batch, *built.image_shape), kind)
-    return parallel.map_step(built.step(name != "step"), devices).lower(state, images)
+    shape = method.denoiser.image_shape
+    images = jax.ShapeDtypeStruct((len(devices), batch, *shape), np.uint8 if len(shape) == 3 else np.float32)
+    train_step = make_train_step(method, 0, name != "step", parallel.AXIS)
+    return parallel.map_step(train_step, devices).lower(state, images)
 
 
 def compile_for(device: Gpu | Tpu, lowered: Any, batch: int) -> Any:
@@ -185,12 +188,12 @@ def memory_gb(program: Any) -> tuple[float, float]:
     return memory.argument_size_in_bytes / 1e9, (memory.temp_size_in_bytes + results) / 1e9
 
 
-def operations(chip: Built, name: str) -> float:
+def operations(chip: Method, name: str) -> float:
     """1e9 floating-point operations of one device's share, which `chip` describes."""
     function, _ = step.functions(chip)[name]
-    images = jax.ShapeDtypeStruct((chip.batch_size, *chip.image_shape), np.uint8)
-    once = measure.operations(function, jax.eval_shape(chip.init_state), images)
-    return once * (chip.schedule.num_steps if name == "sampling" else 1)  # of a loop the body is counted once
+    images = jax.ShapeDtypeStruct((chip.batch_size, *chip.denoiser.image_shape), np.uint8)
+    once = measure.operations(function, jax.eval_shape(partial(init_state, chip, 0)), images)
+    return once * (chip.denoiser.schedule.num_steps if name == "sampling" else 1)  # of a loop the body is counted once
 
 
 # --- The model --------------------------------------------------------------------------------------------------
@@ -245,10 +248,10 @@ def print_groups(rows: list[dict[str, Any]]) -> None:
             print(f"{group['ms']:>9.3f}{group['gigabytes']:>10.3f}{group['kernels']:>9}  {group['module']}")
 
 
-def fits(built: Built, device: Gpu | Tpu, devices: Any, batch: int) -> bool:
+def fits(method: Method, device: Gpu | Tpu, devices: Any, batch: int) -> bool:
     """Does the step with R1, which needs more, fit the memory of a device?"""
     try:
-        compile_for(device, lowered(built, devices, batch, "step with R1"), batch)
+        compile_for(device, lowered(method, devices, batch, "step with R1"), batch)
     except UserError as error:
         print(error, flush=True)
         return False
@@ -256,10 +259,10 @@ def fits(built: Built, device: Gpu | Tpu, devices: Any, batch: int) -> bool:
     return True
 
 
-def row_of(name: str, chip: Built, built: Built, device: Gpu | Tpu, devices: Any, dtype: str) -> dict[str, Any]:
+def row_of(name: str, chip: Method, method: Method, device: Gpu | Tpu, devices: Any, dtype: str) -> dict[str, Any]:
     """Compile one program, print its line."""
     start = time.perf_counter()
-    program = compile_for(device, lowered(built, devices, chip.batch_size, name), chip.batch_size)
+    program = compile_for(device, lowered(method, devices, chip.batch_size, name), chip.batch_size)
     row: dict[str, Any] = {"program": name, "compile_seconds": round(time.perf_counter() - start, 1)}
     row |= dict(zip(("state_gb", "temporaries_gb"), map(measure.rounded, memory_gb(program)), strict=True))
     row |= expected(program, device) | {"gflop": round(operations(chip, name), 1)}
@@ -278,24 +281,24 @@ def main() -> None:
     config, flags = measure.configuration("configs/cifar10.py", **defaults)
     device, devices = target(flags.target)
     schedule, dtype = (config.train.num_steps, config.train.r1_every, config.train.batch_size), config.model.dtype
-    chip, built = (measure.build_for(config, flags.batch * n) for n in (1, len(devices)))
+    chip, method = (measure.build_for(config, flags.batch * n) for n in (1, len(devices)))
     print(f"{flags.target}: {len(devices)} of {device.of_type(dtype)} TFLOP/s, {dtype}, {flags.batch} images on each")
     header = f"{'':<14}{'GB state':>10}{'temporaries':>13}{'kernels':>9}{'GB moved':>10}{'GFLOP':>10}"
     print(f"{header}{'ms':>9}{'of peak':>9}{'compile':>9}")
     with measure.reference(flags.reference):
         names = [name for name in PROGRAMS if flags.only in ("", name)]
-        rows = [row_of(name, chip, built, device, devices, dtype) for name in names]
+        rows = [row_of(name, chip, method, device, devices, dtype) for name in names]
         found = {"target": flags.target, "devices": len(devices), "batch_a_device": flags.batch, "dtype": dtype}
         found |= {"reference": flags.reference, "programs": rows}
         ms = {row["program"]: row["ms"] for row in rows}
         if "step" in ms and "step with R1" in ms:
-            share = schedule[2] / built.batch_size
+            share = schedule[2] / method.batch_size
             found["hours_of_training"] = measure.rounded(hours(*schedule[:2], share, ms))
             print(f"{schedule[0]:,} steps of {schedule[2]}, so many images here: {found['hours_of_training']} h")
         print_groups(rows)
         if flags.largest:
             batch = flags.batch
-            while fits(built, device, devices, 2 * batch):
+            while fits(method, device, devices, 2 * batch):
                 batch *= 2
             found["largest_batch_a_device"] = batch
     measure.print_line(found)

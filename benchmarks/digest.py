@@ -13,6 +13,7 @@ import hashlib
 import re
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,8 +21,10 @@ import jax.numpy as jnp
 
 from benchmarks import measure
 from ddgan_jax.config import presets
+from ddgan_jax.config.settings import read
 from ddgan_jax.devices import parallel
-from ddgan_jax.method.build import Built, build
+from ddgan_jax.method.build import build, init_state, noise_seed
+from ddgan_jax.method.train_step import Method, make_train_step
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 # (configuration, variant, changes)
@@ -46,21 +49,24 @@ CONFIGS: tuple[tuple[str, str, dict[str, Any]], ...] = (
 )
 
 
-def lowered(built: Built, platform: str) -> Any:
+def lowered(method: Method, seed: int, platform: str) -> Any:
     """The training step with R1 as a StableHLO module, mapped over one device where that is a CPU."""
     jax.clear_caches()  # or what an earlier program has traced is shared
-    state = jax.eval_shape(built.init_state)
-    dtype = jnp.uint8 if len(built.image_shape) == 3 else jnp.float32
+    state = jax.eval_shape(partial(init_state, method, 0))
+    shape = method.denoiser.image_shape
 
     def batch(*leading: int) -> Any:
-        images = jax.ShapeDtypeStruct((*leading, built.batch_size, *built.image_shape), dtype)
-        labels = jax.ShapeDtypeStruct((*leading, built.batch_size), jnp.int32)
-        return (images, labels) if built.num_classes else images
+        images = jax.ShapeDtypeStruct(
+            (*leading, method.batch_size, *shape), jnp.uint8 if len(shape) == 3 else jnp.float32
+        )
+        labels = jax.ShapeDtypeStruct((*leading, method.batch_size), jnp.int32)
+        return (images, labels) if method.denoiser.num_classes else images
 
     if platform == "cpu":
-        program = parallel.map_step(built.step(True), jax.local_devices()[:1]).lower(state, batch(1))
+        step = make_train_step(method, seed, True, parallel.AXIS)
+        program = parallel.map_step(step, jax.local_devices()[:1]).lower(state, batch(1))
     else:
-        traced = jax.jit(built.step(True, None)).trace(state, batch())
+        traced = jax.jit(make_train_step(method, seed, True)).trace(state, batch())
         program = traced.lower(lowering_platforms=(platform,))
     return program.compiler_ir(dialect="stablehlo")
 
@@ -136,9 +142,10 @@ def main() -> None:
         config = presets.get(f"{name}:{variant}")
         for key, value in changes.items():
             config.update_from_flattened_dict({key: value})
-        built, digests = build(config), []
+        c = read(config)
+        method, digests = build(c), []
         for platform in PLATFORMS:
-            digests.append(digest(*Graph(lowered(built, platform)).results()))
+            digests.append(digest(*Graph(lowered(method, noise_seed(c), platform)).results()))
         print(f"{label:<44}{'  '.join(digests)}", flush=True)
 
 

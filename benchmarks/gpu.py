@@ -8,13 +8,14 @@ Beside the measured time of each program is that of the model of `benchmarks.aot
 no GPU it says so.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from benchmarks import aot, measure, step
-from ddgan_jax.method.build import DTYPES
+from ddgan_jax.method.build import DTYPES, init_state
 
 SAMPLES = 100
 
@@ -37,20 +38,20 @@ def main() -> None:
     found = {}
     for name, dtype in DTYPES.items():
         config.model.dtype = name
-        built = measure.build_for(config, flags.batch)
+        method = measure.build_for(config, flags.batch)
         matrix = measure.matrix_product(8192, dtype)
-        print(f"{name}, batch {built.batch_size}; 'plain' is a matrix product of 8192 rows")
-        programs = step.rows(built, flags.runs, matrix, matrix.gflop, describe=modelled)
+        print(f"{name}, batch {method.batch_size}; 'plain' is a matrix product of 8192 rows")
+        programs = step.rows(method, flags.runs, matrix, matrix.gflop, describe=modelled)
         if card:
             pairs = ((key, row["seconds"], row["model"]["ms"] / 1000) for key, row in programs.items())
             print("of the model's time:", ", ".join(f"{key} {seconds / model:.0%}" for key, seconds, model in pairs))
-        params = jax.jit(built.init_state)().ema_params
-        sampling = measure.compiled(measure.sampler(built), params, jnp.arange(SAMPLES))
+        params = jax.jit(partial(init_state, method, 0))().ema_params
+        sampling = measure.compiled(measure.sampler(method), params, jnp.arange(SAMPLES))
         sampling.seconds()
         per_100 = measure.median([sampling.seconds() for _ in range(flags.runs)])
         num_steps, batch_size, r1_every = schedule
         plain, with_r1 = (programs[key]["seconds"] for key in ("step", "step with R1"))
-        hours = num_steps * batch_size / built.batch_size * measure.mean_step(plain, with_r1, r1_every) / 3600
+        hours = num_steps * batch_size / method.batch_size * measure.mean_step(plain, with_r1, r1_every) / 3600
         tflops = programs["step"]["gflop"] / plain / 1000
         matrix_tflops = measure.rate(matrix, matrix.gflop) / 1000
         found[name] = {

@@ -24,7 +24,9 @@ from ddgan_jax import errors
 from ddgan_jax.config import presets
 from ddgan_jax.devices import compiler
 from ddgan_jax.method import sampling, train_step
-from ddgan_jax.method.build import Built, build
+from ddgan_jax.method.build import build
+from ddgan_jax.method.losses import Phase
+from ddgan_jax.method.train_step import Method
 from ddgan_jax.networks import ops
 
 CONV = (8, 32, 32, 128)  # a 3x3 convolution of this to as many channels, zero-padded
@@ -124,19 +126,16 @@ def operations(function: Callable, *args: Any) -> float:
     return counted.get("flops", float("nan")) / 1e9
 
 
-def phases(built: Built) -> tuple[Callable, Callable]:
+def phases(method: Method) -> tuple[Callable, Callable]:
     """The two parts of a step, D's (with R1 or without) and G's, as functions of the state and images."""
-    method = built.method
 
     def d_part(with_r1: bool, state: Any, images: jax.Array) -> Any:
-        x0 = train_step.to_x0(images, method.scale)
-        draws = train_step.step_draws(method, built.seed, state.step, x0)
-        return train_step.update_d(method, state, train_step.Phase(x0, draws.d), with_r1)
+        x0, _, keys, _ = train_step.prepare(method, images, 0, state.step)
+        return train_step.update_d(method, state, Phase(x0, train_step.draw(method, keys)), with_r1)
 
     def g_part(state: Any, images: jax.Array) -> Any:
-        x0 = train_step.to_x0(images, method.scale)
-        draws = train_step.step_draws(method, built.seed, state.step, x0)
-        return train_step.update_g(method, state, train_step.Phase(x0, draws.g))
+        x0, _, _, keys = train_step.prepare(method, images, 0, state.step)
+        return train_step.update_g(method, state, Phase(x0, train_step.draw(method, keys)))
 
     return d_part, g_part
 
@@ -146,16 +145,16 @@ def mean_step(plain: float, with_r1: float, r1_every: int) -> float:
     return plain + (with_r1 - plain) / r1_every
 
 
-def sampler(built: Built) -> Callable:
+def sampler(method: Method) -> Callable:
     """(params, indices [B]) -> samples x_0."""
-    method = built.method
+    denoiser = method.denoiser
     return lambda params, indices: sampling.sample(
-        lambda *args: method.gen(params, *args),
-        built.schedule,
+        lambda *args: denoiser.gen(params, *args),
+        denoiser.schedule,
         jax.random.key(0),
         indices,
-        built.image_shape,
-        method.nz,
+        denoiser.image_shape,
+        denoiser.nz,
     )
 
 
@@ -187,13 +186,13 @@ def rate(program: Program, gflop: float, settle: float = 0.3) -> float:
     return gflop / min(calls)
 
 
-def examples(built: Built, num: int) -> np.ndarray:
+def examples(method: Method, num: int) -> np.ndarray:
     """Made data [num, ...] as training sees it: uint8 images, or float32 points."""
-    kind = np.uint8 if len(built.image_shape) == 3 else np.float32
-    return np.random.default_rng(0).integers(0, 2, (num, *built.image_shape)).astype(kind)
+    kind = np.uint8 if len(method.denoiser.image_shape) == 3 else np.float32
+    return np.random.default_rng(0).integers(0, 2, (num, *method.denoiser.image_shape)).astype(kind)
 
 
-def build_for(config: Any, batch: int) -> Built:
+def build_for(config: Any, batch: int) -> Method:
     """What `config` describes, at another batch size if it is above 0."""
     if batch:
         config.train.batch_size = batch

@@ -14,12 +14,15 @@ import re
 import socket
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import numpy as np
 
 from benchmarks import measure
 from ddgan_jax.devices import parallel, processes
+from ddgan_jax.method.build import init_state
+from ddgan_jax.method.train_step import make_train_step
 
 LAYOUTS = ((1, 1), (1, 2), (1, 4), (1, 8), (2, 1), (2, 4))  # processes, devices of each
 KINDS = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
@@ -46,10 +49,12 @@ def layout() -> None:
     """In a process of its own: compile the step for the devices there are, and print what it is made of."""
     processes.initialize()
     config, flags = measure.configuration("configs/digits.py", batch=0)
-    built = measure.build_for(config, flags.batch)
-    state = parallel.replicate(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(built.init_state)))
-    local = measure.examples(built, built.batch_size // jax.process_count())
-    program = parallel.Stop().compile([built.step(False)], state, parallel.split(local))[0].result()
+    method = measure.build_for(config, flags.batch)
+    shapes = jax.eval_shape(partial(init_state, method, 0))
+    state = parallel.replicate(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes))
+    local = measure.examples(method, method.batch_size // jax.process_count())
+    step = make_train_step(method, 0, False, parallel.AXIS)
+    program = parallel.Stop().compile([step], state, parallel.split(local))[0].result()
     found = collectives(program.as_text())
     sizes = {name: sum(x.size for x in jax.tree.leaves(getattr(state, f"{name}_params"))) for name in ("gen", "disc")}
     if processes.is_primary():

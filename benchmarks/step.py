@@ -13,6 +13,7 @@ seconds of tracing and lowering, the second step's less for what it shares with 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,27 +22,28 @@ import jax.numpy as jnp
 from benchmarks import measure
 from benchmarks.measure import Program
 from ddgan_jax.devices import compiler
-from ddgan_jax.method.build import Built
+from ddgan_jax.method.build import init_state
+from ddgan_jax.method.train_step import Method, make_train_step
 
 
-def functions(built: Built) -> dict:
+def functions(method: Method) -> dict:
     """What is measured, by name: (function of the state and images, is the state donated and handed back?)."""
-    batch, gen = built.batch_size, built.method.gen
-    x, t, z = jnp.zeros((batch, *built.image_shape)), jnp.zeros(batch, jnp.int32), jnp.zeros((batch, built.method.nz))
-    d_part, g_part = measure.phases(built)
+    batch, denoiser = method.batch_size, method.denoiser
+    x, t, z = jnp.zeros((batch, *denoiser.image_shape)), jnp.zeros(batch, jnp.int32), jnp.zeros((batch, denoiser.nz))
+    d_part, g_part = measure.phases(method)
     return {
-        "step": (built.step(False, None), True),
-        "step with R1": (built.step(True, None), True),
+        "step": (make_train_step(method, 0, False), True),
+        "step with R1": (make_train_step(method, 0, True), True),
         "D": (lambda state, images: d_part(False, state, images), True),
         "D with R1": (lambda state, images: d_part(True, state, images), True),
         "G": (g_part, True),
-        "forward": (lambda state, images: gen(state.ema_params, x, t, z), False),
-        "sampling": (lambda state, images: measure.sampler(built)(state.ema_params, jnp.arange(batch)), False),
+        "forward": (lambda state, images: denoiser.gen(state.ema_params, x, t, z), False),
+        "sampling": (lambda state, images: measure.sampler(method)(state.ema_params, jnp.arange(batch)), False),
     }
 
 
 def rows(
-    built: Built,
+    method: Method,
     runs: int,
     plain: Program,
     plain_gflop: float,
@@ -52,22 +54,22 @@ def rows(
 
     What `describe` says of a compiled program is added to its row.
     """
-    make = compiler.jit_once(built.init_state)
-    images = jax.device_put(measure.examples(built, built.batch_size))
+    make = compiler.jit_once(partial(init_state, method, 0))
+    images = jax.device_put(measure.examples(method, method.batch_size))
     plain.seconds()
     found: dict[str, dict] = {}
     print(
         f"{'':<14}{'seconds':>9}{'GFLOP':>9}{'of plain':>9}{'work':>8}{'trace':>8}{'compile':>9}{'GB memory':>11}"
         f"{'GB moved':>10}"
     )
-    for name, (function, keeps) in functions(built).items():
+    for name, (function, keeps) in functions(method).items():
         if only not in ("", name):
             continue
         program = measure.compiled(function, make(), images, keeps=keeps)
         program.seconds()
         gflop, seconds, shares, work = program.gflop, [], [], []
         if name == "sampling":  # the compiler counts the body of a loop once
-            gflop *= built.schedule.num_steps
+            gflop *= method.denoiser.schedule.num_steps
         before = measure.rate(plain, plain_gflop)
         for _ in range(runs):
             seconds.append(program.seconds())
@@ -97,18 +99,18 @@ def rows(
 def main() -> None:
     """Measure and print."""
     config, flags = measure.configuration("configs/cifar10.py", batch=0, runs=5, only="", reference="")
-    built = measure.build_for(config, flags.batch)
+    method = measure.build_for(config, flags.batch)
     conv, matrix = measure.convolution(), measure.matrix_product()
-    print(f"{measure.about()['device']}; batch {built.batch_size}")
+    print(f"{measure.about()['device']}; batch {method.batch_size}")
     with measure.reference(flags.reference):
-        found = rows(built, flags.runs, conv, measure.CONV_GFLOP, flags.only)
+        found = rows(method, flags.runs, conv, measure.CONV_GFLOP, flags.only)
     matrix.seconds()
     rates = {
         "conv_gflops": round(measure.rate(conv, measure.CONV_GFLOP), 1),
         "matrix_gflops": round(measure.rate(matrix, matrix.gflop), 1),
     }
     print(f"plain convolution {rates['conv_gflops']} GFLOP/s, matrix product {rates['matrix_gflops']} GFLOP/s")
-    measure.print_line({"batch": built.batch_size, "reference": flags.reference, "programs": found} | rates)
+    measure.print_line({"batch": method.batch_size, "reference": flags.reference, "programs": found} | rates)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ not repeated. To try another recipe, add it at the end of RECIPES.
 """
 
 import argparse
+import functools
 import json
 import multiprocessing
 import os
@@ -25,7 +26,8 @@ from ddgan_jax.commands import figures
 from ddgan_jax.config import presets
 from ddgan_jax.config.settings import as_dict, flat
 from ddgan_jax.devices import compiler
-from ddgan_jax.method.build import build
+from ddgan_jax.method.build import build, init_state
+from ddgan_jax.method.train_step import make_train_step
 from experiments import common
 
 NAME, FLAGS = "recipe", ["--config=configs/digits.py:paper", "--config.log.samples_every=0"]
@@ -81,10 +83,11 @@ def measured() -> dict[str, float]:
     for recipe in tqdm([recipe for recipe in RECIPES if recipe != THIRD], desc="compiling"):
         config = presets.get("digits:paper")
         config.update_from_flattened_dict(RECIPES[recipe])
-        built, r1_every[recipe] = build(config), config.train.r1_every
-        make, images = compiler.jit_once(built.init_state), measure.examples(built, built.batch_size)
+        method, r1_every[recipe] = build(config), config.train.r1_every
+        make = compiler.jit_once(functools.partial(init_state, method, 0))
+        images = measure.examples(method, method.batch_size)
         for with_r1 in (False, True):
-            step = measure.compiled(built.step(with_r1, None), make(), jax.device_put(images), keeps=True)
+            step = measure.compiled(make_train_step(method, 0, with_r1), make(), jax.device_put(images), keeps=True)
             programs[recipe, with_r1] = step, []
     for round_ in range(TIMED + 1):
         for program, seconds in programs.values():

@@ -19,7 +19,7 @@ from ddgan_jax.data.resolve import labels_of
 from ddgan_jax.data.sources import Data, open_data
 from ddgan_jax.errors import UserError
 from ddgan_jax.method import train_step
-from ddgan_jax.method.build import build
+from ddgan_jax.method.build import build, init_state
 from ddgan_jax.networks.discriminator import Discriminator, preset
 from ddgan_jax.networks.generator import Generator
 from ddgan_jax.storage import manager
@@ -68,13 +68,16 @@ from ddgan_jax.devices import parallel
 from ddgan_jax.method import state as state_lib, train_step
 from ddgan_jax.method.diffusion import Schedule
 from ddgan_jax.method.losses import Losses
+from ddgan_jax.method.sampling import Denoiser
 
+schedule = Schedule.create(1)
 method = train_step.Method(
-    gen=lambda params, x, t, z, y: params[y][:, None] + 0 * x,
+    denoiser=Denoiser(lambda params, x, t, z, y: params[y][:, None] + 0 * x, None, schedule, (1,), nz=1),
+    init_disc=None,
     disc=lambda params, x_t, t, x_tp1, y, axis_name=None: params[y] * x_t[:, 0],
-    losses=Losses(Schedule.create(1), r1_gamma=0.0), optimizer=optax.identity(),
-    lr_g=state_lib.constant_schedule(1.0), lr_d=state_lib.constant_schedule(1.0), nz=1,
-    ema_decay=0.0,
+    losses=Losses(schedule, r1_gamma=0.0), optimizer=optax.identity(),
+    lr_g=state_lib.constant_schedule(1.0), lr_d=state_lib.constant_schedule(1.0),
+    ema_decay=0.0, batch_size=16,
 )
 start = state_lib.create(jnp.zeros(5), jnp.array([0.0, 0.0, 0.0, 1.0, 0.0]), method.optimizer)
 images = (1.0 + np.arange(16.0, dtype=np.float32))[:, None]
@@ -220,7 +223,7 @@ def test_an_old_checkpoint_has_no_field_for_classes(tmp_path):
     config = as_dict(presets.get("digits:smoke"))
     del config["model"]["num_classes"]
     checkpoints = manager.Checkpoints(str(tmp_path))
-    checkpoints.save(1, jax.jit(build(config).init_state)(), config)
+    checkpoints.save(1, jax.jit(lambda: init_state(build(config), 0))(), config)
     checkpoints.close()
     assert ddgan_jax.load(str(tmp_path)).sample(2).shape == (2, 8, 8, 1)
 

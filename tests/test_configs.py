@@ -31,8 +31,8 @@ def get_config(name, *variant):
 )
 def test_the_networks_are_the_papers(name, generator, discriminator):
     """The parameter counts of the released networks."""
-    built = build(get_config(name))
-    for init, count in ((built.init_gen, generator), (built.init_disc, discriminator)):
+    method = build(get_config(name))
+    for init, count in ((method.denoiser.init_gen, generator), (method.init_disc, discriminator)):
         shapes = jax.tree.leaves(jax.eval_shape(init, jax.random.key(0)))
         assert sum(math.prod(leaf.shape) for leaf in shapes) == count
 
@@ -98,7 +98,7 @@ def test_each_network_has_its_own_floor_of_the_learning_rate_and_stays_there():
     """Cosines, so that half way is the mean of both ends; a run of more steps than the decay is constant afterwards."""
     config = get_config("cifar10", "smoke")
     config.train.update(lr_g=6e-5, lr_d=3e-4, lr_min=2e-5, lr_min_d=1e-4, lr_decay_steps=100, steps_per_epoch=1)
-    method = build(config).method
+    method = build(config)
     rates = [[float(rate(np.int32(step))) for step in (0, 50, 100, 1_000)] for rate in (method.lr_g, method.lr_d)]
     np.testing.assert_allclose(rates, [[6e-5, 4e-5, 2e-5, 2e-5], [3e-4, 2e-4, 1e-4, 1e-4]], rtol=1e-6)
 
@@ -107,7 +107,7 @@ def test_the_decay_of_a_checkpoint_that_knows_one_floor_is_as_it_was():
     """Both networks fall to lr_min in num_steps."""
     old = as_dict(get_config("cifar10", "smoke"))
     del old["train"]["lr_decay_steps"], old["train"]["lr_min_d"]
-    method = build(old).method
+    method = build(old)
     rates = [[float(rate(np.int32(step))) for step in (0, 4, 8)] for rate in (method.lr_g, method.lr_d)]
     np.testing.assert_allclose(rates, [[1.6e-4, 8.5e-5, 1e-5], [1.25e-4, 6.75e-5, 1e-5]], rtol=1e-6)
 

@@ -21,7 +21,7 @@ from ddgan_jax.data import sources
 from ddgan_jax.data.sources import Data, open_data
 from ddgan_jax.devices import parallel
 from ddgan_jax.errors import Fault, UserError
-from ddgan_jax.method.build import build
+from ddgan_jax.method.build import build, init_state
 from ddgan_jax.metrics import evaluator, features, inception, vgg
 from ddgan_jax.model.model import load, networks_of
 from ddgan_jax.storage import paths
@@ -352,14 +352,14 @@ def test_a_file_of_the_reference_is_evaluated_and_trained_from_under_its_configu
         stages = [[2, False], [4, True], [8, True], [8, True]]
         d = {"ngf": 2, "t_emb_dim": 8, "stages": stages}
         with_it = read(c | {"discriminator": d, "train": c["train"] | {"init_from": str(tmp_path / name)}})
-        return networks_of(with_it, jax.eval_shape(build(with_it).init_state))[1:]
+        return networks_of(with_it, jax.eval_shape(lambda: init_state(build(with_it), 0)))[1:]
 
     gen, disc = networks("netG_1.pth")
     assert disc is None
     again, disc = networks("content.pth")  # with the moving average that netG_1.pth holds
     jax.tree.map(np.testing.assert_array_equal, again, gen)
     assert disc["conv_in"]["kernel"].shape == (1, 1, 6, 4)
-    shapes = jax.eval_shape(build(c).init_state)  # with another discriminator
+    shapes = jax.eval_shape(lambda: init_state(build(c), 0))  # with another discriminator
     with pytest.raises(UserError, match="is of another architecture than the configuration"):
         networks_of(read(c | {"train": {"init_from": str(tmp_path / "content.pth")}}), shapes)
 

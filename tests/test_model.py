@@ -23,7 +23,7 @@ from ddgan_jax.config.settings import as_dict
 from ddgan_jax.devices import processes
 from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.method import editing, sampling
-from ddgan_jax.method.build import build
+from ddgan_jax.method.build import build, init_state
 from ddgan_jax.method.diffusion import Schedule, deterministic_posterior, q_sample
 from ddgan_jax.model.model import PRETRAINED, beside, to_images, to_x0
 from ddgan_jax.storage import manager, paths
@@ -42,7 +42,7 @@ def workdir_of(folder, num_steps=4, name="digits", num_classes=0):
     c = as_dict(presets.get(f"{name}:smoke"))
     c["diffusion"]["num_steps"] = num_steps
     c["model"]["num_classes"] = num_classes
-    state = jax.jit(build(c).init_state)()
+    state = jax.jit(lambda: init_state(build(c), 0))()
     checkpoints = manager.Checkpoints(str(folder))
     params = state.ema_params if c["model"]["network"] == "mlp" else grow(state.ema_params)  # an MLP's matter at once
     checkpoints.save(7, state.replace(ema_params=params), c)

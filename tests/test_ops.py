@@ -12,7 +12,8 @@ from conftest import ROOT, Golden, close_to_largest
 
 from ddgan_jax.config import presets
 from ddgan_jax.errors import UserError
-from ddgan_jax.method.build import build
+from ddgan_jax.method.build import build, init_state
+from ddgan_jax.method.train_step import make_train_step
 from ddgan_jax.networks import ops
 from ddgan_jax.networks.ops import fir, reference
 from ddgan_jax.networks.ops.conv import input_gradient, kernel_gradient
@@ -279,15 +280,16 @@ def test_the_table_has_every_operation():
 
 def test_the_switch_changes_functions_that_are_traced_already():
     """The networks of `build` and a whole step are traced again in the other form, and nothing fast is left in one."""
-    built = build(presets.get("digits:smoke"))
-    x, t, z = jnp.zeros((1, *built.image_shape)), jnp.zeros(1, jnp.int32), jnp.zeros((1, built.method.nz))
-    state, step = jax.eval_shape(built.init_state), jax.jit(built.step(True, None))
-    batch = jax.ShapeDtypeStruct((built.batch_size, *built.image_shape), jnp.uint8)
+    method = build(presets.get("digits:smoke"))
+    denoiser = method.denoiser
+    x, t, z = jnp.zeros((1, *denoiser.image_shape)), jnp.zeros(1, jnp.int32), jnp.zeros((1, denoiser.nz))
+    state, step = jax.eval_shape(lambda: init_state(method, 0)), jax.jit(make_train_step(method, 0, True))
+    batch = jax.ShapeDtypeStruct((method.batch_size, *denoiser.image_shape), jnp.uint8)
 
     def words():
         """How often the programs hold what only fast forms have."""
-        gen = jax.make_jaxpr(jax.grad(lambda p: jnp.sum(built.method.gen(p, x, t, z))))(state.gen_params)
-        forward = jax.make_jaxpr(built.method.gen)(state.gen_params, x, t, z)
+        gen = jax.make_jaxpr(jax.grad(lambda p: jnp.sum(denoiser.gen(p, x, t, z))))(state.gen_params)
+        forward = jax.make_jaxpr(denoiser.gen)(state.gen_params, x, t, z)
         programs = map(str, (gen, forward, step.trace(state, batch).jaxpr))
         return [[text.count(word) for word in ("custom_vjp", "platform_index")] for text in programs]
 

@@ -14,7 +14,8 @@ from commands import POINTS, run
 from ddgan_jax.config import presets
 from ddgan_jax.devices import parallel, processes
 from ddgan_jax.errors import UserError
-from ddgan_jax.method import build
+from ddgan_jax.method.build import build, init_state
+from ddgan_jax.method.train_step import make_train_step
 
 SCRIPT = """
 import dataclasses, json
@@ -33,7 +34,7 @@ assert jax.device_count() == 4
 generator = Generator(nf=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,), nz=6, z_emb_dim=8, n_mlp=1,
                       image_channels=1, dropout=0.1)
 disc = Discriminator(ngf=4, t_emb_dim=8, **preset(8))
-method = method_of(generator, disc, flip=True, dropout=True, losses=Losses(Schedule.create(4), 1.0))
+method = method_of(generator, disc, (8, 8, 1), flip=True, dropout=True, losses=Losses(Schedule.create(4), 1.0))
 x, t = jnp.zeros((4, 8, 8, 1)), jnp.zeros(4, jnp.int32)
 d_params = jax.jit(lambda k: disc.init(k, x, t, x)["params"])(jax.random.key(1))
 make = jax.jit(lambda g, d: state_lib.create(g, d, method.optimizer))
@@ -78,7 +79,7 @@ for name, size, parts, options in (
     ("straddle", 12, 1, {"discriminator_input": "x_0", "reconstruction": state_lib.constant_schedule(2.0)}),
     ("parts", 32, 2, {}),
 ):
-    method = method_of(generator, disc, losses=Losses(Schedule.create(4), 1.0, **options))
+    method = method_of(generator, disc, (8, 8, 1), losses=Losses(Schedule.create(4), 1.0, **options))
     images = np.random.default_rng(0).integers(0, 256, (3, size, 8, 8, 1), np.uint8)
     one, one_metrics = train(
         lambda r1: jax.jit(ts.make_train_step(method, 0, r1)), make(random_params(generator, 8), d_params), lambda x: x
@@ -161,10 +162,15 @@ def test_batches_that_devices_can_share(batch, accumulate, devices, message, mon
 
 def test_the_new_state_takes_the_place_of_the_old_one():
     """Two states at a time would cost CIFAR-10's step another 0.9 GB on every device."""
-    built = build.build(presets.get("gaussians:smoke"))
-    state = jax.eval_shape(built.init_state)
-    points = jax.ShapeDtypeStruct((1, built.batch_size, 2), np.float32)
-    memory = parallel.map_step(built.step(True)).lower(state, points).compile().memory_analysis()
+    method = build(presets.get("gaussians:smoke"))
+    state = jax.eval_shape(lambda: init_state(method, 0))
+    points = jax.ShapeDtypeStruct((1, method.batch_size, 2), np.float32)
+    memory = (
+        parallel.map_step(make_train_step(method, 0, True, parallel.AXIS))
+        .lower(state, points)
+        .compile()
+        .memory_analysis()
+    )
     assert memory.alias_size_in_bytes >= sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
 
 

@@ -1,4 +1,4 @@
-"""The training step: four iterations of the reference on its own random draws, and what makes it reproducible."""
+"""The training step: four iterations of the reference on its own random noise, and what makes it reproducible."""
 
 import dataclasses
 import json
@@ -15,30 +15,34 @@ from test_discriminator import to_neighbours
 from ddgan_jax.method import state as state_lib
 from ddgan_jax.method import train_step as ts
 from ddgan_jax.method.diffusion import Schedule
-from ddgan_jax.method.losses import Losses, PhaseNoise
+from ddgan_jax.method.losses import Losses, Phase, PhaseNoise
+from ddgan_jax.method.sampling import Denoiser
 from ddgan_jax.networks.discriminator import Discriminator
 from ddgan_jax.networks.generator import Generator
 from ddgan_jax.networks.mlp import PointDiscriminator, PointGenerator
 from ddgan_jax.storage.torch import architecture, convert
 
 
-def method_of(generator, discriminator, **options):
+def method_of(generator, discriminator, image_shape=(2,), **options):
+    gen = lambda params, *args: generator.apply({"params": params}, *args)  # noqa: E731
+    losses = options.get("losses", Losses(Schedule.create(4), r1_gamma=0.02))
     defaults = dict(
-        gen=lambda params, *args: generator.apply({"params": params}, *args),
+        denoiser=Denoiser(gen, generator.init, losses.schedule, image_shape, generator.nz),
+        init_disc=discriminator.init,
+        losses=losses,
         disc=lambda params, *args, **names: discriminator.apply({"params": params}, *args, **names),
-        losses=Losses(Schedule.create(4), r1_gamma=0.02),
         optimizer=state_lib.adam(),
         lr_g=state_lib.constant_schedule(1.6e-4),
         lr_d=state_lib.constant_schedule(1.25e-4),
-        nz=generator.nz,
         ema_decay=0.9,
+        batch_size=8,
     )
     return ts.Method(**(defaults | options))
 
 
 def pairs_of(method, state, x0, noise):
     """The discriminator's inputs for real x_0, and x0_hat."""
-    return method.losses.make_pairs(ts.bind(method.gen, state.gen_params), ts.Phase(x0, noise))
+    return method.losses.make_pairs(ts.bind(method.denoiser.gen, state.gen_params), Phase(x0, noise))
 
 
 def phase_noise(golden, prefix, order):
@@ -85,10 +89,10 @@ def test_four_steps_equal_reference():
         "D": convert.discriminator_state_dict,
         "ema": convert.generator_state_dict,
     }
-    d_gradients = jax.jit(lambda s, x, d, r1: ts.d_gradients(method, s, ts.Phase(x, d), r1), static_argnums=3)
-    g_gradients = jax.jit(lambda s, x, d: ts.g_gradients(method, s, ts.Phase(x, d)))
+    d_gradients = jax.jit(lambda s, x, d, r1: ts.d_gradients(method, s, Phase(x, d), r1), static_argnums=3)
+    g_gradients = jax.jit(lambda s, x, d: ts.g_gradients(method, s, Phase(x, d)))
     pairs = jax.jit(lambda s, x, d: pairs_of(method, s, x, d))
-    update = jax.jit(lambda s, x, d, r1: ts.update(method, s, x, d, r1), static_argnums=3)
+    update = jax.jit(partial(ts.update, method), static_argnums=3)
 
     # Adam moves by lr g / |g|, whatever |g| is: where a gradient is as small as the rounding of the largest one in its
     # array (6.4e-6 of it, see docs/parity.md), a step may go anywhere in between, and only there.
@@ -116,28 +120,24 @@ def test_four_steps_equal_reference():
 
     for step in range(4):
         x0 = golden.nhwc(f"step{step}/real")[order]
-        draws = ts.Draws(
-            flip=np.zeros(8, bool),
-            d=phase_noise(golden, f"rand/step{step}/D/", order),
-            g=phase_noise(golden, f"rand/step{step}/G/", order),
-        )
+        d_noise, g_noise = (phase_noise(golden, f"rand/step{step}/{network}/", order) for network in "DG")
         with_r1 = step % flags["lazy_reg"] == 0
         assert with_r1 == golden[f"step{step}/has_r1"]
 
-        grads, parts = d_gradients(state, x0, draws.d, with_r1)
+        grads, parts = d_gradients(state, x0, d_noise, with_r1)
         compare_gradients("D", step, grads)
         np.testing.assert_allclose(parts["d_real"][back], golden[f"step{step}/D_real"], atol=2e-5)
         np.testing.assert_allclose(parts["d_fake"][back], golden[f"step{step}/D_fake"], atol=2e-5)
         if step == 0:
-            x_t, fake, x_tp1 = (x[back] for x in pairs(state, x0, draws.d)[0])
+            x_t, fake, x_tp1 = (x[back] for x in pairs(state, x0, d_noise)[0])
             np.testing.assert_allclose(x_t, golden.nhwc("step0/D/x_t"), atol=1e-5)
             np.testing.assert_allclose(x_tp1, golden.nhwc("step0/D/x_tp1"), atol=1e-5)
             np.testing.assert_allclose(fake, golden.nhwc("step0/D/x_pos_sample"), atol=2e-5)
-            keys = () if draws.d.dropout_keys is None else (draws.d.dropout_keys,)
-            x0_hat = jax.jit(method.gen)(state.gen_params, x_tp1[order], draws.d.t, draws.d.z, *keys)
+            keys = () if d_noise.dropout_keys is None else (d_noise.dropout_keys,)
+            x0_hat = jax.jit(method.denoiser.gen)(state.gen_params, x_tp1[order], d_noise.t, d_noise.z, *keys)
             np.testing.assert_allclose(x0_hat[back], golden.nhwc("step0/D/x_0_predict"), atol=2e-5)
 
-        new_state, metrics = update(state, x0, draws, with_r1)
+        new_state, metrics = update(state, Phase(x0, d_noise), Phase(x0, g_noise), with_r1)
         np.testing.assert_allclose(
             metrics["d_loss"], golden[f"step{step}/errD_real"] + golden[f"step{step}/errD_fake"], rtol=1e-5
         )
@@ -152,10 +152,10 @@ def test_four_steps_equal_reference():
         )
 
         stepped_d = state.replace(disc_params=new_state.disc_params)  # G is trained against the new D
-        grads, parts = g_gradients(stepped_d, x0, draws.g)
+        grads, parts = g_gradients(stepped_d, x0, g_noise)
         compare_gradients("G", step, grads)
         np.testing.assert_allclose(parts["g_fake"][back], golden[f"step{step}/G/output"], atol=2e-5)
-        fake = pairs(state, x0, draws.g)[0].fake
+        fake = pairs(state, x0, g_noise)[0].fake
         np.testing.assert_allclose(fake[back], golden.nhwc(f"step{step}/G/x_pos_sample"), atol=2e-5)
 
         state = new_state
@@ -174,7 +174,7 @@ def test_four_steps_equal_reference():
             from ddgan_jax.method.sampling import denoise
 
             noise = golden_noise(golden, "rand/epoch0_end/", "z_t{}", "noise_t{}")
-            gen = partial(method.gen, state.gen_params)
+            gen = partial(method.denoiser.gen, state.gen_params)
             sample = jax.jit(lambda gen, n: denoise(gen, method.losses.schedule, n).x_t[0], static_argnums=0)(
                 gen, noise
             )
@@ -212,10 +212,10 @@ def test_the_method_runs_on_points(points):
         assert all(bool(jnp.isfinite(value).all()) for value in metrics.values()), f"step {i}: {metrics}"
         first = first or metrics
     assert ("r1" in first) and ("r1" not in metrics) and int(state.step) == 200
-    gen = lambda x, t, z: method.gen(state.ema_params, x, t, z)  # noqa: E731
+    gen = lambda x, t, z: method.denoiser.gen(state.ema_params, x, t, z)  # noqa: E731
     from ddgan_jax.method.sampling import sample
 
-    samples = sample(gen, method.losses.schedule, jax.random.key(5), jnp.arange(256), (2,), method.nz)
+    samples = sample(gen, method.losses.schedule, jax.random.key(5), jnp.arange(256), (2,), method.denoiser.nz)
     before = 1.4  # the distance of the data's mean from the origin, where an untrained network samples
     assert float(jnp.linalg.norm(jnp.mean(samples, axis=0) - 1.0)) < before / 2
 
@@ -228,48 +228,58 @@ def test_a_step_is_a_function_of_state_and_seed(points):
     jax.tree.map(np.testing.assert_array_equal, one, two)
     other, _ = jax.jit(ts.make_train_step(method, 8, True))(state, data)
     assert not np.array_equal(jax.tree.leaves(one.gen_params)[0], jax.tree.leaves(other.gen_params)[0])
-    later, _ = step(state.replace(step=state.step + 1), data)  # other draws, though nothing else changed
+    later, _ = step(state.replace(step=state.step + 1), data)  # other noise, though nothing else changed
     assert not np.array_equal(jax.tree.leaves(one.disc_params)[0], jax.tree.leaves(later.disc_params)[0])
     for name in ("d_count_by_t", "g_count_by_t"):
         np.testing.assert_allclose(jnp.sum(metrics[name]), 1, rtol=1e-6)
     np.testing.assert_allclose(jnp.sum(metrics["d_loss_by_t"]), metrics["d_loss"], rtol=1e-5)
 
 
-def test_draws_belong_to_examples():
-    """The draws of example i are the same in any batch, and independent over examples, phases and steps."""
-    draw = lambda key, indices: ts.draw(key, indices, 4, (3, 3, 1), 5, dropout=True)  # noqa: E731
-    whole, part = draw(jax.random.key(0), jnp.arange(16)), draw(jax.random.key(0), jnp.arange(8, 16))
+def test_noise_belongs_to_examples():
+    """The noise of example i is the same in any batch, and independent between examples, phases and steps."""
+    generator, disc = POINTS
+    method = method_of(generator, disc, image_shape=(3, 3, 1), dropout=True)
     raw = lambda tree: jax.tree.map(  # noqa: E731
         lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x, tree
     )
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[8:], b), raw(whole), raw(part))
-    many = draw(jax.random.key(1), jnp.arange(4000))
+    whole, part = (
+        [raw(ts.draw(method, keys)) for keys in ts.step_keys(0, 3, indices)[1:]]
+        for indices in (jnp.arange(16), jnp.arange(8, 16))
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[8:], b), whole, part)
+    flip_keys, *phase_keys = ts.step_keys(1, 0, jnp.arange(4000))
+    phases = [ts.draw(method, keys) for keys in phase_keys]
     noises = [
-        getattr(phase, name)[:, 0, 0, 0]
-        for phase in (many.d, many.g)
-        for name in ("noise_t", "noise_tp1", "noise_posterior")
+        getattr(phase, name)[:, 0, 0, 0] for phase in phases for name in ("noise_t", "noise_tp1", "noise_posterior")
     ]
-    correlations = np.corrcoef([*noises, many.d.z[:, 0], many.g.z[:, 0]])
+    correlations = np.corrcoef([*noises, *(phase.z[:, 0] for phase in phases)])
     np.testing.assert_allclose(correlations, np.eye(8), atol=0.07)
-    for phase in (many.d, many.g):
+    for phase in phases:
         np.testing.assert_allclose(np.bincount(phase.t, minlength=4) / 4000, 0.25, atol=0.03)
-    np.testing.assert_allclose(jnp.mean(many.flip), 0.5, atol=0.03)
+    np.testing.assert_allclose(jnp.mean(jax.vmap(jax.random.bernoulli)(flip_keys)), 0.5, atol=0.03)
 
 
-def linear(shape=(2,), **options):
+def linear(shape=(2,), gen=lambda params, x, t, z: params * x, scale=1.0, **options):
     """(method, a fresh state): G(x) = w x and D(x_t) = v . x_t from w = v = 0, T = 1, so that the last x_t is x_0."""
+    losses = options.pop("losses", Losses(Schedule.create(1), r1_gamma=0.0))
     defaults = dict(
-        gen=lambda params, x, t, z: params * x,
+        denoiser=Denoiser(gen, None, losses.schedule, shape, nz=1, scale=scale),
+        init_disc=None,
         disc=lambda params, x_t, t, x_tp1: jnp.sum(params * x_t, axis=tuple(range(1, x_t.ndim))),
-        losses=Losses(Schedule.create(1), r1_gamma=0.0),
+        losses=losses,
         optimizer=optax.identity(),
         lr_g=state_lib.constant_schedule(0.1),
         lr_d=state_lib.constant_schedule(1.0),
-        nz=1,
         ema_decay=0.0,
+        batch_size=8,
     )
     method = ts.Method(**(defaults | options))
     return method, state_lib.create(jnp.float32(0.0), jnp.zeros(shape), method.optimizer)
+
+
+def noise_of(method, num, seed=0):
+    """The noise of D's phase of a step."""
+    return ts.draw(method, ts.step_keys(seed, 0, jnp.arange(num))[1])
 
 
 def test_images_are_scaled_and_mirrored():
@@ -297,20 +307,20 @@ def test_the_discriminator_can_see_the_image_without_noise():
     ours = dataclasses.replace(paper, discriminator_input="x_0", reconstruction=state_lib.constant_schedule(2.0))
     method, state = linear(losses=ours)
     x0 = jax.random.normal(jax.random.key(1), (8, 2))
-    draws = ts.draw(jax.random.key(0), jnp.arange(8), 4, (2,), 1, False).d
+    noise = noise_of(method, 8)
     (pairs, x0_hat), (usual, same) = (
-        pairs_of(dataclasses.replace(method, losses=losses), state, x0, draws) for losses in (ours, paper)
+        pairs_of(dataclasses.replace(method, losses=losses), state, x0, noise) for losses in (ours, paper)
     )
     np.testing.assert_array_equal(pairs.real, x0)
     for found in (pairs.fake, x0_hat):
         np.testing.assert_array_equal(found, same)
     np.testing.assert_array_equal(pairs.condition, usual.condition)
-    grad, _ = ts.d_gradients(method, state, ts.Phase(x0, draws), False)  # at v = 0, as above
+    grad, _ = ts.d_gradients(method, state, Phase(x0, noise), False)  # at v = 0, as above
     np.testing.assert_allclose(grad, (x0_hat - x0).mean(axis=0) / 2, rtol=1e-5, atol=1e-7)
 
-    grad, values = ts.g_gradients(method, state, ts.Phase(x0, draws))  # D = 0 has no gradient to give
-    snr = (method.losses.schedule.a_s_cum[1:] / method.losses.schedule.sigmas_cum[1:])[draws.t] ** 2
-    generated = lambda params: ts.bind(method.gen, params)(usual.condition, draws.t, draws.z)  # noqa: E731
+    grad, values = ts.g_gradients(method, state, Phase(x0, noise))  # D = 0 has no gradient to give
+    snr = (method.losses.schedule.a_s_cum[1:] / method.losses.schedule.sigmas_cum[1:])[noise.t] ** 2
+    generated = lambda params: ts.bind(method.denoiser.gen, params)(usual.condition, noise.t, noise.z)  # noqa: E731
     expected = jax.grad(lambda params: 2 * jnp.mean(snr[:, None] * jnp.square(x0 - generated(params))))
     np.testing.assert_allclose(grad, expected(state.gen_params), rtol=1e-4, atol=1e-6)
     assert set(values) == {"g_fake", "g_loss", "g_squared_error"}
@@ -321,9 +331,10 @@ def test_a_generator_without_z_learns_from_parts_of_a_batch():
     generator, disc = PointGenerator(width=8, depth=1, nz=0), PointDiscriminator(width=8, depth=1)
     x, t, z = jax.random.normal(jax.random.key(0), (8, 2)), jnp.zeros(8, jnp.int32), jnp.zeros((8, 0))
     params = generator.init(jax.random.key(1), x, t, z)["params"], disc.init(jax.random.key(2), x, t, x)["params"]
-    method, draws = method_of(generator, disc), ts.draw(jax.random.key(0), jnp.arange(8), 4, (2,), 0, False)
+    method = method_of(generator, disc)
+    phases = [Phase(x, noise_of(method, 8, seed)) for seed in (0, 1)]
     whole, parts = (
-        ts.update(m, state_lib.create(*params, m.optimizer), x, draws, True)
+        ts.update(m, state_lib.create(*params, m.optimizer), *phases, True)
         for m in (method, dataclasses.replace(method, accumulate=2))
     )
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), whole, parts)
@@ -343,7 +354,7 @@ def test_gradients_that_nobody_uses_are_not_computed():
     flat = lambda params, x_t, t, x_tp1: disc.apply(  # noqa: E731
         {"params": params}, x_t.reshape(x_t.shape[0], -1), t, x_tp1.reshape(x_t.shape[0], -1)
     )
-    method = method_of(generator, disc, disc=flat)
+    method = method_of(generator, disc, (8, 8, 3), disc=flat)
     x, t, z = jnp.zeros((4, 8, 8, 3)), jnp.zeros(4, jnp.int32), jnp.zeros((4, 4))
     shapes = jax.eval_shape(
         lambda k: state_lib.create(
@@ -353,15 +364,15 @@ def test_gradients_that_nobody_uses_are_not_computed():
         ),
         jax.random.key(0),
     )
-    draws = jax.eval_shape(lambda k: ts.draw(k, jnp.arange(4), 4, (8, 8, 3), 4, False), jax.random.key(0))
+    noise = jax.eval_shape(lambda: noise_of(method, 4))
 
     def convolutions(f, *args):
         """As a GPU runs them: a CPU has other forms for some, which depend on their widths."""
         return jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text().count("stablehlo.convolution")
 
-    forward = convolutions(method.gen, shapes.gen_params, x, t, z)
-    assert convolutions(lambda s, x, d: ts.d_gradients(method, s, ts.Phase(x, d), True), shapes, x, draws.d) == forward
-    assert convolutions(lambda s, x, d: ts.g_gradients(method, s, ts.Phase(x, d)), shapes, x, draws.g) > 2 * forward
+    forward = convolutions(method.denoiser.gen, shapes.gen_params, x, t, z)
+    assert convolutions(lambda s, x, d: ts.d_gradients(method, s, Phase(x, d), True), shapes, x, noise) == forward
+    assert convolutions(lambda s, x, d: ts.g_gradients(method, s, Phase(x, d)), shapes, x, noise) > 2 * forward
 
 
 def test_the_gaussian_objective_learns_the_mean():
@@ -385,11 +396,11 @@ def test_the_one_shot_objective_compares_diffused_images():
     losses = Losses(schedule, r1_gamma=0.0, objective="one_shot")
     method, state = linear(losses=losses, gen=lambda w, x, t, z: w * x + t[:, None])
     x0 = jax.random.normal(jax.random.key(0), (64, 2))
-    draws = ts.draw(jax.random.key(1), jnp.arange(64), 4, (2,), 1, dropout=False).d
-    (x_t, fake_x_t, x_tp1), _ = pairs_of(method, state.replace(gen_params=jnp.float32(3.0)), x0, draws)
-    a, s = (jnp.asarray(c)[draws.t][:, None] for c in (schedule.a_s_cum, schedule.sigmas_cum))
-    np.testing.assert_allclose(x_t, a * x0 + s * draws.noise_t, atol=1e-5)
-    np.testing.assert_allclose(fake_x_t, a * 3 * draws.noise_tp1 + s * draws.noise_posterior, atol=1e-5)
+    noise = noise_of(method, 64, seed=1)
+    (x_t, fake_x_t, x_tp1), _ = pairs_of(method, state.replace(gen_params=jnp.float32(3.0)), x0, noise)
+    a, s = (jnp.asarray(c)[noise.t][:, None] for c in (schedule.a_s_cum, schedule.sigmas_cum))
+    np.testing.assert_allclose(x_t, a * x0 + s * noise.noise_t, atol=1e-5)
+    np.testing.assert_allclose(fake_x_t, a * 3 * noise.noise_tp1 + s * noise.noise_posterior, atol=1e-5)
     np.testing.assert_array_equal(x_tp1, 0)
 
 

@@ -8,19 +8,20 @@ import jax
 
 from ddgan_jax.commands.progress import say
 from ddgan_jax.devices import parallel, processes
-from ddgan_jax.method.build import Built
+from ddgan_jax.method.train_step import Method, make_train_step
 
 
 class CompiledSteps:
     """The training steps with and without R1, compiled in the background."""
 
-    def __init__(self, built: Built, stop: parallel.Stop, state: Any, batch: Any, r1_every: int):
+    def __init__(self, method: Method, seed: int, r1_every: int, stop: parallel.Stop, state: Any, batch: Any):
         """Starts to compile the steps. One step serves where R1 is in every step or in none."""
         say("compiling the training step: seconds for a small network, minutes for a large one")
         self._start = time.time()
-        one = r1_every == 1 or not built.method.losses.has_discriminator
+        one = r1_every == 1 or not method.losses.has_discriminator
         kinds = [True] if one else [True, False]
-        futures = stop.compile(map(built.step, kinds), state, batch)
+        steps = (make_train_step(method, seed, with_r1, parallel.AXIS) for with_r1 in kinds)
+        futures = stop.compile(steps, state, batch)
         self._futures = dict(zip(kinds, futures, strict=True))
         self._reported: set[bool] = set()
         if jax.process_count() > 1:  # no process may wait inside a step for another one that still compiles

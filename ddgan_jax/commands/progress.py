@@ -16,8 +16,8 @@ from tqdm import tqdm
 from ddgan_jax.data.sources import Data
 from ddgan_jax.devices import cluster, processes
 from ddgan_jax.errors import Fault
-from ddgan_jax.method.build import Built
 from ddgan_jax.method.state import num_bytes
+from ddgan_jax.method.train_step import Method
 
 Metrics = dict[str, Any]
 
@@ -47,24 +47,24 @@ def next_commands(workdir: str, evaluates: bool) -> list[str]:
     return [f"{program} --mode={mode} --workdir={shlex.quote(workdir)}" for mode in modes]
 
 
-def overview(built: Built, shapes: Any, per_device: int, data: Data) -> None:
+def overview(method: Method, shapes: Any, per_device: int, data: Data) -> None:
     """Prints what is trained: networks, batch layout, the size of the state, classes."""
     count = lambda tree: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))  # noqa: E731
     say(
         f"generator {count(shapes.gen_params):,} parameters, discriminator {count(shapes.disc_params):,}; "
         f"the state takes {num_bytes(shapes) / 2**20:.1f} MiB"
     )
+    shape, device = "x".join(map(str, method.denoiser.image_shape)), jax.devices()[0]
     say(
-        f"{len(data.images):,} examples of {'x'.join(map(str, built.image_shape))}; batch {built.batch_size} = "
-        f"{jax.process_count()} processes x {jax.local_device_count()} devices x {per_device} "
-        f"on {jax.devices()[0].device_kind}"
+        f"{len(data.images):,} examples of {shape}; batch {method.batch_size} = {jax.process_count()} processes x "
+        f"{jax.local_device_count()} devices x {per_device} on {device.device_kind}"
     )
-    if jax.devices()[0].platform == "cpu" and cluster.visible_gpus(os.environ):
+    if device.platform == "cpu" and cluster.visible_gpus(os.environ):
         say("note: JAX does not see this machine's NVIDIA GPUs: `pip install -U 'jax[cuda13]'`, or jax[cuda12]")
-    if built.num_classes:
+    if method.denoiser.num_classes:
         named = [f"{i} {name}" for i, name in enumerate(data.classes) if name != str(i)]
         names = f": {', '.join(named[:20])}{', ...' * (len(named) > 20)}" if named else ""
-        say(f"class-conditional on {built.num_classes} classes{names}")
+        say(f"class-conditional on {method.denoiser.num_classes} classes{names}")
 
 
 # --- Metrics ----------------------------------------------------------------------------------------------------

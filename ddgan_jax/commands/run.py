@@ -8,7 +8,7 @@ import numpy as np
 
 from ddgan_jax.config.settings import Config
 from ddgan_jax.data.sources import Data
-from ddgan_jax.method.build import Built
+from ddgan_jax.method.train_step import Method
 from ddgan_jax.metrics.evaluator import RANKED_BY, Judge
 from ddgan_jax.model.sampler import Sampler
 from ddgan_jax.storage import manager, paths
@@ -31,7 +31,7 @@ class Run:
     """A run that is set up: what it trains, and where it stands."""
 
     config: Config
-    built: Built
+    method: Method
     data: Data
     labels: np.ndarray | None  # [N], of a class-conditional model
     path: Path

@@ -21,8 +21,9 @@ from ddgan_jax.data.resolve import check_batch, facts, labels_of, resolve_from_d
 from ddgan_jax.data.sources import Data, open_data
 from ddgan_jax.devices import compiler, parallel, processes
 from ddgan_jax.errors import Fault, UserError
-from ddgan_jax.method.build import Built, build
+from ddgan_jax.method.build import build, init_state
 from ddgan_jax.method.state import num_bytes
+from ddgan_jax.method.train_step import Method
 from ddgan_jax.metrics.evaluator import open_judge
 from ddgan_jax.model.model import networks_of
 from ddgan_jax.model.sampler import Sampler
@@ -63,23 +64,24 @@ def set_up(
     with interrupt.deferred():
         before = processes.from_primary(lambda: None if restart else checkpoint.config_of(path))
     given = data is not None
-    c, built, data = processes.everywhere(lambda: _open(config, data, before, path))
+    c, method, data = processes.everywhere(lambda: _open(config, data, before, path))
     if jax.process_count() > 1:
         processes.agree(facts(c, data))
-    labels, shapes = labels_of(data, built.num_classes, c.data.name), jax.eval_shape(built.init_state)
-    check_memory(built, shapes)
+    labels = labels_of(data, method.denoiser.num_classes, c.data.name)
+    shapes = jax.eval_shape(functools.partial(init_state, method, c.seed))
+    check_memory(method, shapes)
     evaluator = open_judge(c, data) if c.eval.every else None  # refuses an evaluation that cannot work
 
     def open_all() -> tuple[Files, Any]:
         with interrupt.deferred():
             workdir.lock(path, lock)
-            overview(built, shapes, built.batch_size // jax.device_count(), data)
+            overview(method, shapes, method.batch_size // jax.device_count(), data)
             sketch = sketch_of(data, labels)
             checkpoints = None if restart else open_checkpoints(path, c)
             restored, saved = restore(checkpoints, shapes, path, c) if checkpoints else (None, {})
             same_path = bool(c.data.path) and before is not None and before["data"]["path"] == c.data.path
             check_data(saved.get("data"), sketch, path, refuse=not given and not same_path)
-        state = new_state(c, built, shapes) if restored is None else restored  # may be refused, so before any change
+        state = new_state(c, method, shapes) if restored is None else restored  # may be refused, so before any change
         with interrupt.deferred():
             if restart and (aside := workdir.move_aside(path)):
                 say(f"the files of the earlier run in {path} are now in {aside}")
@@ -90,14 +92,14 @@ def set_up(
     state = processes.from_primary(lambda: opened[1])  # type: ignore[index]
     run = Run(
         config=c,
-        built=built,
+        method=method,
         data=data,
         labels=labels,
         path=path,
         state=parallel.replicate(state),
         step=int(state.step),
         files=opened[0] if opened else None,
-        sampler=Sampler(built, c.sample.batch_size),
+        sampler=Sampler(method.denoiser, c.sample.batch_size),
         started=started,
         evaluator=evaluator,
     )
@@ -147,20 +149,20 @@ def as_begun(c: Config, before: dict[str, Any] | None, path: paths.Given) -> Con
     return c
 
 
-def _open(config: Any, data: Data | None, before: dict[str, Any] | None, path: Path) -> tuple[Config, Built, Data]:
+def _open(config: Any, data: Data | None, before: dict[str, Any] | None, path: Path) -> tuple[Config, Method, Data]:
     """The settings, method and data of a run. The data is decoded after everything else is known to fit."""
     c, chosen = resolve_from_data(as_begun(read(config), before, path), data)
-    built = build(c)
-    check_batch(built.batch_size, c.train.accumulate)
+    method = build(c)
+    check_batch(method.batch_size, c.train.accumulate)
     for sentence in chosen:
         say(sentence)
     data = data or open_data(c.data)
-    if data.images.shape[1:] != built.image_shape:
+    if data.images.shape[1:] != method.denoiser.image_shape:
         raise UserError(
             f"dataset {c.data.name} has examples of {list(data.images.shape[1:])}, but model.network="
-            f"{c.model.network} is built for {list(built.image_shape)}: choose another network or dataset"
+            f"{c.model.network} is built for {list(method.denoiser.image_shape)}: choose another network or dataset"
         )
-    return c, built, data
+    return c, method, data
 
 
 def sketch_of(data: Data, labels: np.ndarray | None) -> dict[str, Any]:
@@ -199,15 +201,15 @@ def check_data(before: dict[str, Any] | None, now: dict[str, Any], path: Path, r
         say(f"note: the data is not that of the start of the run: {difference}")
 
 
-def check_memory(built: Built, shapes: Any) -> None:
+def check_memory(method: Method, shapes: Any) -> None:
     """Raises UserError if the state, or a batch, is larger than the memory of a device."""
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     memory = limit or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    batch = 4 * math.prod((built.batch_size // jax.device_count(), *built.image_shape))
+    batch = 4 * math.prod((method.batch_size // jax.device_count(), *method.denoiser.image_shape))
     widths = "generator.nf and discriminator.ngf, or width and depth"
     for size, what, lower in (
         (num_bytes(shapes), "the state of networks of this size", widths),
-        (batch, f"a batch of {built.batch_size:,}", "train.batch_size"),
+        (batch, f"a batch of {method.batch_size:,}", "train.batch_size"),
     ):
         if size > memory:
             raise UserError(
@@ -244,14 +246,14 @@ def restore(checkpoints: manager.Checkpoints, shapes: Any, path: Path, c: Config
     return restored, saved or {}
 
 
-def new_state(c: Config, built: Built, shapes: Any) -> Any:
+def new_state(c: Config, method: Method, shapes: Any) -> Any:
     """The state at step 0, on the host. Raises as `model.networks_of`, before any work.
 
     With `train.init_from`, the generator starts from the moving average of another one, which is what that one samples
     with; the discriminator starts from the other's if there is one.
     """
     named = networks_of(c, shapes) if c.train.init_from else None
-    state = jax.device_get(compiler.jit_once(built.init_state)())
+    state = jax.device_get(compiler.jit_once(functools.partial(init_state, method, c.seed))())
     if named is None:
         return state
     where, gen_params, disc_params = named

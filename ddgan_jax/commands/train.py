@@ -27,6 +27,7 @@ from ddgan_jax.data.batches import batches, like_real
 from ddgan_jax.data.sources import Data
 from ddgan_jax.devices import parallel, processes
 from ddgan_jax.errors import Interrupted
+from ddgan_jax.method.build import noise_seed
 from ddgan_jax.method.state import norms
 from ddgan_jax.metrics.evaluator import judge
 from ddgan_jax.storage import paths
@@ -93,7 +94,7 @@ def closed_after_a_fault(run: Run) -> Iterator[None]:
 
 def loop(run: Run, interrupt: Interrupt) -> Outcome:
     """Trains to the last step, or until a signal comes to any process. The last step taken is saved in both cases."""
-    meter = Meter(run.built.batch_size, run.step, run.files.unlogged if run.files else None)
+    meter = Meter(run.method.batch_size, run.step, run.files.unlogged if run.files else None)
     if finish_interrupted_step(run, meter, interrupt) is STOPPED:
         return STOPPED
     if run.step >= run.num_steps:
@@ -101,7 +102,7 @@ def loop(run: Run, interrupt: Interrupt) -> Outcome:
     stream, stop = parallel.prefetch(batches_of(run)), parallel.Stop()
     first = next(stream)
     r1_every = run.config.train.r1_every
-    steps = CompiledSteps(run.built, stop, run.state, first, r1_every)
+    steps = CompiledSteps(run.method, noise_seed(run.config), r1_every, stop, run.state, first)
     hidden = None if processes.is_primary() else True
     with tqdm(
         total=run.num_steps, initial=run.step, desc="compiling", unit="step", disable=hidden, file=sys.stdout
@@ -173,8 +174,8 @@ def batches_of(run: Run) -> Any:
     """This process's part of every batch from the next step on."""
     return batches(
         run.data.images,
-        global_batch=run.built.batch_size,
-        seed=run.built.seed,
+        global_batch=run.method.batch_size,
+        seed=run.config.seed,
         start_step=run.step,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
@@ -235,7 +236,7 @@ def update_best(run: Run, values: dict[str, float]) -> None:
 
 def norms_of(run: Run) -> dict[str, jax.Array]:
     """The norms of the parameters and gradients of the networks that are trained."""
-    trained = "dg" if run.built.method.losses.has_discriminator else "g"
+    trained = "dg" if run.method.losses.has_discriminator else "g"
     return {name: value for name, value in norms(run.state).items() if name[0] in trained}
 
 

@@ -3,7 +3,6 @@
 `denoiser` builds what a trained generator needs to sample, `build` what training needs besides.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,11 +12,11 @@ import numpy as np
 from flax import linen as nn
 
 from ddgan_jax.config.settings import Config, chosen, fields_of, read
-from ddgan_jax.devices import parallel
 from ddgan_jax.errors import UserError
-from ddgan_jax.method import state, train_step
+from ddgan_jax.method import state
 from ddgan_jax.method.diffusion import Schedule
 from ddgan_jax.method.losses import Losses
+from ddgan_jax.method.sampling import Denoiser
 from ddgan_jax.method.train_step import Method
 from ddgan_jax.networks.discriminator import Discriminator, preset
 from ddgan_jax.networks.generator import Generator
@@ -27,19 +26,6 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 # --- A generator ----------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Denoiser:
-    """A generator as sampling sees it."""
-
-    gen: Callable[..., Any]  # (params, x_{t+1}, t, z[, dropout_keys][, y=labels]) -> x0_hat
-    init_gen: Callable[[jax.Array], Any]  # key -> parameters
-    schedule: Schedule  # of sampling: the diffusion's, or one step for a generator that was trained for one
-    image_shape: tuple[int, ...]  # [H, W, C], or [d] for points
-    nz: int
-    num_classes: int  # 0: unconditional
-    scale: float  # x_0 = scale * data, for points
 
 
 def denoiser(config: Any) -> Denoiser:
@@ -122,72 +108,52 @@ def _levels(c: Config) -> tuple[float, ...]:
 # --- Training -------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Built(Denoiser):
-    """Everything that a configuration describes, as plain objects."""
-
-    method: Method
-    init_disc: Callable[[jax.Array], Any]  # key -> parameters
-    batch_size: int  # of all devices
-    seed: int
-    noise_seed: int  # of the noise of the training steps
-
-    def init_state(self) -> state.TrainState:
-        """The state before the first step, a function of the seed alone. Jit it."""
-        gen_key, disc_key = jax.random.split(jax.random.key(self.seed))
-        return state.create(self.init_gen(gen_key), self.init_disc(disc_key), self.method.optimizer)
-
-    def step(self, with_r1: bool, axis_name: str | None = parallel.AXIS) -> Callable:
-        """The training step of one replica, for `parallel.map_step`; with axis_name=None of a device by itself."""
-        return train_step.make_train_step(self.method, self.noise_seed, with_r1, axis_name)
-
-
-def build(config: Any) -> Built:
-    """Build what `config` describes. Raises UserError for settings that do not go together."""
+def build(config: Any) -> Method:
+    """The training method that `config` describes. Raises UserError for settings that exclude each other."""
     c = read(config)
     train, generates, discriminator = c.train, denoiser(c), _discriminator(c)
-    num_steps, per_epoch = (
-        chosen(train.num_steps, "train.num_steps"),
-        chosen(train.steps_per_epoch, "train.steps_per_epoch"),
-    )
-
+    num_steps = chosen(train.num_steps, "train.num_steps")
+    per_epoch = chosen(train.steps_per_epoch, "train.steps_per_epoch")
     epochs = -(-(train.lr_decay_steps or num_steps) // per_epoch)
 
-    def falling(start: float, end: float) -> state.OfStep:
+    def decaying(start: float, end: float) -> state.OfStep:
         return state.cosine_schedule(start, per_epoch, epochs, end)
 
     def rate(base: float, floor: float) -> state.OfStep:
-        return falling(base, min(floor, base)) if train.lr_decay else state.constant_schedule(base)
+        return decaying(base, min(floor, base)) if train.lr_decay else state.constant_schedule(base)
 
-    method = Method(
-        gen=generates.gen,
+    x, t = jnp.zeros((1, *generates.image_shape)), jnp.zeros(1, jnp.int32)
+    labels = {"y": t} if generates.num_classes else {}
+    return Method(
+        denoiser=generates,
         disc=jax.jit(
             lambda params, *args, **more: discriminator.apply({"params": params}, *args, **more),
             static_argnames="axis_name",
         ),
-        losses=_losses(c, falling),
+        init_disc=lambda key: discriminator.init(key, x, t, x, **labels)["params"],
+        losses=_losses(c, decaying),
         optimizer=state.adam(train.adam_b1, train.adam_b2),
         lr_g=rate(train.lr_g, train.lr_min),
         lr_d=rate(train.lr_d, train.lr_min_d or train.lr_min),
-        nz=generates.nz,
         ema_decay=train.ema_decay,
+        batch_size=chosen(train.batch_size, "train.batch_size"),
         flip=c.data.flip,
         dropout=c.generator.get("dropout", 0) > 0,
         accumulate=train.accumulate,
-        scale=c.data.scale,
     )
-    x, t = jnp.zeros((1, *generates.image_shape)), jnp.zeros(1, jnp.int32)
-    labels = {"y": t} if generates.num_classes else {}
-    return Built(
-        **vars(generates),
-        method=method,
-        init_disc=lambda key: discriminator.init(key, x, t, x, **labels)["params"],
-        batch_size=chosen(train.batch_size, "train.batch_size"),
-        seed=c.seed,
-        noise_seed=int(np.random.SeedSequence((c.seed, train.noise_seed)).generate_state(1)[0])
-        if train.noise_seed
-        else c.seed,
-    )
+
+
+def init_state(method: Method, seed: int) -> state.TrainState:
+    """The state before the first step, a function of the seed alone. Call it inside one jit."""
+    gen_key, disc_key = jax.random.split(jax.random.key(seed))
+    return state.create(method.denoiser.init_gen(gen_key), method.init_disc(disc_key), method.optimizer)
+
+
+def noise_seed(c: Config) -> int:
+    """The seed of the training steps' noise: `seed`, or a function of it and of `train.noise_seed` if that is not 0."""
+    if not c.train.noise_seed:
+        return c.seed
+    return int(np.random.SeedSequence((c.seed, c.train.noise_seed)).generate_state(1)[0])
 
 
 def _losses(c: Config, decaying: Callable[[float, float], state.OfStep]) -> Losses:

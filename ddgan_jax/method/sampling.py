@@ -7,7 +7,9 @@ on the batch that it is drawn in. The `posterior` is an argument: `sample_poster
 `deterministic_posterior`.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,19 @@ from ddgan_jax.method.diffusion import Schedule, sample_posterior
 
 Gen = Callable[[Array, Array, Array], Array]
 Posterior = Callable[[Schedule, Array, Array, Array, Array], Array]  # (schedule, x0, x_{t+1}, t, noise) -> x_t
+
+
+@dataclasses.dataclass(frozen=True)
+class Denoiser:
+    """A generator with everything that sampling needs beside its parameters."""
+
+    gen: Callable[..., Any]  # (params, x_{t+1}, t, z[, dropout_keys][, y=labels]) -> x0_hat
+    init_gen: Callable[[Array], Any]  # key -> parameters
+    schedule: Schedule  # for sampling: the diffusion of training, or a single step for a one-shot generator
+    image_shape: tuple[int, ...]  # [H, W, C], or [d] for points
+    nz: int  # dimension of the latent z
+    num_classes: int = 0  # 0: unconditional
+    scale: float = 1.0  # x_0 = scale * data, for points
 
 
 class Noise(struct.PyTreeNode):

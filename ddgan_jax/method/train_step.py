@@ -1,13 +1,13 @@
 """One training step: D, then G against the new D, then the moving average (Section 3.2, Appendix).
 
-`draw` makes all random numbers of a step, `update` is a pure function of them, and `make_train_step` joins the two
-for one replica. The step, on a batch of real x_0:
+`prepare` turns a batch into x_0, labels and random keys; `draw` makes the random numbers of a phase from its keys;
+`update` is a pure function of the state and the two phases; `make_train_step` joins them for one replica. The step:
 
     1.  t, x_t, x_{t+1} real; x0_hat = G(x_{t+1}, t, z); fake x_t ~ q(x_t | x_{t+1}, x0_hat); step of D on L_D [+ R1]
-    2.  new t, x_{t+1}, z, posterior draw on the same x_0; step of G on L_G
+    2.  new t, x_{t+1}, z, posterior noise for the same x_0; step of G on L_G
     3.  ema = decay ema + (1 - decay) G
 
-with the losses of `losses.py`, whose options make other pairs and losses in the same step.
+with the losses of `losses.py`, whose options change the pairs and losses of the same step.
 """
 
 import dataclasses
@@ -18,111 +18,112 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
 from jax import Array
 
 from ddgan_jax.devices import parallel
 from ddgan_jax.method.losses import Losses, PerExample, Phase, PhaseNoise
+from ddgan_jax.method.sampling import Denoiser
 from ddgan_jax.method.state import OfStep, Params, TrainState, apply_gradients, update_ema
 from ddgan_jax.networks import ops
 
+Batch = Array | tuple[Array, Array]  # images [B, *d], or (images, labels [B])
 Metrics = dict[str, Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """What a step is made of: the networks as callables, the losses, and the constants of training."""
+    """Everything that a training step needs beside the state, a batch and a seed."""
 
-    gen: Callable[..., Any]  # (params, x_{t+1}, t, z[, dropout_keys][, y=labels]) -> x0_hat
+    denoiser: Denoiser
     disc: Callable[..., Any]  # (params, x_t, t, x_{t+1}[, y=labels][, axis_name=...]) -> logits [B]
-    losses: Losses
+    init_disc: Callable[[Array], Any]  # key -> parameters
+    losses: Losses  # with the schedule of the diffusion
     optimizer: optax.GradientTransformation
     lr_g: OfStep  # learning rate
     lr_d: OfStep
-    nz: int
     ema_decay: float
+    batch_size: int  # of all devices together
     flip: bool = False  # mirror half of the images
-    dropout: bool = False  # does gen take dropout keys?
-    accumulate: int = 1  # parts of a batch that are taken one after the other, for the memory of one
-    scale: float = 1.0  # x_0 = scale * data, for points
-
-
-class Draws(struct.PyTreeNode):
-    """The random numbers of a step."""
-
-    flip: Array  # [B] bool, mirror the image?
-    d: PhaseNoise
-    g: PhaseNoise
-
-
-def draw(key: Array, indices: Array, num_steps: int, image_shape: tuple[int, ...], nz: int, dropout: bool) -> Draws:
-    """All random numbers of a step for the examples `indices` [B] of the global batch, from (key, index) alone."""
-
-    def phase(key: Array) -> PhaseNoise:
-        t_key, t_noise_key, tp1_noise_key, z_key, posterior_key, dropout_key = jax.random.split(key, 6)
-        return PhaseNoise(
-            t=jax.random.randint(t_key, (), 0, num_steps),
-            noise_t=jax.random.normal(t_noise_key, image_shape),
-            noise_tp1=jax.random.normal(tp1_noise_key, image_shape),
-            z=jax.random.normal(z_key, (nz,)),
-            noise_posterior=jax.random.normal(posterior_key, image_shape),
-            dropout_keys=dropout_key if dropout else None,
-        )
-
-    def one(key: Array) -> Draws:
-        flip_key, d_key, g_key = jax.random.split(key, 3)
-        return Draws(flip=jax.random.bernoulli(flip_key), d=phase(d_key), g=phase(g_key))
-
-    return jax.vmap(one)(parallel.example_keys(key, indices))
-
-
-def step_draws(method: Method, seed: int, step: Array, x0: Array, axis_name: str | None = None) -> Draws:
-    """The random numbers of training step `step` for this replica's x_0 [B, *d], from the seed and the step."""
-    key = jax.random.fold_in(jax.random.key(seed), step)
-    indices = parallel.global_indices(x0.shape[0], axis_name)
-    return draw(key, indices, method.losses.schedule.num_steps, x0.shape[1:], method.nz, method.dropout)
+    dropout: bool = False  # whether the generator takes dropout keys
+    accumulate: int = 1  # parts of a batch that are processed one after the other, to save memory
 
 
 def make_train_step(
     method: Method, seed: int, with_r1: bool, axis_name: str | None = None
-) -> Callable[[TrainState, Array | tuple[Array, Array]], tuple[TrainState, Metrics]]:
-    """step(state, batch) -> (state, metrics), for one replica; a batch is images [B, *d], or (images, labels [B]).
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The function step(state, batch) -> (state, metrics) of one replica.
 
-    uint8 images are scaled to [-1, 1], points by `method.scale`. With `axis_name` the gradients and metrics
-    are averaged over the replicas that share it. Metrics are float32 scalars, but for those that end in `_by_t`: [T]
-    sums over a batch divided by its size (divide a loss by its count).
+    With `axis_name`, gradients and metrics are averaged over the replicas of that axis. Metrics are float32 scalars,
+    except those whose name ends in `_by_t`: these are [T], sums over the batch by t divided by its size, so that a
+    loss by t is `*_loss_by_t` divided by `*_count_by_t`.
     """
 
-    def step(state: TrainState, batch: Array | tuple[Array, Array]) -> tuple[TrainState, Metrics]:
-        images, y = batch if isinstance(batch, tuple) else (batch, None)
-        x0 = to_x0(images, method.scale)
-        draws = step_draws(method, seed, state.step, x0, axis_name)
-        if method.flip:
-            x0 = jnp.where(draws.flip[:, None, None, None], x0[:, :, ::-1], x0)
-        return update(method, state, x0, draws, with_r1, axis_name, y)
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        x0, labels, d_keys, g_keys = prepare(method, batch, seed, state.step, axis_name)
+        d_phase = Phase(x0, draw(method, d_keys), labels, axis_name)
+        g_phase = Phase(x0, draw(method, g_keys), labels, axis_name)
+        return update(method, state, d_phase, g_phase, with_r1)
 
     return step
 
 
+def prepare(
+    method: Method, batch: Batch, seed: int, step: Array, axis_name: str | None = None
+) -> tuple[Array, Array | None, Array, Array]:
+    """(x_0 [B, *d], labels [B] or None, keys [B] of D's phase, keys [B] of G's phase) of this replica's batch.
+
+    uint8 images are scaled to [-1, 1] and half of them mirrored if the method says so; points are multiplied by the
+    denoiser's scale.
+    """
+    images, labels = batch if isinstance(batch, tuple) else (batch, None)
+    x0 = to_x0(images, method.denoiser.scale)
+    flip_keys, d_keys, g_keys = step_keys(seed, step, parallel.global_indices(x0.shape[0], axis_name))
+    if method.flip:
+        x0 = jnp.where(jax.vmap(jax.random.bernoulli)(flip_keys)[:, None, None, None], x0[:, :, ::-1], x0)
+    return x0, labels, d_keys, g_keys
+
+
 def to_x0(images: Array, scale: float = 1.0) -> Array:
-    """uint8 images [B, H, W, C] -> float32 in [-1, 1]; points [B, d] times `scale`."""
+    """uint8 images [B, H, W, C] -> float32 in [-1, 1]; points [B, d] -> `scale` times the points."""
     return images.astype(jnp.float32) / 127.5 - 1 if images.dtype == jnp.uint8 else images * scale
 
 
+def step_keys(seed: int, step: Array | int, indices: Array) -> tuple[Array, Array, Array]:
+    """Random keys [B] of a training step for mirroring, D's phase and G's phase.
+
+    `indices` [B] are those of the examples in the global batch. The keys of an example depend on (seed, step, index)
+    alone.
+    """
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.vmap(lambda k: tuple(jax.random.split(k, 3)))(parallel.example_keys(key, indices))
+
+
+def draw(method: Method, keys: Array) -> PhaseNoise:
+    """All random numbers of a phase, one example per key [B]."""
+    shape = method.denoiser.image_shape
+
+    def one(key: Array) -> PhaseNoise:
+        t_key, t_noise_key, tp1_noise_key, z_key, posterior_key, dropout_key = jax.random.split(key, 6)
+        return PhaseNoise(
+            t=jax.random.randint(t_key, (), 0, method.losses.schedule.num_steps),
+            noise_t=jax.random.normal(t_noise_key, shape),
+            noise_tp1=jax.random.normal(tp1_noise_key, shape),
+            z=jax.random.normal(z_key, (method.denoiser.nz,)),
+            noise_posterior=jax.random.normal(posterior_key, shape),
+            dropout_keys=dropout_key if method.dropout else None,
+        )
+
+    return jax.vmap(one)(keys)
+
+
 def update(
-    method: Method,
-    state: TrainState,
-    x0: Array,
-    draws: Draws,
-    with_r1: bool,
-    axis_name: str | None = None,
-    y: Array | None = None,
+    method: Method, state: TrainState, d_phase: Phase, g_phase: Phase, with_r1: bool
 ) -> tuple[TrainState, Metrics]:
-    """The step as a pure function of real x_0 [B, *d] in [-1, 1] (already mirrored), their labels and the draws."""
+    """The step as a pure function of the state and its two phases, whose x_0 is scaled and mirrored already."""
     metrics: Metrics = {}
     if method.losses.has_discriminator:
-        state, metrics = update_d(method, state, Phase(x0, draws.d, y, axis_name), with_r1)
-    state, g_metrics = update_g(method, state, Phase(x0, draws.g, y, axis_name))
+        state, metrics = update_d(method, state, d_phase, with_r1)
+    state, g_metrics = update_g(method, state, g_phase)
     return state, metrics | g_metrics
 
 
@@ -157,7 +158,7 @@ def d_gradients(method: Method, state: TrainState, phase: Phase, with_r1: bool) 
     """Gradients of the discriminator's parameters, and its values per example. G's gradients are not computed."""
 
     def gradients(phase: Phase) -> tuple[Params, PerExample]:
-        pairs, _ = method.losses.make_pairs(bind(method.gen, state.gen_params, phase.labels), phase)
+        pairs, _ = method.losses.make_pairs(bind(method.denoiser.gen, state.gen_params, phase.labels), phase)
 
         def loss(params: Params) -> tuple[Array, PerExample]:
             disc = bind(method.disc, params, phase.labels, phase.axis_name)
@@ -175,7 +176,7 @@ def g_gradients(method: Method, state: TrainState, phase: Phase) -> tuple[Params
         disc = bind(method.disc, state.disc_params, phase.labels, phase.axis_name)
 
         def loss(params: Params) -> tuple[Array, PerExample]:
-            pairs, x0_hat = method.losses.make_pairs(bind(method.gen, params, phase.labels), phase)
+            pairs, x0_hat = method.losses.make_pairs(bind(method.denoiser.gen, params, phase.labels), phase)
             return method.losses.g_loss(disc, pairs, x0_hat, phase, state.step)
 
         return jax.grad(loss, has_aux=True)(state.gen_params)
@@ -186,8 +187,10 @@ def g_gradients(method: Method, state: TrainState, phase: Phase) -> tuple[Params
 def bind(
     network: Callable[..., Any], params: Params, y: Array | None = None, axis_name: str | None = None
 ) -> Callable[..., Any]:
-    """A network of a Method with its parameters, the labels [B] of its examples if it is conditional, and for D, which
-    compares examples, the name of the axis of the replicas that they lie on."""
+    """A network with its parameters and, unless they are None, the labels [B] of its examples and the replicas' axis.
+
+    The discriminator needs the axis, since its minibatch standard deviation compares examples across replicas.
+    """
     given = {"y": y, "axis_name": axis_name}
     return partial(network, params, **{name: value for name, value in given.items() if value is not None})
 

@@ -24,8 +24,8 @@ from ddgan_jax.config.settings import MAX_SEED, Config, as_dict, read
 from ddgan_jax.devices import processes
 from ddgan_jax.errors import UserError
 from ddgan_jax.method import build, editing, sampling
-from ddgan_jax.method.build import Denoiser
 from ddgan_jax.method.diffusion import q_sample
+from ddgan_jax.method.sampling import Denoiser
 from ddgan_jax.method.train_step import bind, to_x0
 from ddgan_jax.model import export
 from ddgan_jax.model.sampler import POSTERIORS, Sampler, default_labels, noise_of, to_images

@@ -12,8 +12,8 @@ from tqdm import tqdm
 from ddgan_jax.devices import parallel, processes
 from ddgan_jax.errors import is_out_of_memory
 from ddgan_jax.method import sampling
-from ddgan_jax.method.build import Denoiser
 from ddgan_jax.method.diffusion import deterministic_posterior, sample_posterior
+from ddgan_jax.method.sampling import Denoiser
 from ddgan_jax.method.train_step import bind
 
 POSTERIORS = {"gaussian": sample_posterior, "deterministic": deterministic_posterior}

@@ -7,7 +7,7 @@ method computes, read `reference.py` and skip the rest of this folder.
 One switch runs everything as the reference: the environment variable DDGAN_OPS=reference, or
 
     with ops.use_reference():
-        state, metrics = jax.jit(built.step(True, None))(state, images)
+        state, metrics = jax.jit(make_train_step(method, 0, True))(state, images)
 
 DDGAN_OPS=reference:conv,group_norm, or `ops.use_reference("conv", "group_norm")`, does so for these operations alone.
 `ops.portable()` is for converters to other formats. The switch is read while a function is traced, and is part of the

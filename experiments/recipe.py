@@ -33,7 +33,7 @@ from experiments import common
 NAME, FLAGS = "recipe", ["--config=configs/digits.py:paper", "--config.log.samples_every=0"]
 OURS = flat(as_dict(presets.get("digits")))
 PARTS = {  # the changes of configs/digits.py, which the table removes one by one
-    "x_0 as D's input": "loss.shown",
+    "x_0 as D's input": "loss.discriminator_input",
     "squared error": "loss.reconstruction",
     "less noise": "diffusion.beta_max",
     "T = 3": "diffusion.num_steps",

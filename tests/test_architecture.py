@@ -11,7 +11,18 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 # What the rooms up to `method` and the files of `data` and `storage` that it is used with can do without.
 NOT_IN_CORE = ("tensorflow", "tensorflow_datasets", "clu", "ml_collections", "torch")
-CORE = ("errors", "config.settings", "devices", "networks", "method", "storage", "data", "metrics")
+CORE = (
+    "errors",
+    "config.settings",
+    "config.check",
+    "config.types",
+    "devices",
+    "networks",
+    "method",
+    "storage",
+    "data",
+    "metrics",
+)
 # Platforms, layouts, custom gradients and options of compilers
 OF_OPS = (
     "platform_dependent|custom_vjp|custom_jvp|optimization_barrier|default_backend|set_xla_metadata|"

@@ -11,6 +11,7 @@ import pytest
 from ml_collections import config_dict
 from test_configs import CONFIGS, get_config
 
+from ddgan_jax.config import check, presets
 from ddgan_jax.config import settings as config
 from ddgan_jax.errors import UserError
 from ddgan_jax.method.build import build, denoiser
@@ -59,7 +60,7 @@ def test_zero_and_nothing_mean_none_where_none_is_allowed(name):
 
 
 def test_fields_for_text_and_numbers_that_may_be_none_are_known():
-    optional = {name for name, kind in FIELDS.items() if config.optional(kind)}
+    optional = {name for name, kind in FIELDS.items() if check.optional(kind)}
     assert optional >= {"data.image_size", "train.num_steps", "train.lr_min_d", "eval.reference_samples", "data.dir"}
     assert not optional & {"eval.every", "checkpoint.keep_period", "model.num_classes", "loss.reconstruction"}
 
@@ -69,8 +70,23 @@ def test_settings_of_old_checkpoints_that_are_gone():
     old = {"train": {"lr_g": 3e-4, "d_lead": 0.0}, "loss": {"generator": "nonsaturating", "moment": 0.0, "kappa": 50.0}}
     with warnings.catch_warnings(action="error"):
         assert config.read(old).train.lr_g == 3e-4
-    with pytest.warns(UserWarning, match="loss.moment=50.0 is ignored: this setting is gone"):
+    with pytest.warns(UserWarning, match="loss.moment=50.0 is ignored: this setting was removed"):
         assert config.read({"loss": {"moment": 50.0}}) == config.Config()
+
+
+def test_the_old_name_of_a_setting():
+    """In a checkpoint's JSON, in a configuration file that changes a preset, and as a flag."""
+    assert config.read({"loss": {"shown": "x_0"}}).loss == config.LossConfig(discriminator_input="x_0")
+    given = get_config("digits")
+    assert given.loss.discriminator_input == "x_0"
+    given.loss.shown = "x_t"
+    assert config.as_dict(given)["loss"]["discriminator_input"] == "x_t"
+    argv = ["main.py", "--config.loss.shown=x_t", "--config.loss.shown", "x_0", "--config=digits", "--other=shown"]
+    assert presets.with_current_names(argv)[1:3] == [
+        "--config.loss.discriminator_input=x_t",
+        "--config.loss.discriminator_input",
+    ]
+    assert presets.with_current_names(argv)[3:] == argv[3:]
 
 
 @pytest.mark.parametrize("name", FIELDS)

@@ -69,7 +69,7 @@ def test_the_recipe_of_the_digits_is_not_the_papers():
         ours = variant != "paper"
         assert (config["loss"] == documented["loss"]) is not ours
         assert (config["diffusion"] == documented["diffusion"]) is not ours
-        assert config["loss"]["shown"] == ("x_0" if ours else "x_t")
+        assert config["loss"]["discriminator_input"] == ("x_0" if ours else "x_t")
 
 
 @pytest.mark.parametrize("name, beta_max", [("cifar10", 12), ("celeba_hq_256", 20), ("image_folder", None)])
@@ -90,7 +90,7 @@ def test_the_noise_of_the_recipe_is_chosen_for_the_size_of_a_folders_images(size
     assert resolve.choose(read(config), 2_000, False, 1)[0].diffusion.beta_max == 9
     points = get_config("gaussians")
     points.diffusion.beta_max = None
-    with pytest.raises(UserError, match=r"diffusion.beta_max=None is chosen for a size of images"):
+    with pytest.raises(UserError, match=r"diffusion.beta_max=None is chosen for an image size"):
         read(points)
 
 
@@ -116,7 +116,11 @@ def test_the_decay_of_a_checkpoint_that_knows_one_floor_is_as_it_was():
     "objective, options, message",
     [
         ("gaussian", {"reconstruction": 1.0}, "loss.reconstruction is for objective='adversarial', not 'gaussian'"),
-        ("one_shot", {"shown": "x_0"}, "loss.shown is for objective='adversarial', not 'one_shot': set it to 'x_t'"),
+        (
+            "one_shot",
+            {"discriminator_input": "x_0"},
+            "loss.discriminator_input is for objective='adversarial', not 'one_shot': set it to 'x_t'",
+        ),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(objective, options, message):

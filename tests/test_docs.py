@@ -27,7 +27,7 @@ OTHER_FLAGS = set(
     "gpus-per-node gpus-per-task nodes ntasks-per-node open-mode requeue signal time".split()  # SLURM
 )
 # Words that follow `config.` without being fields: modules, and suffixes of files
-NO_FIELDS = {"json", "md", "py", "settings", "presets", "presets.get"}
+NO_FIELDS = {"json", "md", "py", "settings", "types", "check", "presets", "presets.get"}
 API = {
     name: path
     for path in sorted((ROOT / "docs" / "api").glob("*.md"))

@@ -14,7 +14,7 @@ from typing import Any
 from absl import flags
 
 from ddgan_jax.config import presets
-from ddgan_jax.config.settings import SEEDS
+from ddgan_jax.config.types import SEEDS
 from ddgan_jax.errors import NOTHING_LOST, Fault, Interrupted, UserError, is_out_of_memory
 
 MODES = ("train", "sample", "vary", "edit", "inpaint", "interpolate", "export", "evaluate", "demo")

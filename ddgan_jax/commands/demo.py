@@ -20,7 +20,7 @@ from PIL import Image
 
 from ddgan_jax.commands import figures
 from ddgan_jax.commands.generate import frames_of, halfway, shown_steps
-from ddgan_jax.config.settings import MAX_SEED
+from ddgan_jax.config.types import MAX_SEED
 from ddgan_jax.data import decoding
 from ddgan_jax.errors import UserError
 from ddgan_jax.model.model import Model

@@ -1,9 +1,9 @@
-"""Configurations as ml_collections' ConfigDicts: the presets of `configs/` by name, and what they are made of.
+"""Presets of `configs/` by name, their flags, and the parts they are made of, as ml_collections' ConfigDicts.
 
     config = presets.get("digits:long")  # configs/digits.py, get_config("long")
     config.train.batch_size = 64
 
-`configs/` lies beside the package in a checkout, and inside it where it is installed.
+`configs/` lies beside the package in a checkout, and inside it in an installation.
 """
 
 import dataclasses
@@ -18,7 +18,8 @@ from absl import flags
 from ml_collections import ConfigDict, FieldReference, config_flags
 
 from ddgan_jax import errors
-from ddgan_jax.config.settings import Config, beta_max_for, optional
+from ddgan_jax.config.check import optional
+from ddgan_jax.config.settings import RENAMED, Config, beta_max_for
 from ddgan_jax.errors import UserError
 
 _HERE = pathlib.Path(__file__).parent.parent
@@ -26,14 +27,14 @@ FOLDER = next((folder for folder in (_HERE / "configs", _HERE.parent / "configs"
 
 
 def names() -> list[str]:
-    """Of the presets, without their variants."""
+    """Names of the presets, without their variants."""
     return sorted(path.stem for path in FOLDER.glob("*.py"))
 
 
 def find(name: str) -> str:
-    """The FILE.py:VARIANT of a preset named as `digits`, `digits:long` or `configs/digits.py:long`; others as given.
+    """FILE.py:VARIANT of a preset such as `digits`, `digits:long` or `configs/digits.py:long`; other names unchanged.
 
-    A file configs/digits.py that is there goes before the preset.
+    A file configs/digits.py in the working directory takes precedence over the preset.
     """
     path, colon, variant = name.partition(":")
     preset = FOLDER / pathlib.Path(path).with_suffix(".py").name
@@ -42,7 +43,7 @@ def find(name: str) -> str:
 
 
 def _existing(name: str) -> str:
-    """`find` of a name. UserError if there is no such file."""
+    """`find(name)`. Raises UserError if there is no such file."""
     found = find(name)
     path = found.partition(":")[0]
     if not path.endswith(".py") or not os.path.exists(path):
@@ -51,7 +52,7 @@ def _existing(name: str) -> str:
 
 
 def get(name: str) -> ConfigDict:
-    """The configuration that `--config=NAME` is. UserError if there is none."""
+    """The configuration that `--config=NAME` selects. Raises UserError if there is none."""
     path, _, variant = _existing(name).partition(":")
     spec = importlib.util.spec_from_file_location(f"_config_{pathlib.Path(path).stem}", path)
     module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
@@ -60,26 +61,35 @@ def get(name: str) -> ConfigDict:
 
 
 def read_flags(argv: list[str], default: str) -> list[str]:
-    """Parse a command line with `--config`, a preset or a file, into absl's FLAGS; returns what is no flag.
+    """Parses a command line into absl's FLAGS, with `--config` as a preset or file; returns the arguments that are no
+    flags.
 
-    `--config=digits:long` is `--config=configs/digits.py:long`. UserError for wrong use.
+    `--config=digits:long` means `--config=configs/digits.py:long`. Raises UserError for invalid flags.
     """
-    argv = [_with_preset(*pair) for pair in zip(["", *argv], argv, strict=False)]
-    sys.argv = argv  # where the fields of the configuration are read, which are flags of their own
+    argv = with_current_names([_with_preset(*pair) for pair in zip(["", *argv], argv, strict=False)])
+    sys.argv = argv  # config_flags looks there for the flags of the configuration's fields
     with errors.of_flags():
         config_flags.DEFINE_config_file("config", find(default), "A preset or a file, with :VARIANT.")
         rest = flags.FLAGS(argv)
-        flags.FLAGS.config.lock()  # what a file raises comes at its first use only
+        flags.FLAGS.config.lock()  # the file runs at this first use, and its exceptions belong here
     return rest
 
 
 def name_of_flag() -> str:
-    """The name of the configuration that `read_flags` read: 'digits', or 'digits-long' of a variant."""
+    """Name of the configuration that `read_flags` read: 'digits', or 'digits-long' for a variant."""
     path, _, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
     return f"{pathlib.Path(path).stem}-{variant}" if variant else pathlib.Path(path).stem
 
 
+def with_current_names(argv: list[str]) -> list[str]:
+    """The arguments with `--config.GROUP.FIELD` of renamed fields under their present names."""
+    present = {f"--config.{old}": f"--config.{new}" for old, new in RENAMED.items()}
+    parts = (argument.partition("=") for argument in argv)
+    return ["".join((present.get(name, name), equals, value)) for name, equals, value in parts]
+
+
 def _with_preset(before: str, argument: str) -> str:
+    """The argument with the file of a preset, if it is the value of `--config`; `before` is the one before it."""
     name, equals, value = argument.partition("=")
     if name in ("--config", "-config") and equals:
         return f"{name}={_existing(value)}"
@@ -98,7 +108,7 @@ def _config_dict(group: Any) -> ConfigDict:
         value, annotation = getattr(group, field.name), annotations[field.name]
         if dataclasses.is_dataclass(value):
             value = _config_dict(value)
-        elif inner := optional(annotation):  # a flag must know its type also where it is None
+        elif inner := optional(annotation):  # a flag needs the type even if the value is None
             kind = typing.get_args(inner)[0] if typing.get_origin(inner) is Annotated else inner
             value = FieldReference(value, field_type=kind)
         config[field.name] = ConfigDict(value) if isinstance(value, dict) else value
@@ -109,7 +119,10 @@ def _config_dict(group: Any) -> ConfigDict:
 
 
 def apply_variant(config: ConfigDict, variant: str, *own: str) -> ConfigDict:
-    """The config as it is ('paper'), by our recipe ('fast') or shrunk ('smoke'); `own` its file makes itself."""
+    """Applies a variant: unchanged ('paper'), our recipe ('fast') or tiny ('smoke').
+
+    `own` are variants that the preset's file applies itself, for the error message.
+    """
     if variant == "smoke":
         smoke(config)
     elif variant == "fast":
@@ -120,25 +133,25 @@ def apply_variant(config: ConfigDict, variant: str, *own: str) -> ConfigDict:
 
 
 def fast(config: ConfigDict) -> None:
-    """Our recipe, not the paper's: a third of its distance after as much time on the digits (docs/claims.md).
+    """Our recipe: on the digits, a third of the Frechet distance of the paper's after the same time (docs/claims.md).
 
-    D sees x_0 instead of x_t, which for large t hides behind the posterior's noise; G is also told x_0 by squared
-    error; D goes on learning while G settles; and x_T has no more noise than hides an image of this size, so that no
-    step is spent on noise alone.
+    D sees x_0 instead of x_t, which at large t is mostly posterior noise. G's loss has a squared error of x_0. D's
+    learning rate decays only to a half. x_T has just enough noise to hide an image of this size, so that no step
+    denoises noise alone.
     """
-    config.loss.update(shown="x_0", reconstruction=2.5)
+    config.loss.update(discriminator_input="x_0", reconstruction=2.5)
     config.train.lr_min_d = config.train.lr_d / 2
     size = config.data.image_size
     config.diffusion.beta_max = beta_max_for(size) if size else None
 
 
 def small(config: ConfigDict) -> None:
-    """Our recipe for a `data.image_size` of 32, and networks that a CPU core trains in an hour (docs/claims.md)."""
+    """Our recipe for images of 32 px, with networks that a CPU core trains in an hour (docs/claims.md)."""
     fast(config)
-    # squared error is a mean over 48 times as many numbers as in the digits, whose weight is 2.5
+    # The squared error is a mean over 48 times as many numbers as for the digits, whose weight is 2.5.
     config.loss.reconstruction = 30.0
     config.diffusion.num_steps = 3
-    config.model.patch_size = 4  # with 8x8 positions instead of 32x32, wide networks are cheap
+    config.model.patch_size = 4  # 8x8 positions instead of 32x32 make wide networks cheap
     config.generator.update(nf=32, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,))
     config.generator.update(nz=64, z_emb_dim=128, n_mlp=3)
     config.discriminator.update(ngf=16, start=1, stages=((2, False), (4, True)), t_emb_dim=128, product=True)
@@ -149,7 +162,7 @@ def small(config: ConfigDict) -> None:
 
 
 def smoke(config: ConfigDict) -> None:
-    """Shrink any config so that it runs in under a minute on a CPU, on made data, through the same code."""
+    """Shrinks any configuration to tiny networks and synthetic data: the same code in under a minute on a CPU."""
     config.data.update(name="synthetic", image_size=8, channels=config.data.channels or 3)
     config.generator.update(nf=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(), nz=8, z_emb_dim=16, n_mlp=1)
     config.discriminator.update(ngf=8, t_emb_dim=16)

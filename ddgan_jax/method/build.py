@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from ddgan_jax.config.settings import Config, chosen, fields_of, read
+from ddgan_jax.config.check import checked_fields
+from ddgan_jax.config.settings import Config, read, required
 from ddgan_jax.errors import UserError
 from ddgan_jax.method import state
 from ddgan_jax.method.diffusion import Schedule
@@ -49,14 +50,14 @@ def denoiser(config: Any) -> Denoiser:
 
 
 def _diffusion(c: Config) -> Schedule:
-    return Schedule.create(**vars(c.diffusion) | {"beta_max": chosen(c.diffusion.beta_max, "diffusion.beta_max")})
+    return Schedule.create(**vars(c.diffusion) | {"beta_max": required(c.diffusion.beta_max, "diffusion.beta_max")})
 
 
 def _shape(c: Config) -> tuple[int, ...]:
-    channels = chosen(c.data.channels, "data.channels")
+    channels = required(c.data.channels, "data.channels")
     if c.model.network == "mlp":
         return (channels,)
-    size = chosen(c.data.image_size, "data.image_size")
+    size = required(c.data.image_size, "data.image_size")
     return size, size, channels
 
 
@@ -94,7 +95,7 @@ _NOT_GIVEN = ("parent", "name", "dtype", "image_channels", "num_classes", "patch
 
 
 def _network_fields(network: type[nn.Module], given: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    return fields_of(network, given, prefix, _NOT_GIVEN)
+    return checked_fields(network, given, prefix, _NOT_GIVEN)
 
 
 def _levels(c: Config) -> tuple[float, ...]:
@@ -112,8 +113,8 @@ def build(config: Any) -> Method:
     """The training method that `config` describes. Raises UserError for settings that exclude each other."""
     c = read(config)
     train, generates, discriminator = c.train, denoiser(c), _discriminator(c)
-    num_steps = chosen(train.num_steps, "train.num_steps")
-    per_epoch = chosen(train.steps_per_epoch, "train.steps_per_epoch")
+    num_steps = required(train.num_steps, "train.num_steps")
+    per_epoch = required(train.steps_per_epoch, "train.steps_per_epoch")
     epochs = -(-(train.lr_decay_steps or num_steps) // per_epoch)
 
     def decaying(start: float, end: float) -> state.OfStep:
@@ -136,7 +137,7 @@ def build(config: Any) -> Method:
         lr_g=rate(train.lr_g, train.lr_min),
         lr_d=rate(train.lr_d, train.lr_min_d or train.lr_min),
         ema_decay=train.ema_decay,
-        batch_size=chosen(train.batch_size, "train.batch_size"),
+        batch_size=required(train.batch_size, "train.batch_size"),
         flip=c.data.flip,
         dropout=c.generator.get("dropout", 0) > 0,
         accumulate=train.accumulate,
@@ -163,6 +164,6 @@ def _losses(c: Config, decaying: Callable[[float, float], state.OfStep]) -> Loss
         schedule=_diffusion(c),
         r1_gamma=c.train.r1_gamma,
         objective=c.objective,
-        discriminator_input=c.loss.shown,
+        discriminator_input=c.loss.discriminator_input,
         reconstruction=(state.constant_schedule(weight) if end is None else decaying(weight, end)) if weight else None,
     )

@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddgan_jax.config.settings import MAX_SEED, Config, as_dict, read
+from ddgan_jax.config.settings import Config, as_dict, read
+from ddgan_jax.config.types import MAX_SEED
 from ddgan_jax.devices import processes
 from ddgan_jax.errors import UserError
 from ddgan_jax.method import build, editing, sampling

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from ddgan_jax.config.settings import Positive, PositiveFloat, Range, Width
+from ddgan_jax.config.types import Positive, PositiveFloat, Range, Width
 from ddgan_jax.devices import parallel
 from ddgan_jax.errors import UserError
 from ddgan_jax.networks import layers, ops

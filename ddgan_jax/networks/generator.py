@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ddgan_jax.config.settings import Below1, Blocks, Kernel, Latents, Layers, Positive, Positives, Width
+from ddgan_jax.config.types import Below1, Blocks, Kernel, Latents, Layers, Positive, Positives, Width
 from ddgan_jax.errors import UserError
 from ddgan_jax.networks import layers
 from ddgan_jax.networks.layers import Dtype

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ddgan_jax.config.settings import Blocks, Latents, Layers, Octaves, Width
+from ddgan_jax.config.types import Blocks, Latents, Layers, Octaves, Width
 from ddgan_jax.networks import layers
 from ddgan_jax.networks.layers import Dtype
 

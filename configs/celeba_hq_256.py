@@ -6,9 +6,11 @@ from ddgan_jax.config import presets
 
 
 def get_config(variant: str = "paper") -> ConfigDict:
-    """The paper's setting: FID 7.64, recall 0.36 with two network calls an image."""
+    """The paper's setting: FID 7.64, recall 0.36 with two network calls per image."""
     config = presets.get("cifar10")
-    config.data.update(name="celeb_a_hq/256", split="train[:27000]", image_size=256)  # as many as in the released code
+    config.data.update(
+        name="celeb_a_hq/256", split="train[:27000]", image_size=256
+    )  # 27,000 images, as in the released code
     config.diffusion.num_steps = 2
     config.generator.update(nf=64, ch_mult=(1, 1, 2, 2, 4, 4), n_mlp=3)
     config.train.update(

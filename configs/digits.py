@@ -1,8 +1,7 @@
-"""Real handwritten digits, 8x8, embedded in scikit-learn: the default, minutes on a CPU.
+"""Handwritten digits of 8x8 pixels from scikit-learn: the default, which trains in minutes on a CPU.
 
-Variants: '' (our recipe, 4 to 8 minutes on 2 CPU cores), 'long' (the same for about an hour of one core),
-'conditional' (on the ten classes, for `--label`), 'paper' (the paper's losses and noise), 'smoke' (made data, under a
-minute).
+Variants: '' (our recipe, 4 to 8 minutes on 2 CPU cores), 'long' (the same for about an hour of one core), 'conditional'
+(on the ten classes, for `--label`), 'paper' (the paper's losses and noise), 'smoke' (synthetic data, under a minute).
 """
 
 from ml_collections import ConfigDict
@@ -11,22 +10,22 @@ from ddgan_jax.config import presets
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The digits, small enough that a laptop trains them while you watch."""
+    """Networks small enough to train on a laptop in minutes."""
     config = presets.get("cifar10")
-    config.data.update(name="digits", image_size=8, channels=1, flip=False)  # a mirrored digit is none
+    config.data.update(name="digits", image_size=8, channels=1, flip=False)  # mirrored digits are not digits
     config.generator.update(
         nf=16, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,), nz=32, z_emb_dim=64, n_mlp=2
     )
     config.discriminator.update(ngf=12, t_emb_dim=64)
-    # R1 (0.02 in the paper, for CIFAR-10) and D's learning rate decide much: with the paper's losses, after 2,000 and
-    # some 4,000 steps, Frechet distances (tests/test_digits.py) were 8.7 and 5 with R1 0.02 and lr_d 1e-3, and 6 and 2
-    # to 3.5 with these (trials of a seed or two).
+    # R1 and D's learning rate have a large effect. With the paper's losses, Frechet distances (tests/test_digits.py)
+    # after 2,000 and about 4,000 steps were 8.7 and 5 with r1_gamma 0.02 (the paper's for CIFAR-10) and lr_d 1e-3, and
+    # 6 and 2 to 3.5 with the values below, in trials of one or two seeds.
     config.train.update(
         num_steps=4500,
         batch_size=32,
         lr_g=1e-3,
         lr_d=2e-3,
-        steps_per_epoch=1,  # the learning rate moves every step
+        steps_per_epoch=1,  # learning rates change every step
         ema_decay=0.997,
         r1_gamma=0.5,
         r1_every=10,

@@ -1,4 +1,4 @@
-"""The mixture of 25 Gaussians on a grid, 2-D points: the method in minutes, and its modes can be counted.
+"""A mixture of 25 Gaussians on a grid in the plane: the method in minutes, with modes that can be counted.
 
 Variants: '' (the mixture), 'smoke' (a few steps).
 """
@@ -9,24 +9,24 @@ from ddgan_jax.config import presets
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """Fully connected networks, and the points four times as large as they come.
+    """Fully connected networks, with the points scaled by 4.
 
-    With the paper's noise levels and a spacing of 2 nearly all modes of the denoising distribution are left to the last
-    step, x_1 -> x_0, which nothing corrects; with a spacing of 8 they are told apart in the steps before, and the last
-    one only sharpens them (the second table of `python -m experiments.why_gaussian_fails`). `octaves` let the networks
-    see the modes, 40 times narrower than their distance, as sharply as they are.
+    With the paper's noise levels and the grid's spacing of 2, the last step, x_1 -> x_0, would have to separate nearly
+    all modes, and no later step corrects it. With a spacing of 8, the earlier steps separate them and the last one only
+    sharpens them (the second table of `python -m experiments.why_gaussian_fails`). `octaves` give the networks inputs
+    fine enough for modes that are 40 times narrower than their distance.
     """
     config = presets.get("cifar10")
     config.data.update(name="gaussians", image_size=1, channels=2, flip=False, scale=4.0)
     config.model.update(network="mlp", data_std=2.83)
-    # The fields of PointGenerator and PointDiscriminator
+    # Fields of PointGenerator and PointDiscriminator
     config.generator = ConfigDict({"nz": 2, "width": 128, "depth": 4, "t_emb_dim": 32, "octaves": 4})
     config.discriminator = ConfigDict({"width": 128, "depth": 4, "t_emb_dim": 32, "octaves": 4})
     config.train.update(
         num_steps=20_000, batch_size=256, lr_g=1e-3, lr_d=1e-3, lr_min_d=5e-4, steps_per_epoch=1, r1_every=1
     )
-    # The modes keep their width with little R1 and without a moving average: z turns while G follows D, and the average
-    # of maps that are turned against each other is narrow (0.029 of 0.049, where G itself has 0.046)
+    # Little R1 and no moving average keep the width of the modes: G's use of z drifts during training, so averaging its
+    # weights narrows the modes (a width of 0.029 instead of 0.049, where G without averaging has 0.046).
     config.train.update(r1_gamma=0.003, ema_decay=0.0)
     config.checkpoint.update(every=5_000, keep_period=0)
     config.log.update(every=100, samples_every=2_000)

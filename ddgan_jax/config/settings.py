@@ -96,7 +96,7 @@ class TrainConfig:
 class LossConfig:
     """Additions to the paper's losses, off by default."""
 
-    discriminator_input: Literal["x_t", "x_0"] = "x_t"  # besides x_{t+1} (paper: x_t)
+    discriminator_input: Literal["x_t", "x_0"] = "x_t"  # the discriminator's input besides x_{t+1} (paper: x_t)
     reconstruction: Weight = 0.0  # weight of the SNR-weighted squared error of x_0 in the generator's loss
     reconstruction_end: Weight | None = None  # final value of that weight, by a cosine; None: constant weight
 

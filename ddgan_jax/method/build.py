@@ -1,6 +1,6 @@
-"""From settings to networks, schedule, objective and optimizer.
+"""From a configuration to its Method: networks, losses, optimizer and learning rates.
 
-`denoiser` builds what a trained generator needs to sample, `build` what training needs besides.
+`denoiser` builds only what sampling needs, `build` everything that training needs.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,9 +30,9 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def denoiser(config: Any) -> Denoiser:
-    """What `config` says of the generator, without anything that only training needs.
+    """The generator that `config` describes, without anything that only training needs.
 
-    Raises UserError for settings that do not go together, or an image size that is not set.
+    Raises UserError for settings that exclude each other, or if the image size or the channels are not set.
     """
     c = read(config)
     generator, shape, diffusion = generator_of(c), _shape(c), _diffusion(c)
@@ -62,11 +62,14 @@ def _shape(c: Config) -> tuple[int, ...]:
 
 
 def generator_of(c: Config) -> Any:
-    """The generator's module: of the paper for images, fully connected for points. UserError if it cannot be."""
-    both = {"dtype": DTYPES[c.model.dtype]}
+    """The generator's module: the paper's U-Net for images, fully connected for points.
+
+    Raises UserError for invalid fields, or an image size that the levels do not divide.
+    """
+    common = {"dtype": DTYPES[c.model.dtype]}
     given = _network_fields(PointGenerator if c.model.network == "mlp" else Generator, c.generator, "generator.")
     if c.model.network == "mlp":
-        return PointGenerator(dim=_shape(c)[0], levels=_levels(c), **both, **given)
+        return PointGenerator(dim=_shape(c)[0], levels=_levels(c), **common, **given)
     (size, _, channels), patch = _shape(c), c.model.patch_size
     halvings = len(given.get("ch_mult", Generator.ch_mult)) - 1
     if size % (part := patch * 2**halvings):
@@ -75,31 +78,31 @@ def generator_of(c: Config) -> Any:
             f"generator.ch_mult need{f' with model.patch_size={patch}' if patch > 1 else ''}: choose a multiple of "
             f"{part}, or fewer levels"
         )
-    both |= {"num_classes": c.model.num_classes, "patch_size": patch}
-    return Generator(image_channels=channels, remat=c.model.remat, **both, **given)
+    common |= {"num_classes": c.model.num_classes, "patch_size": patch}
+    return Generator(image_channels=channels, remat=c.model.remat, **common, **given)
 
 
 def _discriminator(c: Config) -> Any:
-    """The discriminator's module. UserError if it cannot be."""
-    both = {"dtype": DTYPES[c.model.dtype]}
+    """The discriminator's module. Raises UserError for invalid fields."""
+    common = {"dtype": DTYPES[c.model.dtype]}
     if c.model.network == "mlp":
         given = _network_fields(PointDiscriminator, c.discriminator, "discriminator.")
-        return PointDiscriminator(levels=_levels(c), **both, **given)
+        return PointDiscriminator(levels=_levels(c), **common, **given)
     given = _network_fields(Discriminator, c.discriminator, "discriminator.")
-    both |= {"num_classes": c.model.num_classes, "patch_size": c.model.patch_size}
-    return Discriminator(**both, **(preset(_shape(c)[0] // c.model.patch_size) | given))
+    common |= {"num_classes": c.model.num_classes, "patch_size": c.model.patch_size}
+    return Discriminator(**common, **(preset(_shape(c)[0] // c.model.patch_size) | given))
 
 
-# What `config.data` and `config.model` say of a network, and flax's own.
-_NOT_GIVEN = ("parent", "name", "dtype", "image_channels", "num_classes", "patch_size", "remat", "dim", "levels")
+# Fields of the networks that other groups of the configuration set, and flax's own
+_NOT_IN_GROUP = ("parent", "name", "dtype", "image_channels", "num_classes", "patch_size", "remat", "dim", "levels")
 
 
 def _network_fields(network: type[nn.Module], given: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    return checked_fields(network, given, prefix, _NOT_GIVEN)
+    return checked_fields(network, given, prefix, _NOT_IN_GROUP)
 
 
 def _levels(c: Config) -> tuple[float, ...]:
-    """The standard deviations of x_0, ..., x_T for points whose own is `model.data_std`; () if that is not set."""
+    """Standard deviations of x_0, ..., x_T for points with standard deviation `model.data_std`; () if it is not set."""
     if c.model.data_std is None:
         return ()
     schedule, std = _diffusion(c), c.model.data_std * c.data.scale
@@ -117,10 +120,10 @@ def build(config: Any) -> Method:
     per_epoch = required(train.steps_per_epoch, "train.steps_per_epoch")
     epochs = -(-(train.lr_decay_steps or num_steps) // per_epoch)
 
-    def decaying(start: float, end: float) -> state.OfStep:
+    def decaying(start: float, end: float) -> state.StepSchedule:
         return state.cosine_schedule(start, per_epoch, epochs, end)
 
-    def rate(base: float, floor: float) -> state.OfStep:
+    def rate(base: float, floor: float) -> state.StepSchedule:
         return decaying(base, min(floor, base)) if train.lr_decay else state.constant_schedule(base)
 
     x, t = jnp.zeros((1, *generates.image_shape)), jnp.zeros(1, jnp.int32)
@@ -145,7 +148,7 @@ def build(config: Any) -> Method:
 
 
 def init_state(method: Method, seed: int) -> state.TrainState:
-    """The state before the first step, a function of the seed alone. Call it inside one jit."""
+    """The state before the first step, which depends on the seed alone. Call it under jit."""
     gen_key, disc_key = jax.random.split(jax.random.key(seed))
     return state.create(method.denoiser.init_gen(gen_key), method.init_disc(disc_key), method.optimizer)
 
@@ -157,7 +160,7 @@ def noise_seed(c: Config) -> int:
     return int(np.random.SeedSequence((c.seed, c.train.noise_seed)).generate_state(1)[0])
 
 
-def _losses(c: Config, decaying: Callable[[float, float], state.OfStep]) -> Losses:
+def _losses(c: Config, decaying: Callable[[float, float], state.StepSchedule]) -> Losses:
     """The selected losses; `decaying` makes a weight that decays as the learning rates do."""
     weight, end = c.loss.reconstruction, c.loss.reconstruction_end
     return Losses(

@@ -13,16 +13,17 @@ The betas discretise a continuous process whose signal level is abar(s) = 1 - va
     (5)  'vp':        var(s) = 1 - exp(2 l(s)),   l(s) = -s^2 (beta_max - beta_min) / 4 - s beta_min / 2
          'geometric': var(s) = beta_min (beta_max / beta_min)^s
 
-A deterministic step to the same marginals (2), instead of a draw from (3) (Song et al. 2021, DDIM, with eta = 0):
+A deterministic step with the same marginals (2), an alternative to sampling from (3) (DDIM with eta = 0, Song et al.
+2021):
 
     (6)  x_{k-1} = sqrt(abar_{k-1}) x_0 + sqrt(1 - abar_{k-1}) (x_k - sqrt(abar_k) x_0) / sqrt(1 - abar_k)
 
-Which index is t? Everywhere in this project t is 0-based, 0..T-1, and names the step between x_t and
-x_{t+1}: the generator sees (x_{t+1}, t), the discriminator (x_t, t, x_{t+1}). t = 0 is the last step of
-denoising, x_1 -> x_0. Only `q_sample` takes t up to T, since x_T exists but no step begins there.
+t is 0-based in the whole project, 0..T-1, and denotes the step between x_t and x_{t+1}: the generator's input is
+(x_{t+1}, t), the discriminator's (x_t, t, x_{t+1}). t = 0 is the last denoising step, x_1 -> x_0. Only `q_sample`
+accepts t = T, because x_T exists although no step begins there.
 
-Arithmetic follows the reference implementation's: (4) and abar in float64, the rest in float32. Computed
-wholly in float64 the coefficients would differ by up to 3e-5 where beta is small.
+The arithmetic follows the reference implementation: (4) and abar in float64, everything else in float32. In float64
+throughout, the coefficients would differ by up to 3e-5 where beta is small.
 """
 
 import dataclasses
@@ -33,12 +34,12 @@ from jaxtyping import Array, Float, Int
 
 from ddgan_jax.errors import UserError
 
-EPS = 1e-3  # the time s_0 at which the discretisation starts; abar(s_0) counts as 1
+EPS = 1e-3  # the time s_0 at which the discretisation starts; abar(s_0) is taken as 1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Schedule:
-    """The coefficients of (1) to (3), float32, in host memory. Build it with `Schedule.create`.
+    """The coefficients of (1) to (3) as float32 NumPy arrays, made by `Schedule.create`.
 
     The first five are indexed by k = 0..T, where k = 0 means "no noise"; the last four by t = 0..T-1.
     """
@@ -55,20 +56,20 @@ class Schedule:
 
     @property
     def num_steps(self) -> int:
-        """T, the number of denoising steps."""
+        """Number T of denoising steps."""
         return self.posterior_variance.shape[0]
 
     @staticmethod
     def create(num_steps: int, kind: str = "vp", beta_min: float = 0.1, beta_max: float = 20.0) -> "Schedule":
-        """Discretise the process of `kind` ('vp' or 'geometric') into `num_steps` >= 1 steps, (4) and (5).
+        """The process `kind` ('vp' or 'geometric'), discretised into `num_steps` >= 1 steps by (4) and (5).
 
-        The paper uses 'vp' with 0.1 and 20 (Appendix). Raises UserError for settings that leave some alpha
-        outside (0, 1), such as a geometric schedule whose beta_max is 1 or more.
+        The paper uses 'vp' with 0.1 and 20 (Appendix). Raises UserError if some beta is not between 0 and 1, as in a
+        geometric schedule with beta_max >= 1.
         """
         if num_steps < 1:
             raise UserError(f"a diffusion needs at least 1 step, not num_steps={num_steps}")
         s = EPS + (1 - EPS) * np.arange(num_steps + 1, dtype=np.float64) / num_steps
-        with np.errstate(all="ignore"):  # a bad setting is judged below, by what it gives
+        with np.errstate(all="ignore"):  # invalid settings are detected below, by their betas
             if kind == "vp":
                 variance = -np.expm1(2 * (-(s**2) * (beta_max - beta_min) / 4 - s * beta_min / 2))
             elif kind == "geometric":
@@ -87,12 +88,12 @@ class Schedule:
 
 
 def _coefficients(betas: np.ndarray) -> dict[str, np.ndarray]:
-    """Every field of the schedule from beta_1..beta_T, float32."""
+    """All fields of a Schedule from beta_1..beta_T, float32."""
     one = np.float32(1)
     alphas = one - betas
     abar = np.cumprod(alphas, dtype=np.float64).astype(np.float32)
     abar_prev = np.concatenate([[one], abar[:-1]]).astype(np.float32)
-    # k = 0 is a step that adds next to nothing: 1 - 1e-8 rounds to 1 in float32.
+    # The step k = 0 adds no noise: 1 - 1e-8 rounds to 1 in float32.
     betas_0 = np.concatenate([[np.float32(1e-8)], betas]).astype(np.float32)
     a_s = np.sqrt(one - betas_0)
     a_s_cum = np.cumprod(a_s, dtype=np.float32)
@@ -128,7 +129,7 @@ def q_sample_pair(
     noise_t: Float[Array, "b *d"],
     noise_tp1: Float[Array, "b *d"],
 ) -> tuple[Float[Array, "b *d"], Float[Array, "b *d"]]:
-    """(x_t, x_{t+1}) of one forward path, equations (2) and (1), t in 0..T-1: what D sees as real."""
+    """(x_t, x_{t+1}) of one forward path, equations (2) and (1), t in 0..T-1: D's real pair."""
     x_t = q_sample(schedule, x0, t, noise_t)
     return x_t, q_step(schedule, x_t, t, noise_tp1)
 
@@ -163,9 +164,10 @@ def deterministic_posterior(
     t: Int[Array, "b"],
     noise: Float[Array, "b *d"],
 ) -> Float[Array, "b *d"]:
-    """x_t, equation (6), t in 0..T-1; exactly x_0 at t = 0. `noise` is not used.
+    """x_t by the deterministic step (6), t in 0..T-1; exactly x_0 at t = 0. `noise` is ignored.
 
-    The noise that leads from x_0 to x_{t+1} is kept, at the level of x_t: another posterior for the same generator.
+    An alternative to `sample_posterior` for the same generator: the noise between x_0 and x_{t+1} is kept, scaled to
+    the level of x_t.
     """
     del noise
     direction = (x_tp1 - _at(schedule.a_s_cum, t + 1, x0) * x0) / _at(schedule.sigmas_cum, t + 1, x0)

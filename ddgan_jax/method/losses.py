@@ -38,7 +38,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from ddgan_jax.method.diffusion import Schedule, q_sample, q_sample_pair, sample_posterior
-from ddgan_jax.method.state import OfStep
+from ddgan_jax.method.state import StepSchedule
 
 PerExample = dict[str, Array]  # values [b], by the name of the metric that is their mean
 Gen = Callable[..., Array]  # (x_{t+1}, t, z[, dropout_keys]) -> x0_hat, with parameters and labels bound
@@ -85,7 +85,7 @@ class Losses:
     r1_gamma: float
     objective: str = "adversarial"  # or 'gaussian', 'one_shot'
     discriminator_input: str = "x_t"  # or 'x_0'
-    reconstruction: OfStep | None = None  # weight in (4)
+    reconstruction: StepSchedule | None = None  # weight in (4)
 
     @property
     def has_discriminator(self) -> bool:

@@ -1,10 +1,9 @@
-"""Sampling: T calls of the generator, each followed by a draw from the posterior (Section 3.2).
+"""Sampling: T calls of the generator, each followed by a sample of the posterior (Section 3.2).
 
     x_T ~ N(0, I);  for t = T-1..0:  z ~ N(0, I),  x0_hat = G(x_{t+1}, t, z),  x_t ~ q(x_t | x_{t+1}, x0_hat)
 
-`gen` is a callable (x_{t+1}, t, z) -> x0_hat with its parameters bound. Image i depends on (key, i) alone, never
-on the batch that it is drawn in. The `posterior` is an argument: `sample_posterior` (the paper) or
-`deterministic_posterior`.
+`gen` is a callable (x_{t+1}, t, z) -> x0_hat with its parameters bound. Sample i depends on (key, i) alone, not on its
+batch. The `posterior` is `sample_posterior` (the paper's) or `deterministic_posterior`.
 """
 
 import dataclasses
@@ -37,7 +36,7 @@ class Denoiser:
 
 
 class Noise(struct.PyTreeNode):
-    """The random draws of a batch of samples; entry t of the last two is used in the step x_{t+1} -> x_t."""
+    """Random numbers of a batch of samples. Entry t of the last two belongs to the step x_{t+1} -> x_t."""
 
     x_T: Float[Array, "b *d"]
     z: Float[Array, "T b nz"]
@@ -45,15 +44,15 @@ class Noise(struct.PyTreeNode):
 
 
 class Trajectory(struct.PyTreeNode):
-    """Every step of a batch of samples, entry t of the step x_{t+1} -> x_t; x_t[0] is the sample."""
+    """All steps of a batch of samples. Entry t belongs to the step x_{t+1} -> x_t; x_t[0] is the sample."""
 
-    x_tp1: Float[Array, "T b *d"]  # what the generator saw
-    x0_hat: Float[Array, "T b *d"]  # what it predicted
-    x_t: Float[Array, "T b *d"]  # the posterior's draw
+    x_tp1: Float[Array, "T b *d"]  # the generator's input
+    x0_hat: Float[Array, "T b *d"]  # its prediction
+    x_t: Float[Array, "T b *d"]  # drawn from the posterior
 
 
 def draw_noise(key: Array, indices: Int[Array, "b"], num_steps: int, image_shape: Sequence[int], nz: int) -> Noise:
-    """The draws of the samples with these `indices`, each from (key, index) alone."""
+    """Noise of the samples with these `indices`, each from (key, index) alone."""
 
     def one(key: Array) -> Noise:
         x_key, z_key, posterior_key = jax.random.split(key, 3)
@@ -75,7 +74,7 @@ def denoise_once(
     noise: Array,
     posterior: Posterior = sample_posterior,
 ) -> Trajectory:
-    """The step x_{t+1} -> x_t, t in 0..T-1; `noise` is of the posterior. Its fields are [b, *d], of this step alone."""
+    """The step x_{t+1} -> x_t, t in 0..T-1, with the posterior's noise [b, *d]; fields [b, *d], without the axis T."""
     steps = jnp.broadcast_to(t, x_tp1.shape[:1])
     x0_hat = gen(x_tp1, steps, z)
     return Trajectory(x_tp1=x_tp1, x0_hat=x0_hat, x_t=posterior(schedule, x0_hat, x_tp1, steps, noise))
@@ -87,11 +86,11 @@ def denoise(
     noise: Noise,
     posterior: Posterior = sample_posterior,
 ) -> Trajectory:
-    """Run the steps len(noise.z) - 1, ..., 0 on given draws, from noise.x_T; T steps unless the draws are for fewer."""
+    """Runs the steps len(noise.z) - 1, ..., 0 from noise.x_T. These are all T steps for the noise of `draw_noise`."""
 
     def step(x_tp1: Array, inputs: tuple[Array, Array, Array]) -> tuple[Array, Trajectory]:
-        taken = denoise_once(gen, schedule, x_tp1, *inputs, posterior)
-        return taken.x_t, taken
+        trajectory = denoise_once(gen, schedule, x_tp1, *inputs, posterior)
+        return trajectory.x_t, trajectory
 
     steps = jnp.arange(len(noise.z))
     return jax.lax.scan(step, noise.x_T, (steps, noise.z, noise.posterior), reverse=True)[1]
@@ -106,6 +105,6 @@ def sample(
     nz: int,
     posterior: Posterior = sample_posterior,
 ) -> Float[Array, "b *d"]:
-    """The samples x_0 with these `indices`, [B, *image_shape] in [-1, 1] if the generator ends in a tanh."""
+    """Samples x_0 with these `indices`, [B, *image_shape], in [-1, 1] if the generator ends in a tanh."""
     noise = draw_noise(key, indices, schedule.num_steps, image_shape, nz)
     return denoise(gen, schedule, noise, posterior).x_t[0]

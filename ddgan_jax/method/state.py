@@ -1,6 +1,6 @@
-"""The state of a training run, all arrays, and the optimizers that move it.
+"""The state of a training run as arrays, its optimizer, learning rates and moving average.
 
-`step` is the only clock: randomness, data order and learning rates are functions of it.
+Randomness, data order and learning rates are functions of the training step.
 """
 
 import math
@@ -15,28 +15,30 @@ from flax import struct
 from ddgan_jax.networks import ops
 
 Params = Any
-OfStep = Callable[[jax.Array], jax.Array]  # training steps done [] int32 -> learning rate, or weight of a loss
+StepSchedule = Callable[[jax.Array], jax.Array]  # number of finished training steps [] int32 -> float32 []
 
 
 class TrainState(struct.PyTreeNode):
-    """Everything that a run needs to go on, as arrays. Optimizer states hold only moments and their count."""
+    """Everything that a run needs to resume, as arrays. Optimizer states hold the moments and their step count."""
 
-    step: jax.Array  # [] int32, training steps done
+    step: jax.Array  # [] int32, number of finished training steps
     gen_params: Params
     disc_params: Params
-    ema_params: Params  # exponential moving average of gen_params; what samples are drawn with
+    ema_params: Params  # exponential moving average of gen_params, used for sampling
     gen_opt: optax.OptState
     disc_opt: optax.OptState
 
 
 def adam(b1: float = 0.5, b2: float = 0.9, eps: float = 1e-8) -> optax.GradientTransformation:
-    """Adam's direction, without the learning rate, which is a function of the step (paper: b1 = 0.5, b2 = 0.9)."""
+    """Adam without the learning rate, which is a function of the step (paper: b1 = 0.5, b2 = 0.9)."""
     return optax.scale_by_adam(b1, b2, eps)
 
 
-def cosine_schedule(base: float, steps_per_epoch: int, num_epochs: int, eta_min: float = 1e-5) -> OfStep:
-    """A cosine from `base` to `eta_min` in `num_epochs`, constant within an epoch, as the reference's learning rate;
-    `eta_min` afterwards. For a decay that moves every step, call the step an epoch."""
+def cosine_schedule(base: float, steps_per_epoch: int, num_epochs: int, eta_min: float = 1e-5) -> StepSchedule:
+    """A cosine from `base` to `eta_min` over `num_epochs`, and `eta_min` afterwards.
+
+    It is constant within an epoch, as the reference's learning rate. With steps_per_epoch=1 it changes every step.
+    """
 
     def learning_rate(step: jax.Array) -> jax.Array:
         epoch = jnp.minimum(step // steps_per_epoch, num_epochs).astype(jnp.float32)
@@ -45,13 +47,13 @@ def cosine_schedule(base: float, steps_per_epoch: int, num_epochs: int, eta_min:
     return learning_rate
 
 
-def constant_schedule(base: float) -> OfStep:
+def constant_schedule(base: float) -> StepSchedule:
     """`base` at every step."""
     return lambda step: jnp.float32(base)
 
 
 def create(gen_params: Params, disc_params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step. Call it inside one jit: arrays built eagerly would be shared between fields."""
+    """The state before the first step. Call it under jit: arrays made eagerly would be shared between fields."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         gen_params=gen_params,
@@ -65,22 +67,23 @@ def create(gen_params: Params, disc_params: Params, optimizer: optax.GradientTra
 def apply_gradients(
     optimizer: optax.GradientTransformation, grads: Params, opt_state: optax.OptState, params: Params, lr: jax.Array
 ) -> tuple[Params, optax.OptState]:
-    """One step of `optimizer` at learning rate `lr`: (parameters, optimizer state)."""
+    """(parameters, optimizer state) after one step of `optimizer` with learning rate `lr`."""
     directions, opt_state = optimizer.update(ops.row_major(grads), opt_state, params)
     return jax.tree.map(lambda p, d: p - lr * d, params, directions), opt_state
 
 
 def update_ema(ema: Params, params: Params, step: jax.Array, decay: float) -> Params:
-    """decay * ema + (1 - decay) * params; at step 0 a copy of params, which are then the first stepped ones."""
+    """decay * ema + (1 - decay) * params; at step 0, the params after the first step instead of an average with the
+    initial ones, as in the reference."""
     keep = jnp.where(step == 0, 0.0, decay)
     return jax.tree.map(lambda e, p: keep * e + (1 - keep) * p, ema, params)
 
 
 @jax.jit
 def norms(state: TrainState) -> dict[str, jax.Array]:
-    """The Euclidean norms of all parameters, and of all gradients as Adam's first moment has them, for the log.
+    """Euclidean norms of all parameters, and of Adam's first moments as smoothed gradients, for the log.
 
-    They are no part of the step: of hundreds of arrays they would be a sixth of its kernels.
+    They are computed outside the step: for hundreds of arrays they would be a sixth of its kernels.
     """
     return {
         "d_grad_norm": optax.tree.norm(state.disc_opt.mu),
@@ -91,5 +94,5 @@ def norms(state: TrainState) -> dict[str, jax.Array]:
 
 
 def num_bytes(shapes: Any) -> int:
-    """Of all arrays, or shapes, in a tree."""
+    """Total size in bytes of all arrays, or shapes of arrays, in a tree."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))

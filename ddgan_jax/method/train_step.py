@@ -23,7 +23,7 @@ from jax import Array
 from ddgan_jax.devices import parallel
 from ddgan_jax.method.losses import Losses, PerExample, Phase, PhaseNoise
 from ddgan_jax.method.sampling import Denoiser
-from ddgan_jax.method.state import OfStep, Params, TrainState, apply_gradients, update_ema
+from ddgan_jax.method.state import Params, StepSchedule, TrainState, apply_gradients, update_ema
 from ddgan_jax.networks import ops
 
 Batch = Array | tuple[Array, Array]  # images [B, *d], or (images, labels [B])
@@ -39,8 +39,8 @@ class Method:
     init_disc: Callable[[Array], Any]  # key -> parameters
     losses: Losses  # with the schedule of the diffusion
     optimizer: optax.GradientTransformation
-    lr_g: OfStep  # learning rate
-    lr_d: OfStep
+    lr_g: StepSchedule  # learning rate
+    lr_d: StepSchedule
     ema_decay: float
     batch_size: int  # of all devices together
     flip: bool = False  # mirror half of the images
@@ -134,7 +134,7 @@ def update_d(method: Method, state: TrainState, phase: Phase, with_r1: bool) -> 
     grads, metrics = parallel.mean((grads, metrics), phase.axis_name)
     lr_d = method.lr_d(state.step)
     disc_params, disc_opt = apply_gradients(method.optimizer, grads, state.disc_opt, state.disc_params, lr_d)
-    disc_params = ops.row_major(disc_params)  # written in place, before G's phase turns them around
+    disc_params = ops.row_major(disc_params)  # updated in place, before G's phase changes their layout
     return state.replace(disc_params=disc_params, disc_opt=disc_opt), metrics | {"lr_d": lr_d}
 
 

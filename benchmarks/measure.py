@@ -147,15 +147,7 @@ def mean_step(plain: float, with_r1: float, r1_every: int) -> float:
 
 def sampler(method: Method) -> Callable:
     """(params, indices [B]) -> samples x_0."""
-    denoiser = method.denoiser
-    return lambda params, indices: sampling.sample(
-        lambda *args: denoiser.gen(params, *args),
-        denoiser.schedule,
-        jax.random.key(0),
-        indices,
-        denoiser.image_shape,
-        denoiser.nz,
-    )
+    return lambda params, indices: sampling.sample(method.denoiser, params, jax.random.key(0), indices)
 
 
 def convolution() -> Program:

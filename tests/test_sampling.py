@@ -7,7 +7,7 @@ import pytest
 from conftest import Golden
 
 from ddgan_jax.method.diffusion import Schedule
-from ddgan_jax.method.sampling import Noise, denoise, draw_noise, sample
+from ddgan_jax.method.sampling import Denoiser, Noise, denoise, draw_noise, sample
 from ddgan_jax.networks.generator import Generator
 from ddgan_jax.storage.torch.architecture import generator_config
 from ddgan_jax.storage.torch.convert import generator_params
@@ -41,23 +41,29 @@ def toy(x, t, z):
     return jnp.tanh(x * (1 + t[:, None, None, None]) + jnp.sum(z, axis=1)[:, None, None, None])
 
 
+def toy_denoiser(schedule, image_shape, nz):
+    return Denoiser(lambda params, *args: toy(*args), None, schedule, image_shape, nz)
+
+
 def test_a_sample_depends_on_its_index_alone():
-    schedule, key = Schedule.create(4), jax.random.key(3)
-    draw = lambda indices: sample(toy, schedule, key, jnp.asarray(indices), (4, 4, 2), 5)  # noqa: E731
+    denoiser, key = toy_denoiser(Schedule.create(4), (4, 4, 2), 5), jax.random.key(3)
+    draw = lambda indices: sample(denoiser, None, key, jnp.asarray(indices))  # noqa: E731
     whole = draw(np.arange(20))
     np.testing.assert_allclose(
         jnp.concatenate([draw(np.arange(a, min(a + 7, 20))) for a in (0, 7, 14)]), whole, atol=1e-6
     )
     np.testing.assert_allclose(draw([13, 2]), whole[jnp.array([13, 2])], atol=1e-6)
     assert len({float(x) for x in whole[:, 0, 0, 0]}) == 20
-    assert not np.allclose(whole, sample(toy, schedule, jax.random.key(4), jnp.arange(20), (4, 4, 2), 5))
+    assert not np.allclose(whole, sample(denoiser, None, jax.random.key(4), jnp.arange(20)))
 
 
 def test_trajectory_ends_in_the_sample():
     schedule, key = Schedule.create(3), jax.random.key(0)
     trajectory = denoise(toy, schedule, draw_noise(key, jnp.arange(4), 3, (4, 4, 1), 2))
     assert trajectory.x_t.shape == (3, 4, 4, 4, 1)
-    np.testing.assert_array_equal(trajectory.x_t[0], sample(toy, schedule, key, jnp.arange(4), (4, 4, 1), 2))
+    np.testing.assert_array_equal(
+        trajectory.x_t[0], sample(toy_denoiser(schedule, (4, 4, 1), 2), None, key, jnp.arange(4))
+    )
     np.testing.assert_array_equal(trajectory.x_t[0], trajectory.x0_hat[0])  # the last posterior is x0_hat itself
     np.testing.assert_array_equal(trajectory.x_t[1:], trajectory.x_tp1[:-1])
     np.testing.assert_array_equal(trajectory.x_tp1[2], draw_noise(key, jnp.arange(4), 3, (4, 4, 1), 2).x_T)
@@ -68,7 +74,7 @@ def test_one_step_is_the_generator_itself():
     schedule, key = Schedule.create(1), jax.random.key(0)
     noise = draw_noise(key, jnp.arange(5), 1, (4, 4, 1), 2)
     np.testing.assert_allclose(
-        sample(toy, schedule, key, jnp.arange(5), (4, 4, 1), 2),
+        sample(toy_denoiser(schedule, (4, 4, 1), 2), None, key, jnp.arange(5)),
         toy(noise.x_T, jnp.zeros(5, jnp.int32), noise.z[0]),
         atol=1e-6,
     )

@@ -8,6 +8,7 @@ batch. The `posterior` is `sample_posterior` (the paper's) or `deterministic_pos
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -33,6 +34,17 @@ class Denoiser:
     nz: int  # dimension of the latent z
     num_classes: int = 0  # 0: unconditional
     scale: float = 1.0  # x_0 = scale * data, for points
+
+
+def bind(
+    network: Callable[..., Any], params: Any, y: Array | None = None, axis_name: str | None = None
+) -> Callable[..., Any]:
+    """A network with its parameters and, unless they are None, the labels [B] of its examples and the replicas' axis.
+
+    The discriminator needs the axis, since its minibatch standard deviation compares examples across replicas.
+    """
+    given = {"y": y, "axis_name": axis_name}
+    return partial(network, params, **{name: value for name, value in given.items() if value is not None})
 
 
 class Noise(struct.PyTreeNode):
@@ -97,14 +109,13 @@ def denoise(
 
 
 def sample(
-    gen: Gen,
-    schedule: Schedule,
+    denoiser: Denoiser,
+    params: Any,
     key: Array,
     indices: Int[Array, "b"],
-    image_shape: Sequence[int],
-    nz: int,
+    labels: Int[Array, "b"] | None = None,
     posterior: Posterior = sample_posterior,
 ) -> Float[Array, "b *d"]:
-    """Samples x_0 with these `indices`, [B, *image_shape], in [-1, 1] if the generator ends in a tanh."""
-    noise = draw_noise(key, indices, schedule.num_steps, image_shape, nz)
-    return denoise(gen, schedule, noise, posterior).x_t[0]
+    """Samples x_0 with these `indices`, [B, *d], in [-1, 1] if the generator ends in a tanh."""
+    noise = draw_noise(key, indices, denoiser.schedule.num_steps, denoiser.image_shape, denoiser.nz)
+    return denoise(bind(denoiser.gen, params, labels), denoiser.schedule, noise, posterior).x_t[0]

@@ -12,7 +12,6 @@ with the losses of `losses.py`, whose options change the pairs and losses of the
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -22,7 +21,7 @@ from jax import Array
 
 from ddgan_jax.devices import parallel
 from ddgan_jax.method.losses import Losses, PerExample, Phase, PhaseNoise
-from ddgan_jax.method.sampling import Denoiser
+from ddgan_jax.method.sampling import Denoiser, bind
 from ddgan_jax.method.state import Params, StepSchedule, TrainState, apply_gradients, update_ema
 from ddgan_jax.networks import ops
 
@@ -182,17 +181,6 @@ def g_gradients(method: Method, state: TrainState, phase: Phase) -> tuple[Params
         return jax.grad(loss, has_aux=True)(state.gen_params)
 
     return parallel.accumulate(gradients, phase, method.accumulate)
-
-
-def bind(
-    network: Callable[..., Any], params: Params, y: Array | None = None, axis_name: str | None = None
-) -> Callable[..., Any]:
-    """A network with its parameters and, unless they are None, the labels [B] of its examples and the replicas' axis.
-
-    The discriminator needs the axis, since its minibatch standard deviation compares examples across replicas.
-    """
-    given = {"y": y, "axis_name": axis_name}
-    return partial(network, params, **{name: value for name, value in given.items() if value is not None})
 
 
 def _metrics(network: str, values: PerExample, t: Array, method: Method) -> Metrics:

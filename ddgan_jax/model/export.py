@@ -8,8 +8,7 @@ import jax.export
 import jax.numpy as jnp
 
 from ddgan_jax.errors import UserError
-from ddgan_jax.method.sampling import Denoiser, denoise_once
-from ddgan_jax.method.train_step import bind
+from ddgan_jax.method.sampling import Denoiser, bind, denoise_once
 from ddgan_jax.model.sampler import POSTERIORS, sample, to_images
 from ddgan_jax.networks import ops
 

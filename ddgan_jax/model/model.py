@@ -26,8 +26,8 @@ from ddgan_jax.devices import processes
 from ddgan_jax.errors import UserError
 from ddgan_jax.method import build, editing, sampling
 from ddgan_jax.method.diffusion import q_sample
-from ddgan_jax.method.sampling import Denoiser
-from ddgan_jax.method.train_step import bind, to_x0
+from ddgan_jax.method.sampling import Denoiser, bind
+from ddgan_jax.method.train_step import to_x0
 from ddgan_jax.model import export
 from ddgan_jax.model.sampler import POSTERIORS, Sampler, default_labels, noise_of, to_images
 from ddgan_jax.storage import checkpoint, paths, safetensors

@@ -14,7 +14,6 @@ from ddgan_jax.errors import is_out_of_memory
 from ddgan_jax.method import sampling
 from ddgan_jax.method.diffusion import deterministic_posterior, sample_posterior
 from ddgan_jax.method.sampling import Denoiser
-from ddgan_jax.method.train_step import bind
 
 POSTERIORS = {"gaussian": sample_posterior, "deterministic": deterministic_posterior}
 
@@ -37,8 +36,7 @@ def noise_of(denoiser: Denoiser, seed: jax.Array, indices: jax.Array) -> samplin
 
 def sample(denoiser: Denoiser, posterior: str, params: Any, seed: jax.Array, indices: jax.Array, y: Any) -> jax.Array:
     """Samples `indices` [B] in [-1, 1], or points; of classes `y` [B] if the model is class-conditional."""
-    noise, gen = noise_of(denoiser, seed, indices), bind(denoiser.gen, params, y)
-    return sampling.denoise(gen, denoiser.schedule, noise, POSTERIORS[posterior]).x_t[0]
+    return sampling.sample(denoiser, params, jax.random.key(seed), indices, y, POSTERIORS[posterior])
 
 
 @functools.lru_cache(maxsize=16)

@@ -24,6 +24,7 @@ from ddgan_jax.config.settings import LogConfig, as_dict, read
 from ddgan_jax.data.sources import Data, open_data
 from ddgan_jax.errors import Fault, Interrupted, UserError
 from ddgan_jax.method.build import noise_seed
+from ddgan_jax.networks.generator import Generator
 from ddgan_jax.storage import checkpoint, log, paths
 from ddgan_jax.storage.workdir import lock as lock_workdir
 
@@ -648,6 +649,9 @@ def test_other_data_or_noise_in_a_workdir(points_run, tmp_path):
     with pytest.raises(UserError, match=r"holds a run on other data \(\d+ of 64 examples that are compared differ\)"):
         longer.train.num_steps = 20
         train(longer, str(tmp_path))
+    longer.generator.depth = 5  # which the shapes of the parameters would reveal, too
+    with pytest.raises(UserError, match=r"with generator.depth=\d, and this configuration has 5"):
+        train(longer, str(tmp_path))
     longer.diffusion.num_steps = 8
     with pytest.raises(UserError, match=r"with diffusion.num_steps=4, and this configuration has 8"):
         train(longer, str(tmp_path))
@@ -667,6 +671,18 @@ def test_other_labels_in_a_workdir(tmp_path, capsys):
         assert ("the labels differ" in capsys.readouterr().out) == refused
     setup.check_data({k: v for k, v in before.items() if k != "labels"}, before, tmp_path, refuse=True)
     assert "labels" not in setup.sketch_of(data, None)
+
+
+@pytest.mark.parametrize("field", ["skip_rescale", "tanh", "centered"])
+def test_other_networks_of_the_same_shapes_in_a_workdir(field):
+    """Parameters of the same shapes, and another function of them."""
+    config = presets.get("digits:smoke")
+    before = as_dict(read(config))
+    config.generator.dropout = 0.1
+    assert setup.as_begun(read(config), before, "runs/x").generator["dropout"] == 0.1
+    config.generator[field] = not getattr(Generator, field)
+    with pytest.raises(UserError, match=rf"runs/x holds a run with generator.{field}="):
+        setup.as_begun(read(config), before, "runs/x")
 
 
 def test_a_command_that_trains_nothing_writes_no_configuration(points_run, tmp_path):

@@ -21,7 +21,7 @@ from ddgan_jax.data.resolve import check_batch, facts, labels_of, resolve_from_d
 from ddgan_jax.data.sources import Data, open_data
 from ddgan_jax.devices import compiler, parallel, processes
 from ddgan_jax.errors import Fault, UserError
-from ddgan_jax.method.build import build, init_state
+from ddgan_jax.method.build import build, init_state, network_fields
 from ddgan_jax.method.state import num_bytes
 from ddgan_jax.method.train_step import Method
 from ddgan_jax.metrics.evaluator import open_judge
@@ -128,7 +128,7 @@ def say_where(run: Run) -> None:
 def as_begun(c: Config, before: dict[str, Any] | None, path: paths.Given) -> Config:
     """The settings with what was chosen when the run in `path` was started, as `before` records it.
 
-    Raises UserError if that run is on other data, or if its networks were trained for another diffusion.
+    Raises UserError if that run is on other data, or if its networks have other fields or another diffusion.
     """
     if before is None:
         return c
@@ -139,14 +139,19 @@ def as_begun(c: Config, before: dict[str, Any] | None, path: paths.Given) -> Con
         groups[group] = dataclasses.replace(mine, **taken)
     if old.data.name == c.data.name:
         c = dataclasses.replace(c, **groups)
-    now, then = flat(as_dict(c)), flat(as_dict(old))
-    for name in FIXED:
-        if now[name] != then[name]:
+    _check_same({name: flat(as_dict(c))[name] for name in FIXED}, flat(as_dict(old)), path)
+    _check_same(network_fields(c), network_fields(old), path)
+    return c
+
+
+def _check_same(now: dict[str, Any], then: dict[str, Any], path: paths.Given) -> None:
+    """Raises UserError if a setting of `now` differs from `then`, of the run in `path`."""
+    for name, value in now.items():
+        if value != then[name]:
             raise UserError(
-                f"--workdir={path} holds a run with {name}={then[name]}, and this configuration has {now[name]}: "
+                f"--workdir={path} holds a run with {name}={then[name]}, and this configuration has {value}: "
                 "name another --workdir, or move that run aside with --restart"
             )
-    return c
 
 
 def _open(config: Any, data: Data | None, before: dict[str, Any] | None, path: Path) -> tuple[Config, Method, Data]:

@@ -3,6 +3,7 @@
 `denoiser` builds only what sampling needs, `build` everything that training needs.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -99,6 +100,20 @@ _NOT_IN_GROUP = ("parent", "name", "dtype", "image_channels", "num_classes", "pa
 
 def _network_fields(network: type[nn.Module], given: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return checked_fields(network, given, prefix, _NOT_IN_GROUP)
+
+
+def network_fields(c: Config) -> dict[str, Any]:
+    """The fields of both networks with their defaults, as 'generator.nf', which a trained network must keep.
+
+    Precision, recomputation and dropout may change: they are no property of the trained parameters.
+    """
+    free = ("parent", "name", "dtype", "remat", "dropout")
+    return {
+        f"{group}.{field.name}": getattr(module, field.name)
+        for group, module in (("generator", generator_of(c)), ("discriminator", _discriminator(c)))
+        for field in dataclasses.fields(module)
+        if field.name not in free
+    }
 
 
 def _levels(c: Config) -> tuple[float, ...]:

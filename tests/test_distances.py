@@ -74,12 +74,12 @@ def test_moments_from_a_file(tmp_path):
 BAD_FILES = {
     "no array 'sigma'": {"mu": np.zeros(3)},
     "no array 'mu'": {"sigma": np.eye(3)},
-    r"not of shapes \[3\] and \[4, 4\]": {"mu": np.zeros(3), "sigma": np.eye(4)},
-    r"not of shapes \[1, 3\]": {"mu": np.zeros((1, 3)), "sigma": np.eye(3)},
+    r"not float64 \[3\] and float64 \[4, 4\]": {"mu": np.zeros(3), "sigma": np.eye(4)},
+    r"not float64 \[1, 3\]": {"mu": np.zeros((1, 3)), "sigma": np.eye(3)},
     "width 3, and 2048 is needed": {"mu": np.zeros(3), "sigma": np.eye(3)},
     "NaN": {"mu": np.full(2048, np.nan), "sigma": np.eye(2048)},
     "not symmetric": {"mu": np.zeros(2048), "sigma": np.triu(np.ones((2048, 2048)))},
-    "is not an npz": {"mu": np.array([None, {}]), "sigma": np.eye(2)},
+    "is damaged, or no .npz": {"mu": np.array([None, {}]), "sigma": np.eye(2)},
 }
 
 

@@ -22,7 +22,7 @@ from ddgan_jax.data.sources import Data, open_data
 from ddgan_jax.devices import parallel
 from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.method.build import build, init_state
-from ddgan_jax.metrics import evaluator, features, inception, vgg
+from ddgan_jax.metrics import evaluator, feature_networks, features, inception, npz, vgg, weights
 from ddgan_jax.model.model import load, networks_of
 from ddgan_jax.storage import paths
 
@@ -92,7 +92,7 @@ def test_neither_batches_nor_chunks_show(digits):
     for batch, chunk in ((64, 500), (7, 33)):
         c["eval"]["batch_size"] = batch
         chunks = (images[i : min(i + chunk, 500)] for i in range(0, 500, chunk))
-        found.append(evaluator.judge(evaluator.open_judge(c), chunks, 500).results)
+        found.append(evaluator.measure(evaluator.open_evaluator(c), chunks, 500).results)
     assert found[0].keys() == found[1].keys()
     for name, value in found[0].items():
         assert found[1][name] == pytest.approx(value, rel=1e-5), name
@@ -124,7 +124,7 @@ def test_what_is_known_of_the_real_images_is_kept(digits, tmp_path, monkeypatch)
     c, images = digits
     first = of_samples(c, images[:300], tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(features.classifier, "train", lambda *_: pytest.fail("trained again"))
+        patch.setattr(feature_networks.classifier, "train", lambda *_: pytest.fail("trained again"))
         again = of_samples(c, images[:300], tmp_path)
     assert {k: v for k, v in again.items() if k not in TIMES} == {k: v for k, v in first.items() if k not in TIMES}
     (kept,) = (path for path in os.scandir(f"{c['data']['dir']}/evaluation") if path.name.startswith("features"))
@@ -136,14 +136,14 @@ def test_what_is_known_of_the_real_images_is_kept(digits, tmp_path, monkeypatch)
 
 def test_corrected_labels_train_another_classifier(digits, tmp_path, monkeypatch):
     """Also where they come without names."""
-    monkeypatch.setattr(features.classifier, "STEPS", 300)
+    monkeypatch.setattr(feature_networks.classifier, "STEPS", 300)
     _, images = digits
     c, labels = config(batch_size=64), open_data(DataConfig("digits")).labels()
     c["data"]["dir"] = str(tmp_path)
     found = []
     for given in ((labels + 1) % 10, labels):
-        j = evaluator.open_judge(c, Data(images, lambda given=given: given))
-        found.append(evaluator.judge(j, [images[:300]], 300, labels=given[:300]).results)
+        j = evaluator.open_evaluator(c, Data(images, lambda given=given: given))
+        found.append(evaluator.measure(j, [images[:300]], 300, labels=given[:300]).results)
     assert min(results["label_agreement"] for results in found) > 0.9
     assert [results["of_modes"] for results in found] == [10, 10]
 
@@ -166,15 +166,15 @@ def test_features_follow_an_image_that_is_edited(hashed, tmp_path, monkeypatch):
     def means(networks, chunks, *_):
         return [features.Features(np.concatenate([x.mean((1, 2)) for x in chunks])[:300], np.zeros((300, 1)))]
 
-    monkeypatch.setattr(evaluator, "extract", means)
+    monkeypatch.setattr(features, "extract", means)
     for i in range(300):
         figures.save_image(tmp_path / "in" / f"{i:03d}.png", np.full((8, 8), i % 256, np.uint8))
     c = read({"data": {"name": "image_folder", "path": str(tmp_path / "in"), "dir": str(tmp_path / "data")}})
-    network = features.Network("means", lambda *_: None, None, "0")
+    network = features.Network("means", lambda images: [], "0")
 
     def found():
         data = open_data(c.data)
-        return evaluator._real_features(c, data, np.arange(300), network).features[:, 0].tolist()
+        return features.reference_features(c, data, np.arange(300), network).features[:, 0].tolist()
 
     right = [i % 256 for i in range(300)]
     assert found() == found() == right
@@ -278,7 +278,7 @@ def test_while_training(tmp_path):
 def random_state_dict(network, to_state):
     rng = np.random.default_rng(0)
     state = {}
-    for layer, leaves in evaluator.weights.shapes(network).items():
+    for layer, leaves in weights.shapes(network).items():
         state |= to_state(layer, {leaf: shape for leaf, shape in leaves.items()}, rng)
     return state
 
@@ -313,19 +313,19 @@ def published(tmp_path_factory):
 
 
 def test_the_measures_of_the_paper(published, tmp_path):
-    judge_ = evaluator.open_judge(published)
-    images = judge_.data.images[judge_.reference]
-    assert judge_.about["networks"] == ["Inception 2015-12-05", "VGG16"]
-    other = evaluator.judge(judge_, [images[:3] // 2, images[3:] // 2], len(images)).results
+    opened = evaluator.open_evaluator(published)
+    images = opened.data.images[opened.reference]
+    assert opened.about["networks"] == ["Inception 2015-12-05", "VGG16"]
+    other = evaluator.measure(opened, [images[:3] // 2, images[3:] // 2], len(images)).results
     assert other["fid"] > 1e-2 and other["kid"] > 0 and other["inception_score"] >= 1 and other["precision"] <= 1
     assert other["kid_block_size"] == other["num_samples"] == other["manifold_real"] == 12
 
     def with_statistics(name):
         c = published | {"eval": published["eval"] | {"reference_statistics": str(tmp_path / name)}}
-        return evaluator.judge(dataclasses.replace(judge_, config=read(c)), [images // 2], len(images)).results
+        return evaluator.measure(dataclasses.replace(opened, config=read(c)), [images // 2], len(images)).results
 
     # statistics that somebody published, of the same images
-    evaluator.distances.save_moments(tmp_path / "mine.npz", evaluator.distances.moments([judge_.real[0].features]))
+    evaluator.distances.save_moments(tmp_path / "mine.npz", evaluator.distances.moments([opened.real[0].features]))
     assert with_statistics("mine.npz")["fid"] == pytest.approx(other["fid"], rel=1e-6)
     np.savez(tmp_path / "small.npz", mu=np.zeros(64), sigma=np.eye(64))
     with pytest.raises(UserError, match="of features of width 64, and 2048 is needed"):
@@ -370,28 +370,28 @@ def test_weights_that_are_not_there_or_damaged(published, tmp_path, monkeypatch)
     with pytest.raises(
         UserError, match=r"needs pt_inception-2015-12-05-6726825d.pth \(SHA-256 6726825d\w{56};"
     ) as error:
-        evaluator.open_judge(missing)
+        evaluator.open_evaluator(missing)
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
     (tmp_path / inception.FILE).write_bytes(b"cut off")
     with pytest.raises(UserError, match=r"6726825d.pth is damaged: its SHA-256 is \w{64}, not 6726825d"):
-        evaluator.open_judge(missing)
+        evaluator.open_evaluator(missing)
     (tmp_path / "bad.npz").write_bytes(b"cut off")
     with pytest.raises(UserError, match=r"bad.npz is damaged"):
-        evaluator.open_judge(c | {"eval": c["eval"] | {"inception_weights": str(tmp_path / "bad.npz")}})
+        evaluator.open_evaluator(c | {"eval": c["eval"] | {"inception_weights": str(tmp_path / "bad.npz")}})
     with pytest.raises(UserError, match=r"the weights lack 'Conv2d_1a_3x3.conv.weight'"):
-        evaluator.open_judge(c | {"eval": c["eval"] | {"inception_weights": c["eval"]["vgg_weights"]}})
+        evaluator.open_evaluator(c | {"eval": c["eval"] | {"inception_weights": c["eval"]["vgg_weights"]}})
 
 
 def test_without_vgg_there_is_no_precision(published, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(evaluator, "_real_features", lambda c, data, reference, network: None)
+    monkeypatch.setattr(evaluator, "reference_features", lambda c, data, reference, network: None)
     c = published | {"data": published["data"] | {"dir": str(tmp_path)}}
-    found = evaluator.open_judge(c | {"eval": c["eval"] | {"vgg_weights": ""}})
+    found = evaluator.open_evaluator(c | {"eval": c["eval"] | {"vgg_weights": ""}})
     assert len(found.networks) == 1 and "without precision and recall: " in capsys.readouterr().out
     (tmp_path / vgg.FILE).write_bytes(b"cut off")
     with pytest.raises(UserError, match=r"397923af.pth is damaged"):
-        evaluator.open_judge(c | {"eval": c["eval"] | {"vgg_weights": ""}})
+        evaluator.open_evaluator(c | {"eval": c["eval"] | {"vgg_weights": ""}})
     with pytest.raises(UserError, match=r"vgg16-397923af.pth .* none.pth does not exist"):
-        evaluator.open_judge(c | {"eval": c["eval"] | {"vgg_weights": "none.pth"}})
+        evaluator.open_evaluator(c | {"eval": c["eval"] | {"vgg_weights": "none.pth"}})
 
 
 def test_published_statistics_without_the_images(published, tmp_path, capsys):
@@ -401,7 +401,7 @@ def test_published_statistics_without_the_images(published, tmp_path, capsys):
     c["eval"] = published["eval"] | {"reference_statistics": str(tmp_path / "of.npz")}
     for change in ({"eval": published["eval"]}, {"model": c["model"] | {"num_classes": 10}}):
         with pytest.raises(UserError, match=r"data.path=.* does not exist"):
-            evaluator.open_judge(c | change)
+            evaluator.open_evaluator(c | change)
     results = of_samples(c, np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), np.uint8), tmp_path)
     assert "without KID, precision and recall, which need real images: data.path=" in capsys.readouterr().out
     assert results["fid"] > 1000 and results["inception_score"] >= 1 and results["real_images"] == 0
@@ -411,13 +411,13 @@ def test_published_statistics_without_the_images(published, tmp_path, capsys):
 
 
 def test_statistics_are_read_before_samples_are_drawn(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluator, "published_networks", lambda *_, **__: [features.Network("", len, None, "")])
+    monkeypatch.setattr(evaluator, "published_networks", lambda *_, **__: [features.Network("", lambda images: [], "")])
     c = config("cifar10", "smoke", features="inception", reference_statistics=str(tmp_path / "none.npz"))
     monkeypatch.setattr(
-        evaluator, "_real_features", lambda *_: features.Features(np.zeros((9, 2048)), np.zeros((9, 0)))
+        evaluator, "reference_features", lambda *_: features.Features(np.zeros((9, 2048)), np.zeros((9, 0)))
     )
     with pytest.raises(UserError, match=r"none.npz cannot be read"):
-        evaluator.open_judge(c)
+        evaluator.open_evaluator(c)
 
 
 # --- Reads that fail ----------------------------------------------------------------------------------------------
@@ -449,10 +449,10 @@ def test_a_read_that_fails_is_no_damage(tmp_path, monkeypatch, error, message):
     figures.save_image(tmp_path / "in" / "0.png", np.zeros((8, 8), np.uint8))
     figures.save_image(tmp_path / "in" / "1.png", np.zeros((8, 8), np.uint8))
     for path, read_ in (
-        (file, evaluator.weights.read),
+        (file, npz.read_npz),
         (file, evaluator.distances.load_moments),
         (file, lambda path: evaluate.read_samples(path, 0)),
-        (published, lambda path: features._read_weights(path, inception)),
+        (published, lambda path: feature_networks._read_weights(path, inception)),
         (tmp_path / "in" / "1.png", lambda path: list(evaluate.read_samples(os.path.dirname(path), 0)[0])),
     ):
         with monkeypatch.context() as patch:
@@ -464,13 +464,13 @@ def test_a_read_that_fails_is_no_damage(tmp_path, monkeypatch, error, message):
 @pytest.mark.parametrize("error, message", READ_FAILURES, ids=lambda value: value if isinstance(value, str) else "")
 def test_a_cache_that_cannot_be_read_is_computed_again(tmp_path, monkeypatch, capsys, error, message):
     file = tmp_path / "x.npz"
-    features.keep(file, lambda opened: np.savez(opened, a=1))
+    features.write_cached(file, lambda opened: np.savez(opened, a=1))
     with monkeypatch.context() as patch:
         failing(patch, error, "x.npz")
-        assert features.cached(file, lambda: evaluator.weights.read(str(file))) is None
+        assert features.read_cached(file, lambda: npz.read_npz(str(file))) is None
     assert capsys.readouterr().out == f"note: {file} {message}; it is computed again\n"
-    assert features.cached(file, lambda: evaluator.weights.read(str(file))) == {"a": 1}
-    assert features.cached(tmp_path / "none.npz", pytest.fail) is None and not capsys.readouterr().out
+    assert features.read_cached(file, lambda: npz.read_npz(str(file))) == {"a": 1}
+    assert features.read_cached(tmp_path / "none.npz", pytest.fail) is None and not capsys.readouterr().out
 
 
 # --- Wrong use ----------------------------------------------------------------------------------------------------
@@ -507,9 +507,9 @@ def test_files_that_cannot_be(digits, tmp_path):
     with pytest.raises(UserError, match="holds 1797 samples, but 2000 are needed"):
         of_samples(c, images, tmp_path, num_samples=2000)
     with pytest.raises(UserError, match=r"eval.features='fid' is not supported: it is inception, classifier or points"):
-        evaluator.open_judge(c | {"eval": c["eval"] | {"features": "fid"}})
+        evaluator.open_evaluator(c | {"eval": c["eval"] | {"features": "fid"}})
     with pytest.raises(UserError, match="needs labels, and synthetic has none"):
-        evaluator.open_judge(config(variant="smoke"), Data(np.zeros((9, 8, 8, 1), np.uint8)))
+        evaluator.open_evaluator(config(variant="smoke"), Data(np.zeros((9, 8, 8, 1), np.uint8)))
 
 
 @pytest.mark.parametrize(
@@ -527,10 +527,10 @@ def test_files_that_cannot_be(digits, tmp_path):
 )
 def test_an_evaluation_that_cannot_work(num_real, num_samples, fields, message):
     right = read(config())
-    evaluator.check(right, num_real=5, num_samples=4)
-    evaluator.check(right, num_real=5)
+    evaluator.check_sizes(right, num_real=5, num_samples=4)
+    evaluator.check_sizes(right, num_real=5)
     with pytest.raises(UserError, match=message) as error:
-        evaluator.check(read(config(**fields)), num_real, num_samples)
+        evaluator.check_sizes(read(config(**fields)), num_real, num_samples)
     assert "\n" not in str(error.value)
 
 
@@ -547,16 +547,16 @@ def test_an_evaluation_that_cannot_work(num_real, num_samples, fields, message):
 def test_points_are_compared_with_the_gaussians_alone(name, data, message):
     c = config("gaussians")
     for same in (None, Data(sources.gaussians())):
-        evaluator.open_judge(c, same)
+        evaluator.open_evaluator(c, same)
     c["data"]["name"] = name
     with pytest.raises(UserError, match=message):
-        evaluator.open_judge(c, None if data is None else Data(data))
+        evaluator.open_evaluator(c, None if data is None else Data(data))
 
 
 def test_what_is_not_measured_needs_no_samples():
     """Without VGG16 there is no precision; with published statistics there need not be real images."""
-    evaluator.check(read(config(features="inception", k=20)), 2, 10, manifolds=False)
-    evaluator.check(read(config(features="inception")), 0, 10, manifolds=False)
+    evaluator.check_sizes(read(config(features="inception", k=20)), 2, 10, manifolds=False)
+    evaluator.check_sizes(read(config(features="inception")), 0, 10, manifolds=False)
 
 
 def test_training_does_not_start_for_an_evaluation_that_cannot_work(tmp_path):

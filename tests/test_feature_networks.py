@@ -16,7 +16,7 @@ import pytest
 from conftest import close_to_largest
 
 from ddgan_jax.errors import UserError
-from ddgan_jax.metrics import inception, vgg, weights
+from ddgan_jax.metrics import inception, npz, vgg
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("torch_fidelity")
@@ -209,7 +209,7 @@ def test_what_is_not_used_may_be_missing(pair):
 def test_npz(tmp_path):
     arrays = {"fc.weight": np.ones((3, 2), np.float32), "a.bn.bias": np.zeros(3, np.float32)}
     np.savez(tmp_path / "weights.npz", **arrays)
-    found = weights.read(str(tmp_path / "weights.npz"))
+    found = npz.read_npz(str(tmp_path / "weights.npz"))
     assert found.keys() == arrays.keys()
     for key, value in arrays.items():
         np.testing.assert_array_equal(found[key], value)
@@ -226,8 +226,8 @@ def test_wrong_npz(tmp_path):
     (tmp_path / "text.npz").write_text("no archive")
     for name in ("pickle.npz", "one.npy", "cut.npz", "changed.npz", "empty.npz", "text.npz"):
         with pytest.raises(UserError, match=rf"{name} is damaged, or no \.npz file of plain arrays") as error:
-            weights.read(str(tmp_path / name))
+            npz.read_npz(str(tmp_path / name))
         assert one_sentence(error)
     with pytest.raises(UserError, match=r"missing\.npz cannot be read: No such file") as error:
-        weights.read(str(tmp_path / "missing.npz"))
+        npz.read_npz(str(tmp_path / "missing.npz"))
     assert one_sentence(error)

@@ -29,7 +29,7 @@ from ddgan_jax.data.sources import Data, look, open_data
 from ddgan_jax.devices import processes
 from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.method.build import build
-from ddgan_jax.metrics.evaluator import open_judge
+from ddgan_jax.metrics.evaluator import open_evaluator
 from ddgan_jax.storage import paths
 
 
@@ -662,7 +662,7 @@ def test_a_flat_folder_is_not_judged_by_its_classes(tmp_path, variant):
     assert settled.eval.every == 0
     assert said[-1].startswith("no evaluation while training: eval.features=classifier learns the classes")
     with pytest.raises(UserError, match=r"eval.features=classifier needs labels, and image_folder has none"):
-        open_judge(settled)
+        open_evaluator(settled)
     (tmp_path / "in" / "ant").mkdir()
     (tmp_path / "in" / "0.png").rename(tmp_path / "in" / "ant" / "0.png")
     assert resolve_from_data(config)[0].eval.every == 10

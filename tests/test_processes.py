@@ -292,7 +292,7 @@ job.{name} = slowly
 def test_process_0_writes_for_longer_than_jax_waits_at_the_end(mode, name, count, alone, cache, tmp_path):
     out = tmp_path / ("s.npz" if mode == "generate" else "judged")
     arguments = POINTS, f"--mode={mode.replace('generate', 'sample')}", f"--workdir={alone}", f"--out={out}", cache
-    script, env = SLOWLY.format(module=f"jobs.{mode}", name=name, seconds=15), {"DDGAN_SHUTDOWN_TIMEOUT": "5"}
+    script, env = SLOWLY.format(module=f"commands.{mode}", name=name, seconds=15), {"DDGAN_SHUTDOWN_TIMEOUT": "5"}
     succeed(start_group(count, *arguments, "--num_samples=100", script=script, env=env))
     assert out.is_file() or (out / "samples.png").exists()
 
@@ -300,7 +300,7 @@ def test_process_0_writes_for_longer_than_jax_waits_at_the_end(mode, name, count
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 def test_process_0_measures_for_longer_than_a_collective_waits(count, alone, cache, tmp_path):
-    script = SLOWLY.format(module="metrics.judge", name="judge_points", seconds=45)
+    script = SLOWLY.format(module="metrics.evaluator", name="measure_points", seconds=45)
     arguments = POINTS, "--mode=evaluate", f"--workdir={alone}", "--num_samples=100", f"--out={tmp_path}", cache
     succeed(start_group(count, *arguments, script=script))
     assert (tmp_path / "results.json").exists()

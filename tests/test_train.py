@@ -550,7 +550,7 @@ def test_an_evaluation_that_fails_ends_nothing(points_run, tmp_path, monkeypatch
     def fail(*arguments, **options):
         raise MemoryError("no memory for 5,000 samples")
 
-    monkeypatch.setattr(train_module, "judge", fail)
+    monkeypatch.setattr(train_module, "measure", fail)
     config = presets.get("gaussians:smoke")
     config.eval.update(every=4, online_samples=16)
     train(config, str(tmp_path))

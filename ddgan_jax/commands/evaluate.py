@@ -1,4 +1,4 @@
-"""Evaluation as a job: the paper's measures of a checkpoint, or of images made elsewhere; see judge.py for them."""
+"""Evaluation as a job: the paper's measures of a checkpoint, or of images made elsewhere; see metrics/evaluator.py."""
 
 import statistics
 import time
@@ -17,8 +17,8 @@ from ddgan_jax.data.resolve import facts, labels_of
 from ddgan_jax.data.sources import Data
 from ddgan_jax.devices import parallel, processes
 from ddgan_jax.errors import UserError
-from ddgan_jax.metrics import weights
-from ddgan_jax.metrics.evaluator import Judge, Judged, Results, judge, open_judge, real_images
+from ddgan_jax.metrics import npz
+from ddgan_jax.metrics.evaluator import EvaluationResult, Evaluator, Results, measure, open_evaluator, open_real_images
 from ddgan_jax.model.model import beside, file_of, load
 from ddgan_jax.model.sampler import Sampler
 from ddgan_jax.storage import checkpoint, paths
@@ -40,7 +40,7 @@ def read_samples(path: str, num_samples: int) -> tuple[Iterator[np.ndarray], int
         files = [file for file in found if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp")]
         total = len(files)
     else:
-        arrays = weights.read(path)
+        arrays = npz.read_npz(path)
         if len(arrays) != 1:
             raise UserError(f"{path} holds {len(arrays)} arrays, {', '.join(arrays) or 'none'}: it needs to be one")
         (array,) = arrays.values()
@@ -63,7 +63,7 @@ def _decoded(files: list[Path]) -> Iterator[np.ndarray]:
     for start in range(0, len(files), 64):
         chunk = []
         for file in files[start : start + 64]:
-            content = weights.content(file)
+            content = npz.read_bytes(file)
             try:
                 image = decoding.to_eight_bits(decoding.open_image(content))
             except ValueError as error:
@@ -109,7 +109,7 @@ def time_sampling(draw: Sampler, params: Any, seed: int, batch: int, num_steps: 
 
 
 def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_samples: int = 0, seed: int = 0) -> Results:
-    """Judge the checkpoint or workdir `path`, or the `samples` of a file or folder, against `config.data`.
+    """Evaluate the checkpoint or workdir `path`, or the `samples` of a file or folder, against `config.data`.
 
     Without a `config`, that of the checkpoint's training is taken.
     Writes results.json and pictures into the folder `out`, by default WORKDIR/evaluation/STEP, or beside the file of a
@@ -132,23 +132,23 @@ def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_sampl
         folder = paths.path(out or beside(path, "evaluation" if file_of(path) else f"evaluation/{step}"))
         found = path if file_of(path) else processes.from_primary(lambda: str(checkpoint.find(path)))
         results = {"checkpoint": found, "step": step, "seed": seed}
-    judge_, labels = open_judge(c, _open_data(c, {"--num_samples": count, "--sample_seed": seed}), count), None
+    evaluator, labels = open_evaluator(c, _open_data(c, {"--num_samples": count, "--sample_seed": seed}), count), None
     if model:
-        labels = like_real(labels_of(judge_.data, model.num_classes, c.data.name), count)
+        labels = like_real(labels_of(evaluator.data, model.num_classes, c.data.name), count)
         chunks = draw.chunks(model.params, seed, count, labels)
-    elif judge_.data.images.shape[-1] == 1:
+    elif evaluator.data.images.shape[-1] == 1:
         chunks = as_grey(chunks)
-    judged, speed = judge(judge_, chunks, count, "reading" if samples else "sampling", labels), Results()
+    result, speed = measure(evaluator, chunks, count, "reading" if samples else "sampling", labels), Results()
     if model:
         batch = min(count, 100, c.sample.batch_size * jax.device_count())
         speed = {"sampling": time_sampling(draw, model.params, seed, batch, model.num_steps)}
 
     def write() -> Results:
-        assert judged  # process 0 has the numbers
-        found = results | {"features": c.eval.features} | judge_.about | judged.results | speed
+        assert result  # process 0 has the numbers
+        found = results | {"features": c.eval.features} | evaluator.about | result.results | speed
         found["seconds"] = round(time.time() - start, 1)
         paths.write(folder / "results.json", as_json(found, indent=2) + "\n")
-        draw_figures(judge_, judged, folder, path if not samples else "")
+        draw_figures(evaluator, result, folder, path if not samples else "")
         for name, value in found.items():
             print(f"  {name:<46} {_readable(value)}")
         print(f"written to {folder}", flush=True)
@@ -159,7 +159,7 @@ def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_sampl
 
 def _open_data(c: Config, arguments: dict[str, Any]) -> Data | None:
     """The real images, or None for points. UserError unless all processes have the same of them and of all else."""
-    data = None if c.eval.features == "points" else real_images(c)
+    data = None if c.eval.features == "points" else open_real_images(c)
     if processes.num_processes() > 1:
         processes.agree(facts(c, data) | arguments)
     return data
@@ -183,19 +183,20 @@ def _same_data(c: Config, trained: Config, path: str) -> Config:
     return replace(c, data=replace(ours, image_size=theirs.image_size, channels=theirs.channels))
 
 
-def draw_figures(j: Judge, judged: Judged, folder: Path, workdir: str) -> None:
-    """Pictures of what was judged: samples, curves, modes, the manifolds, the nearest training images."""
-    figures.save_image(folder / "samples.png", figures.picture(judged.samples[: 64 if j.networks else None]))
+def draw_figures(evaluator: Evaluator, result: EvaluationResult, folder: Path, workdir: str) -> None:
+    """Pictures of what was evaluated: samples, curves, modes, the manifolds, the nearest training images."""
+    figures.save_image(folder / "samples.png", figures.picture(result.samples[: 64 if evaluator.networks else None]))
     if workdir and paths.exists(metrics := paths.path(workdir) / "metrics.jsonl"):
         figures.curves(metrics, folder / "curves.png")
-    if judged.histogram is not None:
-        figures.histogram(judged.histogram, folder / "modes.png", grid=not j.networks)
-    if judged.manifolds is not None and judged.shown is not None:
-        real, fake = j.real[-1].features[judged.shown], judged.features[-1].features[: len(judged.manifolds.balls)]
-        figures.manifolds(real, fake, judged.manifolds.recalled, judged.manifolds.balls > 0, folder / "manifold.png")
-    if judged.neighbours is not None:
-        index, distance = judged.neighbours
+    if result.histogram is not None:
+        figures.histogram(result.histogram, folder / "modes.png", grid=not evaluator.networks)
+    if found := result.manifolds:
+        real = evaluator.real[-1].features[evaluator.manifold_indices]
+        fake = result.features[-1].features[: len(found.balls)]
+        figures.manifolds(real, fake, found.recalled, found.balls > 0, folder / "manifold.png")
+    if result.neighbours is not None:
+        index, distance = result.neighbours
         closest = np.argsort(distance, kind="stable")[:8]
         chosen = np.concatenate([closest, np.arange(len(closest))])
-        near = j.data.images[j.reference[index[chosen]]]
-        figures.neighbours(judged.samples[chosen], near, distance[chosen], folder / "neighbours.png")
+        near = evaluator.data.images[evaluator.reference[index[chosen]]]
+        figures.neighbours(result.samples[chosen], near, distance[chosen], folder / "neighbours.png")

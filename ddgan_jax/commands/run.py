@@ -9,7 +9,7 @@ import numpy as np
 from ddgan_jax.config.settings import Config
 from ddgan_jax.data.sources import Data
 from ddgan_jax.method.train_step import Method
-from ddgan_jax.metrics.evaluator import RANKED_BY, Judge
+from ddgan_jax.metrics.evaluator import RANKED_BY, Evaluator
 from ddgan_jax.model.sampler import Sampler
 from ddgan_jax.storage import manager, paths
 from ddgan_jax.storage.log import Log
@@ -40,7 +40,7 @@ class Run:
     files: Files | None  # None in all processes except the first
     sampler: Sampler
     started: float  # time.time()
-    evaluator: Judge | None = None  # None without evaluations while training
+    evaluator: Evaluator | None = None  # None without evaluations while training
 
     def __post_init__(self) -> None:
         self.first_step = self.step

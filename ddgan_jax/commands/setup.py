@@ -24,7 +24,7 @@ from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.method.build import build, init_state, network_fields
 from ddgan_jax.method.state import num_bytes
 from ddgan_jax.method.train_step import Method
-from ddgan_jax.metrics.evaluator import open_judge
+from ddgan_jax.metrics.evaluator import open_evaluator
 from ddgan_jax.model.model import networks_of
 from ddgan_jax.model.sampler import Sampler
 from ddgan_jax.storage import checkpoint, manager, paths, workdir
@@ -70,7 +70,7 @@ def set_up(
     labels = labels_of(data, method.denoiser.num_classes, c.data.name)
     shapes = jax.eval_shape(functools.partial(init_state, method, c.seed))
     check_memory(method, shapes)
-    evaluator = open_judge(c, data) if c.eval.every else None  # refuses an evaluation that cannot work
+    evaluator = open_evaluator(c, data) if c.eval.every else None  # refuses an evaluation that cannot work
 
     def open_all() -> tuple[Files, Any]:
         with interrupt.deferred():

@@ -29,7 +29,7 @@ from ddgan_jax.devices import parallel, processes
 from ddgan_jax.errors import Interrupted
 from ddgan_jax.method.build import noise_seed
 from ddgan_jax.method.state import norms
-from ddgan_jax.metrics.evaluator import judge
+from ddgan_jax.metrics.evaluator import measure
 from ddgan_jax.storage import paths
 from ddgan_jax.storage.log import read_metrics
 
@@ -255,7 +255,7 @@ def evaluate_samples(run: Run, interrupt: Interrupt) -> dict[str, float]:
     labels = like_real(run.labels, count)
     chunks = raise_on_signal(interrupt, run.sampler.chunks(jax.device_get(run.state.ema_params), 0, count, labels))
     try:
-        measured = judge(run.evaluator, chunks, count, labels=labels)
+        measured = measure(run.evaluator, chunks, count, labels=labels)
     except (ValueError, RuntimeError, OSError, MemoryError) as error:  # of settings, a device, a disk
         if jax.process_count() > 1:  # the other processes may wait for this one in the middle of it
             raise

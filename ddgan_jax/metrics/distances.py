@@ -9,7 +9,6 @@ With the pool features of Inception v3 (D = 2048), (1) is FID and (2) KID; with 
 """
 
 import dataclasses
-import io
 import os
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -18,13 +17,13 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ddgan_jax.errors import UserError
-from ddgan_jax.metrics import weights
+from ddgan_jax.metrics import npz
 from ddgan_jax.storage import paths
 
 ROWS = 1024  # taken at once where rows are converted to float64, so that no whole set is copied
 
 
-def as_features(x: ArrayLike, what: str, at_least: int = 1) -> np.ndarray:
+def check_features(x: ArrayLike, what: str, at_least: int = 1) -> np.ndarray:
     """`x` as an array of numbers [N, D], not copied where it is one already.
 
     Raises UserError, with `what` to name it, unless it is two-dimensional, finite and of `at_least` rows.
@@ -45,7 +44,7 @@ def as_features(x: ArrayLike, what: str, at_least: int = 1) -> np.ndarray:
     return x
 
 
-def check_widths(x: np.ndarray, y: np.ndarray) -> None:
+def check_same_width(x: np.ndarray, y: np.ndarray) -> None:
     """Raise UserError unless x [N, D] and y [M, D] have one D."""
     if x.shape[1] != y.shape[1]:
         raise UserError(f"both sets need features of one width, not {x.shape[1]} and {y.shape[1]}")
@@ -70,7 +69,7 @@ def update(before: Moments | None, chunk: ArrayLike) -> Moments:
     cancels where means are large. Raises UserError for a chunk that is not finite, of another width, or so large that
     its squares are not finite.
     """
-    x = as_features(chunk, "features").astype(np.float64)
+    x = check_features(chunk, "features").astype(np.float64)
     with np.errstate(over="ignore", invalid="ignore"):
         found = _updated(before, x)
     if not np.isfinite(found.sigma).all():
@@ -124,24 +123,21 @@ def save_moments(path: str | os.PathLike, values: Moments, network: str = "") ->
 def load_moments(path: str | os.PathLike, width: int | None = None, network: str = "") -> Moments:
     """Read an npz with `mu` [D] and `sigma` [D, D]; other arrays in it are ignored.
 
-    Raises UserError if the file or an array is missing, shapes do not fit, a number is not finite, sigma is not
-    symmetric, D is not the `width` asked for, or the file says that it is of another `network`; published ones say
-    nothing of it. Fault if the file cannot be read.
+    Raises UserError if the file or an array is missing, an array has the wrong shape or type, a number is not finite,
+    sigma is not symmetric, D is not `width`, or the file records another `network`; published files record none. Fault
+    if the file cannot be read.
     """
-    content = weights.content(path)
-    with (
-        weights.parsed(path, "not an npz with the arrays mu and sigma of numbers"),
-        np.load(io.BytesIO(content)) as file,
-    ):
-        missing = [name for name in ("mu", "sigma") if name not in file]
-        if missing:
-            raise UserError(f"{path} has no array {missing[0]!r} (it has {', '.join(file) or 'none'})")
-        mu, sigma = (np.asarray(file[name], np.float64) for name in ("mu", "sigma"))
-        made_by = str(file["network"]) if "network" in file else ""
-    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+    arrays = npz.read_npz(path, ("mu", "sigma", "network"))
+    for name in ("mu", "sigma"):
+        if name not in arrays:
+            raise UserError(f"{path} has no array {name!r}: statistics are the arrays mu [D] and sigma [D, D]")
+    mu, sigma, made_by = arrays["mu"], arrays["sigma"], str(arrays.get("network", ""))
+    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not {mu.dtype.kind, sigma.dtype.kind} <= set("biuf"):
         raise UserError(
-            f"{path} must hold mu [D] and sigma [D, D], not of shapes {list(mu.shape)} and {list(sigma.shape)}"
+            f"{path} must hold numbers mu [D] and sigma [D, D], not {mu.dtype} {list(mu.shape)} and "
+            f"{sigma.dtype} {list(sigma.shape)}"
         )
+    mu, sigma = mu.astype(np.float64), sigma.astype(np.float64)
     if width is not None and len(mu) != width:
         raise UserError(f"{path} is of features of width {len(mu)}, and {width} is needed")
     if network and made_by not in ("", network):
@@ -209,8 +205,8 @@ def kernel_distance(x: ArrayLike, y: ArrayLike, block_size: int = 1000, seed: in
     the expectation, but the spread. Raises UserError for fewer than 2 samples, NaN, infinity, different widths, or
     features so large that the kernel is not finite.
     """
-    x, y = as_features(x, "the first features", 2), as_features(y, "the second features", 2)
-    check_widths(x, y)
+    x, y = check_features(x, "the first features", 2), check_features(y, "the second features", 2)
+    check_same_width(x, y)
     if block_size < 2:
         raise UserError(f"a block of the kernel distance needs at least 2 samples, not block_size={block_size}")
     smaller = min(len(x), len(y))
@@ -247,7 +243,7 @@ def inception_score(logits: ArrayLike, splits: int = 10) -> InceptionScore:
     """
     if splits < 1:
         raise UserError(f"the Inception score needs at least 1 split, not splits={splits}")
-    logits = as_features(logits, "logits", splits)
+    logits = check_features(logits, "logits", splits)
     n, scores = len(logits), []
     for i in range(splits):
         x = logits[i * n // splits : (i + 1) * n // splits].astype(np.float64)

@@ -1,17 +1,17 @@
-"""What samples are measured by: real images and feature networks, opened once, and the measures of the paper.
+"""The measures of samples against real images, which are opened once together with the feature networks.
 
-    FID, KID, Inception Score             in the features of Inception        } eval.features = 'inception'
-    precision, recall, density, coverage  in those of VGG16                   }
-    distances and precision, recall, ...  in those of our classifier            eval.features = 'classifier'
-    modes and KL                          of StackedMNIST, by that classifier; of the 25 Gaussians ('points')
+| `eval.features` | feature networks | measures |
+|---|---|---|
+| `inception` | Inception | FID, KID, Inception Score |
+| | VGG16 | precision, recall, density, coverage |
+| `classifier` | the project's classifier | Frechet distance, precision, recall, density, coverage, modes and their KL |
+| `points` | none | modes of the 25 Gaussians, their KL, and the fraction of high-quality points |
 
-A distance in the features of our own classifier is never called FID.
+A distance in the features of the project's classifier is never called FID.
 """
 
 import dataclasses
 import functools
-import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -21,53 +21,114 @@ from tqdm import tqdm
 from ddgan_jax.config.settings import Config, read
 from ddgan_jax.data import sources
 from ddgan_jax.data.batches import order
-from ddgan_jax.devices import parallel, processes
+from ddgan_jax.devices import processes
 from ddgan_jax.errors import UserError
-from ddgan_jax.metrics import distances, inception, manifold, modes, weights
-from ddgan_jax.metrics.features import Features, Network, cache, cached, extract, keep, own_network, published_networks
+from ddgan_jax.metrics import distances, inception, manifold, modes
+from ddgan_jax.metrics.feature_networks import classifier_network, published_networks
+from ddgan_jax.metrics.features import Features, Network, extract, reference_features
 
-KEPT = 2_000  # samples that are compared with their nearest training images
+MAX_NEIGHBOURS = 2_000  # samples whose nearest training images are searched
 KID_BLOCK, SCORE_SPLITS = 1_000, 10
-# The result that says which checkpoint is best; the smaller, the better.
+# The measure that ranks checkpoints; smaller is better.
 RANKED_BY = {"inception": "fid", "classifier": "classifier_frechet", "points": "total_variation"}
 
 Results = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Judge:
-    """What is real, opened once: the measures compare samples with it."""
+class Evaluator:
+    """Real images and feature networks, ready to be compared with samples."""
 
     config: Config
     data: sources.Data
     reference: np.ndarray  # indices of the real images that samples are compared with
     networks: list[Network]  # the first is for distances, the last for manifolds
-    real: list[Features]  # of each network
-    about: Results  # what is known of all this
+    real: list[Features]  # of the reference images, for each network
+    about: Results  # entries of results.json that describe the reference
 
     @functools.cached_property
     def moments(self) -> distances.Moments:
-        """Of the real images in the first network's features, or those that others published."""
+        """Moments of the reference in the first network's features, or the published ones."""
         published = self.config.eval.reference_statistics
         if published and self.config.eval.features == "inception":
             return distances.load_moments(published, inception.FEATURES, self.networks[0].fingerprint)
         return distances.moments(_slices(self.real[0].features))
 
     @functools.cached_property
-    def shown(self) -> np.ndarray:
-        """Indices into `reference` of the real images that precision and recall are of."""
+    def manifold_indices(self) -> np.ndarray:
+        """Indices into `reference` of the images that span the real manifold."""
         return np.sort(order(len(self.reference), 1, 0)[: self.config.eval.manifold_samples])
 
     @functools.cached_property
     def radii(self) -> np.ndarray:
-        """The radii of their manifold."""
-        return manifold.radii(self.real[-1].features[self.shown], self.config.eval.k)
+        """The squared radii of the real manifold."""
+        return manifold.radii(self.real[-1].features[self.manifold_indices], self.config.eval.k)
 
 
-def check(c: Config, num_real: int, num_samples: int = 0, manifolds: bool = True) -> None:
-    """UserError unless there are enough samples, and real images, for the measures of `c.eval.features`.
+@dataclasses.dataclass(frozen=True, eq=False)
+class EvaluationResult:
+    """The measures of a set of samples, and the data of the figures."""
 
-    `num_samples` 0 means evaluations while training. `manifolds` says whether precision and recall are measured.
+    results: Results
+    samples: np.ndarray  # the first MAX_NEIGHBOURS
+    features: list[Features] = dataclasses.field(default_factory=list)  # of all samples, for each network
+    manifolds: manifold.Manifold | None = None
+    histogram: np.ndarray | None = None  # samples of each mode
+    neighbours: tuple[np.ndarray, np.ndarray] | None = None  # of `samples`: indices into `reference`, distances
+
+
+# --- Opening ------------------------------------------------------------------------------------------------------
+
+
+def open_evaluator(config: Any, data: sources.Data | None = None, num_samples: int = 0) -> Evaluator:
+    """Open the real images of `config.data` (or use `data`) and the feature networks of `config.eval`.
+
+    Raises UserError if weights, labels, statistics or images are missing, or if `num_samples` samples are too few to be
+    evaluated; 0 stands for the number of an evaluation during training.
+    """
+    c = read(config)
+    if c.eval.features == "points":
+        check_gaussians(c, data)
+        return Evaluator(c, sources.Data(np.zeros((0, 2), np.float32)), np.zeros(0, int), [], [], {})
+    data = data or open_real_images(c)
+    num_real = len(data.images)
+    about: Results = {"data": f"{c.data.name} {c.data.split}"} if num_real else {}
+    if c.eval.features == "inception":
+        networks = published_networks(c, manifolds=num_real > 0)
+        check_sizes(c, num_real, num_samples, manifolds=len(networks) > 1)
+    else:
+        if data.labels:  # without labels, the next call reports them missing
+            check_sizes(c, num_real, num_samples)
+        network, accuracy = classifier_network(c, data)
+        networks, about = [network], about | accuracy
+    count = min(c.eval.reference_samples or num_real, num_real)
+    reference = np.sort(order(num_real, 0, 0)[:count])
+    real = [reference_features(c, data, reference, network) for network in networks]
+    about |= {"real_images": count, "networks": [network.name for network in networks]}
+    evaluator = Evaluator(c, data, reference, networks, real, about)
+    if c.eval.features == "inception" and c.eval.reference_statistics:
+        about["reference_statistics"] = c.eval.reference_statistics
+        processes.by_primary(lambda: evaluator.moments)  # a wrong file is reported before any sample is generated
+    return evaluator
+
+
+def open_real_images(c: Config) -> sources.Data:
+    """The real images; an empty set if they are missing and published statistics replace them."""
+    try:
+        return processes.everywhere(lambda: sources.open_data(c.data))
+    except UserError as error:  # the same in every process
+        # A class-conditional model needs the data for the frequencies of its classes.
+        if c.eval.features != "inception" or not c.eval.reference_statistics or c.model.num_classes:
+            raise
+        if processes.is_primary():
+            print(f"without KID, precision and recall, which need real images: {error}", flush=True)
+        return sources.Data(np.zeros((0, 0, 0, 0), np.uint8))
+
+
+def check_sizes(c: Config, num_real: int, num_samples: int = 0, manifolds: bool = True) -> None:
+    """Raise UserError unless there are enough samples and real images for the measures of `c.eval.features`.
+
+    `num_samples` 0 stands for an evaluation during training. `manifolds`: whether precision and recall are measured.
     """
     e = c.eval
     count, samples = num_samples or e.online_samples, f"a set of {num_samples} samples"
@@ -75,7 +136,7 @@ def check(c: Config, num_real: int, num_samples: int = 0, manifolds: bool = True
         samples = f"eval.online_samples={e.online_samples}"
     reference = min(e.reference_samples or num_real, num_real)
     real = f"a set of {reference} real images"
-    needs = []  # (how many there are, of what, the least that are needed, by what)
+    needs = []  # (the size, of what, the smallest allowed, the measure that needs it)
     if e.features == "inception":
         needs += [(count, samples, SCORE_SPLITS, f"the Inception Score of {SCORE_SPLITS} splits")]
         needs += [(reference, real, 2, "KID")] if num_real else []
@@ -90,8 +151,8 @@ def check(c: Config, num_real: int, num_samples: int = 0, manifolds: bool = True
             raise UserError(f"{what} is too small to evaluate: {why} needs at least {least}")
 
 
-def check_points(c: Config, data: sources.Data | None) -> None:
-    """UserError unless samples are to be compared with the 25 Gaussians, the only points that are measured."""
+def check_gaussians(c: Config, data: sources.Data | None) -> None:
+    """Raise UserError unless samples are compared with the 25 Gaussians, the only points that can be evaluated."""
     ours, given = sources.gaussians(), f"data.name={c.data.name}"
     if c.data.name == "gaussians":
         if data is None or (data.images.shape == ours.shape and np.array_equal(data.images, ours)):
@@ -103,187 +164,126 @@ def check_points(c: Config, data: sources.Data | None) -> None:
     )
 
 
-def real_images(c: Config) -> sources.Data:
-    """The real images; or none, if there are published statistics to compare with instead."""
-    try:
-        return processes.everywhere(lambda: sources.open_data(c.data))
-    except UserError as error:  # the same in every process
-        # Without the data a class-conditional model has no frequencies of classes to be sampled with.
-        if c.eval.features != "inception" or not c.eval.reference_statistics or c.model.num_classes:
-            raise
-        if processes.is_primary():
-            print(f"without KID, precision and recall, which need real images: {error}", flush=True)
-        return sources.Data(np.zeros((0, 0, 0, 0), np.uint8))
+# --- Measuring ----------------------------------------------------------------------------------------------------
 
 
-def open_judge(config: Any, data: sources.Data | None = None, num_samples: int = 0) -> Judge:
-    """Open the real images of `config.data` and the feature networks of `config.eval`.
+def measure(
+    evaluator: Evaluator,
+    chunks: Iterable[np.ndarray],
+    total: int,
+    progress: str = "",
+    labels: np.ndarray | None = None,
+) -> EvaluationResult | None:
+    """Measure `total` samples that come in chunks [n, ...]: with several processes, in rounds of `parallel.rounds`.
 
-    UserError for weights, labels, statistics or images that are not there, and where `num_samples` samples (0: those
-    of an evaluation while training) cannot be evaluated.
+    Process 0 measures; the others contribute features, wait for it, and get None. `progress` names the progress bar;
+    without a name, as during training, there is no bar, and no search for nearest neighbours. `labels` [total] are the
+    classes of class-conditional samples, with which the classifier's predictions are compared.
+
+    Raises UserError for too few samples, or samples of another type or shape than the real images.
     """
-    c = read(config)
-    if c.eval.features == "points":
-        check_points(c, data)
-        return Judge(c, sources.Data(np.zeros((0, 2), np.float32)), np.zeros(0, int), [], [], {})
-    data = data or real_images(c)
-    num_real = len(data.images)
-    about: Results = {"data": f"{c.data.name} {c.data.split}"} if num_real else {}
-    if c.eval.features == "inception":
-        networks = published_networks(c, manifolds=num_real > 0)
-        check(c, num_real, num_samples, manifolds=len(networks) > 1)
-    else:
-        if data.labels:  # else the next call says what is missing
-            check(c, num_real, num_samples)
-        network, known = own_network(c, data)
-        networks, about = [network], about | known
-    count = min(c.eval.reference_samples or num_real, num_real)
-    reference = np.sort(order(num_real, 0, 0)[:count])
-    real = [_real_features(c, data, reference, network) for network in networks]
-    about |= {"real_images": count, "networks": [network.name for network in networks]}
-    opened = Judge(c, data, reference, networks, real, about)
-    if c.eval.features == "inception" and c.eval.reference_statistics:
-        about["reference_statistics"] = c.eval.reference_statistics
-        processes.by_primary(lambda: opened.moments)  # read now: a wrong file is noticed before any sample is drawn
-    return opened
-
-
-def _real_features(c: Config, data: sources.Data, reference: np.ndarray, network: Network) -> Features:
-    """Computed once by all devices, then read from the cache of process 0; in the others nothing is kept of it."""
-    if not len(reference):
-        return Features(np.zeros((0, 0)), np.zeros((0, 0)))
-    # The name of a folder's copy follows from the size and time of every file, also where not every image is hashed.
-    copy = os.path.basename(os.path.dirname(getattr(data.images, "filename", None) or ""))
-    known = hashlib.sha256(f"{c.data.name} {copy} {c.data.split} {data.fingerprint}".encode()).hexdigest()[:16]
-    path = cache(c, "features", known, network.fingerprint, f"{len(reference)}.npz")
-    kept = cached(path, lambda: Features(**weights.read(str(path)))) if processes.is_primary() else None
-    if kept is not None and len(kept.features) != len(reference):
-        kept = None
-    if not processes.from_primary(lambda: kept is None):
-        return kept or Features(np.zeros((0, 0)), np.zeros((0, 0)))
-    chunks = (data.images[reference[indices]] for indices, _ in parallel.rounds(len(reference), c.eval.batch_size))
-    features = extract([network], chunks, c.eval.batch_size, len(reference), f"real images in {network.name}")[0]
-    processes.by_primary(lambda: keep(path, lambda file: np.savez(file, **features._asdict())))
-    return features
-
-
-@dataclasses.dataclass(frozen=True)
-class Judged:
-    """The numbers of a set of samples, and what figures are made of."""
-
-    results: Results
-    samples: np.ndarray  # the first KEPT
-    features: list[Features]
-    manifolds: manifold.Manifold | None = None
-    shown: np.ndarray | None = None  # indices into `reference` of the real samples of `manifolds`
-    histogram: np.ndarray | None = None
-    neighbours: tuple[np.ndarray, np.ndarray] | None = None  # of `samples`: index into `reference`, distance
-
-
-def judge(
-    j: Judge, chunks: Iterable[np.ndarray], total: int, what: str = "", labels: np.ndarray | None = None
-) -> Judged | None:
-    """Measure `total` samples that come in chunks [n, ...], in the rounds of `parallel.rounds` if several processes do.
-
-    Only process 0 measures; the others give it features, wait for it, and get None.
-
-    `what` names the progress bar; without it, while training, there are none, and no nearest neighbours either.
-    `labels` [total] are the classes that the samples were asked for; the classifier says how many are of them.
-
-    Raises UserError for too few of them, or another type or shape than the real ones.
-    """
-    if not j.networks:
+    if not evaluator.networks:
         points = np.concatenate([processes.gather_rows(chunk) for chunk in chunks])[:total]
-        return processes.by_primary(lambda: judge_points(points))
+        return processes.by_primary(lambda: measure_points(points))
     kept: list[np.ndarray] = []
 
-    def seen() -> Iterator[np.ndarray]:
+    def checked() -> Iterator[np.ndarray]:
+        """The chunks, of which `kept` gets the first."""
         for chunk in chunks:
-            shape = j.data.images.shape[1:] if len(j.data.images) else chunk.shape[1:]
+            real = evaluator.data.images
+            shape = real.shape[1:] if len(real) else chunk.shape[1:]
             if chunk.dtype != np.uint8 or chunk.shape[1:] != shape:
                 raise UserError(
                     f"the samples are {chunk.dtype} {list(chunk.shape[1:])}, but the real images of "
-                    f"{j.config.data.name} are uint8 {list(shape)}"
+                    f"{evaluator.config.data.name} are uint8 {list(shape)}"
                 )
-            if sum(map(len, kept)) < KEPT:
+            if sum(map(len, kept)) < MAX_NEIGHBOURS:
                 kept.append(processes.gather_rows(chunk))
             yield chunk
 
-    fake = extract(j.networks, seen(), j.config.eval.batch_size, total, what)
-    return processes.by_primary(lambda: _measure(j, fake, kept, what, labels))
+    fake = extract(evaluator.networks, checked(), evaluator.config.eval.batch_size, total, progress)
+    return processes.by_primary(lambda: _measure_features(evaluator, fake, np.concatenate(kept), progress, labels))
 
 
-def _measure(j: Judge, fake: list[Features], kept: list[np.ndarray], what: str, labels: np.ndarray | None) -> Judged:
-    """The measures of samples by their features; `kept` are chunks of at least the first KEPT samples."""
-    count = len(fake[0].features)
-    judged = Judged({"num_samples": count}, np.concatenate(kept)[: min(KEPT, count)], fake)
-    if j.config.eval.features == "inception":
-        judged.results.update(_paper_distances(j, fake[0]))
-        return _manifolds(j, judged, what) if len(j.networks) > 1 else judged  # without VGG16 there is none
-    results, histogram = _own_distances(j, fake[0], labels)
-    judged.results.update(results)
-    return _manifolds(j, dataclasses.replace(judged, histogram=histogram), what)
-
-
-def judge_points(points: np.ndarray) -> Judged:
-    """Which of the 25 Gaussians points [N, 2] reach, and how well."""
+def measure_points(points: np.ndarray) -> EvaluationResult:
+    """The modes of the 25 Gaussians that points [N, 2] reach, and their quality."""
     report = modes.gaussian_report(points, sources.GRID_SIDE, sources.GRID_SPACING, sources.GRID_STD)
     share = report.histogram / len(points)
     results: Results = {"modes": report.modes, "of_modes": len(share), "high_quality": report.high_quality}
     results |= {"kl": report.kl, "total_variation": (abs(share - 1 / len(share)).sum() + 1 - share.sum()) / 2}
-    return Judged(results | {"num_samples": len(points)}, points, [], histogram=report.histogram)
+    return EvaluationResult(results | {"num_samples": len(points)}, points, histogram=report.histogram)
 
 
-def _paper_distances(j: Judge, fake: Features) -> Results:
+def _measure_features(
+    evaluator: Evaluator, fake: list[Features], samples: np.ndarray, progress: str, labels: np.ndarray | None
+) -> EvaluationResult:
+    """The measures of samples with the features `fake`; `samples` are the first of them."""
+    results: Results = {"num_samples": len(fake[0].features)}
+    samples = samples[: min(MAX_NEIGHBOURS, len(fake[0].features))]
+    histogram = None
+    if evaluator.config.eval.features == "inception":
+        results |= _inception_measures(evaluator, fake[0])
+        if len(evaluator.networks) == 1:  # without VGG16 there is no manifold
+            return EvaluationResult(results, samples, fake)
+    else:
+        measures, histogram = _classifier_measures(evaluator, fake[0], labels)
+        results |= measures
+    measures, manifolds = _manifold_measures(evaluator, fake[-1].features, progress)
+    measured, neighbours = _neighbour_measures(evaluator, fake[-1].features[: len(samples)]) if progress else ({}, None)
+    return EvaluationResult(results | measures | measured, samples, fake, manifolds, histogram, neighbours)
+
+
+def _inception_measures(evaluator: Evaluator, fake: Features) -> Results:
     """FID and Inception Score, and KID if there are real images."""
-    results: Results = {"fid": distances.frechet_distance(j.moments, distances.moments(_slices(fake.features)))}
-    if len(j.reference):
-        kid = distances.kernel_distance(j.real[0].features, fake.features, KID_BLOCK)
+    results: Results = {"fid": _frechet_distance(evaluator, fake)}
+    if len(evaluator.reference):
+        kid = distances.kernel_distance(evaluator.real[0].features, fake.features, KID_BLOCK)
         results |= {"kid": kid.mean, "kid_std": kid.std, "kid_blocks": kid.blocks, "kid_block_size": kid.block_size}
     score = distances.inception_score(fake.logits, SCORE_SPLITS)
     return results | {"inception_score": score.mean, "inception_score_std": score.std}
 
 
-def _own_distances(j: Judge, fake: Features, asked: np.ndarray | None) -> tuple[Results, np.ndarray]:
-    """The Frechet distance in the classifier's features, the modes, and the histogram of these."""
-    results: Results = {
-        "classifier_frechet": distances.frechet_distance(j.moments, distances.moments(_slices(fake.features)))
-    }
+def _classifier_measures(evaluator: Evaluator, fake: Features, labels: np.ndarray | None) -> tuple[Results, np.ndarray]:
+    """The Frechet distance in the classifier's features and the measures of modes, and the histogram of modes."""
+    results: Results = {"classifier_frechet": _frechet_distance(evaluator, fake)}
     found, count = fake.logits.argmax(-1), fake.logits.shape[-1]
     if found.ndim == 2:  # three digits
         found, count = modes.stacked_labels(found), count ** found.shape[1]
-    if asked is not None:
-        results["label_agreement"] = float(np.mean(found == asked[: len(found)]))
+    if labels is not None:
+        results["label_agreement"] = float(np.mean(found == labels[: len(found)]))
     report = modes.mode_report(found, count)
     results |= {"modes": report.modes, "of_modes": len(report.histogram), "kl": report.kl}
     shares = report.histogram / len(found)
     return results | {"smallest_share": shares.min(), "largest_share": shares.max()}, report.histogram
 
 
-def _manifolds(j: Judge, judged: Judged, what: str) -> Judged:
-    """With precision, recall, density and coverage; and, if `what` names a progress bar, the nearest real images."""
-    e, results = j.config.eval, judged.results
-    real, fakes = j.real[-1].features, judged.features[-1].features
-    bar = _bar("precision and recall" if what else "")
-    compared = fakes[: e.manifold_samples]
-    found = manifold.precision_recall(real[j.shown], compared, e.k, progress=bar, real_radii=j.radii)
-    results |= {name: getattr(found, name) for name in ("precision", "recall", "density", "coverage")}
-    results |= {"manifold_real": len(j.shown), "manifold_fake": len(compared), "k": e.k}
-    judged = dataclasses.replace(judged, manifolds=found, shown=j.shown)
-    if not what:
-        return judged
-    bar = _bar("nearest training images")
-    neighbours = manifold.nearest(fakes[: len(judged.samples)], real, progress=bar)
-    apart = manifold.nearest_other(real, progress=bar)
-    results |= {
-        "nearest_training_distance": float(np.median(neighbours[1])),
-        "nearest_training_distance_of_training_images": float(np.median(apart)),
+def _manifold_measures(evaluator: Evaluator, fake: np.ndarray, progress: str) -> tuple[Results, manifold.Manifold]:
+    """Precision, recall, density and coverage of features [N, D], and the manifolds."""
+    e, chosen = evaluator.config.eval, evaluator.manifold_indices
+    real, compared = evaluator.real[-1].features[chosen], fake[: e.manifold_samples]
+    bar = _progress_bar("precision and recall" if progress else "")
+    found = manifold.precision_recall(real, compared, e.k, progress=bar, real_radii=evaluator.radii)
+    results: Results = {name: getattr(found, name) for name in ("precision", "recall", "density", "coverage")}
+    return results | {"manifold_real": len(real), "manifold_fake": len(compared), "k": e.k}, found
+
+
+def _neighbour_measures(evaluator: Evaluator, fake: np.ndarray) -> tuple[Results, tuple[np.ndarray, np.ndarray]]:
+    """The distances of features [N, D] to their nearest training images, and (indices into `reference`, distances)."""
+    real, bar = evaluator.real[-1].features, _progress_bar("nearest training images")
+    indices, nearest = manifold.nearest(fake, real, progress=bar)
+    results: Results = {
+        "nearest_training_distance": float(np.median(nearest)),
+        "nearest_training_distance_of_training_images": float(np.median(manifold.nearest_other(real, progress=bar))),
     }
-    return dataclasses.replace(judged, neighbours=neighbours)
+    return results, (indices, nearest)
 
 
-def _bar(what: str) -> Callable[[Iterable[int]], Iterable[int]]:
-    return lambda blocks: tqdm(blocks, what, leave=False, disable=None if what else True)
+def _frechet_distance(evaluator: Evaluator, fake: Features) -> float:
+    return distances.frechet_distance(evaluator.moments, distances.moments(_slices(fake.features)))
+
+
+def _progress_bar(name: str) -> Callable[[Iterable[int]], Iterable[int]]:
+    return lambda blocks: tqdm(blocks, name, leave=False, disable=None if name else True)
 
 
 def _slices(x: np.ndarray) -> Iterator[np.ndarray]:

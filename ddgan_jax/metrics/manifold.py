@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ddgan_jax.errors import UserError
-from ddgan_jax.metrics.distances import as_features, check_widths
+from ddgan_jax.metrics.distances import check_features, check_same_width
 
 Progress = Callable[[Iterable[int]], Iterable[int]]  # such as tqdm.tqdm; it gets the starts of the blocks of queries
 
@@ -241,8 +241,8 @@ def nearest(
     Euclidean, in units of the features; of equally near rows the first. Raises UserError for empty sets, NaN,
     infinity, or different widths.
     """
-    queries, base = as_features(queries, "the queries"), as_features(base, "the base")
-    check_widths(queries, base)
+    queries, base = check_features(queries, "the queries"), check_features(base, "the base")
+    check_same_width(queries, base)
     block = _even(block, max(len(queries), len(base)))
     indices, squared = _neighbours(queries, base, 1, block, progress)
     return indices[:, 0], np.sqrt(squared[:, 0])
@@ -250,7 +250,7 @@ def nearest(
 
 def nearest_other(x: ArrayLike, block: int = BLOCK, progress: Progress = iter) -> np.ndarray:
     """The distance of each row of x [N, D] to the nearest other one, float64 [N]; UserErrors as of `nearest`."""
-    x = as_features(x, "the features", 2)
+    x = check_features(x, "the features", 2)
     return np.sqrt(_neighbours(x, x, 1, _even(block, len(x)), progress, same=True)[1][:, 0])
 
 
@@ -281,7 +281,7 @@ def radii(x: ArrayLike, k: int = 3, block: int = BLOCK, progress: Progress = ite
     """
     if k < 1:
         raise UserError(f"precision and recall need at least 1 neighbour, not k={k}")
-    x = as_features(x, "the features", k + 1)
+    x = check_features(x, "the features", k + 1)
     return _neighbours(x, x, k, _even(block, len(x)), progress, same=True)[1][:, -1]
 
 
@@ -301,8 +301,8 @@ def precision_recall(
     """
     if k < 1:
         raise UserError(f"precision and recall need at least 1 neighbour, not k={k}")
-    real, fake = as_features(real, "the real features", k + 1), as_features(fake, "the fake features", k + 1)
-    check_widths(real, fake)
+    real, fake = check_features(real, "the real features", k + 1), check_features(fake, "the fake features", k + 1)
+    check_same_width(real, fake)
     block = _even(block, max(len(real), len(fake)))
     # Each set about its own mean: the fakes of a collapsed generator lie closer to each other than to anything else.
     if real_radii is None:

@@ -24,7 +24,8 @@ from ddgan_jax.config import settings as config
 from ddgan_jax.data import decoding, image_folder
 from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.method import build
-from ddgan_jax.metrics import distances, weights
+from ddgan_jax.metrics import distances
+from ddgan_jax.metrics.npz import read_npz
 from ddgan_jax.model import model
 from ddgan_jax.storage import checkpoint, manager
 from ddgan_jax.storage.torch import files
@@ -91,7 +92,7 @@ def npz(rng: random.Random, folder: pathlib.Path) -> None:
         np.savez(buffer, a=np.array([pickled(folder)], object))
     file = folder / "x.npz"
     file.write_bytes(mutated(buffer.getvalue(), rng) if rng.random() < 0.95 else buffer.getvalue())
-    read = rng.choice((samples_of, distances.load_moments, weights.read))
+    read = rng.choice((samples_of, distances.load_moments, read_npz))
     read(str(file))
 
 

@@ -168,12 +168,12 @@ def test_programs_in_names_and_formats(count, tmp_path):
 
 def test_an_array_that_claims_too_much(count, tmp_path):
     """The header of an .npy is a few bytes, and may claim any shape."""
-    from ddgan_jax.metrics import weights
+    from ddgan_jax.metrics import npz
 
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(buffer, {"descr": "<f8", "fortran_order": False, "shape": (2**20, 2**20)})
     with zipfile.ZipFile(tmp_path / "x.npz", "w") as file:
         file.writestr("a.npy", buffer.getvalue())
     with pytest.raises(Fault, match=r"x.npz cannot be read: not enough memory"):
-        weights.read(str(tmp_path / "x.npz"))
+        npz.read_npz(str(tmp_path / "x.npz"))
     count(cases=1)

@@ -1,0 +1,142 @@
+"""The feature networks of `eval.features`: Inception and VGG16 with published weights, or the project's classifier."""
+
+import dataclasses
+import hashlib
+import os
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from ddgan_jax.config.settings import Config
+from ddgan_jax.data import sources
+from ddgan_jax.data.batches import order
+from ddgan_jax.devices import processes
+from ddgan_jax.errors import Fault, UserError
+from ddgan_jax.metrics import classifier, inception, npz, vgg
+from ddgan_jax.metrics.features import Network, cache_path, on_devices, read_cached, write_cached
+from ddgan_jax.storage import checkpoint, paths
+from ddgan_jax.storage.torch import files
+
+MIN_ACCURACY = {"mnist": 0.985, "mnist_5k": 0.97}  # on test images; a worse classifier miscounts modes
+
+# --- Published networks -------------------------------------------------------------------------------------------
+
+
+def published_networks(c: Config, manifolds: bool = True) -> list[Network]:
+    """Inception and, for `manifolds`, VGG16 if its weights are there. UserError without the weights of Inception."""
+    params = inception.params(_state_dict(_weights_file(c, "inception_weights", inception), inception))
+    net = inception.Inception()
+    networks = [on_devices("Inception 2015-12-05", lambda p, x: net.apply({"params": p}, x), params)]
+    if not manifolds:
+        return networks
+    try:
+        path = _weights_file(c, "vgg_weights", vgg)
+    except UserError as error:  # only a missing file is tolerated; a damaged or unreadable one is not
+        if c.eval.vgg_weights:
+            raise
+        if processes.is_primary():
+            print(f"without precision and recall: {error}", flush=True)
+        return networks
+    other = vgg.VGG16()
+
+    def apply(params: Any, images: Any) -> Any:
+        features: Any = other.apply({"params": params}, images)
+        return features, features[:, :0]
+
+    return [*networks, on_devices("VGG16", apply, vgg.params(_state_dict(path, vgg)))]
+
+
+def _weights_file(c: Config, setting: str, module: Any) -> str:
+    """The file of published weights: the one that `eval.<setting>` names, or the module's `FILE` in `data.dir`."""
+    folder = sources.directory(c.data.dir)
+    path = getattr(c.eval, setting) or os.path.join(folder, module.FILE)
+    if not processes.from_primary(lambda: paths.exists(paths.path(path))):
+        raise UserError(
+            f"evaluation needs {module.FILE} (SHA-256 {module.SHA256}; its source is named in "
+            f"{module.__name__.replace('.', '/')}.py): put it in {folder}, or name it with eval.{setting}; "
+            f"{path} does not exist"
+        )
+    return path
+
+
+def _state_dict(path: str, module: Any) -> dict[str, np.ndarray]:
+    """The arrays in a file of published weights, which process 0 reads."""
+    return processes.from_primary(lambda: _read_weights(path, module))
+
+
+def _read_weights(path: str, module: Any) -> dict[str, np.ndarray]:
+    content = npz.read_bytes(path)
+    if os.path.basename(path).endswith(f"-{module.SHA256[:8]}.pth"):
+        digest = hashlib.sha256(content).hexdigest()
+        if digest != module.SHA256:
+            raise UserError(f"{path} is damaged: its SHA-256 is {digest}, not {module.SHA256}")
+    return npz.parse_npz(content, path) if path.endswith(".npz") else files.parse(content, path)
+
+
+# --- The project's classifier -------------------------------------------------------------------------------------
+
+
+def classifier_network(c: Config, data: sources.Data) -> tuple[Network, dict[str, Any]]:
+    """The project's classifier of `data`, trained or read from its cache, and its accuracy as entries of results.json.
+
+    Raises UserError if the data has no labels; Fault if a classifier of digits is too inaccurate to count modes.
+    """
+    name, size = c.data.name, data.images.shape[1]
+    base = name.removeprefix("stacked_")
+    x, y, test_x, test_y, count = _classifier_data(c, data)
+    images = sources.fingerprint(f"{base} {count}", sources.fingerprint("", "", y), x)
+    path = cache_path(c, "classifier", images, f"{size}.npz")
+    net = classifier.Classifier(count)
+    shapes = jax.eval_shape(net.init, jax.random.key(0), x[:1])["params"]
+
+    def read_or_train() -> Any:
+        params = read_cached(path, lambda: checkpoint.unflatten(npz.read_npz(path), shapes, str(path)))
+        if params is None:
+            params = classifier.train(x, y, count, lambda steps: tqdm(steps, f"classifier of {base}", disable=None))
+            write_cached(path, lambda file: np.savez(file, **checkpoint.flatten(params)))  # type: ignore[arg-type]
+        return jax.device_get(params)
+
+    params = processes.from_primary(read_or_train)
+    accuracy = classifier.accuracy(params, test_x, test_y)
+    if accuracy < MIN_ACCURACY.get(base, 0):
+        raise Fault(
+            f"the classifier of {base} is right on {accuracy:.1%} of its test images, and {MIN_ACCURACY[base]:.1%} is "
+            f"needed: remove {path} and try again"
+        )
+
+    def apply(params: Any, images: jax.Array) -> Any:
+        return net.apply({"params": params}, images)
+
+    def apply_to_channels(params: Any, images: jax.Array) -> Any:
+        """Features [B, C 64] and logits [B, C, 10] of images whose C channels are digits."""
+        b, h, w, c = images.shape
+        digits = images.transpose(0, 3, 1, 2).reshape(b * c, h, w, 1)
+        features, logits = apply(params, digits)
+        return features.reshape(b, -1), logits.reshape(b, c, -1)
+
+    about = {"classifier_test_accuracy": accuracy, "classifier_test_images": len(test_x)}
+    return on_devices(f"classifier of {base}", apply if base == name else apply_to_channels, params), about
+
+
+def _classifier_data(c: Config, data: sources.Data) -> tuple[Any, np.ndarray, Any, np.ndarray, int]:
+    """Training images and labels, test images and labels, and the number of classes.
+
+    The single digits for a stacked set; otherwise `data`, of which a fifth is held out.
+    """
+    if c.data.name.startswith("stacked_"):
+        digits = dataclasses.replace(c.data, name=c.data.name.removeprefix("stacked_"), image_size=None, channels=1)
+        parts = [dataclasses.replace(digits, split=split) for split in ("train", "test")]
+        train, test = processes.everywhere(lambda: [sources.open_data(part) for part in parts])
+        assert train.labels and test.labels
+        size = data.images.shape[1]
+        return sources.pad(train.images, size), train.labels(), sources.pad(test.images, size), test.labels(), 10
+    if data.labels is None:
+        raise UserError(
+            f"eval.features=classifier needs labels, and {c.data.name} has none: choose eval.features=inception"
+        )
+    labels, shuffled = data.labels(), order(len(data.images), 0, 0)
+    held_out, rest = np.split(shuffled, [len(shuffled) // 5])
+    count = len(data.classes) or int(labels.max()) + 1
+    return data.images[rest], labels[rest], data.images[held_out], labels[held_out], count

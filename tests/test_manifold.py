@@ -6,11 +6,21 @@ import pytest
 
 from ddgan_jax.errors import UserError
 from ddgan_jax.metrics import manifold
-from ddgan_jax.metrics.manifold import nearest, nearest_other, precision_recall
+from ddgan_jax.metrics.manifold import neighbours, precision_recall
 
 
 def distances(x, y) -> np.ndarray:
     return np.sqrt(np.sum((x.astype(np.float64)[:, None] - y.astype(np.float64)[None]) ** 2, axis=-1))
+
+
+def nearest(queries, base, **options):
+    """Indices of the nearest of base, and distances."""
+    indices, squared = neighbours(queries, base, **options)
+    return indices[:, 0], np.sqrt(squared[:, 0])
+
+
+def nearest_other(x, **options):
+    return np.sqrt(neighbours(x, **options)[1][:, 0])
 
 
 def brute_force(real, fake, k):
@@ -87,11 +97,11 @@ def test_what_float32_cannot_tell():
 @pytest.mark.parametrize("width", [3, 512])
 def test_rounding_of_float32_is_below_its_bound(width):
     x, y = draw(100, width, 1), draw(100, width, 2) + 1
-    squared, norms = map(np.asarray, manifold._squared(x, y))
-    assert np.all(np.abs(squared - distances(x, y) ** 2) < manifold._slack(width) * norms)
+    squared, error = map(np.asarray, manifold._squared(x, y))
+    assert np.all(np.abs(squared - distances(x, y) ** 2) < error)
 
 
-@pytest.mark.parametrize("scale", [1.0, 1e-35, 1e30])
+@pytest.mark.parametrize("scale", [1.0, 1e-35, 1e13])
 @pytest.mark.parametrize("width", [1, 3, 500])
 def test_equal_sets(width, scale):
     """Exactly 1; and each ball holds its centre and k more, so density is (k + 1) / k, in any order of the points."""
@@ -102,9 +112,9 @@ def test_equal_sets(width, scale):
         assert found.recalled.all() and found.covered.all() and (found.balls > 0).all()
 
 
-@pytest.mark.parametrize("scale", [1e-40, 1e-120, 1e100])
+@pytest.mark.parametrize("scale", [1e-40, 1e-120, 1e12])
 def test_sizes_of_features(scale):
-    """1e-40 is below the normal numbers of float32, the others are beyond its range."""
+    """1e-40 is below the normal numbers of float32, 1e-120 is below all of them."""
     real, fake = (draw(n, 20, n).astype(np.float64) * scale for n in (50, 60))
     check_against_brute_force(real, fake, 3, 32)
     if scale == 1e-40:
@@ -199,9 +209,10 @@ def test_products_are_not_rounded_on_accelerators():
 
 def test_one_program_a_function():
     """The last block of a set has fewer rows, and needs no program of its own."""
-    before = manifold._inside._cache_size(), manifold._closest._cache_size()
+    before = manifold._inside._cache_size(), manifold._nearest._cache_size()
     precision_recall(draw(47, 11, 1), draw(53, 11, 2), block=10)
-    assert (manifold._inside._cache_size(), manifold._closest._cache_size()) == (before[0] + 1, before[1] + 1)
+    assert manifold._inside._cache_size() == before[0] + 1
+    assert manifold._nearest._cache_size() == before[1] + 2  # of each set in itself
 
 
 def test_progress_sees_every_block():
@@ -265,8 +276,8 @@ def test_nearest_of_equals_is_the_first():
         ("the base hold 0 samples", lambda: nearest(np.ones((1, 2)), np.ones((0, 2)))),
         ("the queries must be finite, but sample 1", lambda: nearest([[0.0], [np.inf]], np.ones((4, 1)))),
         (
-            "differ by up to 1e\\+200, and .* scale them to between",
-            lambda: precision_recall(1e200 * np.eye(9), np.eye(9)),
+            "differ by up to 1e\\+16, and .* scale them",
+            lambda: precision_recall(1e16 * np.eye(9), np.eye(9)),
         ),
         ("differ by up to 1e-200, and", lambda: nearest(1e-200 * np.eye(9), np.zeros((9, 9)))),
         ("not 1 and 2", lambda: nearest(np.ones((4, 1)), np.ones((4, 2)))),

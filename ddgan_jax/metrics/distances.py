@@ -58,58 +58,47 @@ class Moments:
     """Mean and covariance of a set of features, float64: what (1) needs of it."""
 
     mu: np.ndarray  # [D]
-    sigma: np.ndarray  # [D, D], divided by count - 1; zeros where count is 1
-    count: int | None = None  # samples; None where a file does not say
-
-
-def update(before: Moments | None, chunk: ArrayLike) -> Moments:
-    """The moments of all samples so far and of `chunk` [n, D]; `before` is None at the start.
-
-    The pairwise update of Chan, Golub and LeVeque (1979): deviations are from the mean of their chunk, so nothing
-    cancels where means are large. Raises UserError for a chunk that is not finite, of another width, or so large that
-    its squares are not finite.
-    """
-    x = check_features(chunk, "features").astype(np.float64)
-    with np.errstate(over="ignore", invalid="ignore"):
-        found = _updated(before, x)
-    if not np.isfinite(found.sigma).all():
-        raise UserError(
-            f"features reach {np.abs(chunk).max():.3g}, and their squares are out of the range of float64: scale them"
-        )
-    return found
-
-
-def _updated(before: Moments | None, x: np.ndarray) -> Moments:
-    """`update` of float64 [n, D], which is overwritten."""
-    n, mean = len(x), x.mean(axis=0)
-    x -= mean
-    if before is None:
-        return Moments(mean, x.T @ x / max(n - 1, 1), n)
-    if before.count is None:
-        raise UserError("moments read from a file do not say of how many samples they are, and so cannot be updated")
-    if before.mu.shape != mean.shape:
-        raise UserError(f"this chunk has {len(mean)} features a sample; the ones before it have {len(before.mu)}")
-    total = before.count + n
-    shift = mean - before.mu
-    # The shift enters as one more deviation, so the sum is a Gram matrix and stays exactly symmetric.
-    x = np.concatenate([x, np.sqrt(before.count * n / total) * shift[None]])
-    sigma = x.T @ x
-    sigma += before.sigma * (before.count - 1)
-    sigma /= total - 1
-    return Moments(before.mu + shift * (n / total), sigma, total)
+    sigma: np.ndarray  # [D, D], divided by the number of samples - 1
 
 
 def moments(chunks: Iterable[ArrayLike]) -> Moments:
-    """Mean and covariance of features that come in chunks [n, D]; how they are cut matters only to rounding.
+    """Mean and covariance of features that come in chunks [n, D]; the chunks' sizes affect only rounding.
 
-    Raises UserError for fewer than 2 samples, NaN, infinity, or widths that differ.
+    The pairwise update of Chan, Golub and LeVeque (1979): deviations are from the mean of their chunk, so nothing
+    cancels where means are large. Raises UserError for fewer than 2 samples, NaN, infinity, different widths, or
+    features so large that their squares are not finite.
     """
-    result = None
+    mu, sigma, count = np.zeros(0), np.zeros((0, 0)), 0
     for chunk in chunks:
-        result = update(result, chunk)
-    if result is None or result.count is None or result.count < 2:
-        raise UserError(f"a covariance needs at least 2 samples, not {result.count if result else 0}")
-    return result
+        x = check_features(chunk, "features").astype(np.float64)
+        if count and len(mu) != x.shape[1]:
+            raise UserError(f"this chunk has {x.shape[1]} features a sample; the ones before it have {len(mu)}")
+        with np.errstate(over="ignore", invalid="ignore"):
+            mu, sigma = _updated(mu, sigma, count, x)
+        if not np.isfinite(sigma).all():
+            raise UserError(
+                f"features reach {np.abs(chunk).max():.3g}, and their squares are out of the range of float64: "
+                "scale them"
+            )
+        count += len(x)
+    if count < 2:
+        raise UserError(f"a covariance needs at least 2 samples, not {count}")
+    return Moments(mu, sigma)
+
+
+def _updated(mu: np.ndarray, sigma: np.ndarray, count: int, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and covariance of `count` samples and of float64 [n, D], which is overwritten."""
+    n, mean = len(x), x.mean(axis=0)
+    x -= mean
+    if not count:
+        return mean, x.T @ x / max(n - 1, 1)
+    total = count + n
+    shift = mean - mu
+    # The shift enters as one more deviation, so the sum is a Gram matrix and stays exactly symmetric.
+    x = np.concatenate([x, np.sqrt(count * n / total) * shift[None]])
+    scatter = x.T @ x
+    scatter += sigma * (count - 1)
+    return mu + shift * (n / total), scatter / (total - 1)
 
 
 def save_moments(path: str | os.PathLike, values: Moments, network: str = "") -> None:

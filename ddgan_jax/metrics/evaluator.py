@@ -62,7 +62,8 @@ class Evaluator:
     @functools.cached_property
     def radii(self) -> np.ndarray:
         """The squared radii of the real manifold."""
-        return manifold.radii(self.real[-1].features[self.manifold_indices], self.config.eval.k)
+        real = self.real[-1].features[self.manifold_indices]
+        return manifold.neighbours(real, k=self.config.eval.k)[1][:, -1]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -270,12 +271,13 @@ def _manifold_measures(evaluator: Evaluator, fake: np.ndarray, progress: str) ->
 def _neighbour_measures(evaluator: Evaluator, fake: np.ndarray) -> tuple[Results, tuple[np.ndarray, np.ndarray]]:
     """The distances of features [N, D] to their nearest training images, and (indices into `reference`, distances)."""
     real, bar = evaluator.real[-1].features, _progress_bar("nearest training images")
-    indices, nearest = manifold.nearest(fake, real, progress=bar)
+    indices, squared = manifold.neighbours(fake, real, progress=bar)
+    nearest, among_real = np.sqrt(squared[:, 0]), np.sqrt(manifold.neighbours(real, progress=bar)[1][:, 0])
     results: Results = {
         "nearest_training_distance": float(np.median(nearest)),
-        "nearest_training_distance_of_training_images": float(np.median(manifold.nearest_other(real, progress=bar))),
+        "nearest_training_distance_of_training_images": float(np.median(among_real)),
     }
-    return results, (indices, nearest)
+    return results, (indices[:, 0], nearest)
 
 
 def _frechet_distance(evaluator: Evaluator, fake: Features) -> float:

@@ -451,9 +451,9 @@ def test_a_read_that_fails_is_no_damage(tmp_path, monkeypatch, error, message):
     for path, read_ in (
         (file, npz.read_npz),
         (file, evaluator.distances.load_moments),
-        (file, lambda path: evaluate.read_samples(path, 0)),
+        (file, lambda path: evaluate.file_samples(path, 0)),
         (published, lambda path: feature_networks._read_weights(path, inception)),
-        (tmp_path / "in" / "1.png", lambda path: list(evaluate.read_samples(os.path.dirname(path), 0)[0])),
+        (tmp_path / "in" / "1.png", lambda path: list(evaluate.file_samples(os.path.dirname(path), 0)[0])),
     ):
         with monkeypatch.context() as patch:
             failing(patch, error, path.name)
@@ -582,6 +582,21 @@ def test_training_does_not_start_for_an_evaluation_that_cannot_work(tmp_path):
 def test_wrong_use_is_one_sentence(arguments, message, tmp_path):
     result = run("--mode=evaluate", *arguments, f"--workdir={tmp_path}")
     assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize("below", ["", "/checkpoints/8", "/best"])
+def test_evaluations_of_other_seeds_have_folders_of_their_own(tmp_path, below, monkeypatch):
+    """Also where a checkpoint is named by itself; and a training may remove it once it is found."""
+    (tmp_path / "checkpoints" / "8" / "ema").mkdir(parents=True)
+    asked, find = [], evaluate.checkpoint.find
+    monkeypatch.setattr(evaluate.checkpoint, "find", lambda path: asked.append(path) or find(path))
+    (tmp_path / "best.json").write_text('{"step": 8, "measure": "eval/kl", "value": 1.0}')
+    for seed, name in ((0, "8"), (3, "8-seed-3")):
+        found, folder = evaluate._find(f"{tmp_path}{below}", seed)
+        assert (found, folder) == (f"{tmp_path}/checkpoints/8", f"{tmp_path}/evaluation/{name}")
+    assert len(asked) == 2
+    assert evaluate._find("digits", 0) == ("digits", "digits.evaluation")
+    assert evaluate._find("a/netG_9.pth", 2) == ("a/netG_9.pth", "a/netG_9.evaluation-seed-2")
 
 
 @pytest.mark.slow

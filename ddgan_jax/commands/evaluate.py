@@ -1,4 +1,4 @@
-"""Evaluation as a job: the paper's measures of a checkpoint, or of images made elsewhere; see metrics/evaluator.py."""
+"""The command `evaluate`: measures of a checkpoint, or of samples in a file or folder; see metrics/evaluator.py."""
 
 import statistics
 import time
@@ -19,25 +19,146 @@ from ddgan_jax.devices import parallel, processes
 from ddgan_jax.errors import UserError
 from ddgan_jax.metrics import npz
 from ddgan_jax.metrics.evaluator import EvaluationResult, Evaluator, Results, measure, open_evaluator, open_real_images
-from ddgan_jax.model.model import beside, file_of, load
+from ddgan_jax.model.model import Model, beside, file_of, load
 from ddgan_jax.model.sampler import Sampler
 from ddgan_jax.storage import checkpoint, paths
 from ddgan_jax.storage.log import as_json
 from ddgan_jax.storage.paths import Path
 
-# --- Samples ------------------------------------------------------------------------------------------------------
+Samples = tuple[Iterator[np.ndarray], int, np.ndarray | None, Results]  # chunks [n, ...], count, labels, about
 
 
-def read_samples(path: str, num_samples: int) -> tuple[Iterator[np.ndarray], int]:
-    """Chunks [n, ...] of the first `num_samples` samples (0: all) of an npz with one array or a folder, and how many.
+# --- The command --------------------------------------------------------------------------------------------------
 
-    UserError if they are too few, damaged, or not all of one size; Fault if they cannot be read.
+
+def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_samples: int = 0, seed: int = 0) -> Results:
+    """Evaluate the checkpoint or workdir `path`, or the `samples` of a file or folder, against `config.data`.
+
+    Without a `config`, the configuration of the checkpoint's training is used. `num_samples` 0 stands for
+    `config.eval.num_samples`, or for all `samples`. Writes results.json and figures into the folder `out`; the default
+    is WORKDIR/evaluation/STEP, with -seed-N for another `seed` than 0, or a folder beside the file of a model or of
+    samples. Returns the results; {} in all processes except the first.
+
+    Raises UserError where `config` is of other data than the checkpoint.
+    """
+    start, explicit = time.time(), None if config is None else read(config)
+    timing: Results = {}
+    if samples:
+        c, folder = explicit or Config(), f"{samples.rstrip('/')}.evaluation"
+        chunks, count, labels, about = file_samples(samples, num_samples)
+        data = _open_data(c, count, seed)
+    else:
+        found, folder = _find(path, seed)
+        model = load(found, explicit)
+        c = processes.everywhere(lambda: _match_data(explicit or model.config, model.config, path))
+        count = num_samples or c.eval.num_samples
+        data = _open_data(c, count, seed)
+        sampler = Sampler(model.denoiser, c.sample.batch_size)
+        chunks, count, labels, about = model_samples(model, sampler, data, count, seed)
+        about = {"checkpoint": found} | about
+    evaluator = open_evaluator(c, data, count)
+    if evaluator.data.images.shape[-1] == 1:
+        chunks = as_grey(chunks)
+    result = measure(evaluator, chunks, count, "reading" if samples else "sampling", labels)
+    if not samples:
+        batch = min(count, 100, c.sample.batch_size * jax.device_count())
+        timing = {"sampling": time_sampling(sampler, model.params, seed, batch, model.num_steps)}
+
+    def write() -> Results:
+        assert result  # process 0 has the measures
+        results = about | {"features": c.eval.features} | evaluator.about | result.results | timing
+        results["seconds"] = round(time.time() - start, 1)
+        target = paths.path(out or folder)
+        paths.write(target / "results.json", as_json(results, indent=2) + "\n")
+        draw_figures(evaluator, result, target, "" if samples else path)
+        for name, value in results.items():
+            print(f"  {name:<46} {_readable(value)}")
+        print(f"written to {target}", flush=True)
+        return results
+
+    return processes.by_primary(write) or {}
+
+
+def _find(path: str, seed: int) -> tuple[str, str]:
+    """The model file or the one checkpoint that `path` names, and the default folder of its evaluation.
+
+    The checkpoint is looked up once: a training that is running may add and remove others meanwhile.
+    """
+    suffix = f"-seed-{seed}" if seed else ""
+    if file_of(path):
+        return path, beside(path, f"evaluation{suffix}")
+    found = paths.path(processes.from_primary(lambda: str(checkpoint.find(path))))
+    workdir = found.parent.parent if found.parent.name == "checkpoints" else paths.path(path)
+    return str(found), str(workdir / "evaluation" / f"{found.name}{suffix}")
+
+
+def _match_data(c: Config, trained: Config, path: str) -> Config:
+    """`c` with the image size of the checkpoint's training. UserError unless both are of the same data."""
+    ours, theirs = c.data, trained.data
+    sizes = ((ours.image_size, theirs.image_size), (ours.channels, theirs.channels))
+    if ours.name != theirs.name or any(mine not in (None, other) for mine, other in sizes):
+        sets = (f"{data.name} {data.image_size} px, {data.channels} channels" for data in (theirs, ours))
+        raise UserError(
+            "the checkpoint in {} is of {}, but --config is of {}: name the one of its training".format(path, *sets)
+        )
+    return replace(c, data=replace(ours, image_size=theirs.image_size, channels=theirs.channels))
+
+
+def _open_data(c: Config, count: int, seed: int) -> Data | None:
+    """The real images; None for points. UserError unless all processes have the same data, settings and flags."""
+    data = None if c.eval.features == "points" else open_real_images(c)
+    if processes.num_processes() > 1:
+        processes.agree(facts(c, data) | {"--num_samples": count, "--sample_seed": seed})
+    return data
+
+
+def _readable(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_readable(item)}" for name, item in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+# --- Samples of a model -------------------------------------------------------------------------------------------
+
+
+def model_samples(model: Model, sampler: Sampler, data: Data | None, count: int, seed: int) -> Samples:
+    """Samples 0..count-1 of `seed`; of a class-conditional model, with classes as frequent as in `data`."""
+    labels = like_real(labels_of(data, model.num_classes, model.config.data.name), count) if data else None
+    return sampler.chunks(model.params, seed, count, labels), count, labels, {"step": model.step, "seed": seed}
+
+
+def time_sampling(draw: Sampler, params: Any, seed: int, batch: int, num_steps: int) -> Results:
+    """Seconds for 100 samples: the median of 5 batches, after one that is not counted.
+
+    A batch takes the noise, `num_steps` network calls, and the transfer of the images to the host; the weights are on
+    the devices before.
+    """
+    params, seconds = jax.block_until_ready(parallel.replicate_local(params)), []
+    for _ in range(6):
+        start = time.perf_counter()
+        draw(params, seed, batch)
+        seconds.append(time.perf_counter() - start)
+    return {
+        "network_calls": num_steps,
+        "seconds_per_100": statistics.median(seconds[1:]) * 100 / batch,
+        "batch": batch,
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    }
+
+
+# --- Samples in files ---------------------------------------------------------------------------------------------
+
+
+def file_samples(path: str, num_samples: int) -> Samples:
+    """The first `num_samples` samples (0: all) of an npz with one array, or of a folder of images.
+
+    Raises UserError if there are too few, or if they are damaged or of different sizes; Fault if they cannot be read.
     """
     given = paths.path(path)
     folder = paths.is_dir(given)
     if folder:
-        found = [given / name for name in paths.names(given)]
-        files = [file for file in found if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp")]
+        files = [given / name for name in paths.names(given)]
+        files = [file for file in files if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp")]
         total = len(files)
     else:
         arrays = npz.read_npz(path)
@@ -50,15 +171,14 @@ def read_samples(path: str, num_samples: int) -> tuple[Iterator[np.ndarray], int
     count = num_samples or total
     if total < max(count, 2):
         raise UserError(
-            f"{path} holds {total} samples, but {max(count, 2)} are needed: say how many with --num_samples"
+            f"{path} holds {total} samples, but {max(count, 2)} are needed: lower --num_samples or add samples"
         )
-    if folder:
-        return _decoded(files[:count]), count
-    return (array[i : min(i + 256, count)] for i in range(0, count, 256)), count
+    chunks = _decoded(files[:count]) if folder else (array[i : min(i + 256, count)] for i in range(0, count, 256))
+    return chunks, count, None, {"samples": path}
 
 
 def _decoded(files: list[Path]) -> Iterator[np.ndarray]:
-    """Pictures in chunks uint8 [n, H, W, C]."""
+    """Images in chunks uint8 [n, H, W, C]."""
     first = None
     for start in range(0, len(files), 64):
         chunk = []
@@ -76,7 +196,7 @@ def _decoded(files: list[Path]) -> Iterator[np.ndarray]:
 
 
 def as_grey(chunks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    """Chunks [n, H, W, 3] of grey images as [n, H, W, 1], others unchanged. UserError for images in colour."""
+    """Chunks [n, H, W, 3] of grey images as [n, H, W, 1]; others unchanged. UserError for images in colour."""
     for chunk in chunks:
         if chunk.ndim == 4 and chunk.shape[-1] == 3:
             if (chunk != chunk[..., :1]).any():
@@ -87,104 +207,11 @@ def as_grey(chunks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
         yield chunk
 
 
-def time_sampling(draw: Sampler, params: Any, seed: int, batch: int, num_steps: int) -> Results:
-    """Seconds for 100 samples: the median of 5 draws of a batch after one that does not count.
-
-    A draw is noise, T network calls and the transfer of the images to the host; the weights are on the devices before.
-    """
-    params, seconds = jax.block_until_ready(parallel.replicate_local(params)), []
-    for _ in range(6):
-        start = time.perf_counter()
-        draw(params, seed, batch)
-        seconds.append(time.perf_counter() - start)
-    return {
-        "network_calls": num_steps,
-        "seconds_per_100": statistics.median(seconds[1:]) * 100 / batch,
-        "batch": batch,
-        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-    }
-
-
-# --- The job ------------------------------------------------------------------------------------------------------
-
-
-def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_samples: int = 0, seed: int = 0) -> Results:
-    """Evaluate the checkpoint or workdir `path`, or the `samples` of a file or folder, against `config.data`.
-
-    Without a `config`, that of the checkpoint's training is taken.
-    Writes results.json and pictures into the folder `out`, by default WORKDIR/evaluation/STEP, or beside the file of a
-    model. Returns the results, {} in all processes but the first.
-    Raises UserError where `config` is of other data than the checkpoint.
-    """
-    start, explicit = time.time(), None if config is None else read(config)
-    model = None if samples else load(path, explicit)
-    c = explicit or (model.config if model else Config())
-    count = num_samples or c.eval.num_samples
-    results: Results = {"num_samples": count}
-    if model is None:
-        chunks, count = read_samples(samples, num_samples)
-        folder = paths.path(out or f"{samples.rstrip('/')}.evaluation")
-        results = {"samples": samples}
-    else:
-        trained, step = model.config, model.step
-        c = processes.everywhere(lambda: _same_data(explicit or trained, trained, path))
-        draw = Sampler(model.denoiser, c.sample.batch_size)
-        folder = paths.path(out or beside(path, "evaluation" if file_of(path) else f"evaluation/{step}"))
-        found = path if file_of(path) else processes.from_primary(lambda: str(checkpoint.find(path)))
-        results = {"checkpoint": found, "step": step, "seed": seed}
-    evaluator, labels = open_evaluator(c, _open_data(c, {"--num_samples": count, "--sample_seed": seed}), count), None
-    if model:
-        labels = like_real(labels_of(evaluator.data, model.num_classes, c.data.name), count)
-        chunks = draw.chunks(model.params, seed, count, labels)
-    elif evaluator.data.images.shape[-1] == 1:
-        chunks = as_grey(chunks)
-    result, speed = measure(evaluator, chunks, count, "reading" if samples else "sampling", labels), Results()
-    if model:
-        batch = min(count, 100, c.sample.batch_size * jax.device_count())
-        speed = {"sampling": time_sampling(draw, model.params, seed, batch, model.num_steps)}
-
-    def write() -> Results:
-        assert result  # process 0 has the numbers
-        found = results | {"features": c.eval.features} | evaluator.about | result.results | speed
-        found["seconds"] = round(time.time() - start, 1)
-        paths.write(folder / "results.json", as_json(found, indent=2) + "\n")
-        draw_figures(evaluator, result, folder, path if not samples else "")
-        for name, value in found.items():
-            print(f"  {name:<46} {_readable(value)}")
-        print(f"written to {folder}", flush=True)
-        return found
-
-    return processes.by_primary(write) or {}
-
-
-def _open_data(c: Config, arguments: dict[str, Any]) -> Data | None:
-    """The real images, or None for points. UserError unless all processes have the same of them and of all else."""
-    data = None if c.eval.features == "points" else open_real_images(c)
-    if processes.num_processes() > 1:
-        processes.agree(facts(c, data) | arguments)
-    return data
-
-
-def _readable(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_readable(item)}" for name, item in value.items())
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _same_data(c: Config, trained: Config, path: str) -> Config:
-    """The configuration with the size that the checkpoint's images have, if both are of the same data."""
-    ours, theirs = c.data, trained.data
-    sizes = ((ours.image_size, theirs.image_size), (ours.channels, theirs.channels))
-    if ours.name != theirs.name or any(mine not in (None, other) for mine, other in sizes):
-        sets = (f"{data.name} {data.image_size} px, {data.channels} channels" for data in (theirs, ours))
-        raise UserError(
-            "the checkpoint in {} is of {}, but --config is of {}: name the one of its training".format(path, *sets)
-        )
-    return replace(c, data=replace(ours, image_size=theirs.image_size, channels=theirs.channels))
+# --- Figures ------------------------------------------------------------------------------------------------------
 
 
 def draw_figures(evaluator: Evaluator, result: EvaluationResult, folder: Path, workdir: str) -> None:
-    """Pictures of what was evaluated: samples, curves, modes, the manifolds, the nearest training images."""
+    """Draw the samples, curves, modes, manifolds, and the samples beside their nearest training images."""
     figures.save_image(folder / "samples.png", figures.picture(result.samples[: 64 if evaluator.networks else None]))
     if workdir and paths.exists(metrics := paths.path(workdir) / "metrics.jsonl"):
         figures.curves(metrics, folder / "curves.png")

@@ -6,11 +6,14 @@ import json
 import lzma
 import os
 import re
+import subprocess
+import sys
+import types
 
 import jax
 import numpy as np
 import pytest
-from commands import POINTS, SMOKE, python, run
+from commands import POINTS, ROOT, SMOKE, python, run
 from conftest import GOLDEN
 from PIL import Image
 
@@ -272,6 +275,108 @@ def test_while_training(tmp_path):
     assert results["sampling"]["network_calls"] == 4 and results["sampling"]["seconds_per_100"] > 0
 
 
+# --- A function of the user ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def own_features(tmp_path_factory):
+    """A working directory with the example of docs/evaluation.md as my_features.py."""
+    folder = tmp_path_factory.mktemp("own")
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "evaluation.md").read_text(), re.DOTALL)
+    (folder / "my_features.py").write_text(example)
+    return folder
+
+
+def run_in(folder, *arguments):
+    command = [sys.executable, str(ROOT / "main.py"), *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
+
+
+def test_a_function_of_the_user_measures_a_checkpoint(own_features, digits):
+    """In the working directory, under names that are not FID; what it makes of real images is kept."""
+    flags = "--config=digits", f"--config.data.dir={digits[0]['data']['dir']}"
+    flags += ("--mode=evaluate", "--checkpoint=digits", "--num_samples=100")
+    result = run_in(own_features, *flags, "--config.eval.features=my_features:thumbnails")
+    assert result.returncode == 0, result.stderr
+    results = json.loads((own_features / "digits.evaluation" / "results.json").read_text())
+    assert results["features"] == "my_features:thumbnails" == results["networks"][0]
+    assert 0 < results["frechet_distance"] < 1 and abs(results["kernel_distance"]) < 0.1
+    assert 0.4 < results["precision"] <= 1 and 0 < results["recall"] <= 1 and results["coverage"] > 0.1
+    assert not {"fid", "kid", "classifier_frechet", "modes"} & results.keys()
+    assert (own_features / "digits.evaluation" / "neighbours.png").exists()
+
+
+def test_a_function_of_the_user_ranks_checkpoints(own_features, digits):
+    flags = f"--config.data.dir={digits[0]['data']['dir']}", "--config.data.name=digits", "--workdir=run"
+    evaluation = "--config.eval.features=my_features:thumbnails", "--config.eval.online_samples=20"
+    result = run_in(own_features, "--config=digits:smoke", *flags, *evaluation, "--config.eval.every=4")
+    assert result.returncode == 0, result.stderr
+    records = [json.loads(line) for line in (own_features / "run" / "metrics.jsonl").read_text().splitlines()]
+    values = {r["step"]: r["eval/frechet_distance"] for r in records if "eval/frechet_distance" in r}
+    marked = json.loads((own_features / "run" / "best.json").read_text())
+    assert values.keys() == {4, 8} and marked["measure"] == "eval/frechet_distance"
+    assert marked["value"] == pytest.approx(min(values.values()), rel=1e-4)
+    # The configuration in a checkpoint runs no code.
+    result = run_in(own_features, "--mode=evaluate", "--workdir=run")
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
+    assert "add --config.eval.features=my_features:thumbnails" in result.stderr
+
+
+FUNCTIONS = """
+import numpy as np
+scale = 1.0
+means = lambda images: scale * images.mean((1, 2))
+flat = lambda images: np.zeros(len(images))
+few = lambda images: np.zeros((3, 2))
+names = lambda images: np.full((len(images), 2), "a")
+large = lambda images: np.full((len(images), 2), 1e300)
+def fails(images): raise KeyError("a\\nb")
+"""
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("no_such_module:f", "there is no module no_such_module in /.* or on PYTHONPATH"),
+        ("functions:f", r"eval.features=functions:f: .*functions.py has no f"),
+        ("functions:scale", "is of type float, and must be a function"),
+        ("functions.more:f", "functions.more cannot be imported|there is no module functions.more"),
+        ("broken:f", r"broken cannot be imported: SyntaxError: .*broken.py, line 1"),
+        ("needs:f", "needs cannot be imported: ModuleNotFoundError: No module named 'no_such_package'"),
+        ("functions:flat", r"the features of functions:flat must be an array \[N, D\], .* not of shape \[16\]"),
+        ("functions:few", r"one row an image, not of shape \[3, 2\] for 16 images"),
+        ("functions:names", "the features of functions:names must be real numbers"),
+        ("functions:large", "the features of functions:large must be finite"),
+        ("functions:fails", r"functions:fails failed for images uint8 \[16, 8, 8, 1\]: KeyError: 'a"),
+    ],
+)
+def test_functions_that_cannot_be(digits, tmp_path, monkeypatch, name, message):
+    files = {"functions": FUNCTIONS, "broken": "def f(", "needs": "import no_such_package"}
+    for module, text in files.items():
+        (tmp_path / f"{module}.py").write_text(text)
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    c, images = digits
+    with pytest.raises(UserError, match=message) as error:
+        evaluator.open_evaluator(c | {"eval": c["eval"] | {"features": name}}, Data(images))
+    assert "\n" not in str(error.value)
+
+
+def test_a_function_that_changes_is_computed_again(digits, tmp_path, monkeypatch):
+    module = types.ModuleType("functions")
+    exec(FUNCTIONS, vars(module))
+    monkeypatch.setitem(sys.modules, "functions", module)
+    c, images = digits
+    c = c | {"eval": c["eval"] | {"features": "functions:means"}}
+    first = evaluator.open_evaluator(c, Data(images)).real[0].features
+    np.testing.assert_array_equal(first, images.mean((1, 2)).astype(np.float32))
+    calls, module.means = [], lambda images, means=module.means: calls.append(len(images)) or means(images)
+    assert len(evaluator.open_evaluator(c, Data(images)).real[0].features) == 1797 and calls == [16]
+    module.scale = 2.0
+    np.testing.assert_array_equal(evaluator.open_evaluator(c, Data(images)).real[0].features, 2 * first)
+
+
 # --- Published networks, with random weights ----------------------------------------------------------------------
 
 
@@ -506,7 +611,9 @@ def test_files_that_cannot_be(digits, tmp_path):
         evaluate.evaluate(c, "", str(tmp_path / "two.npz"))
     with pytest.raises(UserError, match="holds 1797 samples, but 2000 are needed"):
         of_samples(c, images, tmp_path, num_samples=2000)
-    with pytest.raises(UserError, match=r"eval.features='fid' is not supported: it is inception, classifier or points"):
+    with pytest.raises(
+        UserError, match=r"eval.features='fid' must be inception, classifier, points, or module:function"
+    ):
         evaluator.open_evaluator(c | {"eval": c["eval"] | {"features": "fid"}})
     with pytest.raises(UserError, match="needs labels, and synthetic has none"):
         evaluator.open_evaluator(config(variant="smoke"), Data(np.zeros((9, 8, 8, 1), np.uint8)))

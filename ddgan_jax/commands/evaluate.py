@@ -39,7 +39,8 @@ def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_sampl
     is WORKDIR/evaluation/STEP, with -seed-N for another `seed` than 0, or a folder beside the file of a model or of
     samples. Returns the results; {} in all processes except the first.
 
-    Raises UserError where `config` is of other data than the checkpoint.
+    Raises UserError where `config` is of other data than the checkpoint, or where a checkpoint's own configuration
+    would run a Python function of `eval.features`.
     """
     start, explicit = time.time(), None if config is None else read(config)
     timing: Results = {}
@@ -50,6 +51,11 @@ def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_sampl
     else:
         found, folder = _find(path, seed)
         model = load(found, explicit)
+        if explicit is None and ":" in (code := model.config.eval.features):
+            raise UserError(
+                f"the configuration in {path} names the Python function {code}, and a checkpoint cannot run code: "
+                f"give the --config of the training, and add --config.eval.features={code}"
+            )
         c = processes.everywhere(lambda: _match_data(explicit or model.config, model.config, path))
         count = num_samples or c.eval.num_samples
         data = _open_data(c, count, seed)

@@ -193,9 +193,7 @@ def curves(metrics: Given, path: Given) -> None:
         ("parameter norms", ("d_param_norm", "g_param_norm")),
     ]
     judged = sorted({name for record in records for name in record if name.startswith("eval/")})
-    distances = [
-        name for name in judged if name.rpartition("_")[2] in ("frechet", "fid", "variation") or name == "eval/fid"
-    ]
+    distances = [name for name in judged if name.endswith(("frechet", "/fid", "variation", "/frechet_distance"))]
     shares = [name for name in judged if name.rpartition("/")[2] in ("precision", "recall", "coverage", "high_quality")]
     panels += [("evaluation: distances", distances), ("evaluation: shares", shares)] if judged else []
     figure, axes = plt.subplots(2, len(panels) // 2, figsize=(2.5 * len(panels), 7), constrained_layout=True)

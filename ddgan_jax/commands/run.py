@@ -9,7 +9,7 @@ import numpy as np
 from ddgan_jax.config.settings import Config
 from ddgan_jax.data.sources import Data
 from ddgan_jax.method.train_step import Method
-from ddgan_jax.metrics.evaluator import RANKED_BY, Evaluator
+from ddgan_jax.metrics.evaluator import Evaluator, ranking_measure
 from ddgan_jax.model.sampler import Sampler
 from ddgan_jax.storage import manager, paths
 from ddgan_jax.storage.log import Log
@@ -89,4 +89,4 @@ class Run:
 
 def ranked_by(c: Config) -> str:
     """The metric that ranks the checkpoints of a run: the smallest value is the best."""
-    return f"eval/{RANKED_BY[c.eval.features]}"
+    return f"eval/{ranking_measure(c.eval.features)}"

@@ -18,6 +18,7 @@ from ddgan_jax.config.types import (
     SEEDS,
     Below1,
     Count,
+    FeatureNetwork,
     Fraction,
     Positive,
     PositiveFloat,
@@ -132,7 +133,7 @@ class SampleConfig:
 class EvalConfig:
     """Evaluation of samples."""
 
-    features: Literal["inception", "classifier", "points"] = "inception"  # 'classifier' is for small images
+    features: FeatureNetwork = "inception"  # 'classifier' is for small images; 'module:function' is your own code
     num_samples: TwoOrMore = 50_000  # samples that are evaluated (paper)
     reference_samples: Positive | None = None  # real images to compare with; None: all
     reference_statistics: str | None = None  # .npz file with mu and sigma of real images, for FID

@@ -1,6 +1,7 @@
 """Types of the settings: the values that a number or a list may have, with the text of the error for others."""
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, NamedTuple
 
@@ -49,3 +50,8 @@ def _is_kernel(values: Sequence[Any]) -> bool:
 
 # A filter is divided by the sum of its kernel.
 Kernel = Annotated[Sequence[float], Range(_is_kernel, "numbers whose sum is not 0")]
+
+_FEATURES = re.compile(r"inception|classifier|points|[^\W\d][\w.]*:[^\W\d][\w.]*")
+FeatureNetwork = Annotated[
+    str, Range(lambda name: bool(_FEATURES.fullmatch(name)), "inception, classifier, points, or module:function")
+]

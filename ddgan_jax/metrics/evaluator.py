@@ -6,8 +6,9 @@
 | | VGG16 | precision, recall, density, coverage |
 | `classifier` | the project's classifier | Frechet distance, precision, recall, density, coverage, modes and their KL |
 | `points` | none | modes of the 25 Gaussians, their KL, and the fraction of high-quality points |
+| `module:function` | the user's function | Frechet and kernel distance, precision, recall, density, coverage |
 
-A distance in the features of the project's classifier is never called FID.
+Only distances in the features of Inception are called FID and KID.
 """
 
 import dataclasses
@@ -20,19 +21,25 @@ from tqdm import tqdm
 
 from ddgan_jax.config.settings import Config, read
 from ddgan_jax.data import sources
-from ddgan_jax.data.batches import order
+from ddgan_jax.data.batches import evenly_spaced, order
 from ddgan_jax.devices import processes
 from ddgan_jax.errors import UserError
 from ddgan_jax.metrics import distances, inception, manifold, modes
+from ddgan_jax.metrics.custom_features import custom_network
 from ddgan_jax.metrics.feature_networks import classifier_network, published_networks
 from ddgan_jax.metrics.features import Features, Network, extract, reference_features
 
 MAX_NEIGHBOURS = 2_000  # samples whose nearest training images are searched
 KID_BLOCK, SCORE_SPLITS = 1_000, 10
-# The measure that ranks checkpoints; smaller is better.
+FINGERPRINT_IMAGES = 16  # whose features tell a function of the user from its earlier versions
 RANKED_BY = {"inception": "fid", "classifier": "classifier_frechet", "points": "total_variation"}
 
 Results = dict[str, Any]
+
+
+def ranking_measure(features: str) -> str:
+    """The measure that ranks checkpoints for a value of `eval.features`; smaller is better."""
+    return RANKED_BY.get(features, "frechet_distance")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -97,11 +104,15 @@ def open_evaluator(config: Any, data: sources.Data | None = None, num_samples: i
     if c.eval.features == "inception":
         networks = published_networks(c, manifolds=num_real > 0)
         check_sizes(c, num_real, num_samples, manifolds=len(networks) > 1)
-    else:
+    elif c.eval.features == "classifier":
         if data.labels:  # without labels, the next call reports them missing
             check_sizes(c, num_real, num_samples)
         network, accuracy = classifier_network(c, data)
         networks, about = [network], about | accuracy
+    else:
+        check_sizes(c, num_real, num_samples)
+        some = data.images[evenly_spaced(num_real, FINGERPRINT_IMAGES)]
+        networks = [processes.everywhere(lambda: custom_network(c.eval.features, some))]
     count = min(c.eval.reference_samples or num_real, num_real)
     reference = np.sort(order(num_real, 0, 0)[:count])
     real = [reference_features(c, data, reference, network) for network in networks]
@@ -141,7 +152,7 @@ def check_sizes(c: Config, num_real: int, num_samples: int = 0, manifolds: bool 
     if e.features == "inception":
         needs += [(count, samples, SCORE_SPLITS, f"the Inception Score of {SCORE_SPLITS} splits")]
         needs += [(reference, real, 2, "KID")] if num_real else []
-    else:
+    elif e.features == "classifier":
         needs += [(num_real, real, 5, "a classifier that is tested on a fifth of them")]
     if manifolds:
         why, least = f"the precision and recall of eval.k={e.k}", e.k + 1
@@ -226,9 +237,12 @@ def _measure_features(
         results |= _inception_measures(evaluator, fake[0])
         if len(evaluator.networks) == 1:  # without VGG16 there is no manifold
             return EvaluationResult(results, samples, fake)
-    else:
+    elif evaluator.config.eval.features == "classifier":
         measures, histogram = _classifier_measures(evaluator, fake[0], labels)
         results |= measures
+    else:
+        results |= {"frechet_distance": _frechet_distance(evaluator, fake[0])}
+        results |= _kernel_measures(evaluator, fake[0], "kernel_distance")
     measures, manifolds = _manifold_measures(evaluator, fake[-1].features, progress)
     measured, neighbours = _neighbour_measures(evaluator, fake[-1].features[: len(samples)]) if progress else ({}, None)
     return EvaluationResult(results | measures | measured, samples, fake, manifolds, histogram, neighbours)
@@ -238,8 +252,7 @@ def _inception_measures(evaluator: Evaluator, fake: Features) -> Results:
     """FID and Inception Score, and KID if there are real images."""
     results: Results = {"fid": _frechet_distance(evaluator, fake)}
     if len(evaluator.reference):
-        kid = distances.kernel_distance(evaluator.real[0].features, fake.features, KID_BLOCK)
-        results |= {"kid": kid.mean, "kid_std": kid.std, "kid_blocks": kid.blocks, "kid_block_size": kid.block_size}
+        results |= _kernel_measures(evaluator, fake, "kid")
     score = distances.inception_score(fake.logits, SCORE_SPLITS)
     return results | {"inception_score": score.mean, "inception_score_std": score.std}
 
@@ -282,6 +295,12 @@ def _neighbour_measures(evaluator: Evaluator, fake: np.ndarray) -> tuple[Results
 
 def _frechet_distance(evaluator: Evaluator, fake: Features) -> float:
     return distances.frechet_distance(evaluator.moments, distances.moments(_slices(fake.features)))
+
+
+def _kernel_measures(evaluator: Evaluator, fake: Features, name: str) -> Results:
+    found = distances.kernel_distance(evaluator.real[0].features, fake.features, KID_BLOCK)
+    of_blocks = {f"{name}_std": found.std, f"{name}_blocks": found.blocks, f"{name}_block_size": found.block_size}
+    return {name: found.mean} | of_blocks
 
 
 def _progress_bar(name: str) -> Callable[[Iterable[int]], Iterable[int]]:

@@ -363,6 +363,11 @@ def test_functions_that_cannot_be(digits, tmp_path, monkeypatch, name, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_function_of_the_user_takes_no_points():
+    with pytest.raises(UserError, match=r"maps uint8 images, but the data is float32 \[100000, 2\]"):
+        evaluator.open_evaluator(config("gaussians", features="functions:f"), Data(sources.gaussians()))
+
+
 def test_a_function_that_changes_is_computed_again(digits, tmp_path, monkeypatch):
     module = types.ModuleType("functions")
     exec(FUNCTIONS, vars(module))

@@ -28,9 +28,6 @@ from ddgan_jax.storage.paths import Path
 Samples = tuple[Iterator[np.ndarray], int, np.ndarray | None, Results]  # chunks [n, ...], count, labels, about
 
 
-# --- The command --------------------------------------------------------------------------------------------------
-
-
 def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_samples: int = 0, seed: int = 0) -> Results:
     """Evaluate the checkpoint or workdir `path`, or the `samples` of a file or folder, against `config.data`.
 
@@ -124,9 +121,6 @@ def _readable(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-# --- Samples of a model -------------------------------------------------------------------------------------------
-
-
 def model_samples(model: Model, sampler: Sampler, data: Data | None, count: int, seed: int) -> Samples:
     """Samples 0..count-1 of `seed`; of a class-conditional model, with classes as frequent as in `data`."""
     labels = like_real(labels_of(data, model.num_classes, model.config.data.name), count) if data else None
@@ -150,9 +144,6 @@ def time_sampling(draw: Sampler, params: Any, seed: int, batch: int, num_steps: 
         "batch": batch,
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }
-
-
-# --- Samples in files ---------------------------------------------------------------------------------------------
 
 
 def file_samples(path: str, num_samples: int) -> Samples:
@@ -211,9 +202,6 @@ def as_grey(chunks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
                 )
             chunk = chunk[..., :1]
         yield chunk
-
-
-# --- Figures ------------------------------------------------------------------------------------------------------
 
 
 def draw_figures(evaluator: Evaluator, result: EvaluationResult, folder: Path, workdir: str) -> None:

@@ -1,1 +1,1 @@
-"""Measures of samples: feature networks, distances between sets of features, their manifolds, modes."""
+"""Measures of samples: feature networks, distances between sets of features, manifolds, modes, and the evaluator."""

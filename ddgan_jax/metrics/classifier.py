@@ -1,8 +1,8 @@
-"""The project's own classifier: which digit is it? Its hidden layer is the feature space of small images.
+"""The project's classifier of small images, whose hidden layer is their feature space.
 
-Inception features mean nothing for grey digits of 8 or 28 px, so their Frechet distance and precision and recall are
-taken in these features; such numbers are never called FID. It is trained where it is needed, in a minute or so on a
-CPU, always to the same weights on the same machine.
+Inception features mean nothing for grey digits of 8 or 28 px, so the Frechet distance, precision and recall of such
+images use these features, and are never called FID. The classifier is trained on first use, in about a minute on a CPU,
+and always to the same weights on the same machine.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,7 +19,7 @@ STEPS, BATCH, RATE = 2_000, 64, 2e-3
 
 
 class Classifier(nn.Module):
-    """uint8 [B, S, S, C] -> (features [B, 64] after a ReLU, logits [B, num_classes]); halves the image down to 4 px."""
+    """uint8 [B, S, S, C] -> (features [B, 64] after a ReLU, logits [B, num_classes]); pools the image down to 4 px."""
 
     num_classes: int
 
@@ -27,7 +27,7 @@ class Classifier(nn.Module):
     def __call__(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         h = images.astype(jnp.float32) / 127.5 - 1
         while True:
-            h = nn.relu(nn.Conv(min(64, max(16, 512 // h.shape[1])), (3, 3))(h))  # the wider, the smaller the image
+            h = nn.relu(nn.Conv(min(64, max(16, 512 // h.shape[1])), (3, 3))(h))  # smaller images get more channels
             if h.shape[1] <= 4:
                 break
             h = nn.max_pool(h, (2, 2), (2, 2))
@@ -36,7 +36,7 @@ class Classifier(nn.Module):
 
 
 def _shifted(images: jax.Array, key: jax.Array) -> jax.Array:
-    """Every image [B, S, S, C] moved by up to S // 14 px; its edge is repeated."""
+    """Images [B, S, S, C], each shifted by up to S // 14 px at random; pixels of the edge are repeated."""
     reach = images.shape[1] // 14
     padded = jnp.pad(images, ((0, 0), (reach, reach), (reach, reach), (0, 0)), mode="edge")
     offsets = jax.random.randint(key, (images.shape[0], 2), 0, 2 * reach + 1)
@@ -49,8 +49,8 @@ def train(
 ) -> Any:
     """Parameters of a classifier trained on uint8 `images` [N, S, S, C] with `labels` [N] in 0..num_classes-1.
 
-    2,000 steps of 64 images with Adam, the learning rate falling as a cosine; deterministic. `progress` goes around the
-    step numbers.
+    2,000 steps of 64 images with Adam and a cosine learning rate; deterministic. `progress` wraps the step numbers, as
+    tqdm does.
     """
     model, optimizer = Classifier(num_classes), optax.adam(optax.cosine_decay_schedule(RATE, STEPS))
     key = jax.random.key(0)
@@ -74,7 +74,7 @@ def train(
 
 
 def accuracy(params: Any, images: Any, labels: np.ndarray) -> float:
-    """The share of `images` [N, S, S, C] whose most likely class is their label."""
+    """The fraction of `images` [N, S, S, C] whose most likely class is their label."""
     model = Classifier(params["Dense_1"]["bias"].shape[0])
 
     @jax.jit
@@ -82,8 +82,8 @@ def accuracy(params: Any, images: Any, labels: np.ndarray) -> float:
         outputs: Any = model.apply({"params": params}, x)
         return outputs[1].argmax(-1)
 
-    right = 0
+    correct = 0
     for start in range(0, len(images), 500):
         part = np.arange(start, min(start + 500, len(images)))
-        right += int((np.asarray(classify(images[part])) == labels[part]).sum())
-    return right / len(images)
+        correct += int((np.asarray(classify(images[part])) == labels[part]).sum())
+    return correct / len(images)

@@ -10,24 +10,30 @@ from typing import Any
 
 import numpy as np
 
+from ddgan_jax.data.batches import evenly_spaced
 from ddgan_jax.errors import UserError, is_out_of_memory
 from ddgan_jax.metrics.distances import check_features
 from ddgan_jax.metrics.features import Network
 
+FINGERPRINT_IMAGES = 16
 
-def custom_network(name: str, images: np.ndarray) -> Network:
+
+def custom_network(name: str, images: Any) -> Network:
     """The function `name`, 'module:function', as a feature network.
 
-    It maps uint8 images [N, H, W, C] to features [N, D], an array of NumPy, JAX or CPU PyTorch. Its fingerprint follows
-    from its name and its features of `images`. Raises UserError if it cannot be imported or called, or if it returns
-    anything else.
+    It maps uint8 images [N, H, W, C] to features [N, D], an array of NumPy, JAX or CPU PyTorch. Its fingerprint
+    consists of its name and its features of a few of the real `images`. Raises UserError if it cannot be imported or
+    called, or if it returns anything else.
     """
+    if images.dtype != np.uint8:
+        raise UserError(f"eval.features={name} maps uint8 images, but the data is {images.dtype} {list(images.shape)}")
     function = _import(name)
 
     def apply(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return _call(name, function, images), np.zeros((len(images), 0), np.float32)
 
-    digest = hashlib.sha256(name.encode() + apply(images)[0].tobytes())
+    features, _ = apply(images[evenly_spaced(len(images), FINGERPRINT_IMAGES)])
+    digest = hashlib.sha256(name.encode() + features.tobytes())
     return Network(name, apply, digest.hexdigest()[:16])
 
 

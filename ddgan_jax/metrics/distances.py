@@ -1,11 +1,11 @@
-"""Distances between sets of features [N, D], each one number for a whole set of samples. All sums are in float64.
+"""Distances between sets of features [N, D], computed in float64.
 
     (1)  Frechet   |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^{1/2})        Heusel et al. 2017, equation 6
     (2)  kernel    MMD^2 with k(x, y) = (x.y / D + 1)^3, unbiased              Binkowski et al. 2018
     (3)  score     exp(E_x KL(p(c|x) || E_x p(c|x)))                           Salimans et al. 2016, Section 4
 
-With the pool features of Inception v3 (D = 2048), (1) is FID and (2) KID; with its logits, (3) is the Inception score.
-(1) depends on the number of samples, which must be the published one to compare; (2) does not.
+With the pool features of Inception v3 (D = 2048), (1) is FID and (2) is KID; with its logits, (3) is the Inception
+score. The expectation of (1) depends on the number of samples, so it is comparable only at equal numbers.
 """
 
 import dataclasses
@@ -20,13 +20,13 @@ from ddgan_jax.errors import UserError
 from ddgan_jax.metrics import npz
 from ddgan_jax.storage import paths
 
-ROWS = 1024  # taken at once where rows are converted to float64, so that no whole set is copied
+ROWS = 1024  # rows that are processed at a time, so that no copy of a whole set is made
 
 
 def check_features(x: ArrayLike, what: str, at_least: int = 1) -> np.ndarray:
-    """`x` as an array of numbers [N, D], not copied where it is one already.
+    """`x` as an array of numbers [N, D]; an array is not copied.
 
-    Raises UserError, with `what` to name it, unless it is two-dimensional, finite and of `at_least` rows.
+    Raises UserError, which names it as `what`, unless it is real, two-dimensional, finite, and has `at_least` rows.
     """
     x = np.asarray(x)
     if x.dtype.kind == "V":  # bfloat16, which NumPy does not know
@@ -45,17 +45,14 @@ def check_features(x: ArrayLike, what: str, at_least: int = 1) -> np.ndarray:
 
 
 def check_same_width(x: np.ndarray, y: np.ndarray) -> None:
-    """Raise UserError unless x [N, D] and y [M, D] have one D."""
+    """Raise UserError unless x [N, D] and y [M, D] have the same D."""
     if x.shape[1] != y.shape[1]:
-        raise UserError(f"both sets need features of one width, not {x.shape[1]} and {y.shape[1]}")
-
-
-# --- Frechet ------------------------------------------------------------------------------------------------------
+        raise UserError(f"both sets need features of the same width, not {x.shape[1]} and {y.shape[1]}")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Moments:
-    """Mean and covariance of a set of features, float64: what (1) needs of it."""
+    """Mean and covariance of a set of features, float64; (1) depends on nothing else."""
 
     mu: np.ndarray  # [D]
     sigma: np.ndarray  # [D, D], divided by the number of samples - 1
@@ -102,9 +99,9 @@ def _updated(mu: np.ndarray, sigma: np.ndarray, count: int, x: np.ndarray) -> tu
 
 
 def save_moments(path: str | os.PathLike, values: Moments, network: str = "") -> None:
-    """Write `mu` and `sigma` as an npz, the form in which others publish theirs; `path` should end in .npz.
+    """Write `mu` and `sigma` as an npz, the format of published statistics; `path` should end in .npz.
 
-    `network` says what made the features, such as the `fingerprint` of a Network: `load_moments` compares it.
+    `network` identifies the feature network, for example by the `fingerprint` of a Network; `load_moments` compares it.
     """
     paths.write(paths.path(path), lambda file: np.savez(file, mu=values.mu, sigma=values.sigma, network=network))
 
@@ -139,14 +136,15 @@ def load_moments(path: str | os.PathLike, width: int | None = None, network: str
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """(1), at least 0, in squared units of the features. UserError where the widths differ or it leaves float64.
+    """(1), at least 0, in squared units of the features.
 
-    With S_a = V V^T the trace of (S_a S_b)^{1/2} is that of (V^T S_b V)^{1/2}, a symmetric matrix. V has a column for
-    each eigenvalue of S_a that is not rounding, so covariances of fewer samples than features need no care.
+    With S_a = V V^T, the trace of (S_a S_b)^{1/2} equals that of (V^T S_b V)^{1/2}, a symmetric matrix. V has a column
+    for each eigenvalue of S_a above rounding errors, so singular covariances, of fewer samples than features, need no
+    special treatment. Raises UserError where the widths differ, or the distance is out of the range of float64.
     """
     if a.mu.shape != b.mu.shape:
-        raise UserError(f"both moments need features of one width, not {len(a.mu)} and {len(b.mu)}")
-    # In a unit in which products of covariances stay within float64; a power of four, so that no root is rounded.
+        raise UserError(f"both moments need features of the same width, not {len(a.mu)} and {len(b.mu)}")
+    # Dividing by a unit keeps products of covariances within float64; a power of four rounds neither them nor roots.
     largest = max(a.sigma.max(initial=0), b.sigma.max(initial=0))
     unit = 4.0 ** np.ceil(np.log2(largest) / 2) if largest > 0 else 1.0
     of_a, of_b = a.sigma / unit, b.sigma / unit
@@ -162,13 +160,10 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     return max(0.0, distance)
 
 
-# --- Kernel -------------------------------------------------------------------------------------------------------
-
-
 class KernelDistance(NamedTuple):
     """(2) over blocks of samples."""
 
-    mean: float  # may be a little below 0, as it is unbiased
+    mean: float  # unbiased, so it may be slightly negative
     std: float  # over the blocks (divided by their number); 0 for one block
     blocks: int
     block_size: int  # samples of each set in a block
@@ -187,11 +182,11 @@ def _kernel_mean(x: np.ndarray, y: np.ndarray | None = None) -> float:
 
 
 def kernel_distance(x: ArrayLike, y: ArrayLike, block_size: int = 1000, seed: int = 0) -> KernelDistance:
-    """(2) between x [N, D] and y [M, D]: mean and spread over as many disjoint blocks as both sets fill.
+    """(2) between x [N, D] and y [M, D]: mean and spread over disjoint blocks of `block_size` samples of each set.
 
-    Each set is permuted by `seed` and cut into consecutive blocks; what fills no block is left out. With fewer than
-    `block_size` samples in a set there is one block, of the size of the smaller set. The block size does not move
-    the expectation, but the spread. Raises UserError for fewer than 2 samples, NaN, infinity, different widths, or
+    Each set is permuted by `seed` and cut into consecutive blocks; samples that fill no block are left out. If a set
+    has fewer than `block_size` samples, there is one block of the size of the smaller set. The block size affects the
+    spread but not the expectation. Raises UserError for fewer than 2 samples, NaN, infinity, different widths, or
     features so large that the kernel is not finite.
     """
     x, y = check_features(x, "the first features", 2), check_features(y, "the second features", 2)
@@ -214,9 +209,6 @@ def kernel_distance(x: ArrayLike, y: ArrayLike, block_size: int = 1000, seed: in
     return KernelDistance(float(np.mean(values)), float(np.std(values)), blocks, size)
 
 
-# --- Inception score ----------------------------------------------------------------------------------------------
-
-
 class InceptionScore(NamedTuple):
     """(3) over splits."""
 
@@ -225,10 +217,10 @@ class InceptionScore(NamedTuple):
 
 
 def inception_score(logits: ArrayLike, splits: int = 10) -> InceptionScore:
-    """(3) of logits [N, C] (log-probabilities are logits too): mean and spread over consecutive splits of the samples.
+    """(3) of logits or log-probabilities [N, C]: mean and spread over consecutive splits of the samples.
 
-    The order is the caller's: samples that come sorted by class must be shuffled before. Raises UserError for fewer
-    samples than splits, NaN or infinity.
+    Samples that are sorted by class must be shuffled first. Raises UserError for fewer samples than splits, NaN or
+    infinity.
     """
     if splits < 1:
         raise UserError(f"the Inception score needs at least 1 split, not splits={splits}")

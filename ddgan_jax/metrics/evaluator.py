@@ -13,7 +13,7 @@ Only distances in the features of Inception are called FID and KID.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ddgan_jax.config.settings import Config, read
 from ddgan_jax.data import sources
-from ddgan_jax.data.batches import evenly_spaced, order
+from ddgan_jax.data.batches import order
 from ddgan_jax.devices import processes
 from ddgan_jax.errors import UserError
 from ddgan_jax.metrics import distances, inception, manifold, modes
@@ -31,7 +31,6 @@ from ddgan_jax.metrics.features import Features, Network, extract, reference_fea
 
 MAX_NEIGHBOURS = 2_000  # samples whose nearest training images are searched
 KID_BLOCK, SCORE_SPLITS = 1_000, 10
-FINGERPRINT_IMAGES = 16  # whose features tell a function of the user from its earlier versions
 RANKED_BY = {"inception": "fid", "classifier": "classifier_frechet", "points": "total_variation"}
 
 Results = dict[str, Any]
@@ -85,9 +84,6 @@ class EvaluationResult:
     neighbours: tuple[np.ndarray, np.ndarray] | None = None  # of `samples`: indices into `reference`, distances
 
 
-# --- Opening ------------------------------------------------------------------------------------------------------
-
-
 def open_evaluator(config: Any, data: sources.Data | None = None, num_samples: int = 0) -> Evaluator:
     """Open the real images of `config.data` (or use `data`) and the feature networks of `config.eval`.
 
@@ -111,8 +107,7 @@ def open_evaluator(config: Any, data: sources.Data | None = None, num_samples: i
         networks, about = [network], about | accuracy
     else:
         check_sizes(c, num_real, num_samples)
-        some = data.images[evenly_spaced(num_real, FINGERPRINT_IMAGES)]
-        networks = [processes.everywhere(lambda: custom_network(c.eval.features, some))]
+        networks = [processes.everywhere(lambda: custom_network(c.eval.features, data.images))]
     count = min(c.eval.reference_samples or num_real, num_real)
     reference = np.sort(order(num_real, 0, 0)[:count])
     real = [reference_features(c, data, reference, network) for network in networks]
@@ -143,10 +138,8 @@ def check_sizes(c: Config, num_real: int, num_samples: int = 0, manifolds: bool 
     `num_samples` 0 stands for an evaluation during training. `manifolds`: whether precision and recall are measured.
     """
     e = c.eval
-    count, samples = num_samples or e.online_samples, f"a set of {num_samples} samples"
-    if not num_samples:
-        samples = f"eval.online_samples={e.online_samples}"
-    reference = min(e.reference_samples or num_real, num_real)
+    count, reference = num_samples or e.online_samples, min(e.reference_samples or num_real, num_real)
+    samples = f"a set of {num_samples} samples" if num_samples else f"eval.online_samples={e.online_samples}"
     real = f"a set of {reference} real images"
     needs = []  # (the size, of what, the smallest allowed, the measure that needs it)
     if e.features == "inception":
@@ -176,9 +169,6 @@ def check_gaussians(c: Config, data: sources.Data | None) -> None:
     )
 
 
-# --- Measuring ----------------------------------------------------------------------------------------------------
-
-
 def measure(
     evaluator: Evaluator,
     chunks: Iterable[np.ndarray],
@@ -190,9 +180,8 @@ def measure(
 
     Process 0 measures; the others contribute features, wait for it, and get None. `progress` names the progress bar;
     without a name, as during training, there is no bar, and no search for nearest neighbours. `labels` [total] are the
-    classes of class-conditional samples, with which the classifier's predictions are compared.
-
-    Raises UserError for too few samples, or samples of another type or shape than the real images.
+    classes of class-conditional samples, with which the classifier's predictions are compared. Raises UserError for too
+    few samples, or samples of another type or shape than the real images.
     """
     if not evaluator.networks:
         points = np.concatenate([processes.gather_rows(chunk) for chunk in chunks])[:total]
@@ -303,7 +292,7 @@ def _kernel_measures(evaluator: Evaluator, fake: Features, name: str) -> Results
     return {name: found.mean} | of_blocks
 
 
-def _progress_bar(name: str) -> Callable[[Iterable[int]], Iterable[int]]:
+def _progress_bar(name: str) -> manifold.Progress:
     return lambda blocks: tqdm(blocks, name, leave=False, disable=None if name else True)
 
 

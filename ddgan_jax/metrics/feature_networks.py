@@ -21,12 +21,10 @@ from ddgan_jax.storage.torch import files
 
 MIN_ACCURACY = {"mnist": 0.985, "mnist_5k": 0.97}  # on test images; a worse classifier miscounts modes
 
-# --- Published networks -------------------------------------------------------------------------------------------
-
 
 def published_networks(c: Config, manifolds: bool = True) -> list[Network]:
     """Inception and, for `manifolds`, VGG16 if its weights are there. UserError without the weights of Inception."""
-    params = inception.params(_state_dict(_weights_file(c, "inception_weights", inception), inception))
+    params = inception.params(_read_weights(_weights_file(c, "inception_weights", inception), inception))
     net = inception.Inception()
     networks = [on_devices("Inception 2015-12-05", lambda p, x: net.apply({"params": p}, x), params)]
     if not manifolds:
@@ -45,7 +43,7 @@ def published_networks(c: Config, manifolds: bool = True) -> list[Network]:
         features: Any = other.apply({"params": params}, images)
         return features, features[:, :0]
 
-    return [*networks, on_devices("VGG16", apply, vgg.params(_state_dict(path, vgg)))]
+    return [*networks, on_devices("VGG16", apply, vgg.params(_read_weights(path, vgg)))]
 
 
 def _weights_file(c: Config, setting: str, module: Any) -> str:
@@ -61,21 +59,18 @@ def _weights_file(c: Config, setting: str, module: Any) -> str:
     return path
 
 
-def _state_dict(path: str, module: Any) -> dict[str, np.ndarray]:
-    """The arrays in a file of published weights, which process 0 reads."""
-    return processes.from_primary(lambda: _read_weights(path, module))
-
-
 def _read_weights(path: str, module: Any) -> dict[str, np.ndarray]:
-    content = npz.read_bytes(path)
-    if os.path.basename(path).endswith(f"-{module.SHA256[:8]}.pth"):
-        digest = hashlib.sha256(content).hexdigest()
-        if digest != module.SHA256:
-            raise UserError(f"{path} is damaged: its SHA-256 is {digest}, not {module.SHA256}")
-    return npz.parse_npz(content, path) if path.endswith(".npz") else files.parse(content, path)
+    """The arrays in a file of published weights, which process 0 reads and verifies."""
 
+    def read() -> dict[str, np.ndarray]:
+        content = npz.read_bytes(path)
+        if os.path.basename(path).endswith(f"-{module.SHA256[:8]}.pth"):
+            digest = hashlib.sha256(content).hexdigest()
+            if digest != module.SHA256:
+                raise UserError(f"{path} is damaged: its SHA-256 is {digest}, not {module.SHA256}")
+        return npz.parse_npz(content, path) if path.endswith(".npz") else files.parse(content, path)
 
-# --- The project's classifier -------------------------------------------------------------------------------------
+    return processes.from_primary(read)
 
 
 def classifier_network(c: Config, data: sources.Data) -> tuple[Network, dict[str, Any]]:

@@ -103,9 +103,6 @@ def reference_features(c: Config, data: sources.Data, reference: np.ndarray, net
     return found
 
 
-# --- Caches -------------------------------------------------------------------------------------------------------
-
-
 def cache_path(c: Config, *names: str) -> Path:
     """The file that caches a result which depends on nothing but `names`."""
     return Path(paths.cache_dir(sources.directory(c.data.dir)), "evaluation", "-".join(names))

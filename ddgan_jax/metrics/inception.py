@@ -1,13 +1,13 @@
 """The Inception-v3 network of FID, KID and the Inception Score: TensorFlow's "2015-12-05", in its PyTorch port.
 
-Szegedy et al., "Rethinking the Inception Architecture for Computer Vision" (arXiv 1512.00567), with what the graph of
-2015 does otherwise: average pools count no padding, the last block takes the maximum instead, and the input is
-resized as TensorFlow 1 did. Scores are only comparable between copies of this network with the same preprocessing;
-tests compare it with torch-fidelity's.
+Szegedy et al., "Rethinking the Inception Architecture for Computer Vision" (arXiv 1512.00567), with the differences of
+the 2015 graph: average pools ignore padding, the last block has a max pool, and the input is resized as TensorFlow 1
+does. Scores are comparable only between copies of this network with the same preprocessing; tests compare it with
+torch-fidelity's.
 
 The weights are the file `FILE`: from the project pytorch-fid on GitHub, release "fid_weights", or from torch-fidelity,
-release v0.2.0, where its name starts with "weights-" instead of "pt_". By the convention of torch.hub, a name ends
-with the first digits of the file's SHA-256; `SHA256` is what projects that use it publish.
+release v0.2.0, where its name starts with "weights-" instead of "pt_". By the convention of torch.hub, the name ends
+with the first digits of the file's SHA-256; `SHA256` is the published one.
 """
 
 import dataclasses
@@ -26,11 +26,9 @@ SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 SIZE, FEATURES = 299, 2048
 BATCH_NORM_EPSILON = 1e-3
 
-# --- From images to the input of a network ------------------------------------------------------------------------
-
 
 def rgb(images: jax.Array) -> jax.Array:
-    """[B, H, W] or [B, H, W, 1] grey images three times over, [B, H, W, 3] as they are; else UserError."""
+    """Images [B, H, W, 3]: grey ones, [B, H, W] or [B, H, W, 1], are repeated. UserError for other shapes."""
     if images.ndim == 3:
         images = images[..., None]
     if images.ndim != 4 or images.shape[-1] not in (1, 3):
@@ -41,16 +39,16 @@ def rgb(images: jax.Array) -> jax.Array:
 def resize(x: jax.Array, size: int) -> jax.Array:
     """Float [B, H, W, C] -> [B, size, size, C] as TensorFlow 1's resize_bilinear: output n reads input n H / size.
 
-    No half-pixel centres, no aligned corners, no smoothing before an image gets smaller; all as in the graph of 2015.
+    As in the 2015 graph, without half-pixel centres, aligned corners, or smoothing before downsampling.
     """
     for axis in (2, 1):
         length = x.shape[axis]
         place = np.arange(size, dtype=np.float32) * np.float32(length / size)
         low = place.astype(np.int32)
-        share = (place - low.astype(np.float32)).reshape((-1, 1) if axis == 2 else (-1, 1, 1))
-        # Gathering two neighbours keeps the rounding of the original; a matrix product would not.
+        weight = (place - low.astype(np.float32)).reshape((-1, 1) if axis == 2 else (-1, 1, 1))
+        # Two gathered neighbours round as the original does; a matrix product would not.
         first, second = (jnp.take(x, np.minimum(low + i, length - 1), axis=axis) for i in (0, 1))
-        x = first + (second - first) * share
+        x = first + (second - first) * weight
     return x
 
 
@@ -59,9 +57,6 @@ def pixels(images: jax.Array, size: int) -> jax.Array:
     if images.dtype != jnp.uint8:
         raise UserError(f"feature networks take uint8 images in 0..255, not {images.dtype}: scale and round them first")
     return resize(rgb(images).astype(jnp.float32), size)
-
-
-# --- The network as a table ---------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +70,8 @@ class Conv:
     padding: str = "SAME"
 
 
-# A list is a chain, a mapping a fork whose results are joined along the channels, a function a pool. The name of a
-# layer, in the weights and here, is made of the keys on the way to it; a chain of several convolutions numbers them.
+# A list is a chain, a mapping a set of branches whose outputs are concatenated along the channels, a function a pool.
+# The keys on the path to a layer form its name, here and in the weights; a chain of several convolutions numbers them.
 Step = Conv | Callable[[jax.Array], jax.Array] | Sequence["Step"] | Mapping[str, "Step"]
 
 
@@ -154,7 +149,7 @@ TABLE: Mapping[str, Step] = {
 
 
 def _apply(step: Step, name: str, x: jax.Array) -> jax.Array:
-    """One step of the table; to be called inside a compact module, which gets its convolutions."""
+    """Apply one step of the table inside a compact module, which owns the convolutions."""
     if isinstance(step, Conv):
         size = (step.height, step.width)
         layer = nn.Conv(step.features, size, step.stride, step.padding, precision=jax.lax.Precision.HIGHEST, name=name)
@@ -173,9 +168,9 @@ def _apply(step: Step, name: str, x: jax.Array) -> jax.Array:
 class Inception(nn.Module):
     """uint8 images [B, H, W, 1 or 3] of any size -> (pool features [B, 2048], logits [B, 1008]), float32.
 
-    The features are the means over the last 8 x 8 pixels, at least 0: those of FID and KID. The logits are without
-    the bias of the last layer, as the Inception Score takes them (Salimans et al., and torch-fidelity's default,
-    'logits_unbiased'). Raises UserError for images of another shape or type.
+    The features, of FID and KID, are means over the last 8 x 8 pixels, at least 0. The logits lack the bias of the last
+    layer, as the Inception Score requires (Salimans et al., and torch-fidelity's default, 'logits_unbiased'). Raises
+    UserError for images of another shape or type.
     """
 
     @nn.compact
@@ -191,8 +186,7 @@ class Inception(nn.Module):
 def params(state_dict: weights.StateDict) -> weights.Params:
     """Parameters of `Inception` from the state dict in `FILE`, batch norm folded into the convolutions in float64.
 
-    Entries that the network has no use for are ignored. Raises UserError that names the first array, by
-    name, that is missing or has another shape.
+    Other entries are ignored. Raises UserError that names the first array that is missing or has another shape.
     """
     found: weights.Params = {}
     for layer, shape in weights.shapes(Inception()).items():

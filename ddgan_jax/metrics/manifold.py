@@ -55,9 +55,6 @@ class Manifold(NamedTuple):
     covered: np.ndarray  # bool [N], whether the ball of each real contains a fake
 
 
-# --- Distances ----------------------------------------------------------------------------------------------------
-
-
 def _centre(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """A point [D] in the middle of both sets, in the precision in which they are centred.
 
@@ -116,9 +113,6 @@ def _even(block: int, rows: int) -> int:
     if block < 1:
         raise UserError(f"distances are computed for at least 1 row at a time, not block={block}")
     return -(-rows // -(-rows // block))
-
-
-# --- Neighbours ---------------------------------------------------------------------------------------------------
 
 
 def neighbours(
@@ -208,9 +202,6 @@ def _nearest(bounds, indices, a, b, own, start, count):
     values, places = jax.lax.top_k(-both, bounds.shape[1])
     columns = jnp.broadcast_to(columns, excluded.shape).astype(indices.dtype)
     return -values, jnp.take_along_axis(jnp.concatenate([indices, columns], axis=1), places, axis=1)
-
-
-# --- Manifolds ----------------------------------------------------------------------------------------------------
 
 
 OUTSIDE, INSIDE, UNDECIDED = 0, 1, 2

@@ -1,11 +1,11 @@
-"""Which modes of a known distribution the samples reach, and how evenly.
+"""Coverage of the modes of a known distribution, and the balance between them.
 
-With h the share of the samples in each of K modes: the number of modes with h > 0, and
+With h the fraction of the samples in each of K modes: the number of modes with h > 0, and
 
-    (1)  KL(h || uniform) = sum h log(K h), in nats, 0 for equal shares and log K for a single mode.
+    (1)  KL(h || uniform) = sum h log(K h), in nats, 0 for equal fractions and log K for a single mode.
 
-StackedMNIST has K = 1,000 modes, one for each triple of digits, and is judged by 25,600 samples that a classifier
-of digits labels channel by channel. The grid of Gaussians has K = 25.
+StackedMNIST has K = 1,000 modes, one for each triple of digits, and is evaluated by 25,600 samples whose channels a
+classifier of digits labels. The grid of Gaussians has K = 25.
 """
 
 from typing import NamedTuple
@@ -19,17 +19,17 @@ from ddgan_jax.errors import UserError
 class ModeReport(NamedTuple):
     """Modes of labelled samples."""
 
-    modes: int  # present, of num_modes
+    modes: int  # number of modes with at least one sample
     kl: float  # (1)
-    histogram: np.ndarray  # int64 [num_modes], samples of each mode
+    histogram: np.ndarray  # int64 [num_modes], number of samples in each mode
 
 
 class GaussianReport(NamedTuple):
-    """Modes of points in the plane. Only high-quality points are counted, but in `high_quality`."""
+    """Modes of points in the plane, by their high-quality points."""
 
-    modes: int  # with at least one high-quality point
-    high_quality: float  # the share of all points within three standard deviations of their centre, 0 to 1
-    kl: float  # (1); NaN if no point is of high quality
+    modes: int  # number of modes with at least one high-quality point
+    high_quality: float  # fraction of all points within three standard deviations of their centre, 0 to 1
+    kl: float  # (1); NaN without high-quality points
     histogram: np.ndarray  # int64 [side^2], high-quality points of each mode, in the order of `grid_centres`
 
 
@@ -42,9 +42,9 @@ def _report(histogram: np.ndarray) -> ModeReport:
 
 
 def mode_report(labels: ArrayLike, num_modes: int) -> ModeReport:
-    """Modes present, and (1), of labels [N] in 0..num_modes-1; an empty mode adds 0 to (1).
+    """Modes of labels [N] in 0..num_modes-1; an empty mode adds 0 to (1).
 
-    Raises UserError for no labels, labels that are no whole numbers, or one out of range.
+    Raises UserError unless there is at least one label, and all are integers in this range.
     """
     labels = np.asarray(labels)
     if labels.ndim != 1 or not len(labels) or labels.dtype.kind not in "iu":
@@ -55,9 +55,9 @@ def mode_report(labels: ArrayLike, num_modes: int) -> ModeReport:
 
 
 def stacked_labels(digits: ArrayLike) -> np.ndarray:
-    """The mode 100 a + 10 b + c, int64 [N] in 0..999, of three digits [N, 3] in 0..9, one of each channel (a first).
+    """The mode 100 a + 10 b + c, int64 [N] in 0..999, of the digits a, b, c of the channels, [N, 3] in 0..9.
 
-    Raises UserError for another shape, or for numbers that are no digits.
+    Raises UserError for another shape, or numbers that are not digits.
     """
     digits = np.asarray(digits)
     if digits.ndim != 2 or digits.shape[1] != 3 or digits.dtype.kind not in "iu":
@@ -68,18 +68,18 @@ def stacked_labels(digits: ArrayLike) -> np.ndarray:
 
 
 def grid_centres(side: int = 5, spacing: float = 2.0) -> np.ndarray:
-    """Centres of a square grid about the origin, float64 [side^2, 2]; mode side * i + j is the i-th x and j-th y."""
+    """Centres of a square grid about the origin, float64 [side^2, 2]; mode side * i + j has the i-th x and j-th y."""
     axis = (np.arange(side) - (side - 1) / 2) * spacing
     return np.stack(np.meshgrid(axis, axis, indexing="ij"), axis=-1).reshape(-1, 2)
 
 
 def gaussian_report(points: ArrayLike, side: int = 5, spacing: float = 2.0, std: float = 0.05) -> GaussianReport:
-    """How points [N, 2] spread over `grid_centres`, the modes of Gaussians with standard deviation `std` an axis.
+    """Modes of points [N, 2] among Gaussians at `grid_centres` with standard deviation `std` along each axis.
 
-    Every point belongs to its nearest centre, and is of high quality within 3 std of it (Euclidean). A mode is covered
+    Every point belongs to its nearest centre, and has high quality within 3 std of it (Euclidean). A mode is covered
     if it has at least one high-quality point, as in VEEGAN (Srivastava et al. 2017) and PacGAN (Lin et al. 2018), and
-    (1) is over the high-quality points alone, as PacGAN's code counts. Of exact samples 98.9 % are of high quality.
-    Raises UserError for another shape, NaN or infinity.
+    (1) counts only high-quality points, as PacGAN's code does. 98.9 % of exact samples have high quality. Raises
+    UserError for another shape, NaN or infinity.
     """
     points = np.asarray(points, np.float64)
     if points.ndim != 2 or points.shape[1] != 2 or not len(points):
@@ -87,7 +87,7 @@ def gaussian_report(points: ArrayLike, side: int = 5, spacing: float = 2.0, std:
     if not np.isfinite(points).all():
         bad = np.flatnonzero(~np.isfinite(points).all(axis=1))
         raise UserError(f"points must be finite, but point {bad[0]} holds NaN or infinity")
-    # On a grid the nearest centre is the nearest along each axis.
+    # On a grid, the nearest centre is the nearest along each axis.
     cell = np.clip(np.rint(points / spacing + (side - 1) / 2), 0, side - 1).astype(np.int64)
     mode = side * cell[:, 0] + cell[:, 1]
     high = np.hypot(*(points - grid_centres(side, spacing)[mode]).T) <= 3 * std

@@ -1,10 +1,10 @@
 """The VGG16 network of improved precision and recall (Kynkaanniemi et al., arXiv 1904.06991, Section 3).
 
-Simonyan and Zisserman (arXiv 1409.1556), configuration D, as torchvision has it, with the preprocessing of
-torch-fidelity's 'vgg16': the features that its precision and recall are measured on, and tests compare them. The
-weights are the file `FILE` of torchvision, `VGG16_Weights.IMAGENET1K_V1`, which torchvision trained from scratch:
-numbers compare with torch-fidelity's, not with those in the paper. By the convention of torch.hub, the name of a file
-ends with the first digits of its SHA-256; `SHA256` is what projects that use it publish.
+Simonyan and Zisserman (arXiv 1409.1556), configuration D of torchvision, with the preprocessing of torch-fidelity's
+'vgg16', whose features tests compare. The weights are torchvision's file `FILE`, `VGG16_Weights.IMAGENET1K_V1`.
+torchvision trained them from scratch, so precision and recall are comparable with torch-fidelity's, and not with those
+of the paper. By the convention of torch.hub, the name of the file ends with the first digits of its SHA-256; `SHA256`
+is the published one.
 """
 
 import jax
@@ -17,7 +17,7 @@ from ddgan_jax.metrics.inception import pixels
 FILE = "vgg16-397923af.pth"
 SHA256 = "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"
 SIZE = 224
-STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # (features, convolutions); each ends with a pool
+STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # (features, convolutions), each followed by a pool
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, in units of 255
 
 
@@ -32,7 +32,7 @@ class VGG16(nn.Module):
         precision = jax.lax.Precision.HIGHEST
         mean, deviation = (255 * np.asarray(values) for values in (MEAN, DEVIATION))
         x = (pixels(images, SIZE) - mean.astype(np.float32)) / deviation.astype(np.float32)
-        number = 0  # torchvision counts convolutions, their ReLUs and pools in one row
+        number = 0  # torchvision numbers convolutions, ReLUs and pools consecutively
         for features, convolutions in STAGES:
             for _ in range(convolutions):
                 x = nn.relu(nn.Conv(features, (3, 3), precision=precision, name=f"features.{number}")(x))
@@ -46,14 +46,14 @@ class VGG16(nn.Module):
 
 
 def params(state_dict: weights.StateDict) -> weights.Params:
-    """Parameters of `VGG16` from the state dict in `FILE`; its last layer, the classes, is not used.
+    """Parameters of `VGG16` from the state dict in `FILE`, whose last layer, the classes, is not used.
 
-    Raises UserError that names the first array, by name, that is missing or has another shape.
+    Raises UserError that names the first array that is missing or has another shape.
     """
     found: weights.Params = {}
     for layer, shape in weights.shapes(VGG16()).items():
         kernel = weights.kernel(state_dict, f"{layer}.weight", shape["kernel"], FILE)
-        if layer == "classifier.0":  # PyTorch flattens (channels, height, width), we (height, width, channels)
+        if layer == "classifier.0":  # PyTorch flattens (channels, height, width), Flax (height, width, channels)
             kernel = kernel.reshape(512, 7, 7, -1).transpose(1, 2, 0, 3).reshape(shape["kernel"])
         bias = weights.array(state_dict, f"{layer}.bias", shape["bias"], FILE)
         found[layer] = {"kernel": kernel, "bias": bias}

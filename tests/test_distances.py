@@ -28,7 +28,7 @@ def covariance(width: int, seed: int) -> np.ndarray:
     return root @ root.T / width
 
 
-def in_one_sentence(error: pytest.ExceptionInfo) -> str:
+def assert_one_line(error: pytest.ExceptionInfo) -> str:
     message = str(error.value)
     assert message and "\n" not in message and not message.endswith(".")
     return message
@@ -84,7 +84,7 @@ def test_bad_files_of_moments(tmp_path, message):
     np.savez(tmp_path / "stats.npz", **BAD_FILES[message])
     with pytest.raises(UserError, match=message) as error:
         load_moments(tmp_path / "stats.npz", width=2048)
-    in_one_sentence(error)
+    assert_one_line(error)
 
 
 def test_moments_of_another_network(tmp_path):
@@ -106,7 +106,7 @@ def test_files_that_are_no_npz(tmp_path):
     for name in ("none.npz", "text.npz", "cut.npz", "one.npy"):
         with pytest.raises(UserError, match=name) as error:
             load_moments(tmp_path / name)
-        in_one_sentence(error)
+        assert_one_line(error)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_files_that_are_no_npz(tmp_path):
 def test_bad_chunks(message, chunks):
     with pytest.raises(UserError, match=message) as error:
         moments(chunks)
-    in_one_sentence(error)
+    assert_one_line(error)
 
 
 # --- Frechet ------------------------------------------------------------------------------------------------------
@@ -191,13 +191,13 @@ def test_features_beyond_float64():
     ):
         with pytest.raises(UserError, match="out of the range of float64: scale them") as error:
             call()
-        in_one_sentence(error)
+        assert_one_line(error)
 
 
 def test_frechet_needs_one_width():
     with pytest.raises(UserError, match="not 2 and 3") as error:
         frechet_distance(moments([np.eye(2)]), moments([np.eye(3)]))
-    in_one_sentence(error)
+    assert_one_line(error)
 
 
 # --- Kernel -------------------------------------------------------------------------------------------------------
@@ -256,7 +256,7 @@ def test_kernel_distance_is_unbiased():
 def test_bad_input_of_the_kernel_distance(message, x, y, block_size):
     with pytest.raises(UserError, match=message) as error:
         kernel_distance(x, y, block_size)
-    in_one_sentence(error)
+    assert_one_line(error)
 
 
 # --- Inception score ----------------------------------------------------------------------------------------------
@@ -295,7 +295,7 @@ def test_score_in_closed_form():
 def test_bad_input_of_the_score(message, logits, splits):
     with pytest.raises(UserError, match=message) as error:
         inception_score(logits, splits)
-    in_one_sentence(error)
+    assert_one_line(error)
 
 
 # --- torch-fidelity -----------------------------------------------------------------------------------------------

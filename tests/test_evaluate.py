@@ -138,7 +138,7 @@ def test_what_is_known_of_the_real_images_is_kept(digits, tmp_path, monkeypatch)
 
 
 def test_corrected_labels_train_another_classifier(digits, tmp_path, monkeypatch):
-    """Also where they come without names."""
+    """Also where the classes have no names."""
     monkeypatch.setattr(feature_networks.classifier, "STEPS", 300)
     _, images = digits
     c, labels = config(batch_size=64), open_data(DataConfig("digits")).labels()
@@ -152,7 +152,7 @@ def test_corrected_labels_train_another_classifier(digits, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("hashed", [2**31, 1000])
-def test_every_image_tells_sets_apart(hashed, monkeypatch):
+def test_a_fingerprint_depends_on_every_image(hashed, monkeypatch):
     monkeypatch.setattr(sources, "HASHED", hashed, raising=False)
     images = np.zeros((2000, 2, 2, 1), np.uint8)
     changed = images.copy()
@@ -443,7 +443,7 @@ def test_the_measures_of_the_paper(published, tmp_path):
 
 
 def test_a_file_of_the_reference_is_evaluated_and_trained_from_under_its_configuration(published, tmp_path):
-    """netG_1.pth holds arrays alone, and a configuration tells the rest; where they disagree, the error says so."""
+    """netG_1.pth holds only arrays, and a configuration supplies the rest; an error reports where they disagree."""
     for name in ("netG_1", "content"):
         packed = (GOLDEN / "checkpoint" / f"{name}.pth.xz").read_bytes()
         (tmp_path / f"{name}.pth").write_bytes(lzma.decompress(packed))
@@ -691,14 +691,14 @@ def test_training_does_not_start_for_an_evaluation_that_cannot_work(tmp_path):
         ([SMOKE, "--samples=nothing.npz"], "nothing.npz cannot be read"),
     ],
 )
-def test_wrong_use_is_one_sentence(arguments, message, tmp_path):
+def test_wrong_use_is_one_line(arguments, message, tmp_path):
     result = run("--mode=evaluate", *arguments, f"--workdir={tmp_path}")
     assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr, result.stderr
 
 
 @pytest.mark.parametrize("below", ["", "/checkpoints/8", "/best"])
 def test_evaluations_of_other_seeds_have_folders_of_their_own(tmp_path, below, monkeypatch):
-    """Also where a checkpoint is named by itself; and a training may remove it once it is found."""
+    """Also where the step is named. The checkpoint is looked up once, since a running training may remove it."""
     (tmp_path / "checkpoints" / "8" / "ema").mkdir(parents=True)
     asked, find = [], evaluate.checkpoint.find
     monkeypatch.setattr(evaluate.checkpoint, "find", lambda path: asked.append(path) or find(path))

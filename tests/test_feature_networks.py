@@ -167,7 +167,7 @@ def test_wrong_images(images, message):
         inception.pixels(jnp.asarray(images), 299)
 
 
-def one_sentence(error: pytest.ExceptionInfo[UserError]) -> bool:
+def is_one_line(error: pytest.ExceptionInfo[UserError]) -> bool:
     message = str(error.value)
     return "\n" not in message and len(message) < 200 and not re.search(r"\. [A-Z]", message)
 
@@ -193,7 +193,7 @@ def test_wrong_weights(pair):
             expected = message.format(re.escape(key), re.escape(pair.module.FILE), re.escape(str(right.shape)))
             with pytest.raises(UserError, match=expected) as error:
                 pair.module.params(state_dict)
-            assert one_sentence(error)
+            assert is_one_line(error)
     with pytest.raises(UserError, match=re.escape(KEYS[pair.module][0])):
         pair.module.params({})
 
@@ -227,7 +227,7 @@ def test_wrong_npz(tmp_path):
     for name in ("pickle.npz", "one.npy", "cut.npz", "changed.npz", "empty.npz", "text.npz"):
         with pytest.raises(UserError, match=rf"{name} is damaged, or no \.npz file of plain arrays") as error:
             npz.read_npz(str(tmp_path / name))
-        assert one_sentence(error)
+        assert is_one_line(error)
     with pytest.raises(UserError, match=r"missing\.npz cannot be read: No such file") as error:
         npz.read_npz(str(tmp_path / "missing.npz"))
-    assert one_sentence(error)
+    assert is_one_line(error)

@@ -82,7 +82,7 @@ def test_ties(k):
     check_against_brute_force(real + 2.0**40, fake + 2.0**40, k, 32)
 
 
-def test_what_float32_cannot_tell():
+def test_distances_below_the_rounding_of_float32():
     """Tight clusters far apart: within one, ||a||^2 + ||b||^2 - 2 a.b in float32 is all rounding."""
     rng = np.random.default_rng(0)
     centres = 1000 * rng.normal(size=(12, 8))
@@ -233,7 +233,7 @@ def test_progress_sees_every_block():
 
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
 def test_nearest(offset):
-    """Distances to float64, though 1000 +- 1e-4 is beyond what float32 tells in a product."""
+    """Distances are exact to float64, though float32 cannot resolve 1000 +- 1e-4 in a product."""
     base = draw(90, 24, 1).astype(np.float64) + offset
     queries = np.concatenate([draw(50, 24, 2) + offset, base[:9] + 1e-4, base[:3]])
     indices, found = nearest(queries, base, block=32)

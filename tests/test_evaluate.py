@@ -18,6 +18,7 @@ from conftest import GOLDEN
 from PIL import Image
 
 from ddgan_jax.commands import evaluate, figures, generate
+from ddgan_jax.commands.train import train
 from ddgan_jax.config import presets
 from ddgan_jax.config.settings import DataConfig, as_dict, read
 from ddgan_jax.data import sources
@@ -25,7 +26,7 @@ from ddgan_jax.data.sources import Data, open_data
 from ddgan_jax.devices import parallel
 from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.method.build import build, init_state
-from ddgan_jax.metrics import evaluator, feature_networks, features, inception, npz, vgg, weights
+from ddgan_jax.metrics import checks, evaluator, feature_networks, features, inception, npz, vgg, weights
 from ddgan_jax.model.model import load, networks_of
 from ddgan_jax.storage import paths
 
@@ -77,6 +78,28 @@ def test_the_training_set_itself_is_perfect(digits, tmp_path):
         with Image.open(tmp_path / "out" / f"{name}.png") as picture:
             assert min(picture.size) > 200, name
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == json.loads(json.dumps(results, default=float))
+
+
+def test_the_order_of_samples_does_not_matter(digits, tmp_path):
+    """Samples of a file may be sorted by class, and precision and recall may be of some of them."""
+    c, images = digits
+    c = c | {"eval": c["eval"] | {"manifold_samples": 500}}
+    labels = open_data(DataConfig("digits", dir=c["data"]["dir"])).labels()
+    for name in ("sorted", "shuffled"):
+        (tmp_path / name).mkdir()
+    by_class = of_samples(c, images[np.argsort(labels, kind="stable")], tmp_path / "sorted")
+    shuffled = of_samples(c, images, tmp_path / "shuffled")
+    for measure in ("precision", "recall", "coverage"):
+        assert abs(by_class[measure] - shuffled[measure]) < 0.05, measure
+
+
+def test_the_inception_score_of_sorted_samples(monkeypatch):
+    """Each split has samples of all classes: exp(H(mean) - mean H), 10 for ten equal classes that are certain."""
+    logits = 50.0 * np.eye(10, dtype=np.float32)[np.repeat(np.arange(10), 100)]
+    fake = features.Features(np.zeros((1_000, 4), np.float32), logits)
+    monkeypatch.setattr(evaluator, "_frechet_distance", lambda *_: 0.0)
+    nothing = evaluator.Evaluator(read(config()), None, np.zeros(0, int), [], [], {})
+    assert evaluator._inception_measures(nothing, fake)["inception_score"] > 9
 
 
 def test_worse_samples_have_worse_numbers(digits, tmp_path):
@@ -639,10 +662,10 @@ def test_files_that_cannot_be(digits, tmp_path):
 )
 def test_an_evaluation_that_cannot_work(num_real, num_samples, fields, message):
     right = read(config())
-    evaluator.check_sizes(right, num_real=5, num_samples=4)
-    evaluator.check_sizes(right, num_real=5)
+    checks.check_sizes(right, num_real=5, num_samples=4)
+    checks.check_sizes(right, num_real=5)
     with pytest.raises(UserError, match=message) as error:
-        evaluator.check_sizes(read(config(**fields)), num_real, num_samples)
+        checks.check_sizes(read(config(**fields)), num_real, num_samples)
     assert "\n" not in str(error.value)
 
 
@@ -667,8 +690,8 @@ def test_points_are_compared_with_the_gaussians_alone(name, data, message):
 
 def test_what_is_not_measured_needs_no_samples():
     """Without VGG16 there is no precision; with published statistics there need not be real images."""
-    evaluator.check_sizes(read(config(features="inception", k=20)), 2, 10, manifolds=False)
-    evaluator.check_sizes(read(config(features="inception")), 0, 10, manifolds=False)
+    checks.check_sizes(read(config(features="inception", k=20)), 2, 10, manifolds=False)
+    checks.check_sizes(read(config(features="inception")), 0, 10, manifolds=False)
 
 
 def test_training_does_not_start_for_an_evaluation_that_cannot_work(tmp_path):
@@ -741,3 +764,19 @@ def test_a_checkpoint_twice(tmp_path, digits):
     result = run("--mode=evaluate", f"--workdir={tmp_path}", "--config=configs/cifar10.py")
     assert result.returncode == 2 and "is of digits 8 px, 1 channels, but --config is of cifar10 32 px" in result.stderr
     assert jax.device_count() == 1
+
+
+def test_a_model_of_an_array_is_compared_with_its_preset_data_with_a_note(tmp_path, capsys):
+    config = presets.get("gaussians:smoke")
+    config.train.num_steps = 4
+    train(config, str(tmp_path), Data(np.float32(open_data(read(config).data).images[:500] + 3)))
+    results = evaluate.evaluate(None, str(tmp_path), num_samples=100)
+    assert results["trained_on_other_data"] == "500 examples then, 100,000 now"
+    assert "note: the model was not trained on this data" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"is the workdir of a run, whose results.json stays"):
+        evaluate.evaluate(None, str(tmp_path), num_samples=100, out=str(tmp_path))
+
+
+def test_published_statistics_are_for_inception():
+    with pytest.raises(UserError, match=r"reference_statistics=x.npz is for eval.features=inception, not classifier"):
+        evaluator.open_evaluator(config(reference_statistics="x.npz"))

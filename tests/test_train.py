@@ -21,6 +21,7 @@ from ddgan_jax.commands.signals import Interrupt
 from ddgan_jax.commands.train import train
 from ddgan_jax.config import presets
 from ddgan_jax.config.settings import LogConfig, as_dict, read
+from ddgan_jax.data.sketch import sketch_of
 from ddgan_jax.data.sources import Data, open_data
 from ddgan_jax.errors import Fault, Interrupted, UserError
 from ddgan_jax.method.build import noise_seed
@@ -661,8 +662,8 @@ def test_other_data_or_noise_in_a_workdir(points_run, tmp_path):
 def test_other_labels_in_a_workdir(tmp_path, capsys):
     """Of the same images: the networks would learn swapped classes. A sketch of an earlier version holds no labels."""
     data = Data(np.zeros((6, 8, 8, 1), np.uint8), np.array([0, 0, 0, 1, 1, 1]))
-    before = setup.sketch_of(data, data.labels())
-    for now, refused in ((setup.sketch_of(data, 1 - data.labels()), True), (before, False)):
+    before = sketch_of(data, data.labels())
+    for now, refused in ((sketch_of(data, 1 - data.labels()), True), (before, False)):
         with (
             pytest.raises(UserError, match=r"other data \(the labels differ\)") if refused else contextlib.nullcontext()
         ):
@@ -670,7 +671,7 @@ def test_other_labels_in_a_workdir(tmp_path, capsys):
         setup.check_data(before, now, tmp_path, refuse=False)
         assert ("the labels differ" in capsys.readouterr().out) == refused
     setup.check_data({k: v for k, v in before.items() if k != "labels"}, before, tmp_path, refuse=True)
-    assert "labels" not in setup.sketch_of(data, None)
+    assert "labels" not in sketch_of(data, None)
 
 
 @pytest.mark.parametrize("field", ["skip_rescale", "tanh", "centered"])

@@ -13,8 +13,10 @@ from ddgan_jax.commands import figures
 from ddgan_jax.config.settings import Config, read
 from ddgan_jax.data import decoding
 from ddgan_jax.data.batches import like_real
+from ddgan_jax.data.image_folder import SUFFIXES
 from ddgan_jax.data.resolve import facts, labels_of
-from ddgan_jax.data.sources import Data
+from ddgan_jax.data.sketch import difference, sketch_of
+from ddgan_jax.data.sources import Data, open_data
 from ddgan_jax.devices import parallel, processes
 from ddgan_jax.errors import UserError
 from ddgan_jax.metrics import npz
@@ -59,6 +61,10 @@ def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_sampl
         sampler = Sampler(model.denoiser, c.sample.batch_size)
         chunks, count, labels, about = model_samples(model, sampler, data, count, seed)
         about = {"checkpoint": found} | about
+        if other := processes.from_primary(lambda: _other_data(found, c, model.config, data)):
+            about |= {"trained_on_other_data": other}
+    target = paths.path(out or folder)
+    processes.everywhere(lambda: _check_target(target))
     evaluator = open_evaluator(c, data, count)
     if evaluator.data.images.shape[-1] == 1:
         chunks = as_grey(chunks)
@@ -71,7 +77,6 @@ def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_sampl
         assert result  # process 0 has the measures
         results = about | {"features": c.eval.features} | evaluator.about | result.results | timing
         results["seconds"] = round(time.time() - start, 1)
-        target = paths.path(out or folder)
         paths.write(target / "results.json", as_json(results, indent=2) + "\n")
         draw_figures(evaluator, result, target, "" if samples else path)
         for name, value in results.items():
@@ -105,6 +110,26 @@ def _match_data(c: Config, trained: Config, path: str) -> Config:
             "the checkpoint in {} is of {}, but --config is of {}: name the one of its training".format(path, *sets)
         )
     return replace(c, data=replace(ours, image_size=theirs.image_size, channels=theirs.channels))
+
+
+def _other_data(path: str, c: Config, trained: Config, data: Data | None) -> str:
+    """How the data differs from that of the training of a checkpoint, though its configuration is the same; or ''.
+
+    A model that was trained on an array has the configuration of a preset. Prints a note if the data differs.
+    """
+    if file_of(path) or replace(c.data, path=None, dir=None) != replace(trained.data, path=None, dir=None):
+        return ""
+    saved = (checkpoint.metadata_of(paths.path(path)).get("of_job") or {}).get("data")
+    found = difference(saved, sketch_of(data or open_data(c.data)))
+    if found:
+        print(f"note: the model was not trained on this data, with which it is compared: {found}", flush=True)
+    return found
+
+
+def _check_target(folder: Path) -> None:
+    """Raises UserError if the folder of the results is the workdir of a run, which has a results.json of its own."""
+    if paths.exists(folder / "metrics.jsonl"):
+        raise UserError(f"--out={folder} is the workdir of a run, whose results.json stays: name another folder")
 
 
 def _open_data(c: Config, count: int, seed: int) -> Data | None:
@@ -155,7 +180,7 @@ def file_samples(path: str, num_samples: int) -> Samples:
     folder = paths.is_dir(given)
     if folder:
         files = [given / name for name in paths.names(given)]
-        files = [file for file in files if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp")]
+        files = [file for file in files if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
         total = len(files)
     else:
         arrays = npz.read_npz(path)
@@ -213,7 +238,8 @@ def draw_figures(evaluator: Evaluator, result: EvaluationResult, folder: Path, w
         figures.histogram(result.histogram, folder / "modes.png", grid=not evaluator.networks)
     if found := result.manifolds:
         real = evaluator.real[-1].features[evaluator.manifold_indices]
-        fake = result.features[-1].features[: len(found.balls)]
+        fake = result.features[-1].features
+        fake = fake[evaluator.compared(len(fake))]
         figures.manifolds(real, fake, found.recalled, found.balls > 0, folder / "manifold.png")
     if result.neighbours is not None:
         index, distance = result.neighbours

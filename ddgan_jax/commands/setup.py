@@ -6,18 +6,16 @@ import functools
 import math
 import os
 import time
-import zlib
 from typing import Any
 
 import jax
-import numpy as np
 
 from ddgan_jax.commands.progress import overview, say
 from ddgan_jax.commands.run import Files, Run, ranked_by
 from ddgan_jax.commands.signals import Interrupt
 from ddgan_jax.config.settings import Config, as_dict, flat, read
-from ddgan_jax.data.batches import evenly_spaced
 from ddgan_jax.data.resolve import check_batch, facts, labels_of, resolve_from_data
+from ddgan_jax.data.sketch import difference, sketch_of
 from ddgan_jax.data.sources import Data, open_data
 from ddgan_jax.devices import compiler, parallel, processes
 from ddgan_jax.errors import Fault, UserError
@@ -31,7 +29,6 @@ from ddgan_jax.storage import checkpoint, manager, paths, workdir
 from ddgan_jax.storage.log import Log, read_metrics
 from ddgan_jax.storage.paths import Path
 
-SKETCHED = 64  # examples by which the data of a run is compared with that of its start
 # Settings that the networks were trained with, and that a comparison of parameters does not reveal.
 FIXED = (
     *("data.name", "data.scale", "data.image_size", "data.channels", "model.data_std", "diffusion.num_steps"),
@@ -170,40 +167,19 @@ def _open(config: Any, data: Data | None, before: dict[str, Any] | None, path: P
     return c, method, data
 
 
-def sketch_of(data: Data, labels: np.ndarray | None) -> dict[str, Any]:
-    """The number of examples, and the means of up to SKETCHED of them, which distinguish two datasets.
-
-    Another version of an image decoder hardly changes them. `labels` [N], of a class-conditional run, add a checksum.
-    """
-    count = len(data.images)
-    some = data.images[evenly_spaced(count, SKETCHED)]
-    means = some.reshape(len(some), -1).mean(axis=1, dtype=np.float64)
-    close = 2.0 if data.images.dtype == np.uint8 else 1e-3
-    sketch = {"count": count, "means": [round(float(mean), 4) for mean in means], "close": close}
-    return sketch if labels is None else sketch | {"labels": zlib.crc32(labels.tobytes())}
-
-
 def check_data(before: dict[str, Any] | None, now: dict[str, Any], path: Path, refuse: bool) -> None:
-    """Compares the sketch of the data with that of the checkpoint, which earlier versions did not save.
+    """Compares the sketch of the data with that of the checkpoint.
 
     Where they differ, raises UserError if `refuse`, else prints a note.
     """
-    if not before:
-        return
-    difference = ""
-    if now["count"] != before["count"]:
-        difference = f"{before['count']:,} examples then, {now['count']:,} now"
-    elif far := sum(abs(a - b) > now["close"] for a, b in zip(now["means"], before["means"], strict=True)):
-        difference = f"{far} of {len(now['means'])} examples that are compared differ"
-    elif "labels" in before and before["labels"] != now.get("labels"):
-        difference = "the labels differ"
-    if difference and refuse:
+    found = difference(before, now)
+    if found and refuse:
         raise UserError(
-            f"--workdir={path} holds a run on other data ({difference}): name another --workdir, which "
+            f"--workdir={path} holds a run on other data ({found}): name another --workdir, which "
             f"--config.train.init_from={path} begins with the networks of this one, or pass --restart"
         )
-    if difference:
-        say(f"note: the data is not that of the start of the run: {difference}")
+    if found:
+        say(f"note: the data is not that of the start of the run: {found}")
 
 
 def check_memory(method: Method, shapes: Any) -> None:

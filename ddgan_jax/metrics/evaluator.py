@@ -25,12 +25,13 @@ from ddgan_jax.data.batches import order
 from ddgan_jax.devices import processes
 from ddgan_jax.errors import UserError
 from ddgan_jax.metrics import distances, inception, manifold, modes
+from ddgan_jax.metrics.checks import SCORE_SPLITS, check_gaussians, check_settings, check_sizes
 from ddgan_jax.metrics.custom_features import custom_network
 from ddgan_jax.metrics.feature_networks import classifier_network, published_networks
 from ddgan_jax.metrics.features import Features, Network, extract, reference_features
 
 MAX_NEIGHBOURS = 2_000  # samples whose nearest training images are searched
-KID_BLOCK, SCORE_SPLITS = 1_000, 10
+KID_BLOCK = 1_000
 RANKED_BY = {"inception": "fid", "classifier": "classifier_frechet", "points": "total_variation"}
 
 Results = dict[str, Any]
@@ -63,7 +64,11 @@ class Evaluator:
     @functools.cached_property
     def manifold_indices(self) -> np.ndarray:
         """Indices into `reference` of the images that span the real manifold."""
-        return np.sort(order(len(self.reference), 1, 0)[: self.config.eval.manifold_samples])
+        return _some(len(self.reference), self.config.eval.manifold_samples)
+
+    def compared(self, count: int) -> np.ndarray:
+        """Indices of the samples, among `count`, that precision and recall are of."""
+        return _some(count, self.config.eval.manifold_samples)
 
     @functools.cached_property
     def radii(self) -> np.ndarray:
@@ -91,6 +96,7 @@ def open_evaluator(config: Any, data: sources.Data | None = None, num_samples: i
     evaluated; 0 stands for the number of an evaluation during training.
     """
     c = read(config)
+    check_settings(c)
     if c.eval.features == "points":
         check_gaussians(c, data)
         return Evaluator(c, sources.Data(np.zeros((0, 2), np.float32)), np.zeros(0, int), [], [], {})
@@ -130,43 +136,6 @@ def open_real_images(c: Config) -> sources.Data:
         if processes.is_primary():
             print(f"without KID, precision and recall, which need real images: {error}", flush=True)
         return sources.Data(np.zeros((0, 0, 0, 0), np.uint8))
-
-
-def check_sizes(c: Config, num_real: int, num_samples: int = 0, manifolds: bool = True) -> None:
-    """Raise UserError unless there are enough samples and real images for the measures of `c.eval.features`.
-
-    `num_samples` 0 stands for an evaluation during training. `manifolds`: whether precision and recall are measured.
-    """
-    e = c.eval
-    count, reference = num_samples or e.online_samples, min(e.reference_samples or num_real, num_real)
-    samples = f"a set of {num_samples} samples" if num_samples else f"eval.online_samples={e.online_samples}"
-    real = f"a set of {reference} real images"
-    needs = []  # (the size, of what, the smallest allowed, the measure that needs it)
-    if e.features == "inception":
-        needs += [(count, samples, SCORE_SPLITS, f"the Inception Score of {SCORE_SPLITS} splits")]
-        needs += [(reference, real, 2, "KID")] if num_real else []
-    elif e.features == "classifier":
-        needs += [(num_real, real, 5, "a classifier that is tested on a fifth of them")]
-    if manifolds:
-        why, least = f"the precision and recall of eval.k={e.k}", e.k + 1
-        needs += [(count, samples, least, why), (reference, real, least, why)]
-        needs += [(e.manifold_samples, f"eval.manifold_samples={e.manifold_samples}", least, why)]
-    for found, what, least, why in sorted(needs, key=lambda need: -need[2]):
-        if found < least:
-            raise UserError(f"{what} is too small to evaluate: {why} needs at least {least}")
-
-
-def check_gaussians(c: Config, data: sources.Data | None) -> None:
-    """Raise UserError unless samples are compared with the 25 Gaussians, the only points that can be evaluated."""
-    ours, given = sources.gaussians(), f"data.name={c.data.name}"
-    if c.data.name == "gaussians":
-        if data is None or (data.images.shape == ours.shape and np.array_equal(data.images, ours)):
-            return
-        given = f"other data {list(data.images.shape)}"
-    raise UserError(
-        f"eval.features=points compares samples with the 25 Gaussians of data.name=gaussians, not with {given}: "
-        "set eval.every=0 to train without evaluations"
-    )
 
 
 def measure(
@@ -242,7 +211,8 @@ def _inception_measures(evaluator: Evaluator, fake: Features) -> Results:
     results: Results = {"fid": _frechet_distance(evaluator, fake)}
     if len(evaluator.reference):
         results |= _kernel_measures(evaluator, fake, "kid")
-    score = distances.inception_score(fake.logits, SCORE_SPLITS)
+    # Shuffled, since samples of a file may be sorted by class, and each split needs all of them
+    score = distances.inception_score(fake.logits[order(len(fake.logits), 2, 0)], SCORE_SPLITS)
     return results | {"inception_score": score.mean, "inception_score_std": score.std}
 
 
@@ -263,7 +233,7 @@ def _classifier_measures(evaluator: Evaluator, fake: Features, labels: np.ndarra
 def _manifold_measures(evaluator: Evaluator, fake: np.ndarray, progress: str) -> tuple[Results, manifold.Manifold]:
     """Precision, recall, density and coverage of features [N, D], and the manifolds."""
     e, chosen = evaluator.config.eval, evaluator.manifold_indices
-    real, compared = evaluator.real[-1].features[chosen], fake[: e.manifold_samples]
+    real, compared = evaluator.real[-1].features[chosen], fake[evaluator.compared(len(fake))]
     bar = _progress_bar("precision and recall" if progress else "")
     found = manifold.precision_recall(real, compared, e.k, progress=bar, real_radii=evaluator.radii)
     results: Results = {name: getattr(found, name) for name in ("precision", "recall", "density", "coverage")}
@@ -290,6 +260,11 @@ def _kernel_measures(evaluator: Evaluator, fake: Features, name: str) -> Results
     found = distances.kernel_distance(evaluator.real[0].features, fake.features, KID_BLOCK)
     of_blocks = {f"{name}_std": found.std, f"{name}_blocks": found.blocks, f"{name}_block_size": found.block_size}
     return {name: found.mean} | of_blocks
+
+
+def _some(count: int, most: int) -> np.ndarray:
+    """Up to `most` of the indices 0..count-1, ascending: the same random choice each time."""
+    return np.sort(order(count, 1, 0)[:most])
 
 
 def _progress_bar(name: str) -> manifold.Progress:

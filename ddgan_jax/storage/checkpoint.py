@@ -237,6 +237,11 @@ def find(path: str | os.PathLike) -> Path:
     raise UserError(f"there is no checkpoint in {path}: train there first, or name another workdir or checkpoint")
 
 
+def metadata_of(directory: Path) -> dict[str, Any]:
+    """The item `config` of a checkpoint, with `of_job` of its training. Raises ValueError or OSError."""
+    return unsealed(json.loads(paths.read(directory / "config" / "metadata")))
+
+
 def config_of(workdir: Path) -> dict[str, Any] | None:
     """The configuration in the newest checkpoint of a workdir whose configuration is valid; None without one.
 
@@ -244,8 +249,7 @@ def config_of(workdir: Path) -> dict[str, Any] | None:
     """
     for step in reversed(finished(workdir / "checkpoints")):
         try:
-            file = workdir / "checkpoints" / str(step) / "config" / "metadata"
-            return unsealed(json.loads(paths.read(file)))["config"]
+            return metadata_of(workdir / "checkpoints" / str(step))["config"]
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, KeyError, TypeError):
             continue  # damaged, which restoring the checkpoint reports
     return None

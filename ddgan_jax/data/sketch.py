@@ -1,0 +1,37 @@
+"""A sketch of a dataset, which is saved with a run: it recognises the data when the run is resumed or evaluated."""
+
+import zlib
+from typing import Any
+
+import numpy as np
+
+from ddgan_jax.data.batches import evenly_spaced
+from ddgan_jax.data.sources import Data
+
+COMPARED = 64  # examples whose means are compared
+
+
+def sketch_of(data: Data, labels: np.ndarray | None = None) -> dict[str, Any]:
+    """The number of examples, and the means of up to COMPARED of them, which distinguish two datasets.
+
+    Another version of an image decoder hardly changes them. `labels` [N], of a class-conditional run, add a checksum.
+    """
+    count = len(data.images)
+    some = data.images[evenly_spaced(count, COMPARED)]
+    means = some.reshape(len(some), -1).mean(axis=1, dtype=np.float64)
+    close = 2.0 if data.images.dtype == np.uint8 else 1e-3
+    sketch = {"count": count, "means": [round(float(mean), 4) for mean in means], "close": close}
+    return sketch if labels is None else sketch | {"labels": zlib.crc32(labels.tobytes())}
+
+
+def difference(before: dict[str, Any] | None, now: dict[str, Any]) -> str:
+    """How two sketches differ, or ''. Earlier versions saved none, or none of the labels."""
+    if not before:
+        return ""
+    if now["count"] != before["count"]:
+        return f"{before['count']:,} examples then, {now['count']:,} now"
+    if far := sum(abs(a - b) > now["close"] for a, b in zip(now["means"], before["means"], strict=True)):
+        return f"{far} of {len(now['means'])} examples that are compared differ"
+    if "labels" in before and "labels" in now and before["labels"] != now["labels"]:
+        return "the labels differ"
+    return ""

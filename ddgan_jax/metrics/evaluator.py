@@ -64,11 +64,11 @@ class Evaluator:
     @functools.cached_property
     def manifold_indices(self) -> np.ndarray:
         """Indices into `reference` of the images that span the real manifold."""
-        return _some(len(self.reference), self.config.eval.manifold_samples)
+        return _some(len(self.reference), self.config.eval.manifold_samples, seed=1)
 
     def compared(self, count: int) -> np.ndarray:
         """Indices of the samples, among `count`, that precision and recall are of."""
-        return _some(count, self.config.eval.manifold_samples)
+        return _some(count, self.config.eval.manifold_samples, seed=2)
 
     @functools.cached_property
     def radii(self) -> np.ndarray:
@@ -262,9 +262,9 @@ def _kernel_measures(evaluator: Evaluator, fake: Features, name: str) -> Results
     return {name: found.mean} | of_blocks
 
 
-def _some(count: int, most: int) -> np.ndarray:
+def _some(count: int, most: int, seed: int) -> np.ndarray:
     """Up to `most` of the indices 0..count-1, ascending: the same random choice each time."""
-    return np.sort(order(count, 1, 0)[:most])
+    return np.sort(order(count, seed, 0)[:most])
 
 
 def _progress_bar(name: str) -> manifold.Progress:

@@ -9,19 +9,25 @@ import json
 import lzma
 import os
 import pathlib
+from typing import Any
 
 # The tests spend their time compiling, and quick code generation halves it.
 # `XLA_FLAGS= pytest` tests with full optimization.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ddgan_jax.method import build
 from ddgan_jax.networks import ops
+from ddgan_jax.networks.discriminator import Discriminator
+from ddgan_jax.storage.torch import arguments, convert
 
 ROOT = pathlib.Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"
+REQUIRED = dict(image_size=32, skip_rescale=True, tanh=True, centered=True)  # what weights do not show
 GENERATORS = sorted(path.stem for path in GOLDEN.glob("generator_*.npz"))
 
 
@@ -42,6 +48,20 @@ class Golden(dict):
 
     def ints(self, key: str) -> np.ndarray:
         return self[key].astype(np.int32)
+
+    def generator(self, prefix: str = "sd/") -> tuple[Any, Any]:
+        """The Generator of the reference's arguments in `config`, and the parameters in the state dict `prefix`."""
+        config = arguments.config_of(arguments.settings_of(self.config))
+        like = jax.eval_shape(build.denoiser(config).init_gen, jax.random.key(0))
+        return build.generator_of(config), convert.from_state_dict(self.below(prefix), like)
+
+    def discriminator(self, prefix: str = "sd/") -> tuple[Any, Any]:
+        """The Discriminator of the reference's arguments, and its parameters."""
+        dataset = "celeba_256" if self.config.get("kind") == "large" else "cifar10"
+        config = arguments.config_of(arguments.settings_of(REQUIRED | {"dataset": dataset} | self.config))
+        disc, x = Discriminator(**config.discriminator), jnp.zeros((4, *build.denoiser(config).image_shape))
+        like = jax.eval_shape(disc.init, jax.random.key(0), x, jnp.zeros(4, jnp.int32), x)["params"]
+        return disc, convert.from_state_dict(self.below(prefix), like)
 
 
 def golden_inventory(name: str) -> dict:

@@ -11,8 +11,7 @@ from ddgan_jax.method import losses
 from ddgan_jax.networks import ops
 from ddgan_jax.networks.discriminator import LARGE, SMALL, Discriminator, minibatch_stddev, preset
 from ddgan_jax.networks.layers import from_patches
-from ddgan_jax.storage.torch.architecture import discriminator_config
-from ddgan_jax.storage.torch.convert import discriminator_params, discriminator_state_dict
+from ddgan_jax.storage.torch.convert import to_state_dict
 
 
 def to_neighbours(batch: int) -> np.ndarray:
@@ -25,10 +24,9 @@ def to_neighbours(batch: int) -> np.ndarray:
 @pytest.mark.parametrize("kind", ["small", "large"])
 def test_logits_and_gradients_equal_reference(kind):
     golden = Golden(f"discriminator_{kind}")
-    sd = golden.below("sd/")
-    disc = Discriminator(**discriminator_config(sd))
+    disc, params = golden.discriminator()
     assert disc.stages == (SMALL if kind == "small" else LARGE)
-    params, gamma = discriminator_params(sd), golden.config["r1_gamma"]
+    gamma = golden.config["r1_gamma"]
     x, x_t, t = golden.nhwc("x"), golden.nhwc("x_t"), golden.ints("t")
     cases = {f"batch{n}/": (x[:n], x_t[:n], t[:n]) for n in (8, 4, 3, 1)}
     if kind == "small":
@@ -67,7 +65,7 @@ def test_logits_and_gradients_equal_reference(kind):
             if kind == "small":
                 close_to_largest(grad_x[back], expected, 1e-4, "r1_grad_x")
             for name, ours in (("r1_grad_param/", r1_grads), ("loss_grad_param/", grads)):
-                ours = discriminator_state_dict(ours)
+                ours = to_state_dict(ours)
                 for key, value in golden.below(prefix + name).items():
                     close_to_largest(ours[key], value, 1e-4, name + key)
 
@@ -91,7 +89,7 @@ def test_paper_networks(name, size, parameters):
     disc, inventory = Discriminator(**preset(size)), golden_inventory(name)
     x, t = jnp.zeros((4, size, size, 3)), jnp.zeros(4, jnp.int32)
     params = jax.jit(lambda key: disc.init(key, x, t, x)["params"])(jax.random.key(0))
-    ours = discriminator_state_dict(jax.tree.map(np.asarray, params))
+    ours = to_state_dict(jax.tree.map(np.asarray, params))
     assert sum(value.size for value in ours.values()) == inventory["n_params_D"] == parameters
     assert [[key, list(value.shape)] for key, value in ours.items()] == inventory["D"]
     for key, stats in inventory["init_stats_D"].items():
@@ -171,7 +169,7 @@ def test_too_small_images():
 
 def test_bfloat16_is_close_to_float32():
     golden = Golden("discriminator_small")
-    disc, params = Discriminator(ngf=16, t_emb_dim=64), discriminator_params(golden.below("sd/"))
+    disc, params = golden.discriminator()
     args = golden.nhwc("x"), golden.ints("t"), golden.nhwc("x_t")
     full = jax.jit(lambda p: disc.apply({"params": p}, *args))(params)
     half = jax.jit(lambda p: disc.clone(dtype=jnp.bfloat16).apply({"params": p}, *args))(params)

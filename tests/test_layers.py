@@ -7,7 +7,6 @@ import pytest
 from conftest import Golden, close_to_largest
 
 from ddgan_jax.networks import layers
-from ddgan_jax.storage.torch import convert, names
 
 KERNELS = {"1331": (1, 3, 3, 1), "121": (1, 2, 1), "1234_asym": (1, 2, 3, 4)}
 
@@ -53,11 +52,14 @@ def test_single_layers_equal_released_code(form):
 
     assert golden["adagn/num_groups"] == 12 // 4
     style = {"style.weight": golden["adagn/style.weight"], "style.bias": golden["adagn/style.bias"]}
-    params = convert.to_ours(names.rows([("style", "style", "dense")]), style)
+    params = {"style": {"kernel": style["style.weight"].T, "bias": style["style.bias"]}}
     out = layers.AdaptiveGroupNorm().apply({"params": params}, golden.nhwc("adagn/x"), golden["adagn/style_in"])
     np.testing.assert_allclose(nchw(out), golden["adagn/out"], atol=5e-6)
 
-    params = convert.to_ours(names.rows(names.ATTENTION), golden.below("attn/sd/"))
+    theirs = golden.below("attn/sd/")
+    params = {"norm": {"scale": theirs["GroupNorm_0.weight"], "bias": theirs["GroupNorm_0.bias"]}}
+    for i, name in enumerate(("q", "k", "v", "out")):
+        params[name] = {"kernel": theirs[f"NIN_{i}.W"], "bias": theirs[f"NIN_{i}.b"]}
     out = layers.Attention().apply({"params": params}, golden.nhwc("attn/x"))
     np.testing.assert_allclose(nchw(out), golden["attn/out"], atol=5e-6)
 

@@ -56,9 +56,8 @@ four, four_metrics = train(
 )
 assert all(leaf.sharding.is_fully_replicated and len(leaf.devices()) == 4 for leaf in jax.tree.leaves(four))
 worst = {}
-for name, export in (("gen_params", convert.generator_state_dict), ("ema_params", convert.generator_state_dict),
-                     ("disc_params", convert.discriminator_state_dict)):
-    a, b = (export(jax.tree.map(np.asarray, getattr(s, name))) for s in (one, four))
+for name in ("gen_params", "ema_params", "disc_params"):
+    a, b = (convert.to_state_dict(jax.tree.map(np.asarray, getattr(s, name))) for s in (one, four))
     worst[name] = max(float(np.abs(a[k] - b[k]).max()) for k in a)
 first = random_params(generator, 8)["z_0"]["kernel"]
 worst["moved"] = float(np.abs(one.gen_params["z_0"]["kernel"] - first).max())

@@ -8,9 +8,6 @@ from conftest import Golden
 
 from ddgan_jax.method.diffusion import Schedule
 from ddgan_jax.method.sampling import Denoiser, Noise, denoise, draw_noise, sample
-from ddgan_jax.networks.generator import Generator
-from ddgan_jax.storage.torch.architecture import generator_config
-from ddgan_jax.storage.torch.convert import generator_params
 
 
 def golden_noise(golden, prefix, z, noise, steps=4):
@@ -24,8 +21,7 @@ def golden_noise(golden, prefix, z, noise, steps=4):
 @pytest.mark.golden
 def test_chain_equals_reference():
     golden = Golden("sampler")
-    generator = Generator(**generator_config(golden.below("sd/"), **golden.config))
-    params = generator_params(golden.below("sd/"))
+    generator, params = golden.generator()
     schedule = Schedule.create(4)
     noise = golden_noise(golden, "", "z/t{}", "noise/t{}")
     run = jax.jit(lambda p, n: denoise(lambda *args: generator.apply({"params": p}, *args), schedule, n))

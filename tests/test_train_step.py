@@ -17,10 +17,9 @@ from ddgan_jax.method import train_step as ts
 from ddgan_jax.method.diffusion import Schedule
 from ddgan_jax.method.losses import Losses, Phase, PhaseNoise
 from ddgan_jax.method.sampling import Denoiser
-from ddgan_jax.networks.discriminator import Discriminator
 from ddgan_jax.networks.generator import Generator
 from ddgan_jax.networks.mlp import PointDiscriminator, PointGenerator
-from ddgan_jax.storage.torch import architecture, convert
+from ddgan_jax.storage.torch import convert
 
 
 def method_of(generator, discriminator, image_shape=(2,), **options):
@@ -67,9 +66,7 @@ def test_learning_rates_equal_reference():
 def test_four_steps_equal_reference():
     golden = Golden("train_step")
     flags = golden.config
-    init_g, init_d = golden.below("init/G/"), golden.below("init/D/")
-    generator = Generator(**architecture.generator_config(init_g, **flags))
-    disc = Discriminator(**architecture.discriminator_config(init_d))
+    (generator, gen_params), (disc, disc_params) = golden.generator("init/G/"), golden.discriminator("init/D/")
     method = method_of(
         generator,
         disc,
@@ -82,13 +79,8 @@ def test_four_steps_equal_reference():
     )
     order = to_neighbours(flags["batch_size"])
     back = np.argsort(order)
-    state = state_lib.create(convert.generator_params(init_g), convert.discriminator_params(init_d), method.optimizer)
+    state = state_lib.create(gen_params, disc_params, method.optimizer)
     names = {"G": json.loads(str(golden["param_names/G"])), "D": json.loads(str(golden["param_names/D"]))}
-    exporters = {
-        "G": convert.generator_state_dict,
-        "D": convert.discriminator_state_dict,
-        "ema": convert.generator_state_dict,
-    }
     d_gradients = jax.jit(lambda s, x, d, r1: ts.d_gradients(method, s, Phase(x, d), r1), static_argnums=3)
     g_gradients = jax.jit(lambda s, x, d: ts.g_gradients(method, s, Phase(x, d)))
     pairs = jax.jit(lambda s, x, d: pairs_of(method, s, x, d))
@@ -99,7 +91,7 @@ def test_four_steps_equal_reference():
     slack = {"G": {}, "D": {}}
 
     def compare_gradients(network, step, grads):
-        grads = exporters[network](grads)
+        grads = convert.to_state_dict(grads)
         for name, value in grads.items():
             uncertain = np.minimum(1, 6.4e-6 * np.abs(value).max() / np.maximum(np.abs(value), 1e-30))
             slack[network][name] = slack[network].get(name, 0) + flags[f"lr_{network.lower()}"] * uncertain
@@ -110,7 +102,7 @@ def test_four_steps_equal_reference():
                 np.testing.assert_allclose(np.linalg.norm(grads[name]), norm, rtol=1e-4, err_msg=name)
 
     def compare_params(network, prefix, tree):
-        ours = exporters[network](tree)
+        ours = convert.to_state_dict(tree)
         expected = golden.below(f"{prefix}/{network}/")
         assert expected
         for name, value in expected.items():

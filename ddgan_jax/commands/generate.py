@@ -176,7 +176,7 @@ def export(model: Model, out: str, posterior: str = "gaussian") -> None:
         model.save(out)
     else:
         check_for_the_reference(model, out)
-        files.save(out, convert.generator_state_dict(model.params))
+        files.save(out, convert.to_state_dict(model.params))
         diffusion = model.config.diffusion
         print(
             f"a .pth holds weights alone: the reference also needs T={model.num_steps}, the {diffusion.kind} schedule, "

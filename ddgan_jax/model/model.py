@@ -31,7 +31,7 @@ from ddgan_jax.method.train_step import to_x0
 from ddgan_jax.model import export
 from ddgan_jax.model.sampler import POSTERIORS, Sampler, default_labels, noise_of, to_images
 from ddgan_jax.storage import checkpoint, paths, safetensors
-from ddgan_jax.storage.torch import files
+from ddgan_jax.storage.torch import arguments, convert, files
 
 # --- Compiled once for a model, its shapes, and the static arguments in front --------------------------------------
 
@@ -373,10 +373,12 @@ def beside(path: str, name: str) -> str:
 def load(path: str | os.PathLike, config: Any = None, **hints: Any) -> Model:
     """The model in a workdir, a checkpoint, a .safetensors file, or a `.pth` file of the PyTorch reference.
 
-    Also one of `models()`, by its name. The arrays of a `netG_*.pth` do not tell everything: the rest is told by the
-    `config` of its training, or by hints, `num_steps` (4) and those of `torch.architecture.generator_config`, such as
-    `image_size=32`. Raises UserError if there is no model, or if hints are missing or contradict the arrays; Fault if
-    it is damaged.
+    Also one of `models()`, by its name. A `netG_*.pth` contains only weights: pass the `config` of its training, or as
+    hints what differs from the reference's defaults, such as `image_size=32` or `nf=64` (`storage.torch.arguments`).
+
+    Raises:
+        UserError: there is no model, or hints are missing or contradict the weights.
+        Fault: the model is damaged or cannot be read.
     """
     path, about = os.fspath(path), dict[str, str]()
     if path.endswith(".pth"):
@@ -393,40 +395,9 @@ def load(path: str | os.PathLike, config: Any = None, **hints: Any) -> Model:
 
 
 def _load_reference(path: str, config: Config | None, hints: dict[str, Any]) -> Model:
-    """A model of the reference, in a configuration of ours."""
-    if "num_steps" in hints:
-        hints["num_timesteps"] = hints.pop("num_steps")
-    told = _hints_of(config) if config else {}
-    found = processes.from_primary(lambda: files.read(path, **(told | hints)))
-    args = told | found.args | hints
-    if "image_size" not in args:
-        raise UserError(f"{path} does not tell the size of its images: name it, image_size=32")
-    generator = dict(found.generator)
-    channels = generator.pop("image_channels")
-    flags = {"num_steps": "num_timesteps", "beta_min": "beta_min", "beta_max": "beta_max"}
-    diffusion: dict[str, Any] = {name: args[flag] for name, flag in flags.items() if flag in args}
-    if "use_geometric" in args:
-        diffusion["kind"] = "geometric" if args["use_geometric"] else "vp"
-    if config is None:
-        config = read({"data": {"name": path}, "diffusion": diffusion})
-    ours = vars(config.diffusion)
-    if other := {name: value for name, value in diffusion.items() if value != ours[name]}:
-        has = ", ".join(f"diffusion.{name}={ours[name]}" for name in other)
-        wants = " ".join(f"--config.diffusion.{name}={value}" for name, value in other.items())
-        raise UserError(f"the run in {path} had another diffusion than the configuration with {has}: set {wants}")
-    fields = as_dict(config) | {"generator": generator}
-    config = read(fields | {"data": fields["data"] | {"image_size": args["image_size"], "channels": channels}})
-    return Model(found.ema_params or found.gen_params, build.denoiser(config), config, 0)
-
-
-def _hints_of(c: Config) -> dict[str, Any]:
-    """What a configuration tells of a generator of the reference. UserError if it cannot be one."""
-    if c.model.patch_size > 1:
-        raise UserError(f"the generator of a .pth takes pixels: set model.patch_size={c.model.patch_size} to 1")
-    module = build.generator_of(c)
-    ours = ("parent", "name", "dtype", "num_classes", "patch_size", "remat")
-    fields = {f.name: getattr(module, f.name) for f in dataclasses.fields(module) if f.name not in ours}
-    return fields | {"image_size": c.data.image_size}
+    found = processes.from_primary(lambda: files.read(path, config, **hints))
+    arguments.check_equal(found.settings, found.config, ("diffusion",), path)
+    return Model(found.ema_params or found.gen_params, build.denoiser(found.config), found.config, 0)
 
 
 def networks_of(c: Config, like: Any) -> tuple[str, Any, Any]:
@@ -444,9 +415,7 @@ def networks_of(c: Config, like: Any) -> tuple[str, Any, Any]:
         folder = checkpoint.find(path)
         found = checkpoint.unflatten(checkpoint.read(folder)[0], like, f"the checkpoint {folder} of train.init_from")
         return str(folder), found.ema_params, found.disc_params
-    read_ = files.read(path, **_hints_of(c))
-    gen_params = read_.ema_params or read_.gen_params
-    for params, ours in ((gen_params, like.gen_params), (read_.disc_params, like.disc_params)):
-        if params is not None:
-            checkpoint.check_like(params, ours, f"{path} of train.init_from")
-    return path, gen_params, read_.disc_params
+    found = files.read(path, c)
+    gen_params = found.ema_params or found.gen_params
+    disc_params = convert.from_state_dict(found.disc_arrays, like.disc_params) if found.disc_arrays else None
+    return path, gen_params, disc_params

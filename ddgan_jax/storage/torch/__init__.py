@@ -1,1 +1,1 @@
-"""Weights of the PyTorch reference implementation: the table of its names and ours, conversion, its files."""
+"""Weights of the PyTorch reference implementation: its files, its arguments as settings, and conversion."""

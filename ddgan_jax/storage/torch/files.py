@@ -17,12 +17,14 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
-from flax import traverse_util
 
+from ddgan_jax.config.settings import Config
 from ddgan_jax.errors import Fault, UserError, of_a_file
+from ddgan_jax.method import build
 from ddgan_jax.storage import paths
-from ddgan_jax.storage.torch import architecture, convert
+from ddgan_jax.storage.torch import arguments, convert
 from ddgan_jax.storage.torch.convert import Params, StateDict
 
 LICENCE_NOTE = "Imported weights keep their licence: those that NVIDIA released may not be used commercially."
@@ -102,49 +104,59 @@ def save(path: str, state_dict: StateDict) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """What a `.pth` file of the reference holds, in this project's terms; None for what it does not hold."""
+    """The contents of a `.pth` file of the reference, as this project has them."""
 
-    generator: dict[str, Any]  # the fields of a Generator
+    config: Config
     gen_params: Params
-    ema_params: Params | None = None
-    discriminator: dict[str, Any] | None = None  # the fields of a Discriminator
-    disc_params: Params | None = None
-    args: dict[str, Any] = dataclasses.field(default_factory=dict)  # the flags of the run
+    ema_params: Params | None  # of a run that averages its weights
+    disc_arrays: StateDict  # empty in a `netG_*.pth`
+    settings: dict[str, Any]  # those that the file contains or the hints give, for instance {'generator.nf': 128}
 
 
-def read(path: str, /, **hints: Any) -> Reference:
-    """Load and convert a `netG_*.pth`, with `hints` as for `generator_config`, or a `content.pth`, which has its flags.
+def read(path: str, /, config: Config | None = None, **hints: Any) -> Reference:
+    """The networks in a `netG_*.pth` or `content.pth`.
 
-    Raises UserError as `load` and `generator_config` do, and if hints contradict the flags.
+    The architecture is that of the run's arguments in a `content.pth`, and of `config` or the `hints` for a
+    `netG_*.pth`. Without `config`, unspecified settings have the reference's defaults.
+
+    Raises:
+        UserError: as `load`; or hints are missing, unknown or invalid; or the file contradicts `config` or the hints.
+        Fault: the file cannot be read.
     """
     content = load(path)
-    if "netG_dict" not in content:
-        return Reference(architecture.generator_config(content, **hints), convert.generator_params(content))
-    parts = [content.get(name, {}) for name in ("args", "netG_dict", "netD_dict", "optimizerG")]
-    if not all(isinstance(part, dict) for part in parts):
+    run = content if "netG_dict" in content else {"netG_dict": content}
+    args, gen_arrays, disc_arrays, optimizer = (
+        run.get(name, {}) for name in ("args", "netG_dict", "netD_dict", "optimizerG")
+    )
+    if not all(isinstance(part, dict) for part in (args, gen_arrays, disc_arrays, optimizer)):
         raise UserError(f"{path} is damaged: a part of the run is no dict")
-    args, netG, netD, optimizer = parts
-    # The moving average lies in the optimizer's state, by the position of the parameter.
+    settings, hinted = arguments.settings_of(args), arguments.settings_of_hints(hints)
+    for name in settings.keys() & hinted.keys():
+        if settings[name] != hinted[name]:
+            raise UserError(f"{path} was trained with {name}={settings[name]!r}: a hint says {hinted[name]!r}")
+    settings |= hinted
+    if config is not None:
+        arguments.check_equal(settings, config, ("data", "generator"), path)
+    used = config or arguments.config_of(settings, path)
+    like = jax.eval_shape(build.denoiser(used).init_gen, jax.random.key(0))
+    if config is None and not any("fir_conv" in layer for layer in like.values()):
+        arguments.require(("fir",), settings)  # no array shows whether it is on
+    # The moving average is in the optimizer's state, by the position of the parameter.
     moments = optimizer.get("state", {})
     entries = moments.items() if isinstance(moments, dict) else ()
     ema = {i: entry["ema"] for i, entry in entries if isinstance(entry, dict) and "ema" in entry}
-    averaged = {key: ema.get(i, value) for i, (key, value) in enumerate(netG.items())}
-    flags, given = architecture.fields_of(args), architecture.fields_of(hints)
-    for name in flags.keys() & given.keys():
-        if flags[name] != given[name]:
-            raise UserError(f"the hint {name}={given[name]} contradicts the run in {path}, which says {flags[name]}")
+    averaged = {key: ema.get(i, value) for i, (key, value) in enumerate(gen_arrays.items())}
     return Reference(
-        architecture.generator_config(netG, **(flags | given)),
-        convert.generator_params(netG),
-        convert.generator_params(averaged) if ema else None,
-        architecture.discriminator_config(netD) if netD else None,
-        convert.discriminator_params(netD) if netD else None,
-        args,
+        used,
+        convert.from_state_dict(gen_arrays, like),
+        convert.from_state_dict(averaged, like) if ema else None,
+        disc_arrays,
+        settings,
     )
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print what a `.pth` file holds. Returns the exit code: 2 if it cannot be used, 1 if it cannot be read."""
+    """Print what a `.pth` file contains. Returns the exit code: 2 if it cannot be used, 1 if it cannot be read."""
     if not argv or any("=" not in hint for hint in argv[1:]):
         print("usage: python -m ddgan_jax.storage.torch.files FILE.pth [image_size=32 ...]", file=sys.stderr)
         return 2
@@ -160,13 +172,15 @@ def main(argv: Sequence[str]) -> int:
     except Fault as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
-    networks = [("Generator", found.generator, found.gen_params)]
-    if found.discriminator and found.disc_params:
-        networks.append(("Discriminator", found.discriminator, found.disc_params))
-    for network, fields, params in networks:
-        count = sum(value.size for value in traverse_util.flatten_dict(params).values())
-        print(f"{network}({', '.join(f'{name}={value!r}' for name, value in fields.items())})\n  {count:,} parameters")
-    print(f"moving average {'included' if found.ema_params else 'not apart'}\n{LICENCE_NOTE}")
+    gen_arrays = convert.to_state_dict(found.gen_params)
+    for network, fields, arrays in (
+        ("Generator", found.config.generator, gen_arrays),
+        ("Discriminator", found.config.discriminator, found.disc_arrays),
+    ):
+        if arrays:
+            shown = ", ".join(f"{name}={value!r}" for name, value in fields.items())
+            print(f"{network}({shown})\n  {sum(array.size for array in arrays.values()):,} parameters")
+    print(f"{'a' if found.ema_params else 'no separate'} moving average\n{LICENCE_NOTE}")
     return 0
 
 

@@ -10,8 +10,8 @@ import importlib
 from typing import Any
 
 _PUBLIC = {  # name: the module that defines it
-    "load": "model.model",
-    "models": "model.model",
+    "load": "model.loading",
+    "models": "model.loading",
     "Model": "model.model",
     "train": "commands.train",
     "evaluate": "commands.evaluate",

@@ -19,7 +19,7 @@ import numpy as np
 
 import ddgan_jax
 from ddgan_jax.commands import figures
-from ddgan_jax.model.model import PRETRAINED
+from ddgan_jax.model.loading import PRETRAINED
 from experiments import common
 
 NAME = "pretrained"

@@ -27,7 +27,7 @@ from ddgan_jax.devices import parallel
 from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.method.build import build, init_state
 from ddgan_jax.metrics import checks, evaluator, feature_networks, features, inception, npz, vgg, weights
-from ddgan_jax.model.model import load, networks_of
+from ddgan_jax.model.loading import load, load_initial_networks
 from ddgan_jax.storage import paths
 
 TIMES = ("seconds", "sampling")
@@ -485,7 +485,7 @@ def test_a_file_of_the_reference_is_evaluated_and_trained_from_under_its_configu
         stages = [[2, False], [4, True], [8, True], [8, True]]
         d = {"ngf": 2, "t_emb_dim": 8, "stages": stages}
         with_it = read(c | {"discriminator": d, "train": c["train"] | {"init_from": str(tmp_path / name)}})
-        return networks_of(with_it, jax.eval_shape(lambda: init_state(build(with_it), 0)))[1:]
+        return load_initial_networks(with_it, jax.eval_shape(lambda: init_state(build(with_it), 0)))[1:]
 
     gen, disc = networks("netG_1.pth")
     assert disc is None
@@ -494,7 +494,7 @@ def test_a_file_of_the_reference_is_evaluated_and_trained_from_under_its_configu
     assert disc["conv_in"]["kernel"].shape == (1, 1, 6, 4)
     shapes = jax.eval_shape(lambda: init_state(build(c), 0))  # with another discriminator
     with pytest.raises(UserError, match="the weights do not fit"):
-        networks_of(read(c | {"train": {"init_from": str(tmp_path / "content.pth")}}), shapes)
+        load_initial_networks(read(c | {"train": {"init_from": str(tmp_path / "content.pth")}}), shapes)
 
 
 def test_weights_that_are_not_there_or_damaged(published, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """What a trained model makes: variants, edits, fillings, ways between samples; from Python and as commands."""
 
+import dataclasses
 import errno
 import io
 import json
@@ -25,7 +26,8 @@ from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.method import editing, sampling
 from ddgan_jax.method.build import build, init_state
 from ddgan_jax.method.diffusion import Schedule, deterministic_posterior, q_sample
-from ddgan_jax.model.model import PRETRAINED, beside, to_images, to_x0
+from ddgan_jax.model.loading import PRETRAINED, default_output
+from ddgan_jax.model.model import to_images, to_x0
 from ddgan_jax.storage import manager, paths
 
 
@@ -127,6 +129,24 @@ def test_edit(model, image):
         assert images.shape == (5, 8, 8, 1) and len(np.unique(images.reshape(5, -1), axis=0)) == 5
         distances.append(np.abs(images.astype(float) - image).mean())
     np.testing.assert_array_equal(images[:2], model.edit(image, 4, 2))
+
+
+def test_variants_come_in_batches(model, image):
+    """Variant i does not depend on the batch that it is computed in."""
+    settings = model.config.sample
+    small = dataclasses.replace(
+        model, config=dataclasses.replace(model.config, sample=dataclasses.replace(settings, batch_size=3))
+    )
+    known = np.arange(64).reshape(8, 8) < 20
+    for compute in (
+        lambda m: m.edit(image, 2, 8, seed=1),
+        lambda m: m.inpaint(image, known, 8, rounds=2, seed=1),
+        lambda m: m.vary(8, 1, seed=1)[1],
+        lambda m: m.vary(8, 1, image, seed=1)[1],
+        lambda m: m.interpolate(8, seed=1),
+        lambda m: m.trajectory(8, seed=1).x_t[0],
+    ):
+        np.testing.assert_allclose(compute(small).astype(float), compute(model), atol=1)  # two programs round apart
 
 
 def test_edit_keeps_the_more_the_earlier_it_starts():
@@ -268,7 +288,7 @@ def test_integers_of_numpy_and_jax_are_integers(model, image):
 
 
 def test_more_than_the_memory_holds_is_refused_before_the_work(model, image, monkeypatch, tmp_path):
-    monkeypatch.setattr("ddgan_jax.model.model._free_memory", lambda: 1_000_000)
+    monkeypatch.setattr("ddgan_jax.model.model.free_memory", lambda: 1_000_000)
     with pytest.raises(UserError, match=r"num=10000 needs at least 0.0 GiB .* are free: ask for at most 7812"):
         model.sample(10_000)
     assert len(model.edit(image, 0, 7_812)) == 7_812
@@ -378,11 +398,11 @@ def test_results_of_a_numbered_checkpoint_go_into_its_workdir(workdir, tmp_path)
     workdir = shutil.copytree(workdir, tmp_path / "run")
     paths.write(workdir / "best.json", '{"step": 7}')
     for name in ("", "/", "/checkpoints", "/checkpoints/", "/checkpoints/7", "/checkpoints/7/", "/best"):
-        assert beside(f"{workdir}{name}", "x.png") == f"{workdir}/x.png", name
+        assert default_output(f"{workdir}{name}", "x.png") == f"{workdir}/x.png", name
     shutil.copytree(workdir / "checkpoints" / "7", tmp_path / "own" / "7")
     for name in ("own", "own/7"):
-        assert beside(f"{tmp_path}/{name}", "x.png") == f"{tmp_path}/{name}/x.png"
-    assert beside("a/b.pth", "x.png") == "a/b.x.png" and beside("digits", "x.png") == "digits.x.png"
+        assert default_output(f"{tmp_path}/{name}", "x.png") == f"{tmp_path}/{name}/x.png"
+    assert default_output("a/b.pth", "x.png") == "a/b.x.png" and default_output("digits", "x.png") == "digits.x.png"
 
 
 def test_only_unfinished_files_of_our_own_are_removed(tmp_path):
@@ -580,7 +600,7 @@ def test_one_file_that_is_damaged_or_foreign(model, tmp_path):
         ddgan_jax.load(bad)
     header = b'{"x": {"dtype": "BF16", "shape": [1], "data_offsets": [0, 2]}}'
     bad.write_bytes(len(header).to_bytes(8, "little") + header + b"00")
-    with pytest.raises(UserError, match="was not written by ddgan_jax: it holds numbers of type 'BF16'"):
+    with pytest.raises(UserError, match="was not written by ddgan_jax: it contains numbers of type 'BF16'"):
         ddgan_jax.load(bad)
     with pytest.raises(UserError, match=r"none\.safetensors cannot be read"):
         ddgan_jax.load(tmp_path / "none.safetensors")

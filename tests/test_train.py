@@ -391,7 +391,7 @@ def test_samples_do_not_depend_on_batch_or_devices(unbroken, tmp_path):
         out = tmp_path / f"{batch}_{devices}.npz"
         script = f"""
 import numpy as np
-from ddgan_jax.model.model import load
+from ddgan_jax.model.loading import load
 from ddgan_jax.model.sampler import Sampler
 model = load({str(unbroken)!r})
 np.savez({str(out)!r}, images=Sampler(model.denoiser, {batch})(model.params, 0, 100))

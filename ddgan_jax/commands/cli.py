@@ -130,15 +130,15 @@ def run(argv: list[str]) -> None:
 def demo(path: str) -> None:
     """Serve the page of the model in `path`."""
     from ddgan_jax.commands.demo import demo
-    from ddgan_jax.model import model
+    from ddgan_jax.model import loading
 
-    demo(model.load(path), os.path.basename(path.rstrip("/")), flags.FLAGS.host, flags.FLAGS.port)
+    demo(loading.load(path), os.path.basename(path.rstrip("/")), flags.FLAGS.host, flags.FLAGS.port)
 
 
 def generate(config: Any, path: str) -> None:
     """Do what --mode says, with the model in `path`."""
     from ddgan_jax.commands import generate
-    from ddgan_jax.model import model
+    from ddgan_jax.model import loading
 
     FLAGS = flags.FLAGS
     num, image = FLAGS.num_variants, FLAGS.image or ""
@@ -154,7 +154,9 @@ def generate(config: Any, path: str) -> None:
         "export": dict(posterior=FLAGS.posterior),
     }
     told = config if FLAGS["config"].present else None  # of a .pth, which does not tell everything
-    generate.generate(FLAGS.mode, model.load(path, told), FLAGS.out or model.beside(path, name), **options[FLAGS.mode])
+    generate.generate(
+        FLAGS.mode, loading.load(path, told), FLAGS.out or loading.default_output(path, name), **options[FLAGS.mode]
+    )
 
 
 def shortened(sentence: str, most: int = 800) -> str:

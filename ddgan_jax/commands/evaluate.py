@@ -21,7 +21,8 @@ from ddgan_jax.devices import parallel, processes
 from ddgan_jax.errors import UserError
 from ddgan_jax.metrics import npz
 from ddgan_jax.metrics.evaluator import EvaluationResult, Evaluator, Results, measure, open_evaluator, open_real_images
-from ddgan_jax.model.model import Model, beside, file_of, load
+from ddgan_jax.model.loading import default_output, file_of, load
+from ddgan_jax.model.model import Model
 from ddgan_jax.model.sampler import Sampler
 from ddgan_jax.storage import checkpoint, paths
 from ddgan_jax.storage.log import as_json
@@ -94,7 +95,7 @@ def _find(path: str, seed: int) -> tuple[str, str]:
     """
     suffix = f"-seed-{seed}" if seed else ""
     if file_of(path):
-        return path, beside(path, f"evaluation{suffix}")
+        return path, default_output(path, f"evaluation{suffix}")
     found = paths.path(processes.from_primary(lambda: str(checkpoint.find(path))))
     workdir = found.parent.parent if found.parent.name == "checkpoints" else paths.path(path)
     return str(found), str(workdir / "evaluation" / f"{found.name}{suffix}")

@@ -17,7 +17,7 @@ from ddgan_jax.data import decoding
 from ddgan_jax.data.image_folder import SUFFIXES
 from ddgan_jax.devices import processes
 from ddgan_jax.errors import UserError, of_a_file
-from ddgan_jax.model.model import LAST, Model
+from ddgan_jax.model.model import MAX_INDEX, Model
 from ddgan_jax.networks.ops import FIR_KERNEL
 from ddgan_jax.storage import paths
 from ddgan_jax.storage.torch import convert, files
@@ -154,9 +154,9 @@ def inpaint(model: Model, out: str, image: str, mask: str, num: int, rounds: int
 def interpolate(model: Model, out: str, num: int, samples: Sequence[str], **how: Any) -> None:
     """`num` images from one sample to another, as a strip, an animation or an array."""
     check_out(out, ".png", ".gif", ".npz", *_folder(model), num=num)
-    known = [re.fullmatch(r"[0-9]{1,10}", index) and int(index) <= LAST for index in samples]
+    known = [re.fullmatch(r"[0-9]{1,10}", index) and int(index) <= MAX_INDEX for index in samples]
     if len(samples) != 2 or not all(known):
-        raise UserError(f"--between={','.join(samples)} must be two samples, such as 0,1, each from 0 to {LAST}")
+        raise UserError(f"--between={','.join(samples)} must be two samples, such as 0,1, each from 0 to {MAX_INDEX}")
     images = model.interpolate(num, int(samples[0]), int(samples[1]), **how)
     if out.endswith(".png") and _has_images(model):
         figures.save_image(paths.path(out), figures.grid(images, columns=num))

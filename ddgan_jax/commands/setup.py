@@ -23,7 +23,7 @@ from ddgan_jax.method.build import build, init_state, network_fields
 from ddgan_jax.method.state import num_bytes
 from ddgan_jax.method.train_step import Method
 from ddgan_jax.metrics.evaluator import open_evaluator
-from ddgan_jax.model.model import networks_of
+from ddgan_jax.model.loading import load_initial_networks
 from ddgan_jax.model.sampler import Sampler
 from ddgan_jax.storage import checkpoint, manager, paths, workdir
 from ddgan_jax.storage.log import Log, read_metrics
@@ -228,12 +228,12 @@ def restore(checkpoints: manager.Checkpoints, shapes: Any, path: Path, c: Config
 
 
 def new_state(c: Config, method: Method, shapes: Any) -> Any:
-    """The state at step 0, on the host. Raises as `model.networks_of`, before any work.
+    """The state at step 0, on the host. Raises as `loading.load_initial_networks`, before any work.
 
     With `train.init_from`, the generator starts from the moving average of another one, which is what that one samples
     with; the discriminator starts from the other's if there is one.
     """
-    named = networks_of(c, shapes) if c.train.init_from else None
+    named = load_initial_networks(c, shapes) if c.train.init_from else None
     state = jax.device_get(compiler.jit_once(functools.partial(init_state, method, c.seed))())
     if named is None:
         return state

@@ -1,18 +1,14 @@
-"""A trained model, from Python: `model = ddgan_jax.load(path)`, then `images = model.sample(64, seed=0)`.
+"""A trained model from Python: `model = ddgan_jax.load(path)`, then `images = model.sample(64, seed=0)`.
 
-What goes in and comes out are uint8 images [N, H, W, C], or float32 points [N, d]. Sample i depends on (seed, i)
-alone, never on how many are drawn, nor on how many devices draw them. A class-conditional model takes labels; without,
-sample i is of class i modulo the number of classes. Nothing here reads data, or needs TensorFlow.
+Inputs and results are uint8 images [N, H, W, C], or float32 points [N, d]. Sample and variant i depend on (seed, i)
+alone, not on the number of samples, the batch size or the number of devices. A class-conditional model takes labels;
+by default sample i has class i modulo the number of classes. Nothing here reads data or needs TensorFlow.
 """
 
-import contextlib
 import dataclasses
 import math
-import operator
 import os
-import pathlib
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -20,74 +16,63 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddgan_jax.config.settings import Config, as_dict, read
-from ddgan_jax.config.types import MAX_SEED
-from ddgan_jax.devices import processes
+from ddgan_jax.config.settings import Config, as_dict
 from ddgan_jax.errors import UserError
 from ddgan_jax.method import build, editing, sampling
 from ddgan_jax.method.diffusion import q_sample
 from ddgan_jax.method.sampling import Denoiser, bind
 from ddgan_jax.method.train_step import to_x0
 from ddgan_jax.model import export
-from ddgan_jax.model.sampler import POSTERIORS, Sampler, default_labels, noise_of, to_images
+from ddgan_jax.model.checks import as_array, as_integer, as_posterior, as_seed, free_memory
+from ddgan_jax.model.sampler import POSTERIORS, Sampler, default_labels, in_batches, noise_of, rows, to_images
 from ddgan_jax.storage import checkpoint, paths, safetensors
-from ddgan_jax.storage.torch import arguments, convert, files
 
-# --- Compiled once for a model, its shapes, and the static arguments in front --------------------------------------
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _trajectory(denoiser: Denoiser, posterior: str, params: Any, y: Any, noise: sampling.Noise) -> sampling.Trajectory:
-    return sampling.denoise(bind(denoiser.gen, params, y), denoiser.schedule, noise, POSTERIORS[posterior])
+MAX_INDEX = 2**31 - 1  # of a sample: indices are int32
+MAX_ROUNDS = 10_000  # of inpainting
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _edit(
-    denoiser: Denoiser, posterior: str, start_step: int, params: Any, y: Any, x0: jax.Array, noise: Any
-) -> jax.Array:
-    gen = bind(denoiser.gen, params, y)
-    images = editing.edit(gen, denoiser.schedule, x0, start_step, noise, POSTERIORS[posterior])
-    return to_images(images, denoiser.scale)
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _run(
+    function: Callable, denoiser: Denoiser, posterior: str, static: tuple, params: Any, y: Any, *inputs: Any
+) -> Any:
+    """function(gen, denoiser, posterior, *static, *inputs), compiled once for a model, `static`, and shapes."""
+    return function(bind(denoiser.gen, params, y), denoiser, POSTERIORS[posterior], *static, *inputs)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+def _trajectory(gen: Any, denoiser: Denoiser, posterior: Any, noise: sampling.Noise) -> sampling.Trajectory:
+    return sampling.denoise(gen, denoiser.schedule, noise, posterior)
+
+
+def _vary(gen: Any, denoiser: Denoiser, posterior: Any, x_tp1: jax.Array, t: Any, z: jax.Array) -> jax.Array:
+    return to_images(editing.vary(gen, x_tp1, t, z), denoiser.scale)
+
+
+def _edit(gen: Any, denoiser: Denoiser, posterior: Any, start_step: int, x0: jax.Array, noise: Any) -> jax.Array:
+    return to_images(editing.edit(gen, denoiser.schedule, x0, start_step, noise, posterior), denoiser.scale)
+
+
 def _inpaint(
-    denoiser: Denoiser,
-    posterior: str,
-    rounds: int,
-    params: Any,
-    y: Any,
-    x0: jax.Array,
-    known: Any,
-    seed: Any,
-    indices: Any,
+    gen: Any, denoiser: Denoiser, posterior: Any, rounds: int, x0: jax.Array, known: Any, seed: Any, indices: Any
 ) -> jax.Array:
-    gen, key, way = bind(denoiser.gen, params, y), jax.random.key(seed), POSTERIORS[posterior]
-    x = editing.inpaint(gen, denoiser.schedule, x0, known, key, indices, denoiser.nz, rounds, way)
+    key, schedule, nz = jax.random.key(seed), denoiser.schedule, denoiser.nz
+    x = editing.inpaint(gen, schedule, x0, known, key, indices, nz, rounds, posterior)
     return to_images(x, denoiser.scale)
-
-
-@partial(jax.jit, static_argnums=0)
-def _vary(denoiser: Denoiser, params: Any, y: Any, x_tp1: jax.Array, t: Any, z: jax.Array) -> jax.Array:
-    return to_images(editing.vary(bind(denoiser.gen, params, y), x_tp1, t, z), denoiser.scale)
-
-
-# --- The model ----------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A generator's moving average, and what its configuration describes.
+    """A generator's moving average, with the configuration of its training.
 
-    `posterior` is 'gaussian' (the paper's) or 'deterministic', the same images for the same x_T and z. `label`, for
-    class-conditional models only, is a class for all images, or one for each of them.
+    In all methods, `posterior` is 'gaussian' (the paper's) or 'deterministic', which gives the same image for the same
+    x_T and z. `label`, for class-conditional models only, is a class for all images, or one for each. Methods raise
+    UserError for an invalid argument, or if their result does not fit into memory.
     """
 
     params: Any
     denoiser: Denoiser
-    config: Config  # of a `.pth`, whose training is not known, with defaults
+    config: Config  # defaults where a `.pth` file does not contain it
     step: int
-    about: Mapping[str, str] = dataclasses.field(default_factory=dict)  # what a .safetensors file tells besides
+    about: Mapping[str, str] = dataclasses.field(default_factory=dict)  # further metadata of a .safetensors file
 
     @property
     def num_steps(self) -> int:
@@ -96,46 +81,54 @@ class Model:
 
     @property
     def num_classes(self) -> int:
-        """How many classes `label` chooses from; 0 if the model is unconditional."""
+        """The number of classes that `label` may name; 0 if the model is unconditional."""
         return self.denoiser.num_classes
 
     def sampler(self, posterior: str = "gaussian") -> Sampler:
-        """Draws in batches of config.sample.batch_size on every device."""
-        return Sampler(self.denoiser, self.config.sample.batch_size, _known(posterior))
+        """A sampler with batches of config.sample.batch_size on every device."""
+        return Sampler(self.denoiser, self.config.sample.batch_size, as_posterior(posterior))
 
     def sample(
         self, num: int, seed: int = 0, posterior: str = "gaussian", label: Any = None, progress: bool = False
     ) -> np.ndarray:
         """Samples 0..num-1 of `seed`, uint8 [num, H, W, C]."""
         num = self.check_count("num", num)
-        return self.sampler(posterior)(self.params, _known_seed(seed), num, self.labels(label, num), progress)
+        return self.sampler(posterior)(self.params, as_seed(seed), num, self.labels(label, num), progress)
 
     def trajectory(
         self, num: int, seed: int = 0, posterior: str = "gaussian", label: Any = None, first: int = 0
     ) -> sampling.Trajectory:
         """Every step of `num` samples from `first` on, float32 [T, num, ...]: x_{t+1}, x0_hat, x_t; x_t[0] is x_0."""
         num = self.check_count("num", num, each=12 * self.num_steps * math.prod(self.denoiser.image_shape))
-        noise = self._noise(seed, _whole("first", first, 0, LAST + 1 - num) + jnp.arange(num))
+        first = as_integer("first", first, 0, MAX_INDEX + 1 - num)
         y = self.labels(label, num, first=first)
-        return jax.device_get(_trajectory(self.denoiser, _known(posterior), self.params, y, noise))
+
+        def run(i: np.ndarray) -> Any:
+            return self._run(_trajectory, posterior, (), rows(y, i), self._noise(seed, first + i))
+
+        return in_batches(run, num, self.config.sample.batch_size, axis=1)
 
     def vary(
         self, num: int, t: int, image: Any = None, seed: int = 0, label: int | None = None, index: int = 0
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(x_{t+1} [H, W, C] float32, `num` draws of x_0 from it by z alone, uint8): Figure 8 of the paper.
+        """Images that the generator sees in one x_{t+1}, which differ only in z: Figure 8 of the paper.
 
-        x_{t+1} is on the way of sample `index` of `seed`, or `image` diffused to it; t in 0..T-1.
+        Returns x_{t+1}, float32 [H, W, C], and `num` samples of x_0, uint8. x_{t+1} is a step of sample `index` of
+        `seed`, or `image` diffused to it; t in 0..T-1.
         """
-        num, t = self.check_count("num", num), self._step("t", t, self.num_steps - 1)
-        index = _whole("index", index, 0, LAST)
+        num, t = self.check_count("num", num), self._checked_step("t", t, self.num_steps - 1)
+        index = as_integer("index", index, 0, MAX_INDEX)
         y = self.labels(label, num, one=True)
-        noise = self._noise(seed, jnp.arange(num))
         if image is None:
             x_tp1 = self.trajectory(1, seed, label=label, first=index).x_tp1[t, 0]
         else:
-            x0 = self._to_x0(self._images(image, 1))
-            x_tp1 = q_sample(self.denoiser.schedule, x0, jnp.full(1, t + 1), noise.x_T[:1])[0]
-        return np.asarray(x_tp1), np.asarray(_vary(self.denoiser, self.params, y, x_tp1, jnp.int32(t), noise.z[t]))
+            x0, noise = self._to_x0(self._checked_image(image)[None]), self._noise(seed, np.arange(1)).x_T
+            x_tp1 = q_sample(self.denoiser.schedule, x0, jnp.full(1, t + 1), noise)[0]
+
+        def run(i: np.ndarray) -> Any:
+            return self._run(_vary, "gaussian", (), rows(y, i), x_tp1, jnp.int32(t), self._noise(seed, i).z[t])
+
+        return np.asarray(x_tp1), in_batches(run, num, self.config.sample.batch_size)
 
     def edit(
         self,
@@ -148,18 +141,19 @@ class Model:
     ) -> np.ndarray:
         """`num_variants` of one image [H, W, C]: diffused to x_s, s = `start_step` in 0..T, and denoised again.
 
-        A stroke painting becomes an image; the larger s, the freer. s = 0 returns the image.
+        A stroke painting becomes an image. A larger s changes it more; s = 0 returns the image.
         """
-        num_variants = self.check_count("num_variants", num_variants)
-        start_step = self._step("start_step", start_step, self.num_steps)
-        images = self._images(image, num_variants)
-        y = self.labels(label, num_variants)
+        num = self.check_count("num_variants", num_variants)
+        start_step = self._checked_step("start_step", start_step, self.num_steps)
+        image, y = self._checked_image(image), self.labels(label, num)
         if not start_step:
-            return images
-        noise = self._noise(seed, jnp.arange(num_variants))
-        return np.asarray(
-            _edit(self.denoiser, _known(posterior), start_step, self.params, y, self._to_x0(images), noise)
-        )
+            return np.repeat(image[None], num, axis=0)
+
+        def run(i: np.ndarray) -> Any:
+            x0 = self._to_x0(np.repeat(image[None], len(i), axis=0))
+            return self._run(_edit, posterior, (start_step,), rows(y, i), x0, self._noise(seed, i))
+
+        return in_batches(run, num, self.config.sample.batch_size)
 
     def inpaint(
         self,
@@ -173,20 +167,23 @@ class Model:
     ) -> np.ndarray:
         """`num_variants` of one image [H, W, C], filled in where `known` [H, W] is False; the rest stays exactly.
 
-        More `rounds` a step let the two parts agree better, for so many times the work.
+        More `rounds` per step match the two parts better, and multiply the time.
         """
-        num_variants, rounds = self.check_count("num_variants", num_variants), _whole("rounds", rounds, 1, MOST_ROUNDS)
-        images = self._images(image, num_variants)
-        if images.ndim != 4:
+        num = self.check_count("num_variants", num_variants)
+        rounds, image = as_integer("rounds", rounds, 1, MAX_ROUNDS), self._checked_image(image)
+        if image.ndim != 3:
             raise UserError("this model makes points, and has no images to fill in")
-        known = _array("known", known).astype(bool)
-        if known.shape != images.shape[1:3]:
-            raise UserError(f"the mask is {list(known.shape)}, but the image is {list(images.shape[1:3])}")
-        mask = jnp.broadcast_to(known[None, ..., None], images.shape).astype(jnp.float32)
-        y, indices = self.labels(label, num_variants), jnp.arange(num_variants)
-        x0, way = self._to_x0(images), _known(posterior)
-        x = _inpaint(self.denoiser, way, rounds, self.params, y, x0, mask, jnp.uint32(_known_seed(seed)), indices)
-        return np.where(known[None, ..., None], images, np.asarray(x))
+        known = as_array("known", known).astype(bool)
+        if known.shape != image.shape[:2]:
+            raise UserError(f"the mask is {list(known.shape)}, but the image is {list(image.shape[:2])}")
+        y, seed = self.labels(label, num), jnp.uint32(as_seed(seed))
+
+        def run(i: np.ndarray) -> Any:
+            images = np.repeat(image[None], len(i), axis=0)
+            mask = jnp.broadcast_to(known[None, ..., None], images.shape).astype(jnp.float32)
+            return self._run(_inpaint, posterior, (rounds,), rows(y, i), self._to_x0(images), mask, seed, i)
+
+        return np.where(known[None, ..., None], image, in_batches(run, num, self.config.sample.batch_size))
 
     def interpolate(
         self,
@@ -197,38 +194,40 @@ class Model:
         posterior: str = "gaussian",
         label: int | None = None,
     ) -> np.ndarray:
-        """`num` images from sample `first` to `last` of `seed`, uint8 [num, ...]: their draws mixed on a sphere."""
+        """`num` images from sample `first` to `last` of `seed`, uint8 [num, ...]: their noise, mixed on a sphere."""
         num = self.check_count("num", num, least=2)  # the two ends
         y, ends = self.labels(label, num, one=True), {"first": first, "last": last}
-        a, b = (self._noise(seed, jnp.array([_whole(name, i, 0, LAST)])) for name, i in ends.items())
-        noise = editing.interpolate(a, b, jnp.linspace(0, 1, num))
-        return np.asarray(self.to_images(_trajectory(self.denoiser, _known(posterior), self.params, y, noise).x_t[0]))
+        a, b = (self._noise(seed, np.array([as_integer(name, i, 0, MAX_INDEX)])) for name, i in ends.items())
+        weights = jnp.linspace(0, 1, num)
+
+        def run(i: np.ndarray) -> Any:
+            noise = editing.interpolate(a, b, weights[i])
+            return self.to_images(self._run(_trajectory, posterior, (), rows(y, i), noise).x_t[0])
+
+        return in_batches(run, num, self.config.sample.batch_size)
 
     def to_images(self, x: Any) -> jax.Array:
         """A step of a trajectory [N, ...] as uint8 images, or as points."""
         return to_images(x, self.denoiser.scale)
 
-    def _noise(self, seed: int, indices: jax.Array) -> sampling.Noise:
-        return noise_of(self.denoiser, jnp.uint32(_known_seed(seed)), indices)
-
-    def _to_x0(self, images: np.ndarray) -> jax.Array:
-        return to_x0(jnp.asarray(images), self.denoiser.scale)
-
     def export(self, posterior: str = "gaussian") -> bytes:
         """The sampler, weights included, for jax alone on a CPU, GPU or TPU: see `export.for_jax`."""
-        return export.for_jax(self.denoiser, self.params, _known(posterior))
+        return export.for_jax(self.denoiser, self.params, as_posterior(posterior))
 
     def export_onnx(self, posterior: str = "gaussian") -> bytes:
         """The sampler, weights included, for an ONNX runtime, computing in float32: see `export.for_onnx`."""
-        network = dataclasses.replace(self.config.model, dtype="float32")  # runtimes know bfloat16 in few operations
+        network = dataclasses.replace(self.config.model, dtype="float32")  # runtimes have few bfloat16 operations
         denoiser = build.denoiser(dataclasses.replace(self.config, model=network))
-        return export.for_onnx(denoiser, self.params, _known(posterior))
+        return export.for_onnx(denoiser, self.params, as_posterior(posterior))
 
     def save(self, path: str | os.PathLike, half: bool = False, about: Mapping[str, str] | None = None) -> None:
-        """Write a .safetensors file that `load` reads: the weights, as float16 if `half`, with what they are.
+        """Write a .safetensors file that `load` reads: the weights, as float16 if `half`, and their configuration.
 
-        `about` is any text that is to be found in it again. Raises UserError if `path` does not end so; OSError if it
-        cannot be written.
+        `about` is further metadata, which `load` returns as `Model.about`.
+
+        Raises:
+            UserError: `path` does not end in .safetensors, or `about` is not text by name.
+            OSError: the file cannot be written.
         """
         if not os.fspath(path).endswith(".safetensors"):
             raise UserError(f"{path} must end in .safetensors")
@@ -242,33 +241,33 @@ class Model:
         safetensors.write(paths.path(path), arrays, as_dict(self.config), self.step, {**self.about, **(about or {})})
 
     def labels(self, label: Any, num: int, one: bool = False, first: int = 0) -> np.ndarray | None:
-        """Labels [num] from sample `first` on: as asked, or all classes in turn unless the images are to be of `one`.
+        """Labels [num] of the samples from `first` on; None for an unconditional model.
 
-        None for an unconditional model.
+        Without `label` the samples take all classes in turn; if `one`, `label` is required.
         """
         classes = self.num_classes
         if not classes:
             if label is not None:
-                raise UserError(f"label={label}: this model knows no classes, it was trained with model.num_classes=0")
+                raise UserError(f"label={label}: this model is unconditional, it was trained with model.num_classes=0")
             return None
         if label is None:
             if one:
                 raise UserError(f"these images are of one class: choose it, label=0 to {classes - 1}")
             return default_labels(classes, first + np.arange(num))
-        labels = _array("label", label)
+        labels = as_array("label", label)
         fits = labels.dtype.kind in "iu" and labels.shape in ((), (num,))
         if not fits or labels.min() < 0 or labels.max() >= classes:
             raise UserError(f"label={label} must be a class of this model, 0 to {classes - 1}, or {num} of them")
         return np.broadcast_to(labels, num).astype(np.int32)
 
     def check_count(self, name: str, value: Any, least: int = 1, each: int = 0) -> int:
-        """A number of images as a Python integer; `name` is what the user calls it.
+        """A number of images as a Python integer; `name` is the argument's or the flag's.
 
         Raises UserError unless it is an integer of at least `least` whose images fit into the free memory, with at
         least `each` bytes for one: by default its pixels twice, in a batch and in the result.
         """
-        num, shape = _whole(name, value, least, LAST + 1), self.denoiser.image_shape
-        need, free = num * max(each, 2 * math.prod(shape) * (1 if len(shape) == 3 else 4)), _free_memory()
+        num, shape = as_integer(name, value, least, MAX_INDEX + 1), self.denoiser.image_shape
+        need, free = num * max(each, 2 * math.prod(shape) * (1 if len(shape) == 3 else 4)), free_memory()
         if need > free:
             raise UserError(
                 f"{name}={num} needs at least {need / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free: "
@@ -276,146 +275,23 @@ class Model:
             )
         return num
 
-    def _images(self, image: Any, num: int) -> np.ndarray:
-        """An image [*d] `num` times, [num, *d]; UserError unless it is as the model's are."""
-        array, shape = _array("image", image), self.denoiser.image_shape
+    def _checked_image(self, image: Any) -> np.ndarray:
+        array, shape = as_array("image", image), self.denoiser.image_shape
         wanted = np.uint8 if len(shape) == 3 else np.float32
         if array.shape != shape or array.dtype != wanted:
             raise UserError(
                 f"the image is {array.dtype} {list(array.shape)}, but the model's are {np.dtype(wanted)} {list(shape)}"
             )
-        return np.repeat(array[None], num, axis=0)
+        return array
 
-    def _step(self, name: str, value: Any, high: int) -> int:
-        return _whole(name, value, 0, high, f"a step of this model, an integer from 0 to {high}")
+    def _checked_step(self, name: str, value: Any, high: int) -> int:
+        return as_integer(name, value, 0, high, f"a step of this model, an integer from 0 to {high}")
 
+    def _noise(self, seed: int, indices: np.ndarray) -> sampling.Noise:
+        return noise_of(self.denoiser, jnp.uint32(as_seed(seed)), jnp.asarray(indices))
 
-LAST = 2**31 - 1  # the last sample: indices are int32
-MOST_ROUNDS = 10_000
+    def _to_x0(self, images: np.ndarray) -> jax.Array:
+        return to_x0(jnp.asarray(images), self.denoiser.scale)
 
-
-def _known(posterior: str) -> str:
-    if not isinstance(posterior, str) or posterior not in POSTERIORS:
-        raise UserError(f"posterior={posterior!r} is not supported: it is {' or '.join(POSTERIORS)}")
-    return posterior
-
-
-def _known_seed(seed: Any) -> int:
-    return _whole("seed", seed, 0, MAX_SEED)
-
-
-def _whole(name: str, value: Any, low: int, high: int, text: str = "") -> int:
-    """An integer of Python, numpy or jax as one of Python. UserError unless it is one from `low` to `high`."""
-    with contextlib.suppress(TypeError):  # of all that is no integer
-        if not isinstance(value, bool) and low <= operator.index(value) <= high:
-            return operator.index(value)
-    raise UserError(f"{name}={value!r} must be {text or f'an integer from {low} to {high}'}")
-
-
-def _array(name: str, value: Any) -> np.ndarray:
-    try:
-        return np.asarray(value)
-    except ValueError as error:  # of lists of different lengths
-        raise UserError(f"{name} is no array: {error}") from error
-
-
-def _free_memory() -> int:
-    """Bytes of memory that can still be taken, as far as the system tells: what is available, or what is allowed."""
-    bounds = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    for file, pattern, unit in (
-        ("/proc/meminfo", r"MemAvailable: +(\d+) kB", 1024),
-        ("/sys/fs/cgroup/memory.max", r"(\d+)", 1),  # of a container
-    ):
-        with contextlib.suppress(OSError):
-            bounds += [unit * int(number) for number in re.findall(pattern, pathlib.Path(file).read_text())]
-    return min(bounds)
-
-
-PRETRAINED = pathlib.Path(__file__).parent / "pretrained"
-
-
-def _pretrained() -> dict[str, pathlib.Path]:
-    return {file.stem: file for file in sorted(PRETRAINED.glob("*.safetensors"))}
-
-
-def models() -> dict[str, str]:
-    """The models that come with the package: what `load` takes, and what each is."""
-    return {name: safetensors.about(file).get("summary", "") for name, file in _pretrained().items()}
-
-
-def file_of(path: str) -> str | None:
-    """The file that holds the model that `path` names, if it is one, or one of `models()`; None for a folder.
-
-    Raises UserError for a name that is neither a folder nor a model.
-    """
-    path = os.path.expanduser(path)
-    if path.endswith((".pth", ".safetensors")):
-        return path
-    if "/" in path or paths.exists(path):
-        return None
-    known = _pretrained()
-    if path not in known:
-        raise UserError(f"there is no {path}: name a workdir, a checkpoint, a file, or one of {', '.join(known)}")
-    return str(known[path])
-
-
-def beside(path: str, name: str) -> str:
-    """Where the result `name` of a model goes by default: into its workdir or folder, or beside its file.
-
-    Results of a checkpoint in WORKDIR/checkpoints go into WORKDIR, as its own folder is deleted with it.
-    """
-    if file_of(path) is not None:
-        return f"{os.path.splitext(path)[0]}.{name}"
-    folder = paths.path(processes.from_primary(lambda: str(checkpoint.find(path)))).parent
-    return str((folder.parent if folder.name == "checkpoints" else paths.path(path)) / name)
-
-
-def load(path: str | os.PathLike, config: Any = None, **hints: Any) -> Model:
-    """The model in a workdir, a checkpoint, a .safetensors file, or a `.pth` file of the PyTorch reference.
-
-    Also one of `models()`, by its name. A `netG_*.pth` contains only weights: pass the `config` of its training, or as
-    hints what differs from the reference's defaults, such as `image_size=32` or `nf=64` (`storage.torch.arguments`).
-
-    Raises:
-        UserError: there is no model, or hints are missing or contradict the weights.
-        Fault: the model is damaged or cannot be read.
-    """
-    path, about = os.fspath(path), dict[str, str]()
-    if path.endswith(".pth"):
-        return _load_reference(path, None if config is None else read(config), hints)
-    if file := file_of(path):
-        arrays, found, step, about = processes.from_primary(lambda: safetensors.read(file))
-        params = checkpoint.nested(arrays)
-    else:
-        params, found, step = processes.from_primary(lambda: checkpoint.restore_ema(path))
-    c = read(found)
-    generates = build.denoiser(c)
-    checkpoint.check_like(params, jax.eval_shape(generates.init_gen, jax.random.key(0)), f"the checkpoint in {path}")
-    return Model(params, generates, c, step, about)
-
-
-def _load_reference(path: str, config: Config | None, hints: dict[str, Any]) -> Model:
-    found = processes.from_primary(lambda: files.read(path, config, **hints))
-    arguments.check_equal(found.settings, found.config, ("diffusion",), path)
-    return Model(found.ema_params or found.gen_params, build.denoiser(found.config), found.config, 0)
-
-
-def networks_of(c: Config, like: Any) -> tuple[str, Any, Any]:
-    """(where they are, the moving average of G, D or None) that `train.init_from` of `c` names, in the tree of `like`.
-
-    UserError if there are none, or they are of another architecture than `c`'s; Fault if they are damaged.
-    """
-    path = c.train.init_from or ""
-    file = file_of(path)
-    if file and not file.endswith(".pth"):
-        params = load(path).params
-        checkpoint.check_like(params, like.gen_params, f"{path} of train.init_from")
-        return file, params, None
-    if not file:
-        folder = checkpoint.find(path)
-        found = checkpoint.unflatten(checkpoint.read(folder)[0], like, f"the checkpoint {folder} of train.init_from")
-        return str(folder), found.ema_params, found.disc_params
-    found = files.read(path, c)
-    gen_params = found.ema_params or found.gen_params
-    disc_params = convert.from_state_dict(found.disc_arrays, like.disc_params) if found.disc_arrays else None
-    return path, gen_params, disc_params
+    def _run(self, function: Callable, posterior: str, static: tuple, y: Any, *inputs: Any) -> Any:
+        return _run(function, self.denoiser, as_posterior(posterior), static, self.params, y, *inputs)

@@ -1,7 +1,7 @@
 """Samples by index, drawn by every device: sample i depends on (seed, i) alone."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -37,6 +37,24 @@ def noise_of(denoiser: Denoiser, seed: jax.Array, indices: jax.Array) -> samplin
 def sample(denoiser: Denoiser, posterior: str, params: Any, seed: jax.Array, indices: jax.Array, y: Any) -> jax.Array:
     """Samples `indices` [B] in [-1, 1], or points; of classes `y` [B] if the model is class-conditional."""
     return sampling.sample(denoiser, params, jax.random.key(seed), indices, y, POSTERIORS[posterior])
+
+
+def rows(labels: np.ndarray | None, indices: np.ndarray) -> np.ndarray | None:
+    """The labels of these samples; None for an unconditional model."""
+    return None if labels is None else labels[indices]
+
+
+def in_batches(run: Callable[[np.ndarray], Any], num: int, batch_size: int, axis: int = 0) -> Any:
+    """The results of `run(indices)` for the indices 0..num-1, joined along `axis`, as host arrays.
+
+    All batches have the same size, so that `run` compiles one program: the last one repeats the index num - 1.
+    """
+    size = min(num, batch_size)
+    starts = range(0, num, size)
+    parts = [jax.device_get(run(np.minimum(np.arange(start, start + size), num - 1))) for start in starts]
+    rest = (slice(None),) * axis + (slice(num - starts[-1]),)
+    parts[-1] = jax.tree.map(lambda array: array[rest], parts[-1])
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays, axis), *parts)
 
 
 @functools.lru_cache(maxsize=16)

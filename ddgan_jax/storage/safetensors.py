@@ -1,7 +1,7 @@
-"""A generator in one .safetensors file: its weights, and as metadata what it is.
+"""A generator in one .safetensors file: its weights, and as metadata what they are.
 
-The metadata are `config` (the JSON of its training's configuration), `step`, `checksum`, and whatever else is told of
-it. Such a file holds numbers and text: reading it runs nothing.
+The metadata are `config` (the JSON of the training's configuration), `step`, `checksum`, and any further text. Such a
+file contains only numbers and text: reading it runs no code.
 """
 
 import json
@@ -17,11 +17,11 @@ from ddgan_jax.errors import Fault, UserError, of_a_file
 from ddgan_jax.storage import paths
 
 Arrays = dict[str, np.ndarray]
-OWN = ("config", "step", "checksum")  # the metadata of every file
+OWN = ("config", "step", "checksum")  # the metadata that every file has
 
 
 def write(file: paths.Given, arrays: Arrays, config: Mapping[str, Any], step: int, about: Mapping[str, str]) -> None:
-    """Write float arrays by name, and the metadata. OSError if it cannot be written."""
+    """Write float arrays by name, and the metadata, `about` among them. Raises OSError if it cannot be written."""
     metadata = {"config": json.dumps(config), "step": str(step)}
     metadata["checksum"] = _checksum(arrays, metadata)
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
@@ -29,37 +29,39 @@ def write(file: paths.Given, arrays: Arrays, config: Mapping[str, Any], step: in
 
 
 def read(file: paths.Given) -> tuple[Arrays, dict[str, Any], int, dict[str, str]]:
-    """(arrays by name as float32, configuration, step, what else is told of it).
+    """(arrays by name as float32, configuration, step, further metadata).
 
-    UserError if there is no file, or one that this project did not write; Fault if it is damaged or cannot be read.
+    Raises:
+        UserError: there is no file, or this project did not write it.
+        Fault: the file is damaged or cannot be read.
     """
     with of_a_file(str(file)):
         content = paths.read(file)
         try:
             arrays = safetensors.numpy.load(content)
-            about = _header(content).get("__metadata__", {})
+            found = _metadata(content)
         except (safetensors.SafetensorError, ValueError) as error:
             raise Fault(f"{file} is damaged, or no safetensors file: {error}") from error
-        except KeyError as error:  # a type that numpy lacks
-            raise UserError(f"{file} was not written by ddgan_jax: it holds numbers of type {error}") from error
-    if not about.keys() >= set(OWN):
-        raise UserError(f"{file} was not written by ddgan_jax: it does not tell its configuration")
-    if _checksum(arrays, about) != about["checksum"]:
+        except KeyError as error:  # a type that NumPy lacks
+            raise UserError(f"{file} was not written by ddgan_jax: it contains numbers of type {error}") from error
+    if not found.keys() >= set(OWN):
+        raise UserError(f"{file} was not written by ddgan_jax: it does not contain a configuration")
+    if _checksum(arrays, found) != found["checksum"]:
         raise Fault(f"{file} is damaged: its checksum is wrong")
     weights = {name: array.astype(np.float32) for name, array in arrays.items()}
-    told = {name: text for name, text in about.items() if name not in OWN}
-    return weights, json.loads(about["config"]), int(about["step"]), told
+    further = {name: text for name, text in found.items() if name not in OWN}
+    return weights, json.loads(found["config"]), int(found["step"]), further
 
 
-def about(file: paths.Given) -> dict[str, str]:
-    """What is told of the generator in a file, without its weights."""
+def metadata(file: paths.Given) -> dict[str, str]:
+    """The metadata of a file, read without its weights."""
     size = 8 + int.from_bytes(paths.read_start(file, 8), "little")
-    return _header(paths.read_start(file, size)).get("__metadata__", {})
+    return _metadata(paths.read_start(file, size))
 
 
-def _header(content: bytes) -> dict[str, Any]:
-    """The JSON at the start, after 8 bytes that give its length."""
-    return json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+def _metadata(content: bytes) -> dict[str, str]:
+    """The metadata in the JSON at the start of a file, after 8 bytes with the JSON's length."""
+    return json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__", {})
 
 
 def _checksum(arrays: Arrays, metadata: Mapping[str, str]) -> str:

@@ -26,7 +26,7 @@ from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.method import build
 from ddgan_jax.metrics import distances
 from ddgan_jax.metrics.npz import read_npz
-from ddgan_jax.model import model
+from ddgan_jax.model import loading
 from ddgan_jax.storage import checkpoint, manager
 from ddgan_jax.storage.torch import files
 
@@ -157,9 +157,9 @@ def a_pth(rng: random.Random, folder: pathlib.Path) -> None:
 
 
 def a_safetensors(rng: random.Random, folder: pathlib.Path) -> None:
-    good = model.file_of("gaussians")
+    good = loading.file_of("gaussians")
     (folder / "x.safetensors").write_bytes(mutated(pathlib.Path(good).read_bytes(), rng))
-    model.load(str(folder / "x.safetensors"))
+    loading.load(str(folder / "x.safetensors"))
 
 
 def settings(rng: random.Random, folder: pathlib.Path) -> None:

@@ -123,7 +123,7 @@ def serve() -> None:
     """Answer every line of the standard input."""
     import main  # noqa: F401  (these are for the children)
     from ddgan_jax.commands import evaluate, generate, train  # noqa: F401
-    from ddgan_jax.model import model  # noqa: F401
+    from ddgan_jax.model import loading  # noqa: F401
 
     for line in sys.stdin:
         request = json.loads(line)

@@ -1,0 +1,54 @@
+"""Checks of a caller's arguments."""
+
+import contextlib
+import operator
+import os
+import pathlib
+import re
+from typing import Any
+
+import numpy as np
+
+from ddgan_jax.config.types import MAX_SEED
+from ddgan_jax.errors import UserError
+from ddgan_jax.model.sampler import POSTERIORS
+
+
+def as_integer(name: str, value: Any, low: int, high: int, text: str = "") -> int:
+    """An integer of Python, NumPy or JAX as one of Python. Raises UserError unless it is one from `low` to `high`."""
+    with contextlib.suppress(TypeError):  # raised for everything that is no integer
+        if not isinstance(value, bool) and low <= operator.index(value) <= high:
+            return operator.index(value)
+    raise UserError(f"{name}={value!r} must be {text or f'an integer from {low} to {high}'}")
+
+
+def as_seed(seed: Any) -> int:
+    """A seed as a Python integer. Raises UserError for an invalid seed."""
+    return as_integer("seed", seed, 0, MAX_SEED)
+
+
+def as_posterior(posterior: Any) -> str:
+    """The name of a posterior. Raises UserError for an unknown name."""
+    if not isinstance(posterior, str) or posterior not in POSTERIORS:
+        raise UserError(f"posterior={posterior!r} is not supported: it is {' or '.join(POSTERIORS)}")
+    return posterior
+
+
+def as_array(name: str, value: Any) -> np.ndarray:
+    """An array-like value as a NumPy array. Raises UserError for lists of different lengths."""
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        raise UserError(f"{name} is no array: {error}") from error
+
+
+def free_memory() -> int:
+    """Bytes of memory that this process may still use: available in the system, and allowed to the container."""
+    bounds = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for file, pattern, unit in (
+        ("/proc/meminfo", r"MemAvailable: +(\d+) kB", 1024),
+        ("/sys/fs/cgroup/memory.max", r"(\d+)", 1),
+    ):
+        with contextlib.suppress(OSError):
+            bounds += [unit * int(number) for number in re.findall(pattern, pathlib.Path(file).read_text())]
+    return min(bounds)

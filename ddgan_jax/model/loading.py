@@ -1,0 +1,107 @@
+"""Where trained models are, and how they are read: workdirs, checkpoints, files, and the bundled models."""
+
+import os
+import pathlib
+from typing import Any
+
+import jax
+
+from ddgan_jax.config.settings import Config, read
+from ddgan_jax.devices import processes
+from ddgan_jax.errors import UserError
+from ddgan_jax.method import build
+from ddgan_jax.model.model import Model
+from ddgan_jax.storage import checkpoint, paths, safetensors
+from ddgan_jax.storage.torch import arguments, convert, files
+
+PRETRAINED = pathlib.Path(__file__).parent / "pretrained"
+
+
+def _bundled() -> dict[str, pathlib.Path]:
+    return {file.stem: file for file in sorted(PRETRAINED.glob("*.safetensors"))}
+
+
+def models() -> dict[str, str]:
+    """The bundled models: {the name that `load` accepts: a summary}."""
+    return {name: safetensors.metadata(file).get("summary", "") for name, file in _bundled().items()}
+
+
+def file_of(path: str) -> str | None:
+    """The file of a model in one file or of a bundled model; None if `path` names a folder.
+
+    Raises:
+        UserError: `path` names neither a folder nor a model.
+    """
+    path = os.path.expanduser(path)
+    if path.endswith((".pth", ".safetensors")):
+        return path
+    if "/" in path or paths.exists(path):
+        return None
+    bundled = _bundled()
+    if path not in bundled:
+        raise UserError(f"there is no {path}: name a workdir, a checkpoint, a file, or one of {', '.join(bundled)}")
+    return str(bundled[path])
+
+
+def default_output(path: str, name: str) -> str:
+    """The default path of the result `name` of the model in `path`.
+
+    The result is written into the model's workdir or folder, or next to its file. Results of a checkpoint in
+    WORKDIR/checkpoints go into WORKDIR, because the checkpoint's own folder is deleted with it.
+    """
+    if file_of(path) is not None:
+        return f"{os.path.splitext(path)[0]}.{name}"
+    folder = paths.path(processes.from_primary(lambda: str(checkpoint.find(path)))).parent
+    return str((folder.parent if folder.name == "checkpoints" else paths.path(path)) / name)
+
+
+def load(path: str | os.PathLike, config: Any = None, **hints: Any) -> Model:
+    """The model in a workdir, a checkpoint, a .safetensors file, or a `.pth` file of the PyTorch reference.
+
+    `path` may also be the name of one of `models()`. A `netG_*.pth` contains only weights: pass the `config` of its
+    training, or as hints what differs from the reference's defaults, such as `image_size=32` or `nf=64`
+    (`storage.torch.arguments`).
+
+    Raises:
+        UserError: there is no model, or hints are missing or contradict the weights.
+        Fault: the model is damaged or cannot be read.
+    """
+    path, about = os.fspath(path), dict[str, str]()
+    if path.endswith(".pth"):
+        given = None if config is None else read(config)
+        found = processes.from_primary(lambda: files.read(path, given, **hints))
+        arguments.check_equal(found.settings, found.config, ("diffusion",), path)
+        return Model(found.ema_params or found.gen_params, build.denoiser(found.config), found.config, 0)
+    if file := file_of(path):
+        arrays, saved_config, step, about = processes.from_primary(lambda: safetensors.read(file))
+        params = checkpoint.nested(arrays)
+    else:
+        params, saved_config, step = processes.from_primary(lambda: checkpoint.restore_ema(path))
+    c = read(saved_config)
+    denoiser = build.denoiser(c)
+    checkpoint.check_like(params, jax.eval_shape(denoiser.init_gen, jax.random.key(0)), f"the checkpoint in {path}")
+    return Model(params, denoiser, c, step, about)
+
+
+def load_initial_networks(c: Config, like: Any) -> tuple[str, Any, Any]:
+    """The networks that `train.init_from` of `c` names, in the tree of the state `like`.
+
+    Returns their path, the generator's moving average, and the discriminator, None if there is none.
+
+    Raises:
+        UserError: there are no networks, or their architecture is not that of `c`.
+        Fault: the networks are damaged or cannot be read.
+    """
+    path = c.train.init_from or ""
+    file = file_of(path)
+    if not file:
+        folder = checkpoint.find(path)
+        state = checkpoint.unflatten(checkpoint.read(folder)[0], like, f"the checkpoint {folder} of train.init_from")
+        return str(folder), state.ema_params, state.disc_params
+    if file.endswith(".pth"):
+        found = files.read(path, c)
+        disc_params = convert.from_state_dict(found.disc_arrays, like.disc_params) if found.disc_arrays else None
+        return path, found.ema_params or found.gen_params, disc_params
+    params = load(path).params
+    checkpoint.check_like(params, like.gen_params, f"{path} of train.init_from")
+    return file, params, None

@@ -365,7 +365,7 @@ def test_of_many_steps_a_few_are_drawn(tmp_path, model):
     many = ddgan_jax.load(str(workdir_of(tmp_path / "run", num_steps=300)))
     shown = generate.shown_steps(many)
     assert len(shown) == 8 and shown[0] == 299 and shown[-1] == 0 and set(-np.diff(shown)) <= {42, 43}
-    frames, steps = generate.frames_of(many, 2), many.trajectory(2)
+    frames, steps = generate.denoising_frames(many, 2), many.trajectory(2)
     assert len(frames) == 17
     for i, t in enumerate(shown):
         np.testing.assert_array_equal(frames[2 * i], many.to_images(steps.x_tp1[t]))
@@ -636,9 +636,9 @@ def test_a_read_that_fails_is_neither_damage_nor_the_users_error(monkeypatch, mo
     [
         (["--mode=export", "--out=x.pt"], "must end in .safetensors (the generator in one file), in .bin"),
         (["--mode=export", "--out=x.onnx"], "written by jax2onnx: pip install 'ddgan_jax[onnx]'"),
-        (["--mode=edit"], "name a picture with --image=PATH"),
+        (["--mode=edit"], "name an image with --image=PATH"),
         (["--mode=edit", "--image=nothing.png"], "--image=nothing.png cannot be read"),
-        (["--mode=inpaint", f"--image={ROOT / 'docs' / 'digits.png'}"], "name a picture with --mask=PATH"),
+        (["--mode=inpaint", f"--image={ROOT / 'docs' / 'digits.png'}"], "name an image with --mask=PATH"),
         (["--mode=edit", f"--image={ROOT / 'README.md'}"], "it is not an image"),
         (["--mode=vary", "--t=9"], "t=9 must be a step of this model, an integer from 0 to 3"),
         (["--mode=interpolate", "--between=3"], "--between=3 must be two samples, such as 0,1"),

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from ddgan_jax.commands import figures
-from ddgan_jax.commands.generate import frames_of, halfway, shown_steps
+from ddgan_jax.commands.generate import default_start_step, denoising_frames, shown_steps
 from ddgan_jax.config.types import MAX_SEED
 from ddgan_jax.data import decoding
 from ddgan_jax.errors import UserError
@@ -56,8 +56,8 @@ def steps_of(
 ) -> list[tuple[np.ndarray, str]]:
     """How samples come about: (picture, name) of x_T, x0_hat, x_{T-1}, x0_hat, ..., x_0."""
     names = [name for t in shown_steps(model) for name in (f"x_{t + 1}", f"x_0 as predicted from x_{t + 1}")]
-    frames = frames_of(model, num, seed=seed, label=label, first=first)
-    pictures = [enlarged(frame)[0] if frame.ndim == 4 else figures.picture(frame) for frame in frames]
+    frames = denoising_frames(model, num, seed=seed, label=label, first=first)
+    pictures = [enlarged(frame)[0] if frame.ndim == 4 else figures.as_image(frame) for frame in frames]
     return list(zip(pictures, [*names, "x_0"], strict=True))
 
 
@@ -252,7 +252,7 @@ def stroke_tab(page: Page) -> None:
             start = gr.Slider(
                 0,
                 model.num_steps,
-                halfway(model),
+                default_start_step(model),
                 step=1,
                 label="Diffuse to step: the more, the freer",
                 elem_id="start",

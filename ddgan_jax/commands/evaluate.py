@@ -232,7 +232,7 @@ def as_grey(chunks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
 
 def draw_figures(evaluator: Evaluator, result: EvaluationResult, folder: Path, workdir: str) -> None:
     """Draw the samples, curves, modes, manifolds, and the samples beside their nearest training images."""
-    figures.save_image(folder / "samples.png", figures.picture(result.samples[: 64 if evaluator.networks else None]))
+    figures.save_image(folder / "samples.png", figures.as_image(result.samples[: 64 if evaluator.networks else None]))
     if workdir and paths.exists(metrics := paths.path(workdir) / "metrics.jsonl"):
         figures.curves(metrics, folder / "curves.png")
     if result.histogram is not None:

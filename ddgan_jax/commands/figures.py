@@ -1,4 +1,4 @@
-"""Pictures, drawn from files and host arrays: they can be redrawn without an accelerator."""
+"""Figures, drawn from files and host arrays, so that they can be redrawn without an accelerator."""
 
 import gc
 import os
@@ -11,14 +11,12 @@ from ddgan_jax.storage import paths
 from ddgan_jax.storage.log import read_metrics
 from ddgan_jax.storage.paths import Given
 
-POINTS = 500  # of a curve, as many as a panel has pixels: a long run's curves take no more memory than a short one's
-
-
-MIN_SIDE = 64  # px, at least, of an image in a grid
+MAX_POINTS = 500  # of a curve; a panel has no more pixels, and the memory does not grow with the run
+MIN_SIDE = 64  # px, of an image in a grid
 
 
 def grid(images: np.ndarray, columns: int | None = None, min_side: int = MIN_SIDE, gap: int = 2) -> np.ndarray:
-    """uint8 [N, H, W, C] -> one image [H', W', 3]: each enlarged by a whole factor to `min_side` px, gaps between."""
+    """uint8 [N, H, W, C] -> one image [H', W', 3]: each enlarged by an integer to at least `min_side` px, with gaps."""
     n, height, width, channels = images.shape
     scale = max(1, -(-min_side // max(height, width)))
     images = images.repeat(scale, axis=1).repeat(scale, axis=2)
@@ -34,20 +32,20 @@ def grid(images: np.ndarray, columns: int | None = None, min_side: int = MIN_SID
 
 
 def scatter(points: np.ndarray) -> np.ndarray:
-    """float32 points [N, 2] -> a picture of them, uint8 [H, W, 3]."""
+    """float32 points [N, 2] -> a scatter plot, uint8 [H, W, 3]."""
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(6, 6), constrained_layout=True)
     axis.plot(points[:, 0], points[:, 1], ".", markersize=2, alpha=0.5)
     axis.set(aspect="equal", title=f"{len(points):,} points")
     axis.grid(alpha=0.3)
     figure.canvas.draw()
-    picture = np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
+    image = np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
     plt.close(figure)
-    return picture
+    return image
 
 
 def histogram(counts: np.ndarray, path: Given, grid: bool = False) -> None:
-    """Samples of each mode, int [K]: bars (sorted, where there are many), or a square of numbers for a `grid`."""
+    """Draw the number of samples of each mode, int [K]: as bars, sorted if K > 50, or as a square if `grid`."""
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(6, 5) if grid else (9, 4), constrained_layout=True)
     present = f"{int((counts > 0).sum())} of {len(counts)} modes"
@@ -66,19 +64,19 @@ def histogram(counts: np.ndarray, path: Given, grid: bool = False) -> None:
         values = np.sort(counts)[::-1] if many else counts
         axis.bar(np.arange(len(counts)), values, width=1 if many else 0.8)
         axis.set_xticks([] if many else range(len(counts)))
-        axis.axhline(counts.mean(), color="black", linewidth=1, linestyle="--", label="equal shares")
+        axis.axhline(counts.mean(), color="black", linewidth=1, linestyle="--", label="equal fractions")
         axis.set(title=present, xlabel="modes, the most frequent first" if many else "class", ylabel="samples")
         axis.legend()
     save_figure(figure, path)
 
 
 def manifolds(
-    real: np.ndarray, fake: np.ndarray, recalled: np.ndarray, inside: np.ndarray, path: Given, most: int = 2000
+    real: np.ndarray, fake: np.ndarray, recalled: np.ndarray, inside: np.ndarray, path: Given, max_points: int = 2000
 ) -> None:
-    """Features real [N, D] and fake [M, D] on the two principal axes of the real ones.
+    """Draw features real [N, D] and fake [M, D] on the two principal axes of the real ones.
 
-    `recalled` bool [N]: is a real one in the manifold of the fakes (recall)? `inside` bool [M]: is a fake one in that
-    of the real ones (precision)? At most `most` points of each are drawn.
+    `recalled` bool [N] marks real features in the manifold of the fake ones (recall), `inside` bool [M] fake features
+    in the manifold of the real ones (precision). At most `max_points` of each are drawn.
     """
     plt = pyplot()
     centred = real.astype(np.float64) - real.mean(axis=0, dtype=np.float64)
@@ -88,22 +86,22 @@ def manifolds(
         (panels[0], "precision", fake, inside, ("samples among the real ones", "samples outside")),
         (panels[1], "recall", real, recalled, ("real images among the samples", "real images that are missed")),
     ):
-        points = (x[:most] - real.mean(axis=0)) @ axes
-        other = ((real if what == "precision" else fake)[:most] - real.mean(axis=0)) @ axes
+        points = (x[:max_points] - real.mean(axis=0)) @ axes
+        other = ((real if what == "precision" else fake)[:max_points] - real.mean(axis=0)) @ axes
         axis.plot(
             *other.T, ".", color="lightgrey", markersize=3, label="real images" if what == "precision" else "samples"
         )
         for flag, colour, word in zip((True, False), ("tab:green", "tab:red"), words, strict=True):
-            axis.plot(*points[held[:most] == flag].T, ".", color=colour, markersize=3, label=word)
+            axis.plot(*points[held[:max_points] == flag].T, ".", color=colour, markersize=3, label=word)
         axis.set(title=f"{what} {held.mean():.3f}", xlabel="first principal axis", ylabel="second")
         axis.legend(markerscale=3, fontsize=8)
     save_figure(figure, path)
 
 
 def neighbours(samples: np.ndarray, nearest: np.ndarray, distance: np.ndarray, path: Given) -> None:
-    """uint8 samples [N, H, W, C], the nearest training image of each, and how far it is: first half, then second.
+    """Draw uint8 samples [N, H, W, C] above their nearest training images, with their distances [N].
 
-    The first half are the samples closest to a training image, the second any.
+    The first half of the samples are those closest to a training image, the second half are arbitrary samples.
     """
     plt = pyplot()
     half = -(-len(samples) // 2)
@@ -122,7 +120,7 @@ def neighbours(samples: np.ndarray, nearest: np.ndarray, distance: np.ndarray, p
     save_figure(figure, path)
 
 
-def picture(samples: np.ndarray) -> np.ndarray:
+def as_image(samples: np.ndarray) -> np.ndarray:
     """uint8 images [N, H, W, C] as a grid, or points [N, 2] as a scatter plot: uint8 [H', W', 3]."""
     return scatter(samples) if samples.ndim == 2 else grid(samples)
 
@@ -141,11 +139,11 @@ def save_figure(figure: Any, path: Given) -> None:
     """Write a Matplotlib figure and close it."""
     paths.write(path, lambda file: figure.savefig(file, dpi=100, format=_format(path)))
     pyplot().close(figure)
-    gc.collect()  # a figure's parts refer to each other: megabytes that would wait for Python to look for such circles
+    gc.collect()  # the parts of a figure refer to each other, which would keep megabytes until a collection
 
 
 def save_image(path: Given, image: np.ndarray) -> None:
-    """Write uint8 [H, W, 3], or grey [H, W, 1], as the file type that the name says."""
+    """Write uint8 [H, W, 3] or grey [H, W, 1], in the format that the file's name ends in."""
     from PIL import Image
 
     image = image[..., 0] if image.shape[-1] == 1 else image
@@ -157,16 +155,16 @@ def _format(path: Given) -> str:
 
 
 def save_gif(path: Given, frames: Sequence[np.ndarray], milliseconds: int = 400) -> None:
-    """Write uint8 pictures [H, W, 3] of one size as an animation that repeats."""
+    """Write uint8 images [H, W, 3] of one size as an animation that repeats."""
     from PIL import Image
 
     first, *rest = [Image.fromarray(frame) for frame in frames]
-    how: dict[str, Any] = dict(save_all=True, append_images=rest, duration=milliseconds, loop=0)
-    paths.write(path, lambda file: first.save(file, format="gif", **how))
+    options: dict[str, Any] = dict(save_all=True, append_images=rest, duration=milliseconds, loop=0)
+    paths.write(path, lambda file: first.save(file, format="gif", **options))
 
 
 def trajectory(x: np.ndarray, x0_hat: np.ndarray, names: Sequence[str], path: Given) -> None:
-    """Draw x_T, ..., x_0 [T+1, N, ...], and the x_0 predicted from each but the last [T, N, ...], a column a step."""
+    """Draw x_T, ..., x_0 [T+1, N, ...] above the x_0 predicted from each x_t with t > 0 [T, N, ...], in columns."""
     plt = pyplot()
     height = 1.0 if x.ndim == 3 else -(-x.shape[1] // 2) * x.shape[2] / (2 * x.shape[3])  # of a panel, by its width
     figure, panels = plt.subplots(2, len(x), figsize=(2.2 * len(x), 4.4 * height + 0.8), constrained_layout=True)
@@ -175,15 +173,15 @@ def trajectory(x: np.ndarray, x0_hat: np.ndarray, names: Sequence[str], path: Gi
             axis = panels[row, i]
             axis.axis("off")
             if i < len(many):
-                axis.imshow(picture(many[i]) if many.ndim == 3 else grid(many[i], columns=2))
+                axis.imshow(as_image(many[i]) if many.ndim == 3 else grid(many[i], columns=2))
                 axis.set_title(title)
     save_figure(figure, path)
 
 
 def curves(metrics: Given, path: Given) -> None:
-    """Draw the curves of a metrics.jsonl: losses, logits, losses by t, R1, norms of gradients and parameters."""
+    """Draw a metrics.jsonl: losses, logits, losses by t, R1, norms of gradients and parameters, and evaluations."""
     plt = pyplot()
-    records = read_metrics(metrics, at_most=POINTS)
+    records = read_metrics(metrics, at_most=MAX_POINTS)
     panels: list[tuple[str, Sequence[str]]] = [
         ("losses", ("d_loss", "g_loss", "g_squared_error")),
         ("mean logits", ("d_real", "d_fake")),
@@ -192,10 +190,10 @@ def curves(metrics: Given, path: Given) -> None:
         ("gradient norms, R1", ("d_grad_norm", "g_grad_norm", "r1")),
         ("parameter norms", ("d_param_norm", "g_param_norm")),
     ]
-    judged = sorted({name for record in records for name in record if name.startswith("eval/")})
-    distances = [name for name in judged if name.endswith(("frechet", "/fid", "variation", "/frechet_distance"))]
-    shares = [name for name in judged if name.rpartition("/")[2] in ("precision", "recall", "coverage", "high_quality")]
-    panels += [("evaluation: distances", distances), ("evaluation: shares", shares)] if judged else []
+    evaluated = sorted({name for record in records for name in record if name.startswith("eval/")})
+    distances = [name for name in evaluated if name.endswith(("frechet", "/fid", "variation", "/frechet_distance"))]
+    fractions = [name for name in evaluated if name.endswith(("/precision", "/recall", "/coverage", "/high_quality"))]
+    panels += [("evaluation: distances", distances), ("evaluation: fractions", fractions)] if evaluated else []
     figure, axes = plt.subplots(2, len(panels) // 2, figsize=(2.5 * len(panels), 7), constrained_layout=True)
     for axis, (title, names) in zip(axes.T.flat, panels, strict=True):
         for name in names:

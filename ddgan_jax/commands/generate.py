@@ -1,6 +1,6 @@
-"""What a trained model makes, as jobs: from a checkpoint to pictures, animations and arrays.
+"""The modes that use a trained model: they write its images as files, animations and arrays.
 
-`how` is what the method of Model of the same name takes too: `seed`, `posterior`, `label`.
+`options` are those of the method of Model of the same name: `seed`, `posterior`, `label`.
 """
 
 import os
@@ -32,26 +32,24 @@ KINDS = {
     ".pth": "weights for the PyTorch reference",
     "": "a directory",
 }
-
-MOST_STEPS = 8  # of a trajectory that are drawn; the paper's models have no more
+MAX_STEPS = 8  # of a trajectory that are drawn; the paper's models have no more
 
 
 def check_out(out: str, *kinds: str, num: int = 0) -> None:
-    """UserError unless `out` ends in one of `kinds`, or for a directory that cannot take `num` images.
+    """Raises UserError unless `out` ends in one of `kinds` and, if it is a directory, can take `num` images.
 
-    To be asked before the work.
+    Call it before the work.
     """
     if paths.path(out).suffix not in kinds:
-        known = ", ".join(f"in {kind} ({KINDS[kind]})" for kind in kinds if kind)
-        raise UserError(f"--out={out} must end {known}" + (" or name a directory" if "" in kinds else ""))
+        endings = ", ".join(f"in {kind} ({KINDS[kind]})" for kind in kinds if kind)
+        raise UserError(f"--out={out} must end {endings}" + (" or name a directory" if "" in kinds else ""))
     if num:
         processes.by_primary(lambda: _check_directory(out, num))
 
 
 def _check_directory(out: str, num: int) -> None:
-    """UserError for a directory with images that `num` new ones would not replace: an evaluation would count them."""
-    found = [] if paths.path(out).suffix else paths.names(paths.path(out))
-    for name in found:
+    """Refuses a directory with images that `num` new ones would not replace: an evaluation would count them."""
+    for name in [] if paths.path(out).suffix else paths.names(paths.path(out)):
         replaced = re.fullmatch(r"[0-9]{6,}\.png", name) and int(name[:-4]) < num
         if name.lower().endswith(SUFFIXES) and not replaced:
             raise UserError(f"--out={out} holds other images, such as {name}: name an empty directory")
@@ -64,9 +62,9 @@ def save(images: np.ndarray, out: str | os.PathLike) -> None:
     """
     path = paths.path(out)
     if path.suffix == ".png":
-        figures.save_image(path, figures.picture(images))
+        figures.save_image(path, figures.as_image(images))
     elif path.suffix == ".gif":
-        figures.save_gif(path, [figures.picture(image[None]) for image in images])
+        figures.save_gif(path, [figures.as_image(image[None]) for image in images])
     elif path.suffix == ".npz":
         paths.write(path, lambda file: np.savez_compressed(file, images=images))
     else:
@@ -74,90 +72,93 @@ def save(images: np.ndarray, out: str | os.PathLike) -> None:
             figures.save_image(path / f"{i:06d}.png", image)
 
 
-def sample(model: Model, out: str, num: int, trajectory: str = "", **how: Any) -> None:
-    """Samples 0..num-1; and, into the .png or .gif `trajectory`, how the first of them came about."""
-    check_out(out, ".png", ".npz", *_folder(model), num=num)
+def save_with_input(given: np.ndarray, images: np.ndarray, out: str) -> None:
+    """`save`, with the input image [H, W, C] first if the result is a grid."""
+    save(np.concatenate([given[None], images]) if out.endswith(".png") else images, out)
+
+
+def sample(model: Model, out: str, num: int, trajectory: str = "", **options: Any) -> None:
+    """Write samples 0..num-1 and, into the .png or .gif `trajectory`, the denoising of the first of them."""
+    check_out(out, ".png", ".npz", *_directory(model), num=num)
     if trajectory:
         check_out(trajectory, ".png", ".gif")
     size = model.denoiser.image_shape[0] if _has_images(model) else 0
     each = 3 * 3 * max(size, figures.MIN_SIDE) ** 2 if out.endswith(".png") and size else 0  # of a grid
     processes.everywhere(lambda: model.check_count("--num_samples", num, each=each))
-    processes.agree({"--num_samples": num, **how})
-    images = model.sample(num, progress=True, **how)
+    processes.agree({"--num_samples": num, **options})
+    images = model.sample(num, progress=True, **options)
 
     def write() -> None:
         save(images, out)
         if trajectory:
-            draw_trajectory(model, trajectory, min(num, 8 if _has_images(model) else 4096), **how)
+            draw_trajectory(model, trajectory, min(num, 8 if _has_images(model) else 4096), **options)
 
-    processes.by_primary(write)  # the others wait: JAX would abort process 0 some minutes after they have ended
+    processes.by_primary(write)  # the other processes wait: JAX aborts process 0 some minutes after they end
 
 
-def draw_trajectory(model: Model, out: str, num: int, **how: Any) -> None:
-    """How the samples 0..num-1 come about, into a .png or .gif."""
-    frames = frames_of(model, num, **how)
+def draw_trajectory(model: Model, out: str, num: int, **options: Any) -> None:
+    """Write the denoising of the samples 0..num-1 into a .png or .gif."""
+    frames = denoising_frames(model, num, **options)
     if out.endswith(".gif"):
-        figures.save_gif(paths.path(out), [figures.picture(frame) for frame in frames])
+        figures.save_gif(paths.path(out), [figures.as_image(frame) for frame in frames])
     else:
         names = [f"$x_{{{t + 1}}}$" for t in shown_steps(model)] + ["$x_0$"]
         figures.trajectory(np.array(frames[::2]), np.array(frames[1::2]), names, paths.path(out))
 
 
 def shown_steps(model: Model) -> list[int]:
-    """The t of the steps x_{t+1} -> x_t that are shown, from T-1 down to 0: all, or MOST_STEPS at even distances."""
+    """The t of the drawn steps x_{t+1} -> x_t, descending: all, or MAX_STEPS at even distances from T-1 to 0."""
     T = model.num_steps
-    return [round(t) for t in np.linspace(T - 1, 0, min(T, MOST_STEPS))]
+    return [round(t) for t in np.linspace(T - 1, 0, min(T, MAX_STEPS))]
 
 
-def frames_of(model: Model, num: int, **how: Any) -> list[np.ndarray]:
-    """How samples come about, as `model.trajectory` of `how`: the images or points x_T, x0_hat, x_{T-1}, ..., x_0.
+def denoising_frames(model: Model, num: int, **options: Any) -> list[np.ndarray]:
+    """The images or points x_T, x0_hat, x_{T-1}, x0_hat, ..., x_0 of `num` samples, at the `shown_steps`.
 
-    Of the steps between x_T and x_0 those that `shown_steps` has.
+    `options` are those of `Model.trajectory`.
     """
-    steps, frames = model.trajectory(num, **how), []
+    steps, frames = model.trajectory(num, **options), []
     for t in shown_steps(model):
-        frames += [steps.x_tp1[t], steps.x0_hat[t]]  # what the generator saw, and what it made of it
+        frames += [steps.x_tp1[t], steps.x0_hat[t]]
     return [np.asarray(model.to_images(frame)) for frame in [*frames, steps.x_t[0]]]
 
 
-def vary(model: Model, out: str, num: int, t: int | None, image: str, **how: Any) -> None:
-    """One x_{t+1}, then `num` images that the generator sees in it, by z alone. t is T-1 unless given."""
+def vary(model: Model, out: str, num: int, t: int | None, image: str, **options: Any) -> None:
+    """Write one x_{t+1}, then `num` images that the generator sees in it, which differ only in z. t: T-1 by default."""
     check_out(out, ".png", ".npz")
     t = model.num_steps - 1 if t is None else t
-    x_tp1, images = model.vary(num, t, read_image(model, image) if image else None, **how)
-    save(images if out.endswith(".npz") else np.concatenate([model.to_images(x_tp1[None]), images]), out)
+    x_tp1, images = model.vary(num, t, read_image(model, image) if image else None, **options)
+    save_with_input(np.asarray(model.to_images(x_tp1[None])[0]), images, out)
 
 
-def halfway(model: Model) -> int:
-    """The step that an edit begins at unless it is told: T / 2 rounded down, or 1."""
+def default_start_step(model: Model) -> int:
+    """The step at which an edit starts by default: T / 2 rounded down, at least 1."""
     return max(1, model.num_steps // 2)
 
 
-def edit(model: Model, out: str, image: str, start_step: int | None, num: int, **how: Any) -> None:
-    """The image, then `num` variants of it from step `start_step`, by default `halfway`."""
-    check_out(out, ".png", ".npz", *_folder(model), num=num)
-    start_step = halfway(model) if start_step is None else start_step
+def edit(model: Model, out: str, image: str, start_step: int | None, num: int, **options: Any) -> None:
+    """Write the image, then `num` variants of it from step `start_step`."""
+    check_out(out, ".png", ".npz", *_directory(model), num=num)
+    start_step = default_start_step(model) if start_step is None else start_step
     given = read_image(model, image)
-    images = model.edit(given, start_step, num, **how)
-    save(np.concatenate([given[None], images]) if out.endswith(".png") else images, out)
+    save_with_input(given, model.edit(given, start_step, num, **options), out)
 
 
-def inpaint(model: Model, out: str, image: str, mask: str, num: int, rounds: int, **how: Any) -> None:
-    """The image with its hole, then `num` ways to fill it in."""
-    check_out(out, ".png", ".npz", *_folder(model), num=num)
+def inpaint(model: Model, out: str, image: str, mask: str, num: int, rounds: int, **options: Any) -> None:
+    """Write the image with its hole in grey, then `num` variants that fill it in."""
+    check_out(out, ".png", ".npz", *_directory(model), num=num)
     given, hole = read_image(model, image), read_image(model, mask, "--mask")[..., 0] > 127
-    images = model.inpaint(given, ~hole, num, rounds, **how)
-    with_hole = np.where(hole[..., None], np.uint8(127), given)
-    save(np.concatenate([with_hole[None], images]) if out.endswith(".png") else images, out)
+    images = model.inpaint(given, ~hole, num, rounds, **options)
+    save_with_input(np.where(hole[..., None], np.uint8(127), given), images, out)
 
 
-def interpolate(model: Model, out: str, num: int, samples: Sequence[str], **how: Any) -> None:
-    """`num` images from one sample to another, as a strip, an animation or an array."""
-    check_out(out, ".png", ".gif", ".npz", *_folder(model), num=num)
-    known = [re.fullmatch(r"[0-9]{1,10}", index) and int(index) <= MAX_INDEX for index in samples]
-    if len(samples) != 2 or not all(known):
+def interpolate(model: Model, out: str, num: int, samples: Sequence[str], **options: Any) -> None:
+    """Write `num` images from one sample to another, as a strip, an animation, an array or numbered files."""
+    check_out(out, ".png", ".gif", ".npz", *_directory(model), num=num)
+    valid = [re.fullmatch(r"[0-9]{1,10}", index) and int(index) <= MAX_INDEX for index in samples]
+    if len(samples) != 2 or not all(valid):
         raise UserError(f"--between={','.join(samples)} must be two samples, such as 0,1, each from 0 to {MAX_INDEX}")
-    images = model.interpolate(num, int(samples[0]), int(samples[1]), **how)
+    images = model.interpolate(num, int(samples[0]), int(samples[1]), **options)
     if out.endswith(".png") and _has_images(model):
         figures.save_image(paths.path(out), figures.grid(images, columns=num))
     else:
@@ -165,11 +166,11 @@ def interpolate(model: Model, out: str, num: int, samples: Sequence[str], **how:
 
 
 def export(model: Model, out: str, posterior: str = "gaussian") -> None:
-    """One file: the generator (.safetensors, .pth for the reference), or the sampler (.bin for jax, .onnx)."""
+    """Write the generator (.safetensors, .pth for the reference) or the sampler (.bin for jax, .onnx) as one file."""
     check_out(out, ".safetensors", ".bin", ".onnx", ".pth")
     if out.endswith(".bin"):
         paths.write(paths.path(out), model.export(posterior))
-        print(f"written by jax {jax.__version__}, which reads it, as later versions do; older ones may not")
+        print(f"written by jax {jax.__version__}; this and later versions read it, older ones may not")
     elif out.endswith(".onnx"):
         paths.write(paths.path(out), model.export_onnx(posterior))
     elif out.endswith(".safetensors"):
@@ -179,13 +180,13 @@ def export(model: Model, out: str, posterior: str = "gaussian") -> None:
         files.save(out, convert.to_state_dict(model.params))
         diffusion = model.config.diffusion
         print(
-            f"a .pth holds weights alone: the reference also needs T={model.num_steps}, the {diffusion.kind} schedule, "
-            f"beta_min={diffusion.beta_min} and beta_max={diffusion.beta_max}"
+            f"a .pth contains only weights: the reference also needs T={model.num_steps}, the {diffusion.kind} "
+            f"schedule, beta_min={diffusion.beta_min} and beta_max={diffusion.beta_max}"
         )
 
 
 def check_for_the_reference(model: Model, out: str) -> None:
-    """UserError unless the reference has a generator that samples as this one does, given the weights in `out`."""
+    """Raises UserError unless the reference has a generator that gives the same samples with the weights in `out`."""
     patch, fields = model.config.model.patch_size, model.config.generator
     kernel = tuple(fields.get("fir_kernel", FIR_KERNEL)) if fields.get("fir", True) else FIR_KERNEL
     lacking = {
@@ -201,11 +202,11 @@ def check_for_the_reference(model: Model, out: str) -> None:
 
 
 def read_image(model: Model, path: str, flag: str = "--image") -> np.ndarray:
-    """A picture from disk, cropped and resized to the model's images, uint8 [H, W, C]."""
+    """An image file, cropped and resized to the size of the model's images, uint8 [H, W, C]."""
     if not _has_images(model):
         raise UserError("this model makes points, and has no images to work on")
     if not path:
-        raise UserError(f"name a picture with {flag}=PATH")
+        raise UserError(f"name an image with {flag}=PATH")
     size, _, channels = model.denoiser.image_shape
     with of_a_file(f"{flag}={path}"):
         content = paths.read(paths.path(path))
@@ -215,8 +216,8 @@ def read_image(model: Model, path: str, flag: str = "--image") -> np.ndarray:
             raise UserError(f"{flag}={path} cannot be read: {error}") from error
 
 
-def _folder(model: Model) -> list[str]:
-    """The kind of `--out` that is a directory of pictures, if a picture can hold an image of the model."""
+def _directory(model: Model) -> list[str]:
+    """The kind of `--out` that is a directory, if an image file can represent the model's images."""
     return [""] if _has_images(model) and model.denoiser.image_shape[2] in (1, 3) else []
 
 
@@ -225,18 +226,13 @@ def _has_images(model: Model) -> bool:
 
 
 def generate(mode: str, model: Model, out: str, **options: Any) -> None:
-    """Do the job that `mode` names, and say how long it took."""
+    """Run a mode of MODES, and print how long it took."""
     start = time.time()
-    JOBS[mode](model, out, **options)
+    MODES[mode](model, out, **options)
     if processes.is_primary():
         print(f"{mode} of step {model.step} written to {out} in {time.time() - start:.1f} s")
 
 
-JOBS: dict[str, Callable[..., None]] = {
-    "sample": sample,
-    "vary": vary,
-    "edit": edit,
-    "inpaint": inpaint,
-    "interpolate": interpolate,
-    "export": export,
+MODES: dict[str, Callable[..., None]] = {
+    function.__name__: function for function in (sample, vary, edit, inpaint, interpolate, export)
 }

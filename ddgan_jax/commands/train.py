@@ -268,7 +268,7 @@ def save_samples(run: Run, file: paths.Path) -> None:
     """Samples a grid on all devices; process 0 writes it, and the curves up to this step."""
     images = run.sampler(jax.device_get(run.state.ema_params), 0, run.config.sample.grid)
     if run.files:
-        grid = figures.picture(images)
+        grid = figures.as_image(images)
         figures.save_image(file, grid)
         run.files.log.image(run.step, "samples", grid)
         figures.curves(run.path / "metrics.jsonl", run.path / "curves.png")

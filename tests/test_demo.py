@@ -145,7 +145,7 @@ def test_samples_and_what_is_behind_one(browser, tmp_path):
     archive = browser.until(lambda: [file for file in tmp_path.glob("*.zip") if zipfile.is_zipfile(file)])[0]
     with zipfile.ZipFile(archive) as files:
         assert len(files.namelist()) == 32
-        fifth = np.asarray(Image.open(files.open("0005.png")))
+        fifth = np.asarray(Image.open(files.open("000005.png")))
     np.testing.assert_array_equal(images[5][::24, ::24, 0], fifth)
 
     browser.find("#samples .thumbnail-item")[5].click()
@@ -166,7 +166,7 @@ def test_samples_and_what_is_behind_one(browser, tmp_path):
 def test_a_stroke_or_a_picture_becomes_images(browser, tmp_path):
     browser.tab("Draw")
     browser.click("#edit")
-    assert "Draw something, or bring a picture, first." in browser.sentence()
+    assert "Draw something or upload an image first." in browser.sentence()
     browser.drag("#stroke")
     browser.click("#edit")
     assert len({image.tobytes() for image in browser.arrays("#edited", 12)}) == 12
@@ -185,18 +185,18 @@ def test_a_stroke_or_a_picture_becomes_images(browser, tmp_path):
     assert abs(browser.arrays("#edited", 12)[0].mean() - 126) < 15
     (tmp_path / "none.png").write_bytes(b"GIF89a")
     browser.bring("#bring_to_draw", tmp_path / "none.png")
-    assert "This picture cannot be read" in browser.sentence()
+    assert "This image cannot be read" in browser.sentence()
 
 
 @IN_A_BROWSER
 def test_a_hole_is_filled(browser):
     browser.tab("Fill in")
     browser.click("#fill")
-    assert "Bring a picture, or take a sample, first." in browser.sentence()
+    assert "Upload an image or take a sample first." in browser.sentence()
     browser.click("#take")
     browser.idle("#hole")
     browser.click("#fill")
-    assert "Paint over what is to be filled in, first." in browser.sentence()
+    assert "Paint over the part to fill in first." in browser.sentence()
     browser.drag("#hole")
     browser.click("#fill")
     filled = np.array(browser.arrays("#filled", 12)).astype(int)

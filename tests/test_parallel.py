@@ -179,7 +179,7 @@ def test_rounds_cover_every_item_once(monkeypatch):
     shares = []
     for index in range(3):
         monkeypatch.setattr(processes, "process_index", lambda index=index: index)
-        shares.append(list(parallel.rounds(50, 4)))
+        shares.append(list(parallel.work_chunks(50, 4)))
     items = []
     for parts in zip(*shares, strict=True):
         together = np.concatenate([indices for indices, _ in parts])

@@ -186,7 +186,7 @@ def replicate_local(tree: Any) -> Any:
     return jax.device_put(tree, NamedSharding(Mesh(np.array(jax.local_devices()), (AXIS,)), PartitionSpec()))
 
 
-def rounds(total: int, per_device: int) -> Iterator[tuple[np.ndarray, int]]:
+def work_chunks(total: int, per_device: int) -> Iterator[tuple[np.ndarray, int]]:
     """Divides the items 0..total-1 into chunks over all devices: (this process's indices [n], items in the chunk).
 
     n is `per_device` times the number of this process's devices. In the last chunk, indices beyond the end repeat the

@@ -145,7 +145,7 @@ def measure(
     progress: str = "",
     labels: np.ndarray | None = None,
 ) -> EvaluationResult | None:
-    """Measure `total` samples that come in chunks [n, ...]: with several processes, in rounds of `parallel.rounds`.
+    """Measure `total` samples that come in chunks [n, ...]: with several processes, in those of `parallel.work_chunks`.
 
     Process 0 measures; the others contribute features, wait for it, and get None. `progress` names the progress bar;
     without a name, as during training, there is no bar, and no search for nearest neighbours. `labels` [total] are the

@@ -53,7 +53,7 @@ def extract(
     """The features of `total` uint8 images by every network, in one pass over their chunks [n, H, W, C].
 
     `batch_size` images at a time on each device. Where several processes share the work, a chunk is this process's part
-    of a round (`parallel.rounds`), and every process gets the features of all images. `progress` names a progress bar;
+    (`parallel.work_chunks`), and every process gets the features of all images. `progress` names a progress bar;
     without a name there is none.
     """
     found: list[list[Features]] = [[] for _ in networks]
@@ -97,7 +97,7 @@ def reference_features(c: Config, data: sources.Data, reference: np.ndarray, net
         cached = None
     if not processes.from_primary(lambda: cached is None):
         return cached or empty
-    chunks = (data.images[reference[indices]] for indices, _ in parallel.rounds(len(reference), c.eval.batch_size))
+    chunks = (data.images[reference[indices]] for indices, _ in parallel.work_chunks(len(reference), c.eval.batch_size))
     found = extract([network], chunks, c.eval.batch_size, len(reference), f"real images in {network.name}")[0]
     processes.by_primary(lambda: write_cached(path, lambda file: np.savez(file, **found._asdict())))
     return found

@@ -1,4 +1,4 @@
-"""Samplers that need neither this package nor Flax: weights and all T steps in one file, for jax alone or for ONNX."""
+"""Samplers that need neither this package nor Flax: weights and all T steps in one file, for jax or for ONNX."""
 
 import logging
 from typing import Any
@@ -16,10 +16,10 @@ from ddgan_jax.networks import ops
 def for_jax(denoiser: Denoiser, params: Any, posterior: str = "gaussian") -> bytes:
     """The sampler as `jax.export` serializes it, for a CPU, GPU or TPU.
 
-    `jax.export.deserialize(data).call(seed, indices)` with uint32 [] and int32 [B], any B, gives the samples of
-    these indices: float32 [B, H, W, C] in [-1, 1], or points. A class-conditional one is
-    `call(seed, indices, labels)`, int32 [B]. Its `fun_name` tells the version of jax that wrote it, which this and
-    later ones read.
+    `jax.export.deserialize(data).call(seed, indices)` with uint32 [] and int32 [B], any B, returns the samples of
+    these indices: float32 [B, H, W, C] in [-1, 1], or points. A class-conditional sampler is called with
+    (seed, indices, labels), where labels are int32 [B]. Its `fun_name` contains the version of jax that wrote it; this
+    and later versions read it.
     """
 
     def sampler(seed: jax.Array, indices: jax.Array, y: Any = None) -> jax.Array:
@@ -29,18 +29,21 @@ def for_jax(denoiser: Denoiser, params: Any, posterior: str = "gaussian") -> byt
     (b,) = jax.export.symbolic_shape("b")
     each = jax.ShapeDtypeStruct((b,), jnp.int32)
     arguments = jax.ShapeDtypeStruct((), jnp.uint32), each, *([each] if denoiser.num_classes else [])
-    # jax's own custom call, though not promised to stay
+    # jax does not promise the stability of this custom call, which is its own.
     layout = jax.export.DisabledSafetyCheck.custom_call("LayoutConstraint")
     export = jax.export.export(jax.jit(sampler), platforms=("cpu", "cuda", "tpu"), disabled_checks=[layout])
     return bytes(export(*arguments).serialize())
 
 
 def for_onnx(denoiser: Denoiser, params: Any, posterior: str = "gaussian") -> bytes:
-    """The sampler as an ONNX model, whose inputs are its random draws, each from N(0, 1), with any batch size B.
+    """The sampler as an ONNX model, whose inputs are its noise, each from N(0, 1), with any batch size B.
 
-    Inputs: `x_T` float32 [B, H, W, C] (points: [B, d]), `z` [T, B, nz] if G has a latent, `noise` [T, B, H, W, C] if
-    the posterior draws, and for a class-conditional model `labels` int32 [B]. Output: `x_0` float32 [B, H, W, C] in
-    [-1, 1], or points. UserError without jax2onnx.
+    Inputs: `x_T` float32 [B, H, W, C] (points: [B, d]), `z` [T, B, nz] if G has a latent, `noise` [T, B, H, W, C] of
+    the Gaussian posterior, and for a class-conditional model `labels` int32 [B]. Output: `x_0` float32 [B, H, W, C] in
+    [-1, 1], or points.
+
+    Raises:
+        UserError: jax2onnx is not installed.
     """
     try:
         from jax2onnx import to_onnx
@@ -65,12 +68,12 @@ def for_onnx(denoiser: Denoiser, params: Any, posterior: str = "gaussian") -> by
             noise = now.get("noise", jnp.zeros(()))
             return denoise_once(gen, denoiser.schedule, x, now["t"], z, noise, POSTERIORS[posterior]).x_t, None
 
-        # from T-1 down to 0, but forwards: the converter knows no scan that runs backwards
+        # From T-1 down to 0, as a forward scan: the converter does not support reverse scans.
         by_step = {name: given[name][::-1] for name in ("z", "noise") if name in given}
         x = jax.lax.scan(step, given["x_T"], {"t": jnp.arange(T)[::-1], **by_step})[0]
         return _images_or_points(denoiser, x)
 
-    logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it warns of every value whose type it leaves open
+    logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it warns about every value without a type
     with ops.portable():
         model = to_onnx(
             sampler, list(inputs.values()), model_name="sampler", input_names=list(inputs), output_names=["x_0"]

@@ -1,8 +1,8 @@
-"""The reference's checkpoint files, read and written: `netG_*.pth`, `content.pth`. All of this needs PyTorch.
+"""The reference's checkpoint files `netG_*.pth` and `content.pth`. Reading and writing them needs PyTorch.
 
-A pickle can run any program: `load` builds nothing but tensors and plain values from it, and refuses the rest.
+A pickle can run any program. `load` builds only tensors and plain values from it, and refuses everything else.
 
-    python -m ddgan_jax.storage.torch.files netG_1200.pth image_size=32 skip_rescale=True ...  # what is in a file?
+    python -m ddgan_jax.storage.torch.files content.pth  # prints what a file contains
 """
 
 import argparse
@@ -31,7 +31,7 @@ LICENCE_NOTE = "Imported weights keep their licence: those that NVIDIA released 
 
 
 def _torch() -> Any:
-    """PyTorch, or a UserError that says how to get it."""
+    """The module `torch`. Raises UserError if it is not installed."""
     try:
         import torch
     except ImportError:
@@ -42,8 +42,11 @@ def _torch() -> Any:
 def load(path: str) -> dict[str, Any]:
     """The content of a `.pth` file: a state dict (`netG_*.pth`) or a whole run (`content.pth`).
 
-    Tensors come as numpy arrays, the arguments of the run as a dict. Raises UserError if PyTorch is missing, or if
-    the file is missing, damaged, or holds anything but tensors and plain values; Fault if it cannot be read.
+    Tensors become NumPy arrays, and the arguments of the run a dict.
+
+    Raises:
+        UserError: PyTorch is missing, or the file is missing, damaged, or contains more than tensors and plain values.
+        Fault: the file cannot be read.
     """
     _torch()
     with of_a_file(path):
@@ -52,7 +55,7 @@ def load(path: str) -> dict[str, Any]:
 
 
 def parse(data: bytes, path: str) -> dict[str, Any]:
-    """`load` of the bytes of the file `path`."""
+    """The content of a `.pth` file from its bytes; see `load`."""
     torch = _torch()
     with of_a_file(path):
         try:
@@ -66,7 +69,7 @@ def parse(data: bytes, path: str) -> dict[str, Any]:
             found = f"holds {next(filter(None, name.groups()))}, but" if name else "is no PyTorch file, or"
             raise UserError(f"{path} is refused: it {found} only tensors and plain values are read") from None
         except Exception as error:  # damaged archives fail in many ways inside torch; the bytes have been read
-            if "allocate memory" in str(error):  # torch has no type for it
+            if "allocate memory" in str(error):  # torch has no type for this error
                 raise MemoryError from error
             raise UserError(f"{path} is damaged, or no PyTorch file ({type(error).__name__})") from None
     if not isinstance(content, dict):
@@ -75,7 +78,7 @@ def parse(data: bytes, path: str) -> dict[str, Any]:
 
 
 def _plain(value: Any, path: str) -> Any:
-    """Tensors to numpy, a Namespace to a dict; a value of any other kind is refused."""
+    """A value with tensors as NumPy arrays and a Namespace as a dict. Raises UserError for other kinds of values."""
     import torch
 
     if isinstance(value, torch.Tensor):
@@ -96,7 +99,7 @@ def _plain(value: Any, path: str) -> Any:
 
 
 def save(path: str, state_dict: StateDict) -> None:
-    """Write a state dict as the reference does (`netG_*.pth`): keys prefixed with 'module.'. Needs PyTorch."""
+    """Write a state dict as a `netG_*.pth` of the reference, whose keys begin with 'module.'."""
     torch = _torch()
     tensors = {f"module.{key}": torch.from_numpy(np.array(value)) for key, value in state_dict.items()}
     paths.write(paths.path(path), lambda file: torch.save(tensors, file))

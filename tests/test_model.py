@@ -18,7 +18,7 @@ from conftest import GOLDEN
 from PIL import Image
 
 import ddgan_jax
-from ddgan_jax.commands import cli, generate
+from ddgan_jax.commands import cli, figures, generate
 from ddgan_jax.config import presets
 from ddgan_jax.config.settings import as_dict
 from ddgan_jax.devices import processes
@@ -305,6 +305,28 @@ def test_more_than_the_memory_holds_is_refused_before_the_work(model, image, mon
 def save(path, image):
     Image.fromarray(image.squeeze()).save(path)
     return str(path)
+
+
+def test_masks(model, tmp_path):
+    """White is the hole, in any channel; transparent parts are black, and not white as in photos."""
+    half = np.zeros((8, 8), np.uint8)
+    half[:4] = 255
+    layer = np.zeros((8, 8, 4), np.uint8)
+    layer[:4] = 255  # white, painted on a transparent layer
+    red = np.dstack([half, 0 * half, 0 * half])
+    deep = half.astype(np.uint16) * 257
+    for i, mask in enumerate((half, layer, red, deep, np.dstack([half, half]))):
+        hole = generate.read_mask(model, save(tmp_path / f"{i}.png", mask))
+        np.testing.assert_array_equal(hole, half > 0)
+    for name, mask in (("nothing", half // 255), ("everything", half * 0 + 255)):
+        with pytest.raises(UserError, match=f"marks {name}: it must be white"):
+            generate.read_mask(model, save(tmp_path / "m.png", mask))
+
+
+@pytest.mark.parametrize("d", [1, 2, 3])
+def test_points_of_any_dimension_are_drawn(d):
+    image = figures.as_image(np.random.default_rng(0).standard_normal((50, d)).astype(np.float32))
+    assert image.ndim == 3 and image.dtype == np.uint8 and image.std() > 1
 
 
 def test_the_jobs_write_what_they_say(model, tmp_path, image):
@@ -649,6 +671,8 @@ def test_a_read_that_fails_is_neither_damage_nor_the_users_error(monkeypatch, mo
         (["--mode=sample", "--trajectory=x.mp4"], "must end in .png (a grid), in .gif (an animation)"),
         (["--mode=sample", "--out=x.gif"], "must end in .png (a grid), in .npz (an array) or name a directory"),
         (["--mode=sample", "--posterior=mean"], "gaussian"),
+        (["--mode=sample", "--out=x.png", "--trajectory=x.png"], "--trajectory=x.png is also --out: name another file"),
+        (["--workdir="], "--workdir= is empty: name a path, or leave it out"),
         (["--mode=evaluate", "--posterior=deterministic"], "--posterior does nothing in --mode=evaluate: it is for"),
         (["--mode=evaluate", "--label=3"], "--label does nothing in --mode=evaluate"),
         (["--mode=sample", "--start_step=1"], "--start_step does nothing in --mode=sample: it is for edit; leave it"),

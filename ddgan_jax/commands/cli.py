@@ -125,6 +125,9 @@ def check_flags() -> None:
     for flag, low, high in (("port", 1, 65_535), ("interrupted_exit_code", 0, 255)):
         if not low <= getattr(FLAGS, flag) <= high:
             raise UserError(f"--{flag}={getattr(FLAGS, flag)} must be an integer from {low} to {high}")
+    for flag in ("workdir", "checkpoint", "samples", "out"):
+        if FLAGS[flag].present and not getattr(FLAGS, flag):
+            raise UserError(f"--{flag}= is empty: name a path, or leave it out")
     for flag, modes in MODES_OF_FLAG.items():
         if FLAGS[flag].present and FLAGS.mode not in modes:
             raise UserError(f"--{flag} does nothing in --mode={FLAGS.mode}: it is for {', '.join(modes)}; leave it out")

@@ -32,11 +32,16 @@ def grid(images: np.ndarray, columns: int | None = None, min_side: int = MIN_SID
 
 
 def scatter(points: np.ndarray) -> np.ndarray:
-    """float32 points [N, 2] -> a scatter plot, uint8 [H, W, 3]."""
+    """A plot of points [N, d], uint8 [H, W, 3]: the first two coordinates, or a histogram for d = 1."""
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(6, 6), constrained_layout=True)
-    axis.plot(points[:, 0], points[:, 1], ".", markersize=2, alpha=0.5)
-    axis.set(aspect="equal", title=f"{len(points):,} points")
+    d = points.shape[1]
+    if d == 1:
+        axis.hist(points[:, 0], bins=100)
+    else:
+        axis.plot(points[:, 0], points[:, 1], ".", markersize=2, alpha=0.5)
+        axis.set_aspect("equal")
+    axis.set(title=f"{len(points):,} points" + (f", coordinates 1 and 2 of {d}" if d > 2 else ""))
     axis.grid(alpha=0.3)
     figure.canvas.draw()
     image = np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()

@@ -82,6 +82,8 @@ def sample(model: Model, out: str, num: int, trajectory: str = "", **options: An
     check_out(out, ".png", ".npz", *_directory(model), num=num)
     if trajectory:
         check_out(trajectory, ".png", ".gif")
+        if trajectory == out:
+            raise UserError(f"--trajectory={trajectory} is also --out: name another file")
     size = model.denoiser.image_shape[0] if _has_images(model) else 0
     each = 3 * 3 * max(size, figures.MIN_SIDE) ** 2 if out.endswith(".png") and size else 0  # of a grid
     processes.everywhere(lambda: model.check_count("--num_samples", num, each=each))
@@ -147,7 +149,7 @@ def edit(model: Model, out: str, image: str, start_step: int | None, num: int, *
 def inpaint(model: Model, out: str, image: str, mask: str, num: int, rounds: int, **options: Any) -> None:
     """Write the image with its hole in grey, then `num` variants that fill it in."""
     check_out(out, ".png", ".npz", *_directory(model), num=num)
-    given, hole = read_image(model, image), read_image(model, mask, "--mask")[..., 0] > 127
+    given, hole = read_image(model, image), read_mask(model, mask)
     images = model.inpaint(given, ~hole, num, rounds, **options)
     save_with_input(np.where(hole[..., None], np.uint8(127), given), images, out)
 
@@ -205,13 +207,30 @@ def read_image(model: Model, path: str, flag: str = "--image") -> np.ndarray:
     """An image file, cropped and resized to the size of the model's images, uint8 [H, W, C]."""
     if not _has_images(model):
         raise UserError("this model makes points, and has no images to work on")
+    size, _, channels = model.denoiser.image_shape
+    return _decoded(path, flag, lambda content: decoding.decode(content, size, channels))
+
+
+def read_mask(model: Model, path: str) -> np.ndarray:
+    """The hole of a mask file, bool [H, W]: what is lighter than 127 of 255 in any channel, and not transparent.
+
+    Raises UserError if the hole is empty, or is the whole image.
+    """
+    hole = _decoded(path, "--mask", lambda content: decoding.decode_mask(content, model.denoiser.image_shape[0])) > 127
+    if hole.all() or not hole.any():
+        found = "everything" if hole.all() else "nothing"
+        raise UserError(f"--mask={path} marks {found}: it must be white (255) where --image is to be filled in")
+    return hole
+
+
+def _decoded(path: str, flag: str, decode: Callable[[bytes], np.ndarray]) -> np.ndarray:
+    """The file that a flag names, decoded."""
     if not path:
         raise UserError(f"name an image with {flag}=PATH")
-    size, _, channels = model.denoiser.image_shape
     with of_a_file(f"{flag}={path}"):
         content = paths.read(paths.path(path))
         try:
-            return decoding.decode(content, size, channels)
+            return decode(content)
         except ValueError as error:
             raise UserError(f"{flag}={path} cannot be read: {error}") from error
 

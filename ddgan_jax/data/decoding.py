@@ -76,6 +76,18 @@ def _shrunk(image: Any, size: int) -> Any:
     return image.reduce(factor) if factor > 1 and image.mode in ("L", "LA", "RGB", "RGBA", "CMYK") else image
 
 
+def decode_mask(content: bytes, size: int) -> np.ndarray:
+    """The brightest channel of an image file on black, cropped and resized as `decode`: uint8 [size, size]."""
+    from PIL import Image
+
+    with _reasons():
+        image = _loaded(_open(content))
+        image = (to_eight_bits(image) if _is_deep(image) else image).convert("RGBA")
+        black = Image.new("RGB", image.size, "black")
+        black.paste(image.convert("RGB"), mask=image.getchannel("A"))
+        return fit(black, size, 3).max(axis=-1)
+
+
 def look_at(head: bytes) -> tuple[int, bool]:
     """(shorter side, is it grey?) of an image file from its first bytes, without decoding; ValueError as above."""
     with _reasons():

@@ -71,6 +71,10 @@ def load(path: str | os.PathLike, config: Any = None, **hints: Any) -> Model:
         given = None if config is None else read(config)
         found = processes.from_primary(lambda: files.read(path, given, **hints))
         arguments.check_equal(found.settings, found.config, ("diffusion",), path)
+        assumed = [name for name in ("num_steps", "beta_min", "beta_max") if f"diffusion.{name}" not in found.settings]
+        if assumed and given is None and processes.is_primary():
+            values = ", ".join(f"{name}={getattr(found.config.diffusion, name)}" for name in assumed)
+            print(f"note: {path} holds no diffusion: it is taken to be that of the reference's defaults, {values}")
         return Model(found.ema_params or found.gen_params, build.denoiser(found.config), found.config, 0)
     if file := file_of(path):
         arrays, saved_config, step, about = processes.from_primary(lambda: safetensors.read(file))

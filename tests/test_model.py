@@ -443,19 +443,28 @@ def test_only_unfinished_files_of_our_own_are_removed(tmp_path):
     }
 
 
-@pytest.mark.parametrize("mode, seconds, code", [("sample", 1, 130), ("sample", 10, 130), ("train", 2, 75)])
-def test_ctrl_c_has_no_traceback(workdir, tmp_path, mode, seconds, code):
+@pytest.mark.parametrize(
+    "mode, seconds, code, number",
+    [
+        ("sample", 1, 130, signal.SIGINT),
+        ("sample", 10, 130, signal.SIGINT),
+        ("train", 2, 75, signal.SIGINT),
+        ("train", 2, 75, signal.SIGTERM),
+        ("train", 2, 75, signal.SIGUSR1),
+    ],
+)
+def test_a_signal_has_no_traceback(workdir, tmp_path, mode, seconds, code, number):
     """While modules are imported, and while it samples; a training that has not begun can be started again."""
     workdir, more = (workdir, ["--num_samples=500000"]) if mode == "sample" else (tmp_path / "run", [])
     script = f"""
 import os, runpy, signal, sys, threading
-threading.Timer({seconds}, os.kill, (os.getpid(), signal.SIGINT)).start()
+threading.Timer({seconds}, os.kill, (os.getpid(), {int(number)})).start()
 sys.argv = ["main.py", "--mode={mode}", "--workdir={workdir}", "--out={tmp_path}/out"] + {more}
 runpy.run_path("main.py", run_name="__main__")
 """
     child = python(script)
     output, errors = child.communicate(timeout=120)
-    assert child.returncode in (code, -signal.SIGINT) and "Traceback" not in errors, output + errors
+    assert child.returncode in (code, -number) and "Traceback" not in errors, output + errors
 
 
 def test_names_that_are_not_utf8_are_printed(monkeypatch):

@@ -77,6 +77,10 @@ def run(argv: list[str]) -> None:
         raise UserError(f"unexpected argument {rest[1]!r}: every option is a flag, --name=value")
     workdir = FLAGS.workdir or f"runs/{presets.name_of_flag()}"
     check_flags()
+    for number in (
+        (signal.SIGTERM, signal.SIGUSR1) if FLAGS.mode == "train" else ()
+    ):  # of a scheduler, during the imports
+        signal.signal(number, exit_on_signal)
     from ddgan_jax.devices import processes  # imports jax, which takes a second: after --help and the checks
 
     if FLAGS.compilation_cache:
@@ -169,13 +173,13 @@ def one_line(message: str, max_length: int = 800) -> str:
     return line if len(line) <= max_length else f"{line[: max_length // 2]} ... {line[-max_length // 2 :]}"
 
 
-def exit_on_sigint(number: int, frame: Any) -> None:
-    """End the process immediately after Ctrl-C; a running training installs its own handler (`signals.py`).
+def exit_on_signal(number: int, frame: Any) -> None:
+    """End the process immediately; a running training installs its own handler (`signals.py`).
 
     A module that is being imported could swallow an exception.
     """
     training = flags.FLAGS["mode"].value == "train"
-    os.write(2, f"SIGINT: {NOTHING_LOST if training else 'interrupted'}\n".encode())
+    os.write(2, f"{signal.Signals(number).name}: {NOTHING_LOST if training else 'interrupted'}\n".encode())
     os._exit(flags.FLAGS["interrupted_exit_code"].value if training else 130)  # type: ignore[arg-type]
 
 
@@ -189,7 +193,7 @@ def main() -> int:
         if hasattr(stream, "reconfigure"):  # a notebook's lacks it
             stream.reconfigure(errors="backslashreplace")  # a name of a file or class need not be UTF-8
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, exit_on_sigint)
+        signal.signal(signal.SIGINT, exit_on_signal)
     try:
         run(sys.argv)
     except UserError as error:

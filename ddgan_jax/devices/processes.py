@@ -42,6 +42,7 @@ def initialize() -> None:
             raise UserError(f"{SHUTDOWN_TIMEOUT}={seconds} must be a number of seconds")
         arguments["shutdown_timeout_seconds"] = int(seconds)
     _client()  # UserError before the others wait for this process
+    before = signal.getsignal(signal.SIGTERM)
     try:
         jax.distributed.initialize(**arguments)
     except Exception as error:  # of whatever finds the others: gRPC, requests, Kubernetes' client, SLURM's variables
@@ -53,7 +54,7 @@ def initialize() -> None:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"this process could not join the others: {reason}; {cluster.BY_HAND}") from error
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX handles it for its preemption service, which ends nothing
+        signal.signal(signal.SIGTERM, before)  # JAX handles it for its preemption service, which ends nothing
     barrier()
 
 

@@ -23,8 +23,9 @@ import PIL
 from benchmarks import measure
 from ddgan_jax.config.settings import DataConfig
 from ddgan_jax.data.batches import batches
-from ddgan_jax.data.sources import open_data, quiet
+from ddgan_jax.data.sources import open_data
 from ddgan_jax.devices import parallel
+from ddgan_jax.storage.dashboards import quiet
 
 RUNS = 5
 CIFAR = (50_000, 32, 32, 3)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ddgan_jax.commands import figures
-from ddgan_jax.data.sources import GRID_STD
+from ddgan_jax.data.synthetic import GRID_STD
 from ddgan_jax.metrics.modes import grid_centres
 from experiments import common
 

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ddgan_jax.commands import figures
-from ddgan_jax.data.sources import GRID_SIDE, GRID_SPACING, GRID_STD
+from ddgan_jax.data.synthetic import GRID_SIDE, GRID_SPACING, GRID_STD
 from ddgan_jax.method.diffusion import Schedule
 from ddgan_jax.metrics.modes import grid_centres
 from experiments import common

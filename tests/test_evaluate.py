@@ -21,7 +21,7 @@ from ddgan_jax.commands import evaluate, figures, generate
 from ddgan_jax.commands.train import train
 from ddgan_jax.config import presets
 from ddgan_jax.config.settings import DataConfig, as_dict, read
-from ddgan_jax.data import sources
+from ddgan_jax.data import sources, synthetic
 from ddgan_jax.data.sources import Data, open_data
 from ddgan_jax.devices import parallel
 from ddgan_jax.errors import Fault, UserError
@@ -388,7 +388,7 @@ def test_functions_that_cannot_be(digits, tmp_path, monkeypatch, name, message):
 
 def test_a_function_of_the_user_takes_no_points():
     with pytest.raises(UserError, match=r"maps uint8 images, but the data is float32 \[100000, 2\]"):
-        evaluator.open_evaluator(config("gaussians", features="functions:f"), Data(sources.gaussians()))
+        evaluator.open_evaluator(config("gaussians", features="functions:f"), Data(synthetic.gaussians()))
 
 
 def test_a_function_that_changes_is_computed_again(digits, tmp_path, monkeypatch):
@@ -673,7 +673,7 @@ def test_an_evaluation_that_cannot_work(num_real, num_samples, fields, message):
     "name, data, message",
     [
         ("gaussians", np.zeros((9, 2), np.float32), r"not with other data \[9, 2\]: set eval.every=0"),
-        ("gaussians", sources.gaussians() + 1, r"not with other data \[100000, 2\]"),
+        ("gaussians", synthetic.gaussians() + 1, r"not with other data \[100000, 2\]"),
         ("gaussians", np.zeros((9, 8, 8, 1), np.uint8), r"not with other data \[9, 8, 8, 1\]"),
         ("digits", None, "not with data.name=digits: set eval.every=0"),
         ("mine", np.zeros((9, 2), np.float32), "not with data.name=mine"),
@@ -681,7 +681,7 @@ def test_an_evaluation_that_cannot_work(num_real, num_samples, fields, message):
 )
 def test_points_are_compared_with_the_gaussians_alone(name, data, message):
     c = config("gaussians")
-    for same in (None, Data(sources.gaussians())):
+    for same in (None, Data(synthetic.gaussians())):
         evaluator.open_evaluator(c, same)
     c["data"]["name"] = name
     with pytest.raises(UserError, match=message):

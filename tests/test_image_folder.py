@@ -23,7 +23,8 @@ from test_configs import get_config
 from ddgan_jax.commands.progress import expected_time
 from ddgan_jax.commands.train import train
 from ddgan_jax.config.settings import DataConfig, read
-from ddgan_jax.data import decoding, image_folder, resolve
+from ddgan_jax.data import archives, decoding, prepared, resolve
+from ddgan_jax.data import folder as folders
 from ddgan_jax.data.resolve import resolve_from_data
 from ddgan_jax.data.sources import Data, look, open_data
 from ddgan_jax.devices import processes
@@ -43,7 +44,7 @@ def save(path, image, **options):
 
 
 def open_folder(path, cache, size=None, channels=None, max_bad_share=0.01):
-    images, labels, classes = image_folder.open_folder(str(path), size, channels, str(cache), max_bad_share)
+    images, labels, classes = prepared.open_folder(str(path), size, channels, str(cache), max_bad_share)
     return np.asarray(images), labels, classes
 
 
@@ -71,7 +72,7 @@ def test_a_second_start_reads_the_copy_and_a_change_makes_a_new_one(tmp_path, mo
     save(tmp_path / "in" / "a.png", noise(8, 8))
     first = open_folder(tmp_path / "in", tmp_path / "cache")[0]
     with monkeypatch.context() as patch:
-        patch.setattr(image_folder, "_prepare", lambda *_: pytest.fail("decoded again"))
+        patch.setattr(prepared, "_prepare", lambda *_: pytest.fail("decoded again"))
         np.testing.assert_array_equal(open_folder(tmp_path / "in", tmp_path / "cache")[0], first)
     save(tmp_path / "in" / "a.png", noise(8, 8, 1), compress_level=0)
     np.testing.assert_array_equal(open_folder(tmp_path / "in", tmp_path / "cache")[0][0], noise(8, 8, 1))
@@ -108,7 +109,7 @@ def test_size_from_the_images(tmp_path, sizes, expected):
     """The largest power of two not above the median shorter side, and at most 256."""
     for i, (width, height) in enumerate(sizes):
         save(tmp_path / "in" / f"{i}.png", noise(width, height))
-    seen = image_folder.look(str(tmp_path / "in"), None, None, str(tmp_path / "cache"))
+    seen = folders.look(str(tmp_path / "in"), None, None, str(tmp_path / "cache"))
     assert seen == (len(sizes), expected, 3, [""])
     assert open_folder(tmp_path / "in", tmp_path / "cache")[0].shape == (len(sizes), expected, expected, 3)
 
@@ -128,11 +129,11 @@ def test_looking_decodes_nothing_and_is_remembered(tmp_path, monkeypatch):
     (tmp_path / "in" / "cut.jpg").write_bytes(buffer.getvalue()[:-400])
     (tmp_path / "in" / "text.png").write_text("I am not an image")
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("decoded"))
-    seen = image_folder.look(str(tmp_path / "in"), None, None, str(tmp_path / "cache"))
+    seen = folders.look(str(tmp_path / "in"), None, None, str(tmp_path / "cache"))
     assert seen == (6, 64, 3, ["", "a", "b"])
     assert not [path for path in (tmp_path / "cache" / "image_folder").iterdir() if path.is_dir()]
-    monkeypatch.setattr(image_folder, "look_at", lambda *_: pytest.fail("looked again"))
-    assert image_folder.look(str(tmp_path / "in"), 32, 1, str(tmp_path / "cache")) == (6, 32, 1, ["", "a", "b"])
+    monkeypatch.setattr(folders, "look_at", lambda *_: pytest.fail("looked again"))
+    assert folders.look(str(tmp_path / "in"), 32, 1, str(tmp_path / "cache")) == (6, 32, 1, ["", "a", "b"])
 
 
 def test_no_file_is_an_image(tmp_path):
@@ -331,7 +332,7 @@ def test_a_class_that_is_a_link_to_a_folder_is_skipped_and_listed(tmp_path):
         open_folder(tmp_path / "in", tmp_path / "cache")
     images, _, classes = open_folder(tmp_path / "in", tmp_path / "cache", max_bad_share=0.5)
     assert len(images) == 2 and classes == ["ant", "bee"]
-    assert image_folder.look(str(tmp_path / "in"), None, None, str(tmp_path / "cache"))[::3] == (2, ["ant", "bee"])
+    assert folders.look(str(tmp_path / "in"), None, None, str(tmp_path / "cache"))[::3] == (2, ["ant", "bee"])
     shutil.rmtree(tmp_path / "in" / "ant")
     shutil.rmtree(tmp_path / "in" / "bee")
     with pytest.raises(UserError, match=r"1 of 1 files .*: it is a link to a folder"):
@@ -360,7 +361,7 @@ def test_names_in_a_zip(tmp_path):
             file.writestr(name, png)
     with pytest.raises(UserError, match=r"2 of 6 files .*: its name points outside the zip"):
         open_folder(tmp_path / "in.zip", tmp_path / "cache")
-    assert image_folder.look(str(tmp_path / "in.zip"), None, None, str(tmp_path / "cache"))[::3] == (4, ["a", "b"])
+    assert folders.look(str(tmp_path / "in.zip"), None, None, str(tmp_path / "cache"))[::3] == (4, ["a", "b"])
     images, labels, classes = open_folder(tmp_path / "in.zip", tmp_path / "cache", max_bad_share=0.5)
     assert [classes[label] for label in labels] == ["a", "a", "b", "b"]
     for image, i in zip(images, (0, 3, 1, 4), strict=True):  # a/x, a/z, b/deep/y, b/x
@@ -493,16 +494,16 @@ def test_a_split_that_lacks_classes_is_noted(tmp_path, capsys, monkeypatch, spli
 
 OPEN = """
 import os, pathlib, signal, sys, time
-from ddgan_jax.data import image_folder
-decode, seen = image_folder.decode, []
+from ddgan_jax.data import prepared
+decode, seen = prepared.decode, []
 def counted(*arguments):
     seen.append(1)
     if len(seen) == 20 and sys.argv[3] == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(0.02)  # long enough for the other process to come
     return decode(*arguments)
-image_folder.decode = counted
-images = image_folder.open_folder(sys.argv[1], None, None, sys.argv[2])[0]
+prepared.decode = counted
+images = prepared.open_folder(sys.argv[1], None, None, sys.argv[2])[0]
 print(images.shape, int(images[...].sum()), len(seen))
 """
 
@@ -712,11 +713,11 @@ def test_a_path_elsewhere(tmp_path):
 def test_a_name_in_a_bucket_that_is_no_path_below_it(monkeypatch, name):
     """Joined to the folder, the first would be a file of this machine."""
     monkeypatch.setattr(paths, "files_below", lambda _: {name: (9, ""), "b/y.png": (9, "")})
-    bucket = image_folder._Bucket(epath.Path("gs://bucket/photos"))
+    bucket = folders.Bucket(epath.Path("gs://bucket/photos"))
     for reads in (bucket.head, bucket.read):
         with pytest.raises(ValueError, match="its name is no path below the folder"):
             reads(name)
-    assert image_folder._classes(bucket) == ["b"]
+    assert folders.classes_of(bucket) == ["b"]
 
 
 # --- Reads that fail ------------------------------------------------------------------------------------------------
@@ -781,7 +782,7 @@ def test_a_read_that_fails_is_no_reason_to_skip_a_file(tmp_path, monkeypatch, ca
         elif kind == "zip":
             fail_on(patch, zipfile.ZipFile, "open", fault, "3.png")
         else:
-            fail_on(patch, image_folder._Lmdb, "read", fault, "3.png")
+            fail_on(patch, archives.Lmdb, "read", fault, "3.png")
         with pytest.raises(Fault, match=f"3.png cannot be read: {type(fault).__name__}.*; run the same command again"):
             open_folder(path, cache, max_bad_share=1.0, size=8, channels=3 if call != "read_start" else None)
     assert not [name for name in kept_in(cache) if not name.endswith(".json") or name == "skipped.json"]
@@ -803,7 +804,7 @@ def test_a_file_of_which_a_part_is_read(tmp_path, monkeypatch):
         ("folder", os, "scandir", "in/b"),
         ("folder", os, "lstat", "3.png"),
         ("zip", pathlib.Path, "open", "in.zip"),
-        ("zip", image_folder, "_Zip", "in.zip"),
+        ("zip", folders, "Zip", "in.zip"),
         ("lmdb", subprocess, "run", "lmdb"),
         ("folder", os, "open", "images.bin"),
         ("folder", paths, "read", "dataset.json"),
@@ -851,7 +852,7 @@ def test_a_copy_that_is_damaged(tmp_path, name, content):
 def test_a_byte_of_a_copy_that_has_changed(tmp_path):
     """The images around it are read; the one that differs is an error that names the file and what to do."""
     path, cache = a_set(tmp_path, "folder"), tmp_path / "cache"
-    images = image_folder.open_folder(str(path), 8, 3, str(cache))[0]
+    images = prepared.open_folder(str(path), 8, 3, str(cache))[0]
     expected, (file,) = images[...], cache.rglob("images.bin")
     content = bytearray(file.read_bytes())
     content[3 * 8 * 8 * 3 + 5] ^= 1
@@ -869,11 +870,11 @@ def test_a_byte_of_a_copy_that_has_changed(tmp_path):
 def test_what_was_seen_is_kept_damaged(tmp_path, content):
     """It is seen again."""
     path, cache = a_set(tmp_path, "folder"), tmp_path / "cache"
-    seen = image_folder.look(str(path), None, None, str(cache))
+    seen = folders.look(str(path), None, None, str(cache))
     (file,) = cache.rglob("*.json")
     before = file.read_text()
     file.write_text(content)
-    assert image_folder.look(str(path), None, None, str(cache)) == seen and file.read_text() == before
+    assert folders.look(str(path), None, None, str(cache)) == seen and file.read_text() == before
 
 
 def test_an_lmdb_on_a_disk_that_fails(tmp_path, monkeypatch):
@@ -894,7 +895,7 @@ def test_an_lmdb_on_a_disk_that_fails(tmp_path, monkeypatch):
 def test_room_for_the_copy_is_asked_for_before_anything_is_decoded(tmp_path, monkeypatch):
     path, cache = a_set(tmp_path, "folder"), tmp_path / "cache"
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**40, 2**40, 2**20))
-    monkeypatch.setattr(image_folder, "decode", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(prepared, "decode", lambda *_: pytest.fail("decoded"))
     message = rf"the copy of .* at 512 px takes 5 MiB, but {cache}/image_folder has 1 MiB free: .* set data.dir"
     with pytest.raises(UserError, match=message):
         open_folder(path, cache, 512, 3)
@@ -916,7 +917,7 @@ def test_a_copy_is_read_as_an_array_is(tmp_path, monkeypatch):
     """Reads that return less than was asked for, as a system may, are continued; one that fails is an OSError."""
     expected = np.random.default_rng(0).integers(0, 256, (7, 4, 4, 3), np.uint8)
     (tmp_path / "images.bin").write_bytes(expected.tobytes())
-    images = image_folder.Stored(tmp_path / "images.bin", expected.shape, [zlib.crc32(image) for image in expected])
+    images = prepared.Stored(tmp_path / "images.bin", expected.shape, [zlib.crc32(image) for image in expected])
     assert len(images) == 7 and images.dtype == np.uint8 and images.shape == expected.shape
     whole, fault = os.pread, OSError(errno.EIO, "I/O error")
     with monkeypatch.context() as patch:
@@ -938,4 +939,4 @@ def test_a_copy_is_read_as_an_array_is(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="I/O error"):
             images[[0]]
     with pytest.raises(ValueError, match="too short for 8 images"):
-        image_folder.Stored(tmp_path / "images.bin", (8, 4, 4, 3), [0] * 8)
+        prepared.Stored(tmp_path / "images.bin", (8, 4, 4, 3), [0] * 8)

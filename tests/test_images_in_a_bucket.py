@@ -12,7 +12,7 @@ from test_image_folder import encoded, noise, open_folder
 IN_A_BUCKET = """
 import sys
 from ddgan_jax.config.settings import DataConfig
-from ddgan_jax.data import image_folder, sources
+from ddgan_jax.data import sources
 from ddgan_jax.errors import UserError
 try:
     seen = sources.look(DataConfig("image_folder", path=sys.argv[1], dir=sys.argv[2]))

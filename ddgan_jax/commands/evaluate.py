@@ -12,8 +12,8 @@ import numpy as np
 from ddgan_jax.commands import figures
 from ddgan_jax.config.settings import Config, read
 from ddgan_jax.data import decoding
+from ddgan_jax.data.archives import SUFFIXES
 from ddgan_jax.data.batches import like_real
-from ddgan_jax.data.image_folder import SUFFIXES
 from ddgan_jax.data.resolve import facts, labels_of
 from ddgan_jax.data.sketch import difference, sketch_of
 from ddgan_jax.data.sources import Data, open_data

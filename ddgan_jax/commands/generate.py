@@ -14,7 +14,7 @@ import numpy as np
 
 from ddgan_jax.commands import figures
 from ddgan_jax.data import decoding
-from ddgan_jax.data.image_folder import SUFFIXES
+from ddgan_jax.data.archives import SUFFIXES
 from ddgan_jax.devices import processes
 from ddgan_jax.errors import UserError, of_a_file
 from ddgan_jax.model.model import MAX_INDEX, Model

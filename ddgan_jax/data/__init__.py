@@ -1,6 +1,7 @@
 """From files of data to batches, a pure function of (seed, step, process).
 
-`sources` opens a set by name, `batches` takes batches from it; `image_folder` makes an array of anyone's images,
-`decoding` pixels of one file, and `embedded` has the digits that lie inside packages. Images are uint8 [B, H, W, C]:
-scaling to [-1, 1] and flips happen on the device, in the train step.
+`sources` opens a set by name: `folder` and `archives` find the images of a folder, zip or LMDB and `prepared` decodes
+them once, `tfds` reads datasets of tensorflow-datasets, `digits` and `synthetic` need no files. `batches` takes
+batches, `decoding` makes pixels of one file, and `resolve` chooses what a configuration leaves to the data. Images are
+uint8 [B, H, W, C]: scaling to [-1, 1] and flips happen on the device, in the train step.
 """

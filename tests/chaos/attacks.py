@@ -21,7 +21,7 @@ from PIL import Image
 from ddgan_jax.commands import evaluate
 from ddgan_jax.config import presets
 from ddgan_jax.config import settings as config
-from ddgan_jax.data import decoding, image_folder
+from ddgan_jax.data import archives, decoding, prepared
 from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.method import build
 from ddgan_jax.metrics import distances
@@ -69,7 +69,7 @@ def mutated(content: bytes, rng: random.Random) -> bytes:
 
 def look_and_decode(content: bytes, rng: random.Random) -> None:
     try:
-        decoding.look_at(content[: image_folder.HEAD])
+        decoding.look_at(content[: archives.HEAD])
     finally:
         assert decoding.fit(decoding.open_image(content), 32, rng.choice((1, 3))).shape[:2] == (32, 32)
 
@@ -125,7 +125,7 @@ def a_zip(rng: random.Random, folder: pathlib.Path) -> None:
             file.writestr("bomb.bmp", b"\0" * 2**28)
     (folder / "x.zip").write_bytes(mutated(buffer.getvalue(), rng) if rng.random() < 0.9 else buffer.getvalue())
     shutil.rmtree(folder / "cache", ignore_errors=True)
-    image_folder.open_folder(str(folder / "x.zip"), rng.choice((None, 8)), None, str(folder / "cache"), 1.0)
+    prepared.open_folder(str(folder / "x.zip"), rng.choice((None, 8)), None, str(folder / "cache"), 1.0)
 
 
 def an_lmdb(rng: random.Random, folder: pathlib.Path) -> None:
@@ -139,7 +139,7 @@ def an_lmdb(rng: random.Random, folder: pathlib.Path) -> None:
     (folder / "x").mkdir(exist_ok=True)
     (folder / "x" / "data.mdb").write_bytes(mutated((good / "data.mdb").read_bytes(), rng))
     shutil.rmtree(folder / "cache", ignore_errors=True)
-    image_folder.open_folder(str(folder / "x"), 8, 3, str(folder / "cache"), 1.0)
+    prepared.open_folder(str(folder / "x"), 8, 3, str(folder / "cache"), 1.0)
 
 
 def a_pth(rng: random.Random, folder: pathlib.Path) -> None:

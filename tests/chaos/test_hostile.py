@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddgan_jax.data import image_folder
+from ddgan_jax.data import prepared
 from ddgan_jax.errors import Fault, UserError
 
 ENV = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parent.parent.parent)}
@@ -69,11 +69,11 @@ BOMBS = {"rgb": (9999, 9999, 8, 2), "rgba": (9999, 9999, 8, 6), "grey16": (9999,
 
 READ = """
 import resource, sys, time
-from ddgan_jax.data import image_folder
+from ddgan_jax.data import prepared
 from ddgan_jax.errors import Fault, UserError
 start = time.time()
 try:
-    print(image_folder.open_folder(sys.argv[1], 32, None, sys.argv[2], 1.0)[0].shape)
+    print(prepared.open_folder(sys.argv[1], 32, None, sys.argv[2], 1.0)[0].shape)
 except UserError as error:
     print(error)
 peak = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
@@ -161,7 +161,7 @@ def test_programs_in_names_and_formats(count, tmp_path):
     (folder / f"$(touch {ran.name}).png").write_bytes(b"x")
     (folder / "b.png").write_bytes(b"#!/bin/sh\ntouch it_ran\n")
     with pytest.raises(UserError, match="3 of 3 files"):
-        image_folder.open_folder(str(folder), 8, 3, str(tmp_path / "cache"), 1.0)
+        prepared.open_folder(str(folder), 8, 3, str(tmp_path / "cache"), 1.0)
     assert not ran.exists()
     count(cases=3)
 

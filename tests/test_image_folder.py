@@ -48,6 +48,12 @@ def open_folder(path, cache, size=None, channels=None, max_bad_share=0.01):
     return np.asarray(images), labels, classes
 
 
+def inspect(path, cache, size=None, channels=None):
+    """(number of images, shape, classes)."""
+    with folders.open_files(str(path)) as files:
+        return *folders.inspect(files, size, channels, str(cache)), files.classes()
+
+
 def bomb():
     """A PNG whose header claims 30,000 x 30,000 pixels."""
 
@@ -109,8 +115,8 @@ def test_size_from_the_images(tmp_path, sizes, expected):
     """The largest power of two not above the median shorter side, and at most 256."""
     for i, (width, height) in enumerate(sizes):
         save(tmp_path / "in" / f"{i}.png", noise(width, height))
-    seen = folders.look(str(tmp_path / "in"), None, None, str(tmp_path / "cache"))
-    assert seen == (len(sizes), expected, 3, [""])
+    seen = inspect(tmp_path / "in", tmp_path / "cache")
+    assert seen == (len(sizes), (expected, expected, 3), [""])
     assert open_folder(tmp_path / "in", tmp_path / "cache")[0].shape == (len(sizes), expected, expected, 3)
 
 
@@ -129,11 +135,11 @@ def test_looking_decodes_nothing_and_is_remembered(tmp_path, monkeypatch):
     (tmp_path / "in" / "cut.jpg").write_bytes(buffer.getvalue()[:-400])
     (tmp_path / "in" / "text.png").write_text("I am not an image")
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("decoded"))
-    seen = folders.look(str(tmp_path / "in"), None, None, str(tmp_path / "cache"))
-    assert seen == (6, 64, 3, ["", "a", "b"])
+    seen = inspect(tmp_path / "in", tmp_path / "cache")
+    assert seen == (6, (64, 64, 3), ["", "a", "b"])
     assert not [path for path in (tmp_path / "cache" / "image_folder").iterdir() if path.is_dir()]
-    monkeypatch.setattr(folders, "look_at", lambda *_: pytest.fail("looked again"))
-    assert folders.look(str(tmp_path / "in"), 32, 1, str(tmp_path / "cache")) == (6, 32, 1, ["", "a", "b"])
+    monkeypatch.setattr(folders, "read_header", lambda *_: pytest.fail("looked again"))
+    assert inspect(tmp_path / "in", tmp_path / "cache", 32, 1) == (6, (32, 32, 1), ["", "a", "b"])
 
 
 def test_no_file_is_an_image(tmp_path):
@@ -245,7 +251,7 @@ def test_malformed_exif_costs_the_metadata_and_not_the_photo():
         buffer = io.BytesIO()
         Image.new("L", (12, 8), 200).save(buffer, ("JPEG", "PNG", "WEBP")[i % 3], exif=bytes(exif))
         with warnings.catch_warnings(action="ignore"):  # Pillow's, of corrupt EXIF
-            assert decoding.look_at(buffer.getvalue())[0] == 8
+            assert decoding.read_header(buffer.getvalue())[0] == 8
             image = decoding.open_image(buffer.getvalue())
         assert image.size == (8, 12) if i < 3 else set(image.size) == {8, 12}, exif
         assert np.abs(np.asarray(image).astype(int) - 200).max() < 5
@@ -332,7 +338,7 @@ def test_a_class_that_is_a_link_to_a_folder_is_skipped_and_listed(tmp_path):
         open_folder(tmp_path / "in", tmp_path / "cache")
     images, _, classes = open_folder(tmp_path / "in", tmp_path / "cache", max_bad_share=0.5)
     assert len(images) == 2 and classes == ["ant", "bee"]
-    assert folders.look(str(tmp_path / "in"), None, None, str(tmp_path / "cache"))[::3] == (2, ["ant", "bee"])
+    assert inspect(tmp_path / "in", tmp_path / "cache")[::2] == (2, ["ant", "bee"])
     shutil.rmtree(tmp_path / "in" / "ant")
     shutil.rmtree(tmp_path / "in" / "bee")
     with pytest.raises(UserError, match=r"1 of 1 files .*: it is a link to a folder"):
@@ -361,7 +367,7 @@ def test_names_in_a_zip(tmp_path):
             file.writestr(name, png)
     with pytest.raises(UserError, match=r"2 of 6 files .*: its name points outside the zip"):
         open_folder(tmp_path / "in.zip", tmp_path / "cache")
-    assert folders.look(str(tmp_path / "in.zip"), None, None, str(tmp_path / "cache"))[::3] == (4, ["a", "b"])
+    assert inspect(tmp_path / "in.zip", tmp_path / "cache")[::2] == (4, ["a", "b"])
     images, labels, classes = open_folder(tmp_path / "in.zip", tmp_path / "cache", max_bad_share=0.5)
     assert [classes[label] for label in labels] == ["a", "a", "b", "b"]
     for image, i in zip(images, (0, 3, 1, 4), strict=True):  # a/x, a/z, b/deep/y, b/x
@@ -713,11 +719,11 @@ def test_a_path_elsewhere(tmp_path):
 def test_a_name_in_a_bucket_that_is_no_path_below_it(monkeypatch, name):
     """Joined to the folder, the first would be a file of this machine."""
     monkeypatch.setattr(paths, "files_below", lambda _: {name: (9, ""), "b/y.png": (9, "")})
-    bucket = folders.Bucket(epath.Path("gs://bucket/photos"))
-    for reads in (bucket.head, bucket.read):
+    bucket = folders.Folder(epath.Path("gs://bucket/photos"))
+    for size in (9, None):
         with pytest.raises(ValueError, match="its name is no path below the folder"):
-            reads(name)
-    assert folders.classes_of(bucket) == ["b"]
+            bucket.read(name, size)
+    assert bucket.classes() == ["b"]
 
 
 # --- Reads that fail ------------------------------------------------------------------------------------------------
@@ -870,11 +876,11 @@ def test_a_byte_of_a_copy_that_has_changed(tmp_path):
 def test_what_was_seen_is_kept_damaged(tmp_path, content):
     """It is seen again."""
     path, cache = a_set(tmp_path, "folder"), tmp_path / "cache"
-    seen = folders.look(str(path), None, None, str(cache))
+    seen = inspect(path, cache)
     (file,) = cache.rglob("*.json")
     before = file.read_text()
     file.write_text(content)
-    assert folders.look(str(path), None, None, str(cache)) == seen and file.read_text() == before
+    assert inspect(path, cache) == seen and file.read_text() == before
 
 
 def test_an_lmdb_on_a_disk_that_fails(tmp_path, monkeypatch):
@@ -917,7 +923,7 @@ def test_a_copy_is_read_as_an_array_is(tmp_path, monkeypatch):
     """Reads that return less than was asked for, as a system may, are continued; one that fails is an OSError."""
     expected = np.random.default_rng(0).integers(0, 256, (7, 4, 4, 3), np.uint8)
     (tmp_path / "images.bin").write_bytes(expected.tobytes())
-    images = prepared.Stored(tmp_path / "images.bin", expected.shape, [zlib.crc32(image) for image in expected])
+    images = prepared.PreparedImages(tmp_path / "images.bin", expected.shape, [zlib.crc32(image) for image in expected])
     assert len(images) == 7 and images.dtype == np.uint8 and images.shape == expected.shape
     whole, fault = os.pread, OSError(errno.EIO, "I/O error")
     with monkeypatch.context() as patch:
@@ -939,4 +945,4 @@ def test_a_copy_is_read_as_an_array_is(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="I/O error"):
             images[[0]]
     with pytest.raises(ValueError, match="too short for 8 images"):
-        prepared.Stored(tmp_path / "images.bin", (8, 4, 4, 3), [0] * 8)
+        prepared.PreparedImages(tmp_path / "images.bin", (8, 4, 4, 3), [0] * 8)

@@ -1,7 +1,7 @@
-"""Image files in a zip or an LMDB, read in place.
+"""Image files by name: what every source of them has in common, and the readers of a zip and an LMDB.
 
-What was read and is no image is a ValueError, and a reason to skip one file. What could not be read is an OSError, and
-ends the work with a Fault: skipped files would be missing in the copy for good.
+A file that was read and is not an image raises ValueError, and is skipped. A file that could not be read raises
+OSError, and ends the work: if it were skipped, the prepared copy would lack it from then on.
 """
 
 import contextlib
@@ -14,85 +14,113 @@ import subprocess
 import sys
 import zipfile
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ddgan_jax.errors import UserError
 from ddgan_jax.storage import paths
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-MAX_BYTES = 2**30  # of one file: beyond it is more likely an attack on the memory than a photograph
-HEAD = 2**16  # bytes of a file that nearly always hold its header, with the preview that a camera puts before it
+MAX_BYTES = 2**30  # of one file: a larger one is more likely an attack on the memory than a photograph
+
+
+class ImageFiles:
+    """The image files of a folder, zip or LMDB. A subclass sets the attributes and defines `_read`."""
+
+    path = ""  # as the user specified it
+    remote = False  # whether the files are in a bucket
+    names: list[str]  # of all files, in the order of the dataset
+    signature: list[str]  # differs whenever a file is added, removed or changed
+    refused: Mapping[str, str] = {}  # the names that are never read, with the reason
+
+    def read(self, name: str, size: int | None = None) -> bytes:
+        """Returns the content of a file, or its first `size` bytes.
+
+        Raises ValueError if the file is to be skipped, and OSError if it cannot be read.
+        """
+        if name in self.refused:
+            raise ValueError(self.refused[name])
+        return self._read(name, size)
+
+    def _read(self, name: str, size: int | None) -> bytes:
+        raise NotImplementedError
+
+    def classes(self) -> list[str]:
+        """The sorted names of the top-level folders; '' stands for files outside any folder."""
+        return sorted({class_of(name) for name in self.names if name not in self.refused})
+
+    def close(self) -> None:
+        """Closes what the reader holds open."""
+
+
+def class_of(name: str) -> str:
+    """The class of an image: its top-level folder, or ''."""
+    return name.split("/")[0] if "/" in name else ""
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file is read: by its extension, unless it or a folder on the way is hidden."""
+    """Whether a name has the suffix of an image, and neither it nor one of its folders is hidden."""
     parts = name.replace("\\", "/").split("/")
     hidden = any(part.startswith(".") and part not in (".", "..") for part in parts) or "__MACOSX" in parts
     return not hidden and parts[-1].lower().endswith(SUFFIXES)
 
 
-class Zip:
-    """The image files inside a zip, read in place: nothing is ever extracted to the disk."""
+def check_size(size: int) -> None:
+    """Raises ValueError for a file of more than `MAX_BYTES`."""
+    if size > MAX_BYTES:
+        raise ValueError("it is larger than 1 GiB")
+
+
+class Zip(ImageFiles):
+    """The image files in a zip, which may be in a bucket. Nothing is extracted to the disk."""
 
     def __init__(self, path: pathlib.Path | paths.Path):
         self.remote = paths.is_remote(path)
-        self.opened: Any = _Remote(path) if self.remote else path.open("rb")
+        self._opened: Any = _BucketFile(path) if self.remote else path.open("rb")
         try:
-            with self._reasons():
-                self.file = zipfile.ZipFile(self.opened)
+            with self._damage_as_value_error():
+                self._zip = zipfile.ZipFile(self._opened)
         except ValueError as error:
-            self.opened.close()
+            self._opened.close()
             raise UserError(
                 f"data.path={path} is neither a folder nor a zip file nor an LMDB, or a zip that is damaged ({error})"
             ) from error
-        # Windows programs write backslashes. Of two entries of one name the last counts, as where a zip is unpacked.
-        self.infos = {
-            posixpath.normpath(info.filename.replace("\\", "/")): info
-            for info in self.file.infolist()
-            if is_image_name(info.filename)
+        # Windows programs write backslashes. Of several entries with one name the last counts, as in unpacking a zip.
+        self._entries = {
+            posixpath.normpath(entry.filename.replace("\\", "/")): entry
+            for entry in self._zip.infolist()
+            if is_image_name(entry.filename)
         }
-        self.names = sorted(self.infos)
-        self.outside = {name for name in self.names if name.startswith(("/", "../"))}
-
-    def signature(self) -> list[str]:
-        return [f"{name}\0{self.infos[name].file_size} {self.infos[name].CRC}" for name in self.names]
+        self.names = sorted(self._entries)
+        self.signature = [f"{name}\0{self._entries[name].file_size} {self._entries[name].CRC}" for name in self.names]
+        outside = (name for name in self.names if name.startswith(("/", "../")))
+        self.refused = dict.fromkeys(outside, "its name points outside the zip")
 
     @contextlib.contextmanager
-    def _reasons(self) -> Iterator[None]:
-        """Turns errors of zipfile about content (damaged, encrypted, of an unknown compression) into a ValueError."""
+    def _damage_as_value_error(self) -> Iterator[None]:
+        """Converts what zipfile raises for damaged, encrypted or unknown content into ValueError."""
         try:
             yield
         except (RuntimeError, EOFError, struct.error, zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
             raise ValueError(str(error) or type(error).__name__) from error
         except OSError as error:
-            # bz2 raises it for damage, without a number, and EINVAL is a wrong place in the file.
+            # For damage, bz2 raises OSError without a number, and a wrong offset in the file results in EINVAL.
             if self.remote or error.errno not in (None, errno.EINVAL):
                 raise
             raise ValueError(str(error)) from error
 
-    def head(self, name: str) -> bytes:
-        return self._start(name, HEAD)
-
-    def read(self, name: str) -> bytes:
-        return self._start(name, -1)
-
-    def _start(self, name: str, size: int) -> bytes:
-        """The first `size` bytes of an entry, -1: all."""
-        if name in self.outside:
-            raise ValueError("its name points outside the zip")
-        if self.infos[name].file_size > MAX_BYTES:
-            raise ValueError("it is larger than 1 GiB")
-        with self._reasons(), self.file.open(self.infos[name]) as file:
-            return file.read(size)
+    def _read(self, name: str, size: int | None) -> bytes:
+        check_size(self._entries[name].file_size)
+        with self._damage_as_value_error(), self._zip.open(self._entries[name]) as file:
+            return file.read(-1 if size is None else size)
 
     def close(self) -> None:
-        self.file.close()
-        self.opened.close()
+        self._zip.close()
+        self._opened.close()
 
 
-class _Remote:
-    """An open file in a bucket, of which whatever gcsfs raises while it reads is an OSError."""
+class _BucketFile:
+    """An open file in a bucket. Any exception that gcsfs raises during a read becomes an OSError."""
 
     def __init__(self, path: Any):
         self._path, self._file = path, path.open("rb")
@@ -109,56 +137,48 @@ _WALK = """
 import sys, lmdb
 with lmdb.open(sys.argv[1], subdir=sys.argv[2] == "True", readonly=True, lock=False).begin(buffers=True) as transaction:
     for key in transaction.cursor().iternext(values=False):
-        bytes(transaction.get(key)[-1:])  # the end of each value: what is between is no part of the structure
+        bytes(transaction.get(key)[-1:])  # the last byte is enough: the bytes before it are not part of the structure
 """
 
 
-class Lmdb:
-    """The values of an LMDB, each the bytes of an image file, in the order of their keys: LSUN as it is published."""
-
-    outside: Collection[str] = ()
+class Lmdb(ImageFiles):
+    """The values of an LMDB, each the content of an image file, in the order of their keys. LSUN is published so."""
 
     def __init__(self, path: pathlib.Path):
         try:
             import lmdb
         except ImportError:
             raise UserError(f"data.path={path} is an LMDB: to read it run `pip install lmdb`") from None
-        self.file, self.error = path / "data.mdb" if path.is_dir() else path, lmdb.Error
-        # Of a damaged file the library reads anything, up to the end of the process: so another process reads it first.
+        self._file, self._error = path / "data.mdb" if path.is_dir() else path, lmdb.Error
+        # On a damaged file the library may read any memory and crash. Another process therefore reads the file first.
         walk = [sys.executable, "-c", _WALK, str(path), str(path.is_dir())]
         walked = subprocess.run(walk, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace")
         if walked.returncode:
-            with self.file.open("rb") as opened:  # an OSError here is of a disk that fails
+            with self._file.open("rb") as opened:  # raises OSError if the cause is a failing disk
                 while opened.read(2**24):
                     pass
             reason = (walked.stderr.strip().splitlines() or ["it is damaged, or none"])[-1]
             raise UserError(f"data.path={path} cannot be read as an LMDB: {reason}")
         with self._os_errors():
-            # Without its lock file, so that nothing is written beside somebody's data.
-            self.environment = lmdb.open(str(path), subdir=path.is_dir(), readonly=True, lock=False, readahead=False)
-            with self.environment.begin() as transaction:
+            # Without its lock file, so that nothing is written beside the user's data.
+            self._environment = lmdb.open(str(path), subdir=path.is_dir(), readonly=True, lock=False, readahead=False)
+            with self._environment.begin() as transaction:
                 keys = transaction.cursor().iternext(values=False)
                 self.names = [key.decode("utf-8", "surrogateescape") for key in keys]
+        stat = self._file.stat()
+        self.signature = [f"{stat.st_size} {stat.st_mtime_ns}"]
 
     @contextlib.contextmanager
     def _os_errors(self) -> Iterator[None]:
-        """Turns errors of LMDB into an OSError: the structure is sound, since another process has just read it."""
+        """Converts LMDB's errors into OSError: another process has verified the structure before."""
         try:
             yield
-        except self.error as error:
-            raise OSError(f"{self.file}: {error}") from error
+        except self._error as error:
+            raise OSError(f"{self._file}: {error}") from error
 
-    def signature(self) -> list[str]:
-        stat = self.file.stat()
-        return [f"{stat.st_size} {stat.st_mtime_ns}"]
-
-    def head(self, name: str) -> bytes:
-        with self._os_errors(), self.environment.begin(buffers=True) as transaction:
-            return bytes((transaction.get(name.encode("utf-8", "surrogateescape")) or b"")[:HEAD])
-
-    def read(self, name: str) -> bytes:
-        with self._os_errors(), self.environment.begin() as transaction:
-            return transaction.get(name.encode("utf-8", "surrogateescape")) or b""
+    def _read(self, name: str, size: int | None) -> bytes:
+        with self._os_errors(), self._environment.begin(buffers=True) as transaction:
+            return bytes((transaction.get(name.encode("utf-8", "surrogateescape")) or b"")[:size])
 
     def close(self) -> None:
-        self.environment.close()
+        self._environment.close()

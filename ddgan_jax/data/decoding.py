@@ -90,7 +90,7 @@ def decode_mask(content: bytes, size: int) -> np.ndarray:
         return fit(black, size, 3).max(axis=-1)
 
 
-def look_at(head: bytes) -> tuple[int, bool]:
+def read_header(head: bytes) -> tuple[int, bool]:
     """(shorter side, is it grey?) of an image file from its first bytes, without decoding; ValueError as above."""
     with _reasons():
         image = _open(head)

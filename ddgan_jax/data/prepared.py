@@ -1,6 +1,6 @@
-"""The prepared copy of a folder, zip or LMDB of images: decoded once, in threads, and opened by later starts.
+"""The prepared copy of a folder, zip or LMDB of images: decoded once, in threads, and opened by all later starts.
 
-Files that are no images are skipped and listed with the reason.
+Files that are not images are skipped, and listed with the reason in skipped.json.
 """
 
 import fcntl
@@ -16,60 +16,27 @@ from typing import Any
 
 import numpy as np
 
+from ddgan_jax.data import folder
+from ddgan_jax.data.archives import ImageFiles, class_of
 from ddgan_jax.data.decoding import decode
-from ddgan_jax.data.folder import (
-    cache_place,
-    class_of,
-    classes_of,
-    in_order,
-    look_into,
-    open_source,
-    skipped_text,
-)
 from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.storage import paths
 
-
-def open_folder(
-    path: str, image_size: int | None, channels: int | None, cache_dir: str, max_bad_share: float = 0.01
-) -> tuple["Stored", np.ndarray, list[str]]:
-    """(images uint8 [N, S, S, C] in a file, labels int32 [N], names of the classes) of a folder, zip or LMDB.
-
-    `image_size` None means the largest power of two not above the median shorter side, and at most 256; `channels`
-    None means 3, or 1 if every image is grey. The label of an image is its top-level folder (classes sorted by name;
-    one class '' in a flat set). The copy lies in the local `cache_dir`. UserError if there is no image, or if more than
-    `max_bad_share` of the files are bad, or if the copy cannot be written; Fault if anything cannot be read.
-    """
-    with open_source(path) as source:
-        if image_size is None or channels is None:
-            _, image_size, channels, _ = look_into(source, path, image_size, channels, cache_dir)
-        # The first number changes when the rules of this file do.
-        copy = cache_place(source, path, cache_dir, f"4 {image_size} {channels}")
-        if not paths.exists(copy / "dataset.json"):
-            _prepare(source, path, copy, image_size, channels)
-        try:
-            skipped = json.loads(paths.read(copy / "skipped.json"))
-            _report(skipped, len(source.names), max_bad_share, path, copy)
-            described = json.loads(paths.read(copy / "dataset.json"))
-            images = Stored(copy / "images.bin", described["shape"], described["checksums"])
-            return images, np.asarray(described["labels"], np.int32), described["classes"]
-        except UserError:
-            raise
-        except (ValueError, KeyError, TypeError, OverflowError) as error:
-            raise Fault(f"the copy {copy} is damaged ({error}): remove it, and run the same command again") from error
+FORMAT = 4  # of the copy; a change of how files are found or decoded raises it
 
 
-class Stored:
-    """Images uint8 [N, H, W, C] in a file, read as they are indexed along the first axis; more axes read all of them.
+class PreparedImages:
+    """Images uint8 [N, H, W, C] in a file, read when they are indexed along the first axis.
 
-    Not by a memory map, in which a read that fails ends the process with SIGBUS: here it is an OSError, after retries.
+    Indexing several axes reads all images. Reads use a file descriptor: a read that fails raises OSError, after
+    retries, whereas in a memory map it would end the process with SIGBUS.
     """
 
     def __init__(self, file: paths.Given, shape: Sequence[int], checksums: Any, first: int = 0):
-        """The `shape[0]` images from the one of index `first` on, with the CRC-32 of each.
+        """Opens the `shape[0]` images that begin with image `first`, with the CRC-32 of each in `checksums`.
 
-        ValueError if the file is too short for them, or the number of checksums differs. Reading an image whose
-        checksum differs is a Fault.
+        Raises ValueError if the file is too short for them, or if the number of checksums differs. Reading an image
+        with another checksum raises Fault.
         """
         self.shape, self.dtype = tuple(shape), np.dtype(np.uint8)
         self.filename, self._first, self._size = os.fspath(file), first, math.prod(shape[1:])
@@ -84,46 +51,72 @@ class Stored:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, indices: Any) -> Any:
-        if isinstance(indices, slice):
-            chosen = range(len(self))[indices]
-            if chosen.step != 1:
-                return self[np.arange(len(self))[indices]]
-            shape = (len(chosen), *self.shape[1:])
-            return Stored(self.filename, shape, self._checksums[indices], self._first + chosen.start)
-        if isinstance(indices, tuple) or indices is Ellipsis:
-            return np.asarray(self)[indices]
-        chosen = np.arange(len(self))[indices]
-        images = paths.retry(self.filename, lambda: self._read(chosen.ravel()))
-        return images.reshape(*chosen.shape, *self.shape[1:])
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, slice) and key.step in (None, 1):
+            part = range(len(self))[key]
+            shape = (len(part), *self.shape[1:])
+            return PreparedImages(self.filename, shape, self._checksums[key], self._first + part.start)
+        if isinstance(key, tuple) or key is Ellipsis:
+            return np.asarray(self)[key]
+        indices = np.arange(len(self))[key]
+        images = paths.retry(self.filename, lambda: self._read(indices.ravel()))
+        return images.reshape(*indices.shape, *self.shape[1:])
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return self[np.arange(len(self))].astype(dtype or self.dtype, copy=False)
 
     def _read(self, indices: np.ndarray) -> np.ndarray:
         images = np.empty((len(indices), self._size), np.uint8)
-        for image, index in zip(images, indices.tolist(), strict=True):
+        for image, index in zip(images, indices + self._first, strict=True):
             done = 0
             while done < self._size:
-                start = (self._first + index) * self._size + done
-                part = os.pread(self._descriptor, self._size - done, start)
+                part = os.pread(self._descriptor, self._size - done, int(index) * self._size + done)
                 if not part:
                     raise OSError(f"{self.filename} ends before image {index}")
                 image[done : done + len(part)] = np.frombuffer(part, np.uint8)
                 done += len(part)
-            if zlib.crc32(image.data) != self._checksums[index]:
+            if zlib.crc32(image.data) != self._checksums[index - self._first]:
                 raise Fault(
-                    f"image {self._first + index} in {self.filename} has changed since it was written: remove the "
+                    f"image {index} in {self.filename} has changed since it was written: remove the "
                     f"folder {os.path.dirname(self.filename)}, and run the same command again"
                 )
         return images
 
 
-def _prepare(source: Any, path: str, copy: pathlib.Path, size: int, channels: int) -> None:
-    """Decode into a folder aside and rename it: a process that is killed leaves nothing that a later one believes.
+def open_folder(
+    path: str, image_size: int | None, channels: int | None, cache_dir: str, max_bad_share: float = 0.01
+) -> tuple[PreparedImages, np.ndarray, list[str]]:
+    """Opens the prepared copy of a folder, zip or LMDB, and makes it first if there is none in `cache_dir`.
 
-    The lock makes a second process wait for the copy of the first. A process that dies loses its lock, and the next
-    one begins anew.
+    Returns the images uint8 [N, S, S, C] in a file, their labels int32 [N], and the names of the classes. For
+    `image_size` and `channels` of None see `folder.inspect`. The classes are the top-level folders in alphabetical
+    order; a flat folder has the one class ''.
+
+    Raises UserError if there is no image, if more than the fraction `max_bad_share` of the files are bad, or if the
+    copy cannot be written. Raises Fault if something cannot be read.
+    """
+    with folder.open_files(path) as files:
+        if image_size is None or channels is None:
+            _, (image_size, _, channels) = folder.inspect(files, image_size, channels, cache_dir)
+        copy = folder.cache_path(files, cache_dir, f"{FORMAT} {image_size} {channels}")
+        if not paths.exists(copy / "dataset.json"):
+            _prepare(files, copy, image_size, channels)
+        try:
+            _report_skipped(files, copy, max_bad_share)
+            about = json.loads(paths.read(copy / "dataset.json"))
+            images = PreparedImages(copy / "images.bin", about["shape"], about["checksums"])
+            return images, np.asarray(about["labels"], np.int32), about["classes"]
+        except UserError:
+            raise
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
+            raise Fault(f"the copy {copy} is damaged ({error}): remove it, and run the same command again") from error
+
+
+def _prepare(files: ImageFiles, copy: pathlib.Path, size: int, channels: int) -> None:
+    """Decodes all files into a temporary folder and renames it to `copy`, so that a killed process leaves no copy.
+
+    The lock makes a second process wait for the copy of the first. A process that ends loses its lock, and the next one
+    starts again.
     """
     aside = copy.with_name(f"incomplete.{copy.name}")
     try:
@@ -133,48 +126,48 @@ def _prepare(source: Any, path: str, copy: pathlib.Path, size: int, channels: in
             if paths.exists(copy / "dataset.json"):
                 return
             shutil.rmtree(aside, ignore_errors=True)
-            needed, free = len(source.names) * size * size * channels, shutil.disk_usage(copy.parent).free
+            needed, free = len(files.names) * size * size * channels, shutil.disk_usage(copy.parent).free
             if needed > free:
                 raise UserError(
-                    f"the copy of {path} at {size} px takes {math.ceil(needed / 2**20):,} MiB, but {copy.parent} has "
-                    f"{free // 2**20:,} MiB free: make room there, or set data.dir to a folder on a larger disk"
+                    f"the copy of {files.path} at {size} px takes {math.ceil(needed / 2**20):,} MiB, but {copy.parent} "
+                    f"has {free // 2**20:,} MiB free: make room there, or set data.dir to a folder on a larger disk"
                 )
-            print(f"preparing the {len(source.names):,} files of {path} at {size} px in {copy}, once", flush=True)
+            print(f"preparing the {len(files.names):,} files of {files.path} at {size} px in {copy}, once", flush=True)
             try:
-                _decode_all(source, aside, size, channels)
+                _decode_all(files, aside, size, channels)
                 aside.rename(copy)
             except (OSError, Fault):
-                shutil.rmtree(aside, ignore_errors=True)  # under the lock: later it may be that of another process
+                shutil.rmtree(aside, ignore_errors=True)  # while this process still has the lock
                 raise
     except OSError as error:
-        raise UserError(f"the copy of {path} cannot be written to {copy.parent}: {error}; set data.dir") from error
+        raise UserError(
+            f"the copy of {files.path} cannot be written to {copy.parent}: {error}; set data.dir"
+        ) from error
 
 
-def _decode_all(source: Any, folder: pathlib.Path, size: int, channels: int) -> None:
-    """Write the copy of all images into a new folder."""
-    folder.mkdir()
-    labels, checksums, bad, classes = [], [], {}, classes_of(source)
-    with (folder / "images.bin").open("wb") as file:
-        read = lambda name: decode(source.read(name), size, channels)  # noqa: E731
-        for name, result in in_order(source, read, "decoding"):
-            if isinstance(result, str):
-                bad[name] = result
-            else:
-                content = result.tobytes()
-                file.write(content)
-                checksums.append(zlib.crc32(content))
-                labels.append(classes.index(class_of(name)))
-    (folder / "skipped.json").write_text(json.dumps(bad, indent=1, sort_keys=True))
+def _decode_all(files: ImageFiles, copy: pathlib.Path, size: int, channels: int) -> None:
+    """Writes images.bin, dataset.json and skipped.json into a new folder."""
+    copy.mkdir()
+    labels, checksums, skipped, classes = [], [], {}, files.classes()  # type: ignore[var-annotated]
+    with (copy / "images.bin").open("wb") as opened:
+        action = lambda name: decode(files.read(name), size, channels).tobytes()  # noqa: E731
+        for name, pixels in folder.process_files(files, action, "decoding", skipped):
+            opened.write(pixels)
+            checksums.append(zlib.crc32(pixels))
+            labels.append(classes.index(class_of(name)))
+    (copy / "skipped.json").write_text(json.dumps(skipped, indent=1, sort_keys=True))
     shape = (len(labels), size, size, channels)
-    described = {"shape": shape, "classes": classes, "labels": labels, "checksums": checksums}
-    (folder / "dataset.json").write_text(json.dumps(described))
+    about = {"shape": shape, "classes": classes, "labels": labels, "checksums": checksums}
+    (copy / "dataset.json").write_text(json.dumps(about))
 
 
-def _report(bad: dict[str, str], total: int, max_bad_share: float, path: str, copy: pathlib.Path) -> None:
-    """Say which files were skipped; UserError if they are too many."""
-    if not bad:
+def _report_skipped(files: ImageFiles, copy: pathlib.Path, max_bad_share: float) -> None:
+    """Prints which files were skipped. Raises UserError if they are too many."""
+    skipped = json.loads(paths.read(copy / "skipped.json"))
+    if not skipped:
         return
-    text = f"{skipped_text(bad, total, path)}; all are listed in {copy / 'skipped.json'}"
-    if len(bad) == total or len(bad) > max_bad_share * total:
+    text = f"{folder.describe_skipped(files, skipped)}; all are listed in {copy / 'skipped.json'}"
+    total = len(files.names)
+    if len(skipped) == total or len(skipped) > max_bad_share * total:
         raise UserError(f"{text}. That is more than data.max_bad_share={max_bad_share:g} allows")
     print(text, flush=True)

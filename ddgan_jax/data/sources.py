@@ -171,10 +171,11 @@ def look(c: DataConfig) -> Look:
     if c.name not in FOLDERS:
         data = open_data(dataclasses.replace(c, in_memory_mib=0))
         return Look(len(data.images), tuple(data.images.shape[1:]), data.labels is not None)
-    seen = folder.look(_path_of(c), c.image_size, c.channels, paths.cache_dir(directory(c.dir)))
-    _, part = splits.part_of(c.split, {"train": seen.num_images}, "a folder of images")
-    count = len(range(seen.num_images)[part])
-    return Look(count, (seen.size, seen.size, seen.channels), len(seen.classes) > 1)
+    with folder.open_files(_path_of(c)) as files:
+        count, shape = folder.inspect(files, c.image_size, c.channels, paths.cache_dir(directory(c.dir)))
+        classes = files.classes()
+    _, part = splits.part_of(c.split, {"train": count}, "a folder of images")
+    return Look(len(range(count)[part]), shape, len(classes) > 1)
 
 
 def fingerprint(name: str, split: str, images: Any) -> str:

@@ -14,7 +14,7 @@ import ddgan_jax
 from ddgan_jax.commands import generate
 from ddgan_jax.config import presets
 from ddgan_jax.config.settings import DataConfig, as_dict
-from ddgan_jax.data.batches import batches, like_real
+from ddgan_jax.data.batches import batches, match_label_frequencies
 from ddgan_jax.data.resolve import labels_of
 from ddgan_jax.data.sources import Data, open_data
 from ddgan_jax.errors import UserError
@@ -129,8 +129,8 @@ def test_batches_keep_images_and_labels_together():
 
 def test_samples_to_be_judged_are_of_the_classes_of_the_real_ones():
     labels = np.array([5] * 30 + [2] * 10, np.int32)
-    np.testing.assert_array_equal(np.bincount(like_real(labels, 80)), 2 * np.bincount(labels))
-    assert like_real(None, 80) is None
+    np.testing.assert_array_equal(np.bincount(match_label_frequencies(labels, 80)), 2 * np.bincount(labels))
+    assert match_label_frequencies(None, 80) is None
 
 
 def test_the_number_of_classes_is_that_of_the_data(tmp_path):

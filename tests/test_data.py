@@ -15,9 +15,9 @@ from commands import python
 from ddgan_jax.commands.train import train
 from ddgan_jax.config import presets
 from ddgan_jax.config.settings import DataConfig
-from ddgan_jax.data.batches import batch_indices, batches, order
+from ddgan_jax.data.batches import batch_indices, batches, epoch_permutation
 from ddgan_jax.data.resolve import labels_of
-from ddgan_jax.data.sources import Data, look, open_data
+from ddgan_jax.data.sources import Data, inspect, open_data
 from ddgan_jax.errors import Fault, UserError
 
 
@@ -35,17 +35,17 @@ def test_every_image_exactly_once_an_epoch(batch):
     epochs = stream[: len(stream) // n * n].reshape(-1, n)
     assert (np.sort(epochs, axis=1) == np.arange(n)).all()
     for e in range(3):
-        np.testing.assert_array_equal(epochs[e], order(n, 5, e))
+        np.testing.assert_array_equal(epochs[e], epoch_permutation(n, 5, e))
 
 
 def test_order_depends_on_seed_and_epoch():
-    orders = [tuple(order(50, seed, epoch)) for seed in range(3) for epoch in range(3)]
+    orders = [tuple(epoch_permutation(50, seed, epoch)) for seed in range(3) for epoch in range(3)]
     assert len(set(orders)) == 9
 
 
 def test_order_is_the_same_in_every_version():
     """A run resumes with the same data after an upgrade of NumPy."""
-    assert order(8, 1, 2).tolist() == [5, 6, 3, 2, 1, 0, 4, 7]
+    assert epoch_permutation(8, 1, 2).tolist() == [5, 6, 3, 2, 1, 0, 4, 7]
 
 
 def test_late_steps_do_not_overflow():
@@ -241,7 +241,7 @@ def test_wrong_shape_and_split():
 
 
 def test_a_path_that_nothing_reads():
-    for read in (open_data, look):
+    for read in (open_data, inspect):
         with pytest.raises(UserError, match=r"data.path=PHOTOS is not read by data.name=digits: .*image_folder.py"):
             read(DataConfig("digits", path="PHOTOS"))
 

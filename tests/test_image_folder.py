@@ -26,7 +26,7 @@ from ddgan_jax.config.settings import DataConfig, read
 from ddgan_jax.data import archives, decoding, prepared, resolve
 from ddgan_jax.data import folder as folders
 from ddgan_jax.data.resolve import resolve_from_data
-from ddgan_jax.data.sources import Data, look, open_data
+from ddgan_jax.data.sources import Data, inspect, open_data
 from ddgan_jax.devices import processes
 from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.method.build import build
@@ -48,7 +48,7 @@ def open_folder(path, cache, size=None, channels=None, max_bad_share=0.01):
     return np.asarray(images), labels, classes
 
 
-def inspect(path, cache, size=None, channels=None):
+def inspect_files(path, cache, size=None, channels=None):
     """(number of images, shape, classes)."""
     with folders.open_files(str(path)) as files:
         return *folders.inspect(files, size, channels, str(cache)), files.classes()
@@ -115,7 +115,7 @@ def test_size_from_the_images(tmp_path, sizes, expected):
     """The largest power of two not above the median shorter side, and at most 256."""
     for i, (width, height) in enumerate(sizes):
         save(tmp_path / "in" / f"{i}.png", noise(width, height))
-    seen = inspect(tmp_path / "in", tmp_path / "cache")
+    seen = inspect_files(tmp_path / "in", tmp_path / "cache")
     assert seen == (len(sizes), (expected, expected, 3), [""])
     assert open_folder(tmp_path / "in", tmp_path / "cache")[0].shape == (len(sizes), expected, expected, 3)
 
@@ -135,11 +135,11 @@ def test_looking_decodes_nothing_and_is_remembered(tmp_path, monkeypatch):
     (tmp_path / "in" / "cut.jpg").write_bytes(buffer.getvalue()[:-400])
     (tmp_path / "in" / "text.png").write_text("I am not an image")
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("decoded"))
-    seen = inspect(tmp_path / "in", tmp_path / "cache")
+    seen = inspect_files(tmp_path / "in", tmp_path / "cache")
     assert seen == (6, (64, 64, 3), ["", "a", "b"])
     assert not [path for path in (tmp_path / "cache" / "image_folder").iterdir() if path.is_dir()]
     monkeypatch.setattr(folders, "read_header", lambda *_: pytest.fail("looked again"))
-    assert inspect(tmp_path / "in", tmp_path / "cache", 32, 1) == (6, (32, 32, 1), ["", "a", "b"])
+    assert inspect_files(tmp_path / "in", tmp_path / "cache", 32, 1) == (6, (32, 32, 1), ["", "a", "b"])
 
 
 def test_no_file_is_an_image(tmp_path):
@@ -283,7 +283,7 @@ def test_grey_of_every_depth(bits):
 
 
 def test_a_large_image_with_a_transparent_value_is_white_there(monkeypatch):
-    monkeypatch.setattr(decoding, "LARGE", 1)
+    monkeypatch.setattr(decoding, "LARGE_PIXELS", 1)
     content = io.BytesIO()
     Image.fromarray(np.tile(np.uint8([0, 0, 50, 50]), (64, 16))).save(content, "PNG", transparency=0)
     assert np.abs(decoding.decode(content.getvalue(), 2, 1).astype(int) - (255 + 50) / 2).max() < 5  # 25 with black
@@ -338,7 +338,7 @@ def test_a_class_that_is_a_link_to_a_folder_is_skipped_and_listed(tmp_path):
         open_folder(tmp_path / "in", tmp_path / "cache")
     images, _, classes = open_folder(tmp_path / "in", tmp_path / "cache", max_bad_share=0.5)
     assert len(images) == 2 and classes == ["ant", "bee"]
-    assert inspect(tmp_path / "in", tmp_path / "cache")[::2] == (2, ["ant", "bee"])
+    assert inspect_files(tmp_path / "in", tmp_path / "cache")[::2] == (2, ["ant", "bee"])
     shutil.rmtree(tmp_path / "in" / "ant")
     shutil.rmtree(tmp_path / "in" / "bee")
     with pytest.raises(UserError, match=r"1 of 1 files .*: it is a link to a folder"):
@@ -367,7 +367,7 @@ def test_names_in_a_zip(tmp_path):
             file.writestr(name, png)
     with pytest.raises(UserError, match=r"2 of 6 files .*: its name points outside the zip"):
         open_folder(tmp_path / "in.zip", tmp_path / "cache")
-    assert inspect(tmp_path / "in.zip", tmp_path / "cache")[::2] == (4, ["a", "b"])
+    assert inspect_files(tmp_path / "in.zip", tmp_path / "cache")[::2] == (4, ["a", "b"])
     images, labels, classes = open_folder(tmp_path / "in.zip", tmp_path / "cache", max_bad_share=0.5)
     assert [classes[label] for label in labels] == ["a", "a", "b", "b"]
     for image, i in zip(images, (0, 3, 1, 4), strict=True):  # a/x, a/z, b/deep/y, b/x
@@ -464,7 +464,7 @@ def test_splits_and_labels(tmp_path):
         data = open_data(DataConfig("image_folder", split, str(tmp_path), path=str(tmp_path / "in")))
         np.testing.assert_array_equal(data.images, whole.images[part])
         np.testing.assert_array_equal(data.labels(), whole.labels()[part])
-    for opens in (open_data, look):
+    for opens in (open_data, inspect):
         with pytest.raises(UserError, match=r"'train\[80%:50%\]' holds none of the 10 examples of a folder of images"):
             opens(DataConfig("image_folder", "train[80%:50%]", str(tmp_path), path=str(tmp_path / "in")))
         for channels in (2, 4):
@@ -621,13 +621,13 @@ def test_what_is_said_and_that_flags_win():
     config.data.image_size = 64
     assert resolve.choose(read(config), 2_000, False, 1)[1] == [
         "2,000 images: 64 px, batch 64, 56,250 steps (1,800 epochs), chosen for this number of images; "
-        "--config.train.num_steps and --config.train.batch_size name others"
+        "--config.train.num_steps and --config.train.batch_size override them"
     ]
     config.train.batch_size, config.checkpoint.every = 16, 7
     settled, (said,) = resolve.choose(read(config), 2_000, False, 1)
     assert settled.train.num_steps == 225_000 and settled.train.steps_per_epoch == 125
     assert settled.checkpoint.every == 7 and settled.log.samples_every == 2_500
-    assert said.endswith("--config.train.num_steps names another")
+    assert said.endswith("--config.train.num_steps overrides it")
     config.train.update(num_steps=1_000, steps_per_epoch=1)
     settled, said = resolve.choose(read(config), 2_000, False, 1)
     assert settled.train == read(config).train and said == [] and settled.log.samples_every == 500
@@ -721,7 +721,7 @@ def test_a_name_in_a_bucket_that_is_no_path_below_it(monkeypatch, name):
     monkeypatch.setattr(paths, "files_below", lambda _: {name: (9, ""), "b/y.png": (9, "")})
     bucket = folders.Folder(epath.Path("gs://bucket/photos"))
     for size in (9, None):
-        with pytest.raises(ValueError, match="its name is no path below the folder"):
+        with pytest.raises(ValueError, match="its name is not a path below the folder"):
             bucket.read(name, size)
     assert bucket.classes() == ["b"]
 
@@ -876,11 +876,11 @@ def test_a_byte_of_a_copy_that_has_changed(tmp_path):
 def test_what_was_seen_is_kept_damaged(tmp_path, content):
     """It is seen again."""
     path, cache = a_set(tmp_path, "folder"), tmp_path / "cache"
-    seen = inspect(path, cache)
+    seen = inspect_files(path, cache)
     (file,) = cache.rglob("*.json")
     before = file.read_text()
     file.write_text(content)
-    assert inspect(path, cache) == seen and file.read_text() == before
+    assert inspect_files(path, cache) == seen and file.read_text() == before
 
 
 def test_an_lmdb_on_a_disk_that_fails(tmp_path, monkeypatch):
@@ -888,7 +888,7 @@ def test_an_lmdb_on_a_disk_that_fails(tmp_path, monkeypatch):
     path = a_set(tmp_path, "lmdb")
     failed = subprocess.CompletedProcess([], -7, stderr="")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
-    with pytest.raises(UserError, match="cannot be read as an LMDB: it is damaged, or none"):
+    with pytest.raises(UserError, match="cannot be read as an LMDB: it is damaged, or not an LMDB"):
         open_folder(path, tmp_path / "cache")
     fail_on(monkeypatch, pathlib.Path, "open", FAULTS[0], "data.mdb")
     with pytest.raises(Fault, match=r"cannot be read: .*Input/output error"):

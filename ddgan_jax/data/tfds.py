@@ -1,4 +1,4 @@
-"""Datasets of tfds that lie on disk as array_record, read without TensorFlow."""
+"""Datasets of tensorflow-datasets (tfds) that are on disk as array_record, read without TensorFlow."""
 
 import functools
 import os
@@ -13,65 +13,21 @@ from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.storage import paths
 
 T = TypeVar("T")
-# What tensorflow-datasets 4.9.10 imports in its command line and does not install.
+# What the command line of tensorflow-datasets 4.9.10 imports and does not install.
 CLI_NEEDS = "(after `pip install apache-beam mlcroissant`)"
-
-
-def _reading(name: str, data_dir: str, action: Callable[[], T], but: tuple[type[Exception], ...] = ()) -> T:
-    """`action()`, which reads files of a tfds dataset. Fault where they are damaged or cannot be read, after retries.
-
-    `but` are exceptions that mean something else.
-    """
-
-    def attempt() -> T:
-        try:
-            return action()
-        except Exception as error:  # tfds, protobuf, array_record and gcsfs raise nearly anything there
-            if isinstance(error, (*but, UserError, Fault, ImportError)):
-                raise
-            chain: list[BaseException] = [error]
-            while cause := chain[-1].__cause__ or chain[-1].__context__:
-                chain.append(cause)
-            found = dict.fromkeys([error, *[e for e in chain if isinstance(e, OSError)][-1:]])  # with what began it
-            raise OSError("; ".join(" ".join(f"{type(e).__name__} {e}".split())[:200] for e in found)) from error
-
-    try:
-        return paths.retry(data_dir, attempt)
-    except OSError as error:
-        raise Fault(f"dataset {name} cannot be read: {error}") from error
-
-
-def _find(name: str, data_dir: str) -> Any:
-    """The tfds builder of a dataset that lies complete in `data_dir`. UserError, with what prepares it, if not."""
-    import tensorflow_datasets as tfds
-
-    by_hand = ""
-    try:
-        if not paths.is_remote(data_dir):  # tfds takes a folder that it cannot list for one that is not there
-            folder = os.path.join(data_dir, re.split("[/:]", name)[0])
-            _reading(name, data_dir, lambda: paths.names(folder))
-        find = functools.partial(tfds.builder, name, data_dir=data_dir)
-        builder = _reading(name, data_dir, find, (ValueError, AssertionError))
-        if builder.is_prepared():
-            return builder
-        if manual := " ".join((getattr(builder, "MANUAL_DOWNLOAD_INSTRUCTIONS", None) or "").split()):
-            by_hand = f", where DIR is for what you have to download: {manual}"
-    except (ValueError, AssertionError):  # no builder of that name, config or version, and no files either
-        pass
-    raise UserError(
-        f"dataset {name} is not in {data_dir}: set data.dir, or prepare it there with "
-        f"`tfds build {name} --file_format=array_record --data_dir={data_dir}`"
-        + (f" --manual_dir=DIR {CLI_NEEDS}{by_hand}" if by_hand else f" {CLI_NEEDS}")
-    )
 
 
 def open_split(
     name: str, split: str, image_size: int | None, channels: int | None, data_dir: str
-) -> tuple["Records", Callable[[], np.ndarray] | None, tuple[str, ...]]:
-    """(images, labels, names of the classes) of a split of a dataset on disk; the one way for all tfds datasets."""
+) -> tuple["EncodedImages", Callable[[], np.ndarray] | None, tuple[str, ...]]:
+    """Returns the images, labels and class names of a split of a dataset in `data_dir`.
+
+    Without labels, these are None and (). Raises UserError if the dataset or the split is missing, if it is not stored
+    as array_record or has no feature `image`, or if the images have another size or number of channels.
+    """
     import tensorflow_datasets as tfds
 
-    builder = _find(name, data_dir)
+    builder = _find_builder(name, data_dir)
     name, features = builder.info.full_name.rpartition("/")[0], builder.info.features
     formats = {file_format.value for file_format in builder.info.available_file_formats()}
     if "array_record" not in formats:
@@ -83,14 +39,15 @@ def open_split(
     if "image" not in features or not isinstance(features["image"], tfds.features.Image):
         raise UserError(f"dataset {name} has {', '.join(features)}, but no image: choose another dataset")
     shape = decoding.output_shape(name, features["image"].shape, image_size, channels)
-    decoders = {"image": tfds.decode.SkipDecoding()}
     try:
         for part in tfds.core.ReadInstruction.from_spec(split).to_absolute(builder.info.splits):
-            # which tfds itself reads as another one: of 12 examples [20%:10%] are 10
+            # tfds reads a reversed slice as another one: [20%:10%] of 12 examples as 10 of them.
             size = builder.info.splits[part.splitname].num_examples
-            splits.check_part(split, size, slice(part.from_, part.to), f"dataset {name}")
-        as_source = functools.partial(builder.as_data_source, file_format="array_record", decoders=decoders)
-        source = _reading(name, data_dir, lambda: as_source(split), (ValueError,))
+            splits.check_not_empty(split, size, slice(part.from_, part.to), f"dataset {name}")
+        open_source = functools.partial(
+            builder.as_data_source, split, file_format="array_record", decoders={"image": tfds.decode.SkipDecoding()}
+        )
+        source = _read(name, data_dir, open_source, expected=(ValueError,))
     except UserError:
         raise
     except ValueError as error:
@@ -98,22 +55,23 @@ def open_split(
             f"dataset {name} has no split {split!r}: choose {' or '.join(builder.info.splits)}, or a part of it "
             "such as 'train[:90%]'"
         ) from error
+    images = EncodedImages(source, name, shape, data_dir)
     if "label" not in features or not isinstance(features["label"], tfds.features.ClassLabel):
-        return Records(source, name, shape, data_dir), None, ()
+        return images, None, ()
 
     def labels() -> np.ndarray:
         everything = range(len(source))
         found = lambda: [int(example["label"]) for example in source.__getitems__(everything)]  # noqa: E731
-        return np.array(_reading(name, data_dir, found), np.int32)
+        return np.array(_read(name, data_dir, found), np.int32)
 
-    return Records(source, name, shape, data_dir), labels, tuple(features["label"].names)
+    return images, labels, tuple(features["label"].names)
 
 
-class Records:
-    """The encoded images of a tfds split, decoded as they are indexed."""
+class EncodedImages:
+    """The encoded images of a tfds split, which are decoded when they are indexed."""
 
-    def __init__(self, source: Any, name: str, shape: tuple[int, ...], data_dir: str = ""):
-        """Read `source`, whose images are [H, W, C] `shape` or else cropped and resized to it."""
+    def __init__(self, source: Any, name: str, shape: tuple[int, ...], data_dir: str):
+        """Reads `source`. Images that are not of `shape` (H, W, C) are cropped and resized to it."""
         self.shape, self.dtype = (len(source), *shape), np.dtype(np.uint8)
         self._source, self._name, self._data_dir = source, name, data_dir
 
@@ -123,7 +81,7 @@ class Records:
     def __getitem__(self, indices: Any) -> np.ndarray:
         images = np.empty((len(indices), *self.shape[1:]), np.uint8)
         chosen = [int(index) for index in indices]
-        examples = _reading(self._name, self._data_dir, lambda: self._source.__getitems__(chosen))
+        examples = _read(self._name, self._data_dir, lambda: self._source.__getitems__(chosen))
         for i, example in enumerate(examples):
             try:
                 images[i] = self._decode(example["image"])
@@ -137,3 +95,52 @@ class Records:
         if image.size == (width, height) and image.mode == ("RGB" if channels == 3 else "L"):
             return np.asarray(image).reshape(height, width, channels)
         return decoding.fit(image, height, channels)
+
+
+def _read(name: str, data_dir: str, action: Callable[[], T], expected: tuple[type[Exception], ...] = ()) -> T:
+    """Returns `action()`, which reads files of a dataset, after retries.
+
+    Raises Fault if they are damaged or cannot be read. Exceptions of the `expected` types are passed on.
+    """
+
+    def attempt() -> T:
+        try:
+            return action()
+        except Exception as error:  # tfds, protobuf, array_record and gcsfs have no common base class
+            if isinstance(error, (*expected, UserError, Fault, ImportError)):
+                raise
+            reasons, cause = [error], error.__cause__ or error.__context__
+            while cause:
+                if isinstance(cause, OSError):
+                    reasons[1:] = [cause]  # of several, the first that was raised
+                cause = cause.__cause__ or cause.__context__
+            raise OSError("; ".join(" ".join(f"{type(e).__name__} {e}".split())[:200] for e in reasons)) from error
+
+    try:
+        return paths.retry(data_dir, attempt)
+    except OSError as error:
+        raise Fault(f"dataset {name} cannot be read: {error}") from error
+
+
+def _find_builder(name: str, data_dir: str) -> Any:
+    """Returns the tfds builder of a complete dataset in `data_dir`. UserError with the command that prepares it."""
+    import tensorflow_datasets as tfds
+
+    by_hand = ""
+    try:
+        if not paths.is_remote(data_dir):  # tfds treats a folder that it cannot list as a missing one
+            folder = os.path.join(data_dir, re.split("[/:]", name)[0])
+            _read(name, data_dir, lambda: paths.names(folder))
+        find = functools.partial(tfds.builder, name, data_dir=data_dir)
+        builder = _read(name, data_dir, find, expected=(ValueError, AssertionError))
+        if builder.is_prepared():
+            return builder
+        if manual := " ".join((getattr(builder, "MANUAL_DOWNLOAD_INSTRUCTIONS", None) or "").split()):
+            by_hand = f", where DIR is for what you have to download: {manual}"
+    except (ValueError, AssertionError):  # there is no builder of that name, config or version, and there are no files
+        pass
+    raise UserError(
+        f"dataset {name} is not in {data_dir}: set data.dir, or prepare it there with "
+        f"`tfds build {name} --file_format=array_record --data_dir={data_dir}`"
+        + (f" --manual_dir=DIR {CLI_NEEDS}{by_hand}" if by_hand else f" {CLI_NEEDS}")
+    )

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ddgan_jax.config.settings import Config, read
 from ddgan_jax.data import sources, synthetic
-from ddgan_jax.data.batches import order
+from ddgan_jax.data.batches import epoch_permutation
 from ddgan_jax.devices import processes
 from ddgan_jax.errors import UserError
 from ddgan_jax.metrics import distances, inception, manifold, modes
@@ -115,7 +115,7 @@ def open_evaluator(config: Any, data: sources.Data | None = None, num_samples: i
         check_sizes(c, num_real, num_samples)
         networks = [processes.everywhere(lambda: custom_network(c.eval.features, data.images))]
     count = min(c.eval.reference_samples or num_real, num_real)
-    reference = np.sort(order(num_real, 0, 0)[:count])
+    reference = np.sort(epoch_permutation(num_real, 0, 0)[:count])
     real = [reference_features(c, data, reference, network) for network in networks]
     about |= {"real_images": count, "networks": [network.name for network in networks]}
     evaluator = Evaluator(c, data, reference, networks, real, about)
@@ -212,7 +212,7 @@ def _inception_measures(evaluator: Evaluator, fake: Features) -> Results:
     if len(evaluator.reference):
         results |= _kernel_measures(evaluator, fake, "kid")
     # Shuffled, since samples of a file may be sorted by class, and each split needs all of them
-    score = distances.inception_score(fake.logits[order(len(fake.logits), 2, 0)], SCORE_SPLITS)
+    score = distances.inception_score(fake.logits[epoch_permutation(len(fake.logits), 2, 0)], SCORE_SPLITS)
     return results | {"inception_score": score.mean, "inception_score_std": score.std}
 
 
@@ -264,7 +264,7 @@ def _kernel_measures(evaluator: Evaluator, fake: Features, name: str) -> Results
 
 def _some(count: int, most: int, seed: int) -> np.ndarray:
     """Up to `most` of the indices 0..count-1, ascending: the same random choice each time."""
-    return np.sort(order(count, seed, 0)[:most])
+    return np.sort(epoch_permutation(count, seed, 0)[:most])
 
 
 def _progress_bar(name: str) -> manifold.Progress:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ddgan_jax.config.settings import Config
 from ddgan_jax.data import digits, sources
-from ddgan_jax.data.batches import order
+from ddgan_jax.data.batches import epoch_permutation
 from ddgan_jax.devices import processes
 from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.metrics import classifier, inception, npz, vgg
@@ -81,7 +81,7 @@ def classifier_network(c: Config, data: sources.Data) -> tuple[Network, dict[str
     name, size = c.data.name, data.images.shape[1]
     base = name.removeprefix("stacked_")
     x, y, test_x, test_y, count = _classifier_data(c, data)
-    images = sources.fingerprint(f"{base} {count}", sources.fingerprint("", "", y), x)
+    images = sources.fingerprint(x, f"{base} {count}", sources.fingerprint(y))
     path = cache_path(c, "classifier", images, f"{size}.npz")
     net = classifier.Classifier(count)
     shapes = jax.eval_shape(net.init, jax.random.key(0), x[:1])["params"]
@@ -131,7 +131,7 @@ def _classifier_data(c: Config, data: sources.Data) -> tuple[Any, np.ndarray, An
         raise UserError(
             f"eval.features=classifier needs labels, and {c.data.name} has none: choose eval.features=inception"
         )
-    labels, shuffled = data.labels(), order(len(data.images), 0, 0)
+    labels, shuffled = data.labels(), epoch_permutation(len(data.images), 0, 0)
     held_out, rest = np.split(shuffled, [len(shuffled) // 5])
     count = len(data.classes) or int(labels.max()) + 1
     return data.images[rest], labels[rest], data.images[held_out], labels[held_out], count

@@ -1,4 +1,4 @@
-"""The order of the images, and what happens to data that is missing, half written, or of another format or shape."""
+"""The order of the images, and datasets that are missing, incomplete, or of another format or shape."""
 
 import builtins
 import errno
@@ -74,7 +74,7 @@ def test_processes_share_the_global_batch(processes):
     np.testing.assert_array_equal(np.concatenate(parts, axis=1), take(points, 5))
 
 
-def test_batches_that_cannot_be():
+def test_invalid_batches():
     with pytest.raises(UserError, match="12 images does not divide by 5 processes"):
         take(np.zeros((10, 2)), 1, processes=5)
     with pytest.raises(UserError, match="0 images"):
@@ -148,12 +148,12 @@ PIXELS[0, 0, 0], PIXELS[-1, -1, -1] = 0, 255
         (np.array([[1e300, 0]]), "points must be finite, but 1 of"),
     ],
 )
-def test_arrays_that_nothing_can_be_trained_on(images, message):
+def test_invalid_arrays(images, message):
     with pytest.raises(UserError, match=message):
         Data(images)
 
 
-def test_arrays_are_taken_as_they_are_and_points_as_float32(tmp_path):
+def test_images_stay_unchanged_and_points_become_float32(tmp_path):
     PIXELS.tofile(tmp_path / "images.bin")
     mapped = np.memmap(tmp_path / "images.bin", np.uint8, "r", shape=PIXELS.shape)
     assert Data(mapped).images is mapped and Data(PIXELS).images is PIXELS
@@ -191,7 +191,7 @@ def test_training_refuses_floats_before_it_begins(tmp_path):
         (["a"] * 5, (), "labels must be integers"),
     ],
 )
-def test_labels_that_are_none(labels, classes, message, as_function):
+def test_invalid_labels(labels, classes, message, as_function):
     with pytest.raises(UserError, match=message):
         Data(PIXELS, (lambda: np.asarray(labels)) if as_function else labels, classes).labels()
 
@@ -318,7 +318,7 @@ def test_stacking_what_does_not_fit():
 
 # --- tfds ---------------------------------------------------------------------------------------------------------
 
-# A dataset of somebody else: JPEGs of many sizes, labels, and one image that was cut off.
+# A user's dataset: JPEGs of many sizes with labels, of which one is incomplete.
 PHOTOS = """
 import io, sys
 import numpy as np, tensorflow_datasets as tfds
@@ -344,14 +344,14 @@ Photos(data_dir=sys.argv[1]).download_and_prepare(file_format=sys.argv[2])
 @pytest.fixture(scope="module")
 def photos_dir(tmp_path_factory) -> str:
     folder = str(tmp_path_factory.mktemp("tfds"))
-    child = python(PHOTOS, folder, "array_record")  # by another process, so that this one only reads
+    child = python(PHOTOS, folder, "array_record")  # in another process, so that this one only reads
     _, err = child.communicate(timeout=60)
     assert child.returncode == 0, err
     return folder
 
 
 def test_any_tfds_dataset_by_name(photos_dir):
-    """Images of many sizes are cropped and resized as those of a folder."""
+    """Images of many sizes are cropped and resized, like those of a folder."""
     data = open_data(DataConfig("photos", "train", photos_dir, 32))
     assert data.images.shape == (12, 32, 32, 3) and data.classes == ("a", "b")
     greys = data.images[:, 16, 16].mean(axis=-1)
@@ -431,7 +431,7 @@ TRAIN, INFO = "photos-train.array_record-00000-of-00001", "dataset_info.json"
     ],
 )
 def test_a_tfds_dataset_that_is_damaged(photos_dir, tmp_path, name, change):
-    """Its images and its labels end in one sentence, and nothing is changed."""
+    """Reading its images or labels raises a one-line error, and no file is changed."""
     shutil.copytree(photos_dir, tmp_path, dirs_exist_ok=True)
     (file,) = tmp_path.rglob(name)
     content = file.read_bytes()
@@ -449,7 +449,7 @@ def test_a_tfds_dataset_that_is_damaged(photos_dir, tmp_path, name, change):
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ETIMEDOUT, errno.ENOMEM])
 @pytest.mark.parametrize("name", ["photos", INFO, "features.json"])
 def test_a_tfds_dataset_that_cannot_be_read(photos_dir, monkeypatch, name, number):
-    """It is not said to be missing."""
+    """The error does not report it as missing."""
     monkeypatch.setenv("DDGAN_RETRY_SECONDS", "0")
 
     def failing(call):

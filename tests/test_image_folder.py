@@ -1,4 +1,4 @@
-"""Folders and zips of images as people have them: every mode, every size, and everything that can be wrong."""
+"""Folders, zips and LMDBs of images: every mode and size of image, and every kind of error."""
 
 import errno
 import io
@@ -49,7 +49,7 @@ def open_folder(path, cache, size=None, channels=None, max_bad_share=0.01):
 
 
 def inspect_files(path, cache, size=None, channels=None):
-    """(number of images, shape, classes)."""
+    """Returns the number of images, their shape and the classes, from headers alone."""
     with folders.open_files(str(path)) as files:
         return *folders.inspect(files, size, channels, str(cache)), files.classes()
 
@@ -64,7 +64,7 @@ def bomb():
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
-def test_images_come_back_as_they_are_with_their_classes(tmp_path):
+def test_images_are_returned_unchanged_with_their_classes(tmp_path):
     for i in range(6):
         save(tmp_path / "in" / ("cat" if i % 2 else "ant") / "deep" / f"{i}.png", noise(8, 8, i))
     images, labels, classes = open_folder(tmp_path / "in", tmp_path / "cache")
@@ -87,7 +87,7 @@ def test_a_second_start_reads_the_copy_and_a_change_makes_a_new_one(tmp_path, mo
 
 @pytest.mark.parametrize("kind", ["folder", "lmdb"])
 def test_two_sets_of_equal_names_sizes_and_times_have_two_copies(tmp_path, kind):
-    """Uncompressed files of different content, unpacked or copied with their times kept."""
+    """Uncompressed files with different content can have equal names, sizes and times, for instance after unpacking."""
     for i, part in enumerate(("one", "two")):
         files = {f"{name}.bmp": encoded(noise(8, 8, name + 9 * i), "BMP") for name in range(3)} | {"bad.bmp": b"bad"}
         (tmp_path / part / "in").mkdir(parents=True)
@@ -120,13 +120,13 @@ def test_size_from_the_images(tmp_path, sizes, expected):
     assert open_folder(tmp_path / "in", tmp_path / "cache")[0].shape == (len(sizes), expected, expected, 3)
 
 
-def test_a_larger_size_is_asked_for(tmp_path):
+def test_a_larger_size_can_be_set(tmp_path):
     save(tmp_path / "in" / "a.png", noise(520, 530))
     assert open_folder(tmp_path / "in", tmp_path / "cache", size=512)[0].shape == (1, 512, 512, 3)
 
 
-def test_looking_decodes_nothing_and_is_remembered(tmp_path, monkeypatch):
-    """Headers alone: also those behind a long comment, and of files whose pixels are damaged."""
+def test_inspection_decodes_nothing_and_its_result_is_kept(tmp_path, monkeypatch):
+    """It reads headers alone, including those behind a long comment and those of files with damaged pixels."""
     for i in range(4):
         save(tmp_path / "in" / "ab"[i % 2] / f"{i}.jpg", noise(70, 300, i), comment=b"x" * 60_000 * (i % 2))
     save(tmp_path / "in" / "a" / "long.jpg", noise(70, 300), icc_profile=b"x" * 200_000)
@@ -138,7 +138,7 @@ def test_looking_decodes_nothing_and_is_remembered(tmp_path, monkeypatch):
     seen = inspect_files(tmp_path / "in", tmp_path / "cache")
     assert seen == (6, (64, 64, 3), ["", "a", "b"])
     assert not [path for path in (tmp_path / "cache" / "image_folder").iterdir() if path.is_dir()]
-    monkeypatch.setattr(folders, "read_header", lambda *_: pytest.fail("looked again"))
+    monkeypatch.setattr(folders, "read_header", lambda *_: pytest.fail("read again"))
     assert inspect_files(tmp_path / "in", tmp_path / "cache", 32, 1) == (6, (32, 32, 1), ["", "a", "b"])
 
 
@@ -166,7 +166,7 @@ def test_the_centre_is_cut_out_and_shrunk_without_aliasing(tmp_path):
     "mode", ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "YCbCr", "I;16", "I", "F", "palette alpha"]
 )
 def test_every_mode(tmp_path, mode):
-    """A picture of one grey, 200, in any mode is that grey; what is transparent is white."""
+    """An image with the single grey value 200 keeps it in every mode; transparent parts become white."""
     grey = Image.new("L", (8, 8), 200)
     name = "x.png"
     if mode == "1":
@@ -188,7 +188,7 @@ def test_every_mode(tmp_path, mode):
         expected = 255
     elif mode in ("CMYK", "YCbCr"):
         image, expected, name = grey.convert("RGB").convert(mode), 200, "x.jpg"
-    elif mode == "F":  # no file type that is read here holds these two
+    elif mode == "F":  # no supported file format has this mode
         np.testing.assert_array_equal(decoding.to_eight_bits(grey.convert("F")), np.full((8, 8), 200))
         return
     else:
@@ -220,7 +220,7 @@ def test_exif_orientation_and_the_first_frame(tmp_path):
 
 
 def exif_of(orientation):
-    """EXIF as a camera writes it."""
+    """EXIF metadata as a camera writes it."""
     exif = Image.Exif()
     exif.update({0x0112: orientation, 0x010F: "maker", 0x0110: "model", 0x011A: 72.0, 0x0132: "2020:01:01 00:00:00"})
     exif.get_ifd(0x8769).update({0x829A: 0.01, 0x927C: b"note" * 9})
@@ -230,7 +230,7 @@ def exif_of(orientation):
 
 @pytest.mark.parametrize("orientation", range(10))
 def test_every_exif_orientation(orientation):
-    """As Pillow itself turns images of intact metadata."""
+    """For valid metadata, the result equals that of Pillow's own function."""
     buffer = io.BytesIO()
     Image.fromarray(noise(12, 8)).save(buffer, "PNG", exif=exif_of(orientation))
     expected = ImageOps.exif_transpose(Image.open(buffer))
@@ -238,10 +238,10 @@ def test_every_exif_orientation(orientation):
 
 
 def test_malformed_exif_costs_the_metadata_and_not_the_photo():
-    """A tag of another type than its value, beside an orientation; then a few hundred changes at random places."""
+    """The orientation is used beside a tag whose type does not match its value. Random changes never raise an error."""
     good = exif_of(6)
     maker = good.index(struct.pack(">HH", 0x010F, 2))
-    wrong = good[: maker + 2] + struct.pack(">H", 5) + good[maker + 4 :]  # text, said to be a fraction
+    wrong = good[: maker + 2] + struct.pack(">H", 5) + good[maker + 4 :]  # text that is declared a fraction
     rng = np.random.default_rng(0)
     for i in range(300):
         exif = bytearray(wrong if i < 3 else good)
@@ -250,7 +250,7 @@ def test_malformed_exif_costs_the_metadata_and_not_the_photo():
             exif[at : at + 2] = (b"\0\5", b"\xff\xff", b"\0\0", rng.bytes(2))[rng.integers(4)]
         buffer = io.BytesIO()
         Image.new("L", (12, 8), 200).save(buffer, ("JPEG", "PNG", "WEBP")[i % 3], exif=bytes(exif))
-        with warnings.catch_warnings(action="ignore"):  # Pillow's, of corrupt EXIF
+        with warnings.catch_warnings(action="ignore"):  # Pillow warns of corrupt EXIF
             assert decoding.read_header(buffer.getvalue())[0] == 8
             image = decoding.open_image(buffer.getvalue())
         assert image.size == (8, 12) if i < 3 else set(image.size) == {8, 12}, exif
@@ -258,7 +258,7 @@ def test_malformed_exif_costs_the_metadata_and_not_the_photo():
 
 
 def png_of(bits, values, hidden=None):
-    """A grey PNG of one row with `bits` a value, and the value `hidden` transparent."""
+    """A grey PNG of two equal rows with `bits` bits per value, in which the value `hidden` is transparent."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -272,7 +272,7 @@ def png_of(bits, values, hidden=None):
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
 def test_grey_of_every_depth(bits):
-    """Scaled by the depth, however small the values are; the transparent one becomes white."""
+    """Values are scaled by the depth of the file, not by the largest value. The transparent value becomes white."""
     most = 2**bits - 1
     values = np.arange(8) * 100 if bits == 16 else np.arange(8) % (most + 1)
     scaled = np.round(values * 255 / most)
@@ -328,7 +328,7 @@ def test_bad_files_are_skipped_and_listed(tmp_path, capsys):
 
 
 def test_a_class_that_is_a_link_to_a_folder_is_skipped_and_listed(tmp_path):
-    """It is no class, though its files are images; a hidden one is ignored, as any hidden folder is."""
+    """It is not a class, even if its files are images. A hidden link is ignored, like any hidden folder."""
     save(tmp_path / "elsewhere" / "x.png", noise(8, 8))
     for name in ("ant/a.png", "bee/b.png"):
         save(tmp_path / "in" / name, noise(8, 8))
@@ -359,10 +359,13 @@ def test_a_zip(tmp_path):
 
 
 def test_names_in_a_zip(tmp_path):
-    """Backslashes are slashes, the last entry of a name counts, and '..' is no class."""
+    """Backslashes are read as slashes, the last entry with a name counts, and '..' is not a class."""
     content = [encoded(noise(8, 8, i), "PNG") for i in range(7)]
     names = ("a\\x.png", "b\\deep\\y.png", "a/z.png", "a/z.png", "./b/x.png", "../evil.png", "/x.png")
-    with warnings.catch_warnings(action="ignore"), zipfile.ZipFile(tmp_path / "in.zip", "w") as file:  # of the double
+    with (
+        warnings.catch_warnings(action="ignore"),
+        zipfile.ZipFile(tmp_path / "in.zip", "w") as file,
+    ):  # zipfile warns of the duplicate
         for name, png in zip(names, content, strict=True):
             file.writestr(name, png)
     with pytest.raises(UserError, match=r"2 of 6 files .*: its name points outside the zip"):
@@ -376,7 +379,7 @@ def test_names_in_a_zip(tmp_path):
 
 @pytest.mark.parametrize("packed", ["STORED", "DEFLATED", "BZIP2", "LZMA", "encrypted"])
 def test_entries_of_a_zip_that_are_damaged_or_encrypted(tmp_path, packed):
-    """They are skipped with a reason, however they are packed."""
+    """They are skipped with a reason, whatever the compression."""
     path = tmp_path / "in.zip"
     with zipfile.ZipFile(path, "w", getattr(zipfile, f"ZIP_{packed}", zipfile.ZIP_STORED)) as file:
         for i in range(3):
@@ -385,7 +388,7 @@ def test_entries_of_a_zip_that_are_damaged_or_encrypted(tmp_path, packed):
         info = file.getinfo("1.png")
     data = bytearray(path.read_bytes())
     if packed == "encrypted":
-        entry = data.index(b"PK\1\2", data.index(b"PK\1\2") + 1)  # of the directory, the second
+        entry = data.index(b"PK\1\2", data.index(b"PK\1\2") + 1)  # the second entry of the directory
         data[entry + 8] |= 1
         data[info.header_offset + 6] |= 1
     else:
@@ -431,7 +434,7 @@ def encoded(image, kind):
 
 
 def test_an_lmdb_as_lsun_is_published(tmp_path):
-    """Keys in order, WebP values; nothing is written beside them, and the released code's part is a split."""
+    """The WebP values are read in the order of their keys, and nothing is written beside them. Splits work."""
     folder = tmp_path / "data" / "lsun" / "church_outdoor_train_lmdb"
     folder.mkdir(parents=True)
     write_lmdb(folder, {f"{i:040x}": encoded(noise(12, 8, i), "WEBP") for i in range(8)} | {"f": b"no image"})
@@ -446,7 +449,7 @@ def test_an_lmdb_as_lsun_is_published(tmp_path):
     assert data.labels is None
 
 
-def test_an_lmdb_that_is_none(tmp_path, monkeypatch):
+def test_a_file_that_is_not_an_lmdb(tmp_path, monkeypatch):
     (tmp_path / "data.mdb").write_bytes(b"no database" * 1000)
     with pytest.raises(UserError, match="cannot be read as an LMDB"):
         open_folder(tmp_path, tmp_path / "cache")
@@ -485,7 +488,7 @@ def test_splits_and_labels(tmp_path):
     ],
 )
 def test_a_split_that_lacks_classes_is_noted(tmp_path, capsys, monkeypatch, split, missing):
-    """A part is cut from files that are sorted by class; process 0 names the classes without an image in it."""
+    """A part is cut from files that are sorted by class. Process 0 prints the classes without an image in it."""
     for i in range(14):
         save(tmp_path / "in" / "abcdefg"[i // 2] / f"{i}.png", noise(8, 8, i))
     c = DataConfig("image_folder", split, str(tmp_path), path=str(tmp_path / "in"))
@@ -506,7 +509,7 @@ def counted(*arguments):
     seen.append(1)
     if len(seen) == 20 and sys.argv[3] == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(0.02)  # long enough for the other process to come
+    time.sleep(0.02)  # long enough for the other process to start
     return decode(*arguments)
 prepared.decode = counted
 images = prepared.open_folder(sys.argv[1], None, None, sys.argv[2])[0]
@@ -515,7 +518,7 @@ print(images.shape, int(images[...].sum()), len(seen))
 
 
 def test_two_at_once_and_one_that_was_killed(tmp_path):
-    """What a killed process left is not believed but removed; the second of two waits for the copy of the first."""
+    """An incomplete copy is removed, and the second of two processes waits for the copy of the first."""
     for i in range(50):
         save(tmp_path / "in" / f"{i}.png", noise(64, 64, i))
     total = sum(int(noise(64, 64, i).sum()) for i in range(50))
@@ -540,11 +543,11 @@ def test_no_room_for_the_copy(tmp_path):
         open_folder(tmp_path / "in", tmp_path / "cache")
 
 
-# --- What the number of images decides ------------------------------------------------------------------------------
+# --- Settings that follow from the dataset -------------------------------------------------------------------------
 
 
 def settings_of(path, variant="paper", **fields):
-    """The configuration of a folder whose copies lie beside it, with `fields` such as data__image_size=8."""
+    """The configuration for a folder whose copies are beside it, with `fields` such as data__image_size=8."""
     config = get_config("image_folder", variant)
     config.data.update(path=str(path), dir=str(path.parent / "cache"))
     for name, value in fields.items():
@@ -596,27 +599,27 @@ def test_a_size_that_no_network_takes_is_refused_before_anything_is_decoded(
         (512, 50_000, 1, 16, 2_500_000),
     ],
 )
-def test_numbers_for_so_many_images(size, num_images, devices, batch, steps):
+def test_batch_size_and_steps_follow_from_the_number_of_images(size, num_images, devices, batch, steps):
     config = get_config("image_folder", "large" if size > 64 else "paper")
     config.data.update(image_size=size, channels=3)
-    settled, (said,) = resolve.choose(read(config), num_images, False, devices)
-    assert (settled.train.batch_size, settled.train.num_steps) == (batch, steps)
+    resolved, (note,) = resolve.choose(read(config), num_images, False, devices)
+    assert (resolved.train.batch_size, resolved.train.num_steps) == (batch, steps)
     assert batch % 4 == 0 and batch % devices == 0
-    assert settled.train.steps_per_epoch == max(num_images // batch, 1)
-    assert settled.checkpoint.every == settled.log.samples_every
-    assert 1_000 <= settled.checkpoint.every <= 5_000 and 50_000 % settled.checkpoint.every == 0
-    assert f"{num_images:,} images: {size} px, batch {batch}, {steps:,} steps (" in said
-    again, silence = resolve.choose(settled, num_images, False, devices)
-    assert again == settled and silence == []
-    build(settled)
+    assert resolved.train.steps_per_epoch == max(num_images // batch, 1)
+    assert resolved.checkpoint.every == resolved.log.samples_every
+    assert 1_000 <= resolved.checkpoint.every <= 5_000 and 50_000 % resolved.checkpoint.every == 0
+    assert f"{num_images:,} images: {size} px, batch {batch}, {steps:,} steps (" in note
+    again, notes = resolve.choose(resolved, num_images, False, devices)
+    assert again == resolved and notes == []
+    build(resolved)
 
 
-def test_a_batch_that_is_taken_in_parts():
+def test_the_batch_size_with_accumulation():
     """Each part of a device's batch holds whole groups of four."""
     assert [resolve.batch_size(2_000, 64, devices, 4) for devices in (1, 2, 3, 8)] == [64, 64, 48, 128]
 
 
-def test_what_is_said_and_that_flags_win():
+def test_notes_on_what_was_chosen_and_flags_that_override_it():
     config = get_config("image_folder")
     config.data.image_size = 64
     assert resolve.choose(read(config), 2_000, False, 1)[1] == [
@@ -624,52 +627,52 @@ def test_what_is_said_and_that_flags_win():
         "--config.train.num_steps and --config.train.batch_size override them"
     ]
     config.train.batch_size, config.checkpoint.every = 16, 7
-    settled, (said,) = resolve.choose(read(config), 2_000, False, 1)
-    assert settled.train.num_steps == 225_000 and settled.train.steps_per_epoch == 125
-    assert settled.checkpoint.every == 7 and settled.log.samples_every == 2_500
-    assert said.endswith("--config.train.num_steps overrides it")
+    resolved, (note,) = resolve.choose(read(config), 2_000, False, 1)
+    assert resolved.train.num_steps == 225_000 and resolved.train.steps_per_epoch == 125
+    assert resolved.checkpoint.every == 7 and resolved.log.samples_every == 2_500
+    assert note.endswith("--config.train.num_steps overrides it")
     config.train.update(num_steps=1_000, steps_per_epoch=1)
-    settled, said = resolve.choose(read(config), 2_000, False, 1)
-    assert settled.train == read(config).train and said == [] and settled.log.samples_every == 500
+    resolved, notes = resolve.choose(read(config), 2_000, False, 1)
+    assert resolved.train == read(config).train and notes == [] and resolved.log.samples_every == 500
 
 
-def test_settled_for_the_images_of_a_split_and_the_same_when_asked_again(tmp_path):
+def test_settings_are_resolved_from_a_split_and_are_the_same_when_resolved_again(tmp_path):
     for i in range(40):
         save(tmp_path / "in" / f"{i}.png", noise(20, 17, i))
     config = settings_of(tmp_path / "in", data__split="train[:50%]")
-    settled, (said,) = resolve_from_data(config)
-    assert said.startswith("20 images: 16 px, batch 16, 50,000 steps (40,000 epochs)")
-    assert (settled.data.image_size, settled.data.channels) == (16, 3)
-    assert resolve_from_data(config)[0] == settled
-    images = open_data(settled.data).images
-    assert images.shape == (20, 16, 16, 3) and resolve_from_data(config)[0] == settled
+    resolved, (note,) = resolve_from_data(config)
+    assert note.startswith("20 images: 16 px, batch 16, 50,000 steps (40,000 epochs)")
+    assert (resolved.data.image_size, resolved.data.channels) == (16, 3)
+    assert resolve_from_data(config)[0] == resolved
+    images = open_data(resolved.data).images
+    assert images.shape == (20, 16, 16, 3) and resolve_from_data(config)[0] == resolved
     given = resolve_from_data(settings_of(tmp_path / "in"), Data(images))[0]
-    assert given.train == settled.train and given.data.image_size == 16
+    assert given.train == resolved.train and given.data.image_size == 16
 
 
-def test_other_sets_are_settled_too():
-    """Of tfds, made up, and points; whatever leaves nothing open is not looked at."""
+def test_settings_are_resolved_from_other_datasets_too():
+    """Computed images and points are inspected. A dataset from which no setting follows is not."""
     for name, size, batch in (("synthetic", 8, 256), ("gaussians", 1, 256)):
         config = get_config("gaussians" if name == "gaussians" else "cifar10", "smoke")
         config.train.update(num_steps=None, batch_size=None, steps_per_epoch=None)
-        settled, (said,) = resolve_from_data(read(config))
-        assert settled.train.num_steps >= 50_000 and settled.train.batch_size <= batch
-        assert settled.data.image_size == size and ("px" in said) == (name == "synthetic")
-    config = read(get_config("cifar10"))  # which is not there
+        resolved, (note,) = resolve_from_data(read(config))
+        assert resolved.train.num_steps >= 50_000 and resolved.train.batch_size <= batch
+        assert resolved.data.image_size == size and ("px" in note) == (name == "synthetic")
+    config = read(get_config("cifar10"))  # whose data is missing
     assert resolve_from_data(config) == (config, [])
 
 
 @pytest.mark.parametrize("variant", ["paper", "large", "small"])
-def test_a_flat_folder_is_not_judged_by_its_classes(tmp_path, variant):
-    """Training does without; an evaluation that is asked for does not."""
+def test_a_flat_folder_cannot_be_evaluated_by_its_classes(tmp_path, variant):
+    """Training skips the evaluation with a note, and an explicit evaluation raises an error."""
     for i in range(4):
         save(tmp_path / "in" / f"{i}.png", noise(64, 64, i))
     config = settings_of(tmp_path / "in", variant, eval__every=10, eval__features="classifier")
-    settled, said = resolve_from_data(config)
-    assert settled.eval.every == 0
-    assert said[-1].startswith("no evaluation while training: eval.features=classifier learns the classes")
+    resolved, notes = resolve_from_data(config)
+    assert resolved.eval.every == 0
+    assert notes[-1].startswith("no evaluation while training: eval.features=classifier learns the classes")
     with pytest.raises(UserError, match=r"eval.features=classifier needs labels, and image_folder has none"):
-        open_evaluator(settled)
+        open_evaluator(resolved)
     (tmp_path / "in" / "ant").mkdir()
     (tmp_path / "in" / "0.png").rename(tmp_path / "in" / "ant" / "0.png")
     assert resolve_from_data(config)[0].eval.every == 10
@@ -707,17 +710,17 @@ def test_expected_time(seconds, steps, expected):
     assert expected_time(seconds, steps) == expected
 
 
-# --- Paths elsewhere ------------------------------------------------------------------------------------------------
+# --- Remote paths --------------------------------------------------------------------------------------------------
 
 
-def test_a_path_elsewhere(tmp_path):
+def test_a_path_with_another_scheme(tmp_path):
     with pytest.raises(UserError, match="paths are local or gs://bucket/name, not https://"):
         open_folder("https://example.org/photos.zip", tmp_path / "cache")
 
 
 @pytest.mark.parametrize("name", ["/etc/x.png", "../x.png", "a//x.png"])
 def test_a_name_in_a_bucket_that_is_no_path_below_it(monkeypatch, name):
-    """Joined to the folder, the first would be a file of this machine."""
+    """Joined to the folder, the first would be a file on this host."""
     monkeypatch.setattr(paths, "files_below", lambda _: {name: (9, ""), "b/y.png": (9, "")})
     bucket = folders.Folder(epath.Path("gs://bucket/photos"))
     for size in (9, None):
@@ -726,7 +729,7 @@ def test_a_name_in_a_bucket_that_is_no_path_below_it(monkeypatch, name):
     assert bucket.classes() == ["b"]
 
 
-# --- Reads that fail ------------------------------------------------------------------------------------------------
+# --- Reads that fail -----------------------------------------------------------------------------------------------
 
 FAULTS = [
     OSError(errno.EIO, "Input/output error"),
@@ -744,12 +747,12 @@ def contents(folder):
 
 
 def kept_in(cache):
-    """What a later start could believe: lock files are none."""
+    """The content of all files in the cache that a later start reads, which lock files are not."""
     return {path.name: content for path, content in contents(cache).items() if path.suffix != ".lock"}
 
 
 def fail_on(monkeypatch, where, name, fault, part):
-    """Let `where`.`name` raise `fault` if `part` is in its arguments."""
+    """Makes `where`.`name` raise `fault` if `part` is in its arguments."""
     call = getattr(where, name)
 
     def failing(*arguments, **options):
@@ -761,7 +764,7 @@ def fail_on(monkeypatch, where, name, fault, part):
 
 
 def a_set(tmp_path, kind):
-    """Two folders of three images, packed in each `kind`."""
+    """A dataset of two classes with three images each, stored as `kind`."""
     names = [f"{'ab'[i % 2]}/{i}.png" for i in range(6)]
     for i, name in enumerate(names):
         save(tmp_path / "in" / name, noise(8, 8, i))
@@ -779,7 +782,7 @@ def a_set(tmp_path, kind):
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: type(fault).__name__)
 @pytest.mark.parametrize("call", ["read_start", "read", "zip", "lmdb"])
 def test_a_read_that_fails_is_no_reason_to_skip_a_file(tmp_path, monkeypatch, call, fault):
-    """A Fault with the cause, and nothing that a later start would believe; then all is as if nothing had been."""
+    """It raises Fault with the cause and leaves no copy. The next start works as if nothing had happened."""
     kind = call if call in ("zip", "lmdb") else "folder"
     path, cache = a_set(tmp_path, kind), tmp_path / "cache"
     with monkeypatch.context() as patch:
@@ -796,7 +799,7 @@ def test_a_read_that_fails_is_no_reason_to_skip_a_file(tmp_path, monkeypatch, ca
     assert len(images) == 6 and classes == ["a", "b"] and sorted(labels) == [0, 0, 0, 1, 1, 1]
 
 
-def test_a_file_of_which_a_part_is_read(tmp_path, monkeypatch):
+def test_a_file_that_is_read_incompletely(tmp_path, monkeypatch):
     path = a_set(tmp_path, "folder")
     monkeypatch.setattr(paths, "read", lambda file: pathlib.Path(file).read_bytes()[:-9])
     with pytest.raises(Fault, match=r"0.png cannot be read: OSError .* bytes of .* were read, but it has"):
@@ -818,7 +821,7 @@ def test_a_file_of_which_a_part_is_read(tmp_path, monkeypatch):
     ],
 )
 def test_a_set_that_cannot_be_read(tmp_path, monkeypatch, kind, where, call, part, fault):
-    """A listing that fails, for instance, does not make a smaller set, and a copy stays as it is."""
+    """A failed listing, for instance, does not result in a smaller dataset, and the copy stays unchanged."""
     path, cache = a_set(tmp_path, kind), tmp_path / "cache"
     expected = open_folder(path, cache)[0]
     before = contents(cache)
@@ -856,7 +859,7 @@ def test_a_copy_that_is_damaged(tmp_path, name, content):
 
 
 def test_a_byte_of_a_copy_that_has_changed(tmp_path):
-    """The images around it are read; the one that differs is an error that names the file and what to do."""
+    """The other images can be read. Reading the changed one raises an error that names the file and the remedy."""
     path, cache = a_set(tmp_path, "folder"), tmp_path / "cache"
     images = prepared.open_folder(str(path), 8, 3, str(cache))[0]
     expected, (file,) = images[...], cache.rglob("images.bin")
@@ -873,8 +876,8 @@ def test_a_byte_of_a_copy_that_has_changed(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "{", "{}", "null", "[]", '{"images": 1, "side": "x", "grey": 0}'])
-def test_what_was_seen_is_kept_damaged(tmp_path, content):
-    """It is seen again."""
+def test_a_damaged_result_of_an_inspection(tmp_path, content):
+    """The headers are read again."""
     path, cache = a_set(tmp_path, "folder"), tmp_path / "cache"
     seen = inspect_files(path, cache)
     (file,) = cache.rglob("*.json")
@@ -884,7 +887,7 @@ def test_what_was_seen_is_kept_damaged(tmp_path, content):
 
 
 def test_an_lmdb_on_a_disk_that_fails(tmp_path, monkeypatch):
-    """The process that reads it first ends badly, as it does for a damaged one; but then the file cannot be read."""
+    """The process that verifies the structure fails, as for a damaged file, but then the file itself cannot be read."""
     path = a_set(tmp_path, "lmdb")
     failed = subprocess.CompletedProcess([], -7, stderr="")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
@@ -895,10 +898,10 @@ def test_an_lmdb_on_a_disk_that_fails(tmp_path, monkeypatch):
         open_folder(path, tmp_path / "cache")
 
 
-# --- Room for the copy ----------------------------------------------------------------------------------------------
+# --- Room for the copy ---------------------------------------------------------------------------------------------
 
 
-def test_room_for_the_copy_is_asked_for_before_anything_is_decoded(tmp_path, monkeypatch):
+def test_the_disk_space_is_checked_before_anything_is_decoded(tmp_path, monkeypatch):
     path, cache = a_set(tmp_path, "folder"), tmp_path / "cache"
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**40, 2**40, 2**20))
     monkeypatch.setattr(prepared, "decode", lambda *_: pytest.fail("decoded"))
@@ -908,7 +911,7 @@ def test_room_for_the_copy_is_asked_for_before_anything_is_decoded(tmp_path, mon
 
 
 def test_a_disk_that_fills_up_while_the_copy_is_written(tmp_path, monkeypatch):
-    """One sentence, and no part of the copy stays."""
+    """A one-line error is raised, and no part of the copy remains."""
     path, cache, opened = a_set(tmp_path, "folder"), tmp_path / "cache", pathlib.Path.open
     with monkeypatch.context() as patch:
         full = pathlib.Path("/dev/full")
@@ -919,8 +922,8 @@ def test_a_disk_that_fills_up_while_the_copy_is_written(tmp_path, monkeypatch):
     assert len(open_folder(path, cache)[0]) == 6
 
 
-def test_a_copy_is_read_as_an_array_is(tmp_path, monkeypatch):
-    """Reads that return less than was asked for, as a system may, are continued; one that fails is an OSError."""
+def test_a_copy_is_indexed_like_an_array(tmp_path, monkeypatch):
+    """A read that returns fewer bytes than requested is continued, and one that fails raises OSError."""
     expected = np.random.default_rng(0).integers(0, 256, (7, 4, 4, 3), np.uint8)
     (tmp_path / "images.bin").write_bytes(expected.tobytes())
     images = prepared.PreparedImages(tmp_path / "images.bin", expected.shape, [zlib.crc32(image) for image in expected])

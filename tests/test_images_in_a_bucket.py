@@ -1,4 +1,4 @@
-"""Folders and zips of images in a bucket: as on a local disk, of which the copy is."""
+"""Folders and zips of images in a bucket. The prepared copy is on the local disk."""
 
 import base64
 import io
@@ -25,7 +25,7 @@ except UserError as error:
 
 
 def fill(bucket, **files):
-    """Put `files`, {name: bytes}, into a bucket."""
+    """Writes `files`, {name: content}, into a bucket."""
     script = (
         "import sys, json, base64\nfrom ddgan_jax.storage import paths\nfor name, content in json.loads(sys.argv[2])"
     )
@@ -35,7 +35,7 @@ def fill(bucket, **files):
 
 
 def test_a_folder_and_a_zip_in_a_bucket(bucket, tmp_path):
-    """As on a local disk; the copy is local, and a change of a file makes a new one."""
+    """The images equal those of a local folder, and a change of a file results in a new copy."""
     pngs = {f"{'ant' if i < 3 else 'cat'}/{i}.png": encoded(noise(20, 17, i), "PNG") for i in range(6)}
     extra = {"ant/.hidden.png": b"x", "notes.txt": b"x", "cat/text.png": b"no image", "cat/empty.png": b""}
     fill(bucket, **{f"photos/{name}": content for name, content in (pngs | extra).items()})
@@ -59,7 +59,7 @@ def test_a_folder_and_a_zip_in_a_bucket(bucket, tmp_path):
     assert "preparing the 8 files" in bucket.python(IN_A_BUCKET, f"{bucket.url}/photos", tmp_path / "cache")
 
 
-def test_a_bucket_for_data_dir_keeps_its_copies_on_this_machine(bucket, tmp_path):
+def test_with_data_dir_in_a_bucket_copies_are_local(bucket, tmp_path):
     fill(bucket, **{"few/a.png": encoded(noise(8, 8), "PNG")})
     bucket.env["XDG_CACHE_HOME"] = str(tmp_path)
     lines = bucket.python(IN_A_BUCKET, f"{bucket.url}/few", f"{bucket.url}/data").splitlines()

@@ -57,36 +57,34 @@ class StackedDigits:
     In every channel, the numbers of times that two digits are used differ by one at most. The choice is fixed.
     """
 
-    def __init__(
-        self,
-        name: str,
-        digits: Any,
-        labels: Callable[[], np.ndarray],
-        image_size: int | None,
-        channels: int | None,
-    ):
-        """Stacks `digits`, uint8 [M, S, S, 1]. Raises UserError unless the result has 3 channels and at least S px."""
-        side = digits.shape[1]
+    def __init__(self, name: str, digits: Any, image_size: int | None, channels: int | None):
+        """Stacks `digits`, a `Data` with images [M, S, S, 1].
+
+        Raises UserError unless `image_size`, by default 32, is at least S, and `channels` is 3 or None.
+        """
+        side = digits.images.shape[1]
         size = image_size or 32
-        if digits.shape[1:] != (side, side, 1) or channels not in (None, 3) or size < side:
+        if digits.images.shape[1:] != (side, side, 1) or channels not in (None, 3) or size < side:
             raise UserError(
                 f"dataset {name} has 3 channels and is at least {side} px wide, of grey square digits: data.image_size="
                 f"{image_size} and data.channels={channels} do not fit"
             )
         self.shape, self.dtype = (STACKED_IMAGES, size, size, 3), np.dtype(np.uint8)
-        self.triples = np.stack([batch_indices(0, len(digits), STACKED_IMAGES, seed=c) for c in range(3)], axis=1)
-        self._digits, self._labels = digits, labels
+        self.triples = np.stack(
+            [batch_indices(0, len(digits.images), STACKED_IMAGES, seed=c) for c in range(3)], axis=1
+        )
+        self._digits = digits
 
     def __len__(self) -> int:
         return STACKED_IMAGES
 
     def __getitem__(self, indices: Any) -> np.ndarray:
         triples = self.triples[indices]  # [n, 3]
-        return np.concatenate([pad(self._digits[triples[:, c]], self.shape[1]) for c in range(3)], axis=-1)
+        return np.concatenate([pad(self._digits.images[triples[:, c]], self.shape[1]) for c in range(3)], axis=-1)
 
     def labels(self) -> np.ndarray:
         """The modes int32 [120000], 0 to 999: the digits of the three channels, read as one number."""
-        return (self._labels()[self.triples] @ (100, 10, 1)).astype(np.int32)
+        return (self._digits.labels()[self.triples] @ (100, 10, 1)).astype(np.int32)
 
 
 def pad(digits: np.ndarray, size: int) -> np.ndarray:

@@ -124,9 +124,6 @@ def _open(path: str) -> ImageFiles:
     return Folder(given) if paths.is_dir(given) else Zip(given)
 
 
-# --- Headers ------------------------------------------------------------------------------------------------------
-
-
 def inspect(
     files: ImageFiles, image_size: int | None, channels: int | None, cache_dir: str
 ) -> tuple[int, tuple[int, int, int]]:
@@ -179,9 +176,6 @@ def cache_path(files: ImageFiles, cache_dir: str, settings: str) -> pathlib.Path
     given = paths.path(files.path)
     stem = given.stem if files.remote else pathlib.Path(given).resolve().stem
     return pathlib.Path(cache_dir) / "image_folder" / f"{stem}-{key}"
-
-
-# --- All files ----------------------------------------------------------------------------------------------------
 
 
 def process_files(

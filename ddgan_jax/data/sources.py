@@ -105,7 +105,7 @@ def open_data(c: DataConfig) -> Data:
     data = dataclasses.replace(data, images=_in_memory(data.images, c.in_memory_mib))
     if not stacked:
         return data
-    images = digits.StackedDigits(c.name, data.images, data.labels, c.image_size, c.channels)
+    images = digits.StackedDigits(c.name, data, c.image_size, c.channels)
     return Data(images, images.labels, digits.STACKED_CLASSES)
 
 
@@ -155,9 +155,6 @@ def _in_memory(images: Any, limit_mib: int) -> Any:
     return decoded
 
 
-# --- Folders ------------------------------------------------------------------------------------------------------
-
-
 def _open_folder(c: DataConfig) -> Data:
     """Opens a split of the prepared copy. Process 0 prints which classes have no image in it."""
     cache_dir = paths.cache_dir(directory(c.dir))
@@ -200,9 +197,6 @@ def _folder_path(c: DataConfig) -> str:
             f"without data.path it is looked for as {path}"
         )
     return path
-
-
-# --- Checks of a user's arrays ------------------------------------------------------------------------------------
 
 
 def _checked_examples(images: Any) -> Any:

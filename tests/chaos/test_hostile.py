@@ -1,6 +1,7 @@
-"""Hostile files of every kind that is read: they are refused in a sentence, or read as what they have become.
+"""Hostile files of every kind that is read: they raise a one-line error, or are read as what they contain.
 
-No crash of the interpreter, no program from a file, nothing read or written elsewhere, at most 2 GB and 10 s a file.
+The interpreter does not crash, no program from a file runs, nothing outside is read or written, and each file takes at
+most 2 GB and 10 s.
 """
 
 import io
@@ -21,7 +22,7 @@ from ddgan_jax.data import prepared
 from ddgan_jax.errors import Fault, UserError
 
 ENV = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parent.parent.parent)}
-COUNTS = {  # of cases; a 50th of them in an ordinary run
+COUNTS = {  # cases with --full; other runs have a 50th of them
     "jpeg": 700,
     "png": 900,
     "webp": 500,
@@ -82,7 +83,7 @@ print(int(max(peak) / 1024), time.time() - start)
 
 
 def read(path, cache) -> tuple[str, int, float]:
-    """(what is said of a folder or zip, the peak of memory in MiB, seconds), in a process of its own."""
+    """Reads a folder or zip in a separate process. Returns its last line of output, peak memory in MiB and seconds."""
     command = [sys.executable, "-W", "ignore", "-c", READ, path, cache]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, env=ENV)
     assert ended.returncode == 0, ended.stderr
@@ -93,7 +94,7 @@ def read(path, cache) -> tuple[str, int, float]:
 @pytest.mark.parametrize("packed", ["folder", "zip"])
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_bombs(bomb, packed, count, tmp_path):
-    """Files of under a megabyte that unpack to as much as is allowed, and to more; four at once."""
+    """Four files of less than a megabyte each that unpack to the limit, or beyond it."""
     content = (
         png_of(*BOMBS[bomb])
         if bomb != "large"
@@ -112,7 +113,7 @@ def test_bombs(bomb, packed, count, tmp_path):
 
 
 def test_a_zip_bomb(count, tmp_path):
-    """Zeros by the gigabyte, under the name of an image; and a directory that lies about their number."""
+    """A gigabyte of zeros with the name of an image, and a zip directory with a wrong size for it."""
     with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as file, file.open("x.bmp", "w") as inside:
         for _ in range(1500):
             inside.write(b"\0" * 2**20)
@@ -127,7 +128,7 @@ def test_a_zip_bomb(count, tmp_path):
 
 
 def test_what_is_no_file(count, tmp_path):
-    """Pipes, devices, sockets, folders and links, all named as images: none is waited for, none leads out."""
+    """Pipes, devices, folders and links with names of images. Reading never blocks or leaves the folder."""
     outside, folder = tmp_path / "outside.png", tmp_path / "folder"
     Image.new("RGB", (8, 8)).save(outside)
     folder.mkdir()
@@ -152,7 +153,7 @@ def test_what_is_no_file(count, tmp_path):
 
 
 def test_programs_in_names_and_formats(count, tmp_path):
-    """What Pillow would run a program for, and names that are commands, are no images."""
+    """Formats for which Pillow would run a program, and names that contain commands, are skipped."""
     ran = tmp_path / "it_ran"
     folder = tmp_path / "folder"
     folder.mkdir()

@@ -12,6 +12,7 @@ import pytest
 from commands import POINTS, run
 
 from ddgan_jax.config import presets
+from ddgan_jax.data import resolve
 from ddgan_jax.devices import parallel, processes
 from ddgan_jax.errors import UserError
 from ddgan_jax.method.build import build, init_state
@@ -143,7 +144,7 @@ def test_one_replica_equals_four():
         (4, 1, 4, ""),
         (32, 4, 2, ""),
         (3, 1, 1, ""),
-        (64, 1, 256, "train.batch_size=64 is smaller than the 256 devices: choose a multiple of 256, or show"),
+        (64, 1, 256, "train.batch_size=64 is smaller than the 256 devices: choose a multiple of 256, or make"),
         (6, 1, 1, "does not divide by 1 device and into groups of 4 images, .*: choose a multiple of 4"),
         (36, 1, 8, "does not divide by 8 devices and into groups of 4 images, .*: choose a multiple of 8"),
         (32, 3, 2, "train.accumulate=3 does not cut the 16 images of a device .*: choose 1 or 2 or 4"),

@@ -405,6 +405,14 @@ def test_entries_of_a_zip_that_are_damaged_or_encrypted(tmp_path, packed):
             open_folder(path, tmp_path / "cache")
 
 
+def test_a_zip_whose_directory_cannot_be_read(tmp_path, monkeypatch):
+    """zipfile reports a failed read of it as a file that is not a zip. It is a Fault, after retries."""
+    path, fault = a_set(tmp_path, "zip"), OSError(errno.EIO, "Input/output error")
+    monkeypatch.setattr(zipfile, "_EndRecData", lambda _: (_ for _ in ()).throw(fault))
+    with pytest.raises(Fault, match=r"data.path=.*in.zip cannot be read: .*Input/output error"):
+        open_folder(path, tmp_path / "cache")
+
+
 @pytest.mark.parametrize("content", [None, "", "text"])
 def test_a_folder_without_images(tmp_path, content):
     path = tmp_path / "in"

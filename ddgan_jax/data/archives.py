@@ -80,8 +80,10 @@ class Zip(ImageFiles):
         try:
             with self._damage_as_value_error():
                 self._zip = zipfile.ZipFile(self._opened)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             self._opened.close()
+            if isinstance(error, OSError):
+                raise
             raise UserError(
                 f"data.path={path} is neither a folder nor a zip file nor an LMDB, or a zip that is damaged ({error})"
             ) from error
@@ -102,12 +104,18 @@ class Zip(ImageFiles):
         try:
             yield
         except (RuntimeError, EOFError, struct.error, zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
+            cause = error.__context__
+            if isinstance(cause, OSError) and self._is_failure(cause):  # zipfile reports it as "not a zip file"
+                raise cause from error
             raise ValueError(str(error) or type(error).__name__) from error
         except OSError as error:
-            # For damage, bz2 raises OSError without a number, and a wrong offset in the file results in EINVAL.
-            if self.remote or error.errno not in (None, errno.EINVAL):
+            if self._is_failure(error):
                 raise
             raise ValueError(str(error)) from error
+
+    def _is_failure(self, error: OSError) -> bool:
+        """Whether a read failed. For damage, bz2 raises OSError without a number, and a wrong offset gives EINVAL."""
+        return self.remote or error.errno not in (None, errno.EINVAL)
 
     def _read(self, name: str, size: int | None) -> bytes:
         check_size(self._entries[name].file_size)

@@ -80,7 +80,7 @@ def retry(what: Given, action: Callable[[], T]) -> T:
 
 def silence_gcsfs() -> None:
     """Silences gcsfs's log of each way to credentials that it tries, and of failures, which it also raises."""
-    for name in ("gcsfs", "google.auth"):
+    for name in ("gcsfs", "fsspec", "google.auth"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 

@@ -474,3 +474,15 @@ def test_what_has_to_be_downloaded_by_hand(tmp_path):
     with pytest.raises(UserError, match=r"church_outdoor_train_lmdb.*download.py -c church_outdoor") as error:
         open_data(DataConfig("lsun_church", dir=str(tmp_path)))
     assert str(tmp_path / "lsun") in str(error.value) and "\n" not in str(error.value)
+
+
+def test_made_up_sets_have_splits():
+    assert len(open_data(DataConfig("gaussians", "train[:10%]")).images) == 10_000
+    assert len(open_data(DataConfig("synthetic", "train[:3]")).images) == 3
+    with pytest.raises(UserError, match="dataset gaussians has no split 'nonsense'"):
+        open_data(DataConfig("gaussians", "nonsense"))
+
+
+def test_twelve_bits_are_not_taken_for_sixteen():
+    with pytest.raises(UserError, match=r"from 0 to 4095: convert them with \(images // 16\)"):
+        Data(np.linspace(0, 4095, 64).astype(np.uint16).reshape(1, 8, 8, 1))

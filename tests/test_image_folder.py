@@ -282,6 +282,17 @@ def test_grey_of_every_depth(bits):
         np.testing.assert_array_equal(np.asarray(image)[0], np.where(values == hidden, 255, scaled))
 
 
+@pytest.mark.parametrize("shape, size", [((1020, 1000), 16), ((999, 1313), 32), ((960, 960), 16)])
+def test_a_large_image_keeps_its_geometry(monkeypatch, shape, size):
+    """Averaged in blocks first, of which the last may be cut; a plain resize is what it should equal, to 5 of 255 levels here."""
+    y, x = np.mgrid[: shape[0], : shape[1]]
+    content = io.BytesIO()
+    Image.fromarray((127 + 100 * np.sin(x / 70) * np.cos(y / 50)).astype(np.uint8)).save(content, "PNG")
+    plain = decoding.decode(content.getvalue(), size, 1).astype(int)
+    monkeypatch.setattr(decoding, "LARGE_PIXELS", 1)
+    assert np.abs(decoding.decode(content.getvalue(), size, 1) - plain).max() <= 5
+
+
 def test_a_large_image_with_a_transparent_value_is_white_there(monkeypatch):
     monkeypatch.setattr(decoding, "LARGE_PIXELS", 1)
     content = io.BytesIO()
@@ -466,6 +477,30 @@ def test_a_file_that_is_not_an_lmdb(tmp_path, monkeypatch):
         open_folder(tmp_path, tmp_path / "cache")
 
 
+def test_classes_are_those_of_images(tmp_path, capsys):
+    """A folder whose files are all bad is no class, and a note counts images outside of the folders."""
+    for name in ("cat/1.png", "dog/2.png", "stray.png"):
+        save(tmp_path / "in" / name, noise(8, 8))
+    (tmp_path / "in" / "bad").mkdir()
+    (tmp_path / "in" / "bad" / "0.png").write_bytes(b"x")
+    c = DataConfig("image_folder", dir=str(tmp_path), path=str(tmp_path / "in"), max_bad_share=0.5)
+    data = open_data(c)
+    assert data.classes == ("", "cat", "dog") and sorted(data.labels()) == [0, 1, 2]
+    assert "note: 1 images are in no folder of a class" in capsys.readouterr().out
+
+
+def test_a_link_whose_file_changes_is_read_again(tmp_path):
+    save(tmp_path / "in" / ".store" / "a.png", noise(8, 8, 0))
+    (tmp_path / "in" / "a.png").symlink_to(".store/a.png")
+    for i in range(40):
+        save(tmp_path / "in" / f"b{i:02d}.png", noise(8, 8, i))
+    c = DataConfig("image_folder", dir=str(tmp_path / "data"), path=str(tmp_path / "in"))
+    before = open_data(c).images[0]
+    save(tmp_path / "in" / ".store" / "a.png", noise(8, 8, 99))
+    os.utime(tmp_path / "in" / ".store" / "a.png", (1, 1))
+    assert (open_data(c).images[0] != before).any()
+
+
 def test_splits_and_labels(tmp_path):
     for i in range(10):
         save(tmp_path / "in" / ("cat" if i > 6 else "ant") / f"{i}.png", noise(8, 8, i))
@@ -481,6 +516,9 @@ def test_splits_and_labels(tmp_path):
         for channels in (2, 4):
             with pytest.raises(UserError, match=f"data.channels={channels} is not supported: images are decoded in 1"):
                 opens(DataConfig("image_folder", dir=str(tmp_path), path=str(tmp_path / "in"), channels=channels))
+    for split in ("train[:11]", "train[:500%]"):
+        with pytest.raises(UserError, match="ends beyond the 10 examples of a folder of images"):
+            open_data(DataConfig("image_folder", split, str(tmp_path), path=str(tmp_path / "in")))
     for split in ("test", "train[:", "train[a:]"):
         with pytest.raises(UserError, match="has no split"):
             open_data(DataConfig("image_folder", split, str(tmp_path), path=str(tmp_path / "in")))

@@ -42,7 +42,8 @@ def decode(content: bytes, size: int, channels: int) -> np.ndarray:
         large = image.width * image.height > LARGE_PIXELS
         with _LARGE_LOCK if large else contextlib.nullcontext():
             image = _load(image)
-            return fit(_reduce(image, size) if large else image, size, channels)
+            image, box = _reduce(image, size) if large else (image, None)
+            return fit(image, size, channels, box)
 
 
 def decode_mask(content: bytes, size: int) -> np.ndarray:
@@ -57,18 +58,22 @@ def decode_mask(content: bytes, size: int) -> np.ndarray:
         return fit(black, size, 3).max(axis=-1)
 
 
-def fit(image: Any, size: int, channels: int) -> np.ndarray:
-    """Crops a Pillow image to its central square and resizes it (Lanczos) to uint8 [size, size, channels]."""
+def fit(image: Any, size: int, channels: int, box: tuple[float, ...] | None = None) -> np.ndarray:
+    """Crops a Pillow image to its central square and resizes it (Lanczos) to uint8 [size, size, channels].
+
+    `box` replaces the central square, for a reduced image whose last row and column may stand for fewer pixels.
+    """
     from PIL import Image
 
     image, mode = to_eight_bits(image), "RGB" if channels == 3 else "L"
     image = image if image.mode == mode else image.convert(mode)  # convert copies even if nothing changes
-    side = min(image.size)
-    if image.width != image.height:
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.crop((left, top, left + side, top + side))
-    if side != size:
-        image = image.resize((size, size), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    if box:
+        image = image.resize((size, size), Image.Resampling.LANCZOS, box)
+    else:
+        if image.width != image.height:
+            image = image.crop(_central_square(image))
+        if image.width != size:
+            image = image.resize((size, size), Image.Resampling.LANCZOS, reducing_gap=3.0)
     return np.asarray(image).reshape(size, size, channels)
 
 
@@ -135,8 +140,11 @@ def _load(image: Any) -> Any:
     from PIL import Image
 
     # Pillow scales the values of grey PNGs of 2 and 4 bits to 0..255, but not the value that means transparent.
-    step = {"L;2": 85, "L;4": 17}.get(str(image.tile[0][3]) if image.tile else "", 1)
+    layout = str(image.tile[0][3]) if image.tile else ""
+    step = {"L;2": 85, "L;4": 17}.get(layout, 1)
     image.load()
+    if layout == "RGB;16B":  # Pillow keeps the high bytes of the pixels, which no longer show which one is transparent
+        image.info.pop("transparency", None)
     if step > 1 and "transparency" in image.info:
         image.info["transparency"] *= step
     turn = {
@@ -163,14 +171,26 @@ def _orientation(image: Any) -> int:
         return 1
 
 
-def _reduce(image: Any, size: int) -> Any:
-    """Averages blocks of pixels of a large image, so that its sides stay at least three times `size`."""
+def _central_square(image: Any) -> tuple[int, int, int, int]:
+    """The largest square at the centre of an image: left, top, right, bottom."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return left, top, left + side, top + side
+
+
+def _reduce(image: Any, size: int) -> tuple[Any, tuple[float, ...] | None]:
+    """Averages blocks of pixels of a large image, so that its sides stay at least three times `size`.
+
+    Returns the reduced image, and its central square in units of blocks; None if it is not reduced.
+    """
     if "transparency" in image.info and not _is_deep(image):
         image = image.convert("RGBA")
     elif image.mode == "P":
         image = image.convert("RGB")
     factor = min(image.size) // (3 * size)
-    return image.reduce(factor) if factor > 1 and image.mode in ("L", "LA", "RGB", "RGBA", "CMYK") else image
+    if factor < 2 or image.mode not in ("L", "LA", "RGB", "RGBA", "CMYK"):
+        return image, None
+    return image.reduce(factor), tuple(edge / factor for edge in _central_square(image))
 
 
 def _is_deep(image: Any) -> bool:

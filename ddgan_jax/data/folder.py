@@ -43,7 +43,7 @@ class Folder(ImageFiles):
             self.refused = dict.fromkeys(outside, "its name is not a path below the folder")
         else:
             names, links = _walk(self._root)
-            stats = ((name, os.lstat(self._root / name)) for name in {*filter(is_image_name, names), *links})
+            stats = ((name, _stat(self._root / name)) for name in {*filter(is_image_name, names), *links})
             self._files = {name: (found.st_size, str(found.st_mtime_ns)) for name, found in stats}
             self.refused = dict.fromkeys(links, "it is a link to a folder, which is not followed")
         self.names = sorted(self._files)
@@ -74,6 +74,15 @@ class Folder(ImageFiles):
         if not stat.S_ISREG(found.st_mode):  # reading a pipe would block, and a device may have no end
             raise ValueError("it is not a regular file")
         return target, found.st_size
+
+
+def _stat(file: pathlib.Path) -> os.stat_result:
+    """The size and time of a file; of a link, those of the file that it leads to, if there is one."""
+    found = os.lstat(file)
+    if stat.S_ISLNK(found.st_mode):
+        with contextlib.suppress(OSError):  # a link that leads nowhere is skipped, with the reason, when it is read
+            found = os.stat(file)
+    return found
 
 
 def _walk(root: pathlib.Path) -> tuple[list[str], list[str]]:

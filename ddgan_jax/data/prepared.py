@@ -22,7 +22,7 @@ from ddgan_jax.data.decoding import decode
 from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.storage import paths
 
-FORMAT = 4  # of the copy; a change of how files are found or decoded raises it
+FORMAT = 5  # of the copy; a change of how files are found or decoded raises it
 
 
 class PreparedImages:
@@ -152,13 +152,15 @@ def _prepare(files: ImageFiles, copy: pathlib.Path, size: int, channels: int) ->
 def _decode_all(files: ImageFiles, copy: pathlib.Path, size: int, channels: int) -> None:
     """Writes images.bin, dataset.json and skipped.json into a new folder."""
     copy.mkdir()
-    labels, checksums, skipped, classes = [], [], {}, files.classes()  # type: ignore[var-annotated]
+    names, checksums, skipped = [], [], {}  # type: ignore[var-annotated]
     with (copy / "images.bin").open("wb") as opened:
         action = lambda name: decode(files.read(name), size, channels).tobytes()  # noqa: E731
         for name, pixels in folder.process_files(files, action, "decoding", skipped):
             opened.write(pixels)
             checksums.append(zlib.crc32(pixels))
-            labels.append(classes.index(class_of(name)))
+            names.append(class_of(name))
+    classes = sorted(set(names))
+    labels = [classes.index(name) for name in names]
     (copy / "skipped.json").write_text(json.dumps(skipped, indent=1, sort_keys=True))
     shape = (len(labels), size, size, channels)
     about = {"shape": shape, "classes": classes, "labels": labels, "checksums": checksums}

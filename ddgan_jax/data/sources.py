@@ -84,10 +84,10 @@ def open_data(c: DataConfig) -> Data:
             f"data.path={c.path} is not read by data.name={c.name}: for images of your own use "
             "--config=configs/image_folder.py (without :smoke), or leave data.path out"
         )
-    if c.name == "synthetic":
-        return Data(synthetic.random_pixels(c.image_size or 32, c.channels or 3))
-    if c.name == "gaussians":
-        return Data(synthetic.gaussians())
+    if c.name in ("synthetic", "gaussians"):
+        random = c.name == "synthetic"
+        made = synthetic.random_pixels(c.image_size or 32, c.channels or 3) if random else synthetic.gaussians()
+        return Data(made[splits.find(c.split, {"train": len(made)}, f"dataset {c.name}")[1]])
     if c.name in FOLDERS:
         return _open_folder(c)
     stacked, name = c.name.startswith("stacked_"), c.name.removeprefix("stacked_")
@@ -163,18 +163,24 @@ def _open_folder(c: DataConfig) -> Data:
     )
     part = _folder_split(c, len(images))
     data = Data(images[part], labels[part] if len(classes) > 1 else None, tuple(classes))
+    if "" in classes[:1] and len(classes) > 1:
+        _note(f"note: {np.sum(labels == 0):,} images are in no folder of a class: they are of the class '', label 0")
     if data.labels is not None and (missing := np.setdiff1d(labels, data.labels())).size:
-        from ddgan_jax.devices import processes  # imports JAX, which nothing else here needs
-
-        if processes.is_primary():
-            names = ", ".join(repr(classes[label]) for label in missing[:5])  # repr: they need not be valid Unicode
-            print(
-                f"note: the split {c.split!r} has no image of {len(missing)} of {len(classes)} classes ({names}"
-                f"{', ...' * (len(missing) > 5)}): it is cut from the files in the order of their names, which begin "
-                "with their classes",
-                flush=True,
-            )
+        names = ", ".join(repr(classes[label]) for label in missing[:5])  # repr: they need not be valid Unicode
+        _note(
+            f"note: the split {c.split!r} has no image of {len(missing)} of {len(classes)} classes ({names}"
+            f"{', ...' * (len(missing) > 5)}): it is cut from the files in the order of their names, which begin "
+            "with their classes"
+        )
     return data
+
+
+def _note(text: str) -> None:
+    """Prints a line in process 0."""
+    from ddgan_jax.devices import processes  # imports JAX, which nothing else here needs
+
+    if processes.is_primary():
+        print(text, flush=True)
 
 
 def _folder_split(c: DataConfig, num_images: int) -> slice:
@@ -234,7 +240,8 @@ def _conversion_to_uint8(images: Any) -> str:
         scaled = f"np.round(images{' * 255' if high <= 1 else ''})" if images.dtype.kind == "f" else "images"
         how = f"{scaled}.astype(np.uint8)"
     elif images.dtype == np.uint16:
-        how = "(images // 257).astype(np.uint8)"
+        bits = int(high).bit_length()  # of cameras and scanners: 10, 12, 14 or 16
+        how = f"(images // {257 if bits == 16 else 2 ** (bits - 8)}).astype(np.uint8)"
     elif -1 <= low <= high <= 1:
         how = "np.round((images + 1) * 127.5).astype(np.uint8)"
     return f" from {low:.6g} to {high:.6g}: " + (f"convert them with {how}" if how else "scale them to 0..255 first")

@@ -21,7 +21,10 @@ def find(split: str, sizes: Mapping[str, int], owner: str) -> tuple[str, slice]:
     def index(text: str | None, default: int) -> int:
         if text is None:
             return default
-        return round(int(text[:-1]) / 100 * size) if text.endswith("%") else int(text)
+        found = round(int(text[:-1]) / 100 * size) if text.endswith("%") else int(text)
+        if found > size:
+            raise UserError(f"the split {split!r} ends beyond the {size:,} examples of {owner}: choose a smaller part")
+        return found
 
     part = slice(index(match[2], 0), index(match[3], size))
     check_not_empty(split, size, part, owner)

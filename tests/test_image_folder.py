@@ -284,7 +284,7 @@ def test_grey_of_every_depth(bits):
 
 @pytest.mark.parametrize("shape, size", [((1020, 1000), 16), ((999, 1313), 32), ((960, 960), 16)])
 def test_a_large_image_keeps_its_geometry(monkeypatch, shape, size):
-    """Averaged in blocks first, of which the last may be cut; a plain resize is what it should equal, to 5 of 255 levels here."""
+    """Blocks are averaged first, of which the last may be cut. It equals a plain resize to 5 of 255 levels here."""
     y, x = np.mgrid[: shape[0], : shape[1]]
     content = io.BytesIO()
     Image.fromarray((127 + 100 * np.sin(x / 70) * np.cos(y / 50)).astype(np.uint8)).save(content, "PNG")

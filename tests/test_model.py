@@ -479,7 +479,7 @@ def test_names_that_are_not_utf8_are_printed(monkeypatch):
 
     monkeypatch.setattr(cli, "run", fail)
     monkeypatch.setattr(cli.signal, "getsignal", lambda number: signal.SIG_IGN)
-    monkeypatch.setattr(processes, "leave", lambda *arguments, **options: None)
+    monkeypatch.setattr(processes, "exit_process", lambda *arguments, **options: None)
     assert cli.main() == 2
     for name, expected in (("stdout", rb"reading caf\udce9"), ("stderr", rb"error: there is no caf\udce9")):
         streams[name].flush()

@@ -193,9 +193,9 @@ def test_facts_that_differ_are_named(monkeypatch):
     facts = {"config.seed": 0, "the data": "1,797 examples, abc"}
     monkeypatch.setattr(processes, "exchange", lambda mine: [mine, mine | {"the data": "1,797 examples, abd"}])
     with pytest.raises(UserError, match=r"the data is 1,797 examples, abc in process 0 and .* abd in process 1"):
-        processes.agree(facts)
+        processes.assert_equal_across_processes(facts)
     monkeypatch.setattr(processes, "exchange", lambda mine: [mine, dict(mine)])
-    processes.agree(facts)
+    processes.assert_equal_across_processes(facts)
 
 
 def test_entries_of_the_compilation_cache_that_were_cut_short_are_replaced(tmp_path):

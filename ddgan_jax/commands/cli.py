@@ -114,7 +114,7 @@ def run(argv: list[str]) -> None:
         job, by_all = functools.partial(demo, path), False
     else:
         job, by_all = functools.partial(generate, config, path), FLAGS.mode == "sample"
-    job() if by_all else processes.by_primary(job)
+    job() if by_all else processes.run_on_primary(job)
 
 
 def check_flags() -> None:
@@ -206,13 +206,13 @@ def main() -> int:
         from ddgan_jax.devices import processes
 
         print(error)
-        processes.leave(flags.FLAGS.interrupted_exit_code, at_once=True)
+        processes.exit_process(flags.FLAGS.interrupted_exit_code, at_once=True)
     except Exception as error:  # a bug, in any library: the other processes must still learn that this one ends
         from ddgan_jax.devices import processes
 
         if is_out_of_memory(error):
             print(f"stopped: there is not enough memory: {one_line(str(error))}", file=sys.stderr)
-        elif processes.lost_others(error):
+        elif processes.is_lost_process(error):
             print("stopped: another process of this job is gone; the checkpoints are intact", file=sys.stderr)
         else:
             traceback.print_exc()
@@ -221,5 +221,5 @@ def main() -> int:
         from ddgan_jax.devices import processes
 
         # After a fault, threads that still try to write would delay the end for minutes.
-        processes.leave(code, at_once=code == 1)
+        processes.exit_process(code, at_once=code == 1)
     return code

@@ -56,16 +56,16 @@ def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_sampl
                 f"the configuration in {path} names the Python function {code}, and a checkpoint cannot run code: "
                 f"give the --config of the training, and add --config.eval.features={code}"
             )
-        c = processes.everywhere(lambda: _match_data(explicit or model.config, model.config, path))
+        c = processes.run_on_all(lambda: _match_data(explicit or model.config, model.config, path))
         count = num_samples or c.eval.num_samples
         data = _open_data(c, count, seed)
         sampler = Sampler(model.denoiser, c.sample.batch_size)
         chunks, count, labels, about = model_samples(model, sampler, data, count, seed)
         about = {"checkpoint": found} | about
-        if other := processes.from_primary(lambda: _other_data(found, c, model.config, data)):
+        if other := processes.broadcast_from_primary(lambda: _other_data(found, c, model.config, data)):
             about |= {"trained_on_other_data": other}
     target = paths.path(out or folder)
-    processes.everywhere(lambda: _check_target(target))
+    processes.run_on_all(lambda: _check_target(target))
     evaluator = open_evaluator(c, data, count)
     if evaluator.data.images.shape[-1] == 1:
         chunks = as_grey(chunks)
@@ -85,7 +85,7 @@ def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_sampl
         print(f"written to {target}", flush=True)
         return results
 
-    return processes.by_primary(write) or {}
+    return processes.run_on_primary(write) or {}
 
 
 def _find(path: str, seed: int) -> tuple[str, str]:
@@ -96,7 +96,7 @@ def _find(path: str, seed: int) -> tuple[str, str]:
     suffix = f"-seed-{seed}" if seed else ""
     if file_of(path):
         return path, default_output(path, f"evaluation{suffix}")
-    found = paths.path(processes.from_primary(lambda: str(checkpoint.find(path))))
+    found = paths.path(processes.broadcast_from_primary(lambda: str(checkpoint.find(path))))
     workdir = found.parent.parent if found.parent.name == "checkpoints" else paths.path(path)
     return str(found), str(workdir / "evaluation" / f"{found.name}{suffix}")
 
@@ -137,7 +137,7 @@ def _open_data(c: Config, count: int, seed: int) -> Data | None:
     """The real images; None for points. UserError unless all processes have the same data, settings and flags."""
     data = None if c.eval.features == "points" else open_real_images(c)
     if processes.num_processes() > 1:
-        processes.agree(facts(c, data) | {"--num_samples": count, "--sample_seed": seed})
+        processes.assert_equal_across_processes(facts(c, data) | {"--num_samples": count, "--sample_seed": seed})
     return data
 
 

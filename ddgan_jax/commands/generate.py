@@ -44,7 +44,7 @@ def check_out(out: str, *kinds: str, num: int = 0) -> None:
         endings = ", ".join(f"in {kind} ({KINDS[kind]})" for kind in kinds if kind)
         raise UserError(f"--out={out} must end {endings}" + (" or name a directory" if "" in kinds else ""))
     if num:
-        processes.by_primary(lambda: _check_directory(out, num))
+        processes.run_on_primary(lambda: _check_directory(out, num))
 
 
 def _check_directory(out: str, num: int) -> None:
@@ -86,8 +86,8 @@ def sample(model: Model, out: str, num: int, trajectory: str = "", **options: An
             raise UserError(f"--trajectory={trajectory} is also --out: name another file")
     size = model.denoiser.image_shape[0] if _has_images(model) else 0
     each = 3 * 3 * max(size, figures.MIN_SIDE) ** 2 if out.endswith(".png") and size else 0  # of a grid
-    processes.everywhere(lambda: model.check_count("--num_samples", num, each=each))
-    processes.agree({"--num_samples": num, **options})
+    processes.run_on_all(lambda: model.check_count("--num_samples", num, each=each))
+    processes.assert_equal_across_processes({"--num_samples": num, **options})
     images = model.sample(num, progress=True, **options)
 
     def write() -> None:
@@ -95,7 +95,7 @@ def sample(model: Model, out: str, num: int, trajectory: str = "", **options: An
         if trajectory:
             draw_trajectory(model, trajectory, min(num, 8 if _has_images(model) else 4096), **options)
 
-    processes.by_primary(write)  # the other processes wait: JAX aborts process 0 some minutes after they end
+    processes.run_on_primary(write)  # the other processes wait: JAX aborts process 0 some minutes after they end
 
 
 def draw_trajectory(model: Model, out: str, num: int, **options: Any) -> None:

@@ -93,7 +93,7 @@ def check_finite(first_step: int, window: list[Metrics], last_complete: Callable
     for i, metrics in enumerate(window):
         for name, value in sorted(metrics.items()):
             if not np.all(np.isfinite(value)):
-                safe = processes.from_primary(last_complete)
+                safe = processes.broadcast_from_primary(last_complete)
                 raise Fault(f"{name} is not finite at step {first_step + i}: {_what_helps(safe)}")
 
 

@@ -59,11 +59,11 @@ def set_up(
     """
     started = time.time()
     with interrupt.deferred():
-        before = processes.from_primary(lambda: None if restart else checkpoint.config_of(path))
+        before = processes.broadcast_from_primary(lambda: None if restart else checkpoint.config_of(path))
     given = data is not None
-    c, method, data = processes.everywhere(lambda: _open(config, data, before, path))
+    c, method, data = processes.run_on_all(lambda: _open(config, data, before, path))
     if jax.process_count() > 1:
-        processes.agree(facts(c, data))
+        processes.assert_equal_across_processes(facts(c, data))
     labels = labels_of(data, method.denoiser.num_classes, c.data.name)
     shapes = jax.eval_shape(functools.partial(init_state, method, c.seed))
     check_memory(method, shapes)
@@ -85,8 +85,8 @@ def set_up(
             checkpoints = checkpoints or open_checkpoints(path, c)
             return open_files(path, c, before, int(state.step), checkpoints, sketch, saved), state
 
-    opened = processes.by_primary(open_all)
-    state = processes.from_primary(lambda: opened[1])  # type: ignore[index]
+    opened = processes.run_on_primary(open_all)
+    state = processes.broadcast_from_primary(lambda: opened[1])  # type: ignore[index]
     run = Run(
         config=c,
         method=method,

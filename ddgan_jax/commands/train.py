@@ -160,7 +160,7 @@ def finish_interrupted_step(run: Run, meter: Meter, interrupt: Interrupt) -> Out
 
     if not run.step:
         return DONE
-    lacks_record, lacks_samples = processes.from_primary(lacks)
+    lacks_record, lacks_samples = processes.broadcast_from_primary(lacks)
     if lacks_record and record(run, meter, interrupt) is STOPPED:
         return STOPPED
     if run.files:

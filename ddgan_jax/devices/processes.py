@@ -69,17 +69,17 @@ def _no_metadata(error: BaseException) -> bool:
 
 _DAY = 24 * 60 * 60 * 1000  # ms
 _calls = itertools.count()
-_apart = False
+_single = False
 
 
 def num_processes() -> int:
-    """The number of processes that run this command together: all that joined, or 1 within `apart`."""
-    return 1 if _apart else jax.process_count()
+    """The number of processes that run this command together: all that joined, or 1 within `single_process`."""
+    return 1 if _single else jax.process_count()
 
 
 def process_index() -> int:
     """The index of this process among them."""
-    return 0 if _apart else jax.process_index()
+    return 0 if _single else jax.process_index()
 
 
 def is_primary() -> bool:
@@ -131,7 +131,7 @@ def _error(outcome: list[str], prefix: str = "") -> Exception:
     return (UserError if kind == "UserError" else Fault)(prefix + message)
 
 
-def everywhere(action: Callable[[], T]) -> T:
+def run_on_all(action: Callable[[], T]) -> T:
     """Calls `action` in every process. If it raises in any process, all raise the error of the first such process."""
     if num_processes() == 1:
         return action()
@@ -145,13 +145,13 @@ def everywhere(action: Callable[[], T]) -> T:
     return made  # type: ignore[return-value]
 
 
-def from_primary(action: Callable[[], T]) -> T:
+def broadcast_from_primary(action: Callable[[], T]) -> T:
     """Calls `action` in process 0 and returns its result in every process. If it raises, all processes raise."""
     if num_processes() == 1:
         return action()
     name, client, content, unexpected = f"ddgan_jax/{next(_calls)}", _client(), b"", None
     if is_primary():
-        with apart():
+        with single_process():
             made, outcome, unexpected = _attempt(action)
         content = pickle.dumps(made)
         client.key_value_set(name, json.dumps([outcome, len(content)]))
@@ -163,7 +163,7 @@ def from_primary(action: Callable[[], T]) -> T:
     return pickle.loads(_broadcast(content, size))
 
 
-def by_primary(action: Callable[[], T]) -> T | None:
+def run_on_primary(action: Callable[[], T]) -> T | None:
     """Calls `action` in process 0 while the others wait, and return None. If it raises, all processes raise."""
     made: T | None = None
 
@@ -171,19 +171,19 @@ def by_primary(action: Callable[[], T]) -> T | None:
         nonlocal made
         made = action()
 
-    from_primary(do)
+    broadcast_from_primary(do)
     return made
 
 
 @contextlib.contextmanager
-def apart() -> Iterator[None]:
+def single_process() -> Iterator[None]:
     """Within it, this process works alone, on its own devices, and does not wait for the others."""
-    global _apart
-    before, _apart = _apart, True
+    global _single
+    before, _single = _single, True
     try:
         yield
     finally:
-        _apart = before
+        _single = before
 
 
 def _broadcast(content: bytes, size: int) -> bytes:
@@ -198,7 +198,7 @@ def _broadcast(content: bytes, size: int) -> bytes:
     return np.concatenate(received).tobytes()[:size] if received else b""
 
 
-def agree(facts: dict[str, Any]) -> None:
+def assert_equal_across_processes(facts: dict[str, Any]) -> None:
     """Raises UserError in every process unless all have the same facts, {name: JSON value}; it names a difference."""
     others = exchange(facts)
     for index, theirs in enumerate(others):
@@ -220,7 +220,7 @@ def gather_rows(tree: Any) -> Any:
     return tree if num_processes() == 1 else multihost_utils.process_allgather(tree, tiled=True)
 
 
-def lost_others(error: BaseException) -> bool:
+def is_lost_process(error: BaseException) -> bool:
     """Whether a collective or the coordination service raised this because another process has ended."""
     return (
         jax.distributed.is_initialized()
@@ -232,7 +232,7 @@ def lost_others(error: BaseException) -> bool:
     )
 
 
-def leave(exit_code: int, at_once: bool = False) -> None:
+def exit_process(exit_code: int, at_once: bool = False) -> None:
     """Exits immediately if there are other processes: a normal exit would wait for them, and they for this one.
 
     Also exits immediately with `at_once`: a normal exit would wait minutes for threads that compile or write.

@@ -113,7 +113,7 @@ def open_evaluator(config: Any, data: sources.Data | None = None, num_samples: i
         networks, about = [network], about | accuracy
     else:
         check_sizes(c, num_real, num_samples)
-        networks = [processes.everywhere(lambda: custom_network(c.eval.features, data.images))]
+        networks = [processes.run_on_all(lambda: custom_network(c.eval.features, data.images))]
     count = min(c.eval.reference_samples or num_real, num_real)
     reference = np.sort(epoch_permutation(num_real, 0, 0)[:count])
     real = [reference_features(c, data, reference, network) for network in networks]
@@ -121,14 +121,14 @@ def open_evaluator(config: Any, data: sources.Data | None = None, num_samples: i
     evaluator = Evaluator(c, data, reference, networks, real, about)
     if c.eval.features == "inception" and c.eval.reference_statistics:
         about["reference_statistics"] = c.eval.reference_statistics
-        processes.by_primary(lambda: evaluator.moments)  # a wrong file is reported before any sample is generated
+        processes.run_on_primary(lambda: evaluator.moments)  # a wrong file is reported before any sample is generated
     return evaluator
 
 
 def open_real_images(c: Config) -> sources.Data:
     """The real images; an empty set if they are missing and published statistics replace them."""
     try:
-        return processes.everywhere(lambda: sources.open_data(c.data))
+        return processes.run_on_all(lambda: sources.open_data(c.data))
     except UserError as error:  # the same in every process
         # A class-conditional model needs the data for the frequencies of its classes.
         if c.eval.features != "inception" or not c.eval.reference_statistics or c.model.num_classes:
@@ -154,7 +154,7 @@ def measure(
     """
     if not evaluator.networks:
         points = np.concatenate([processes.gather_rows(chunk) for chunk in chunks])[:total]
-        return processes.by_primary(lambda: measure_points(points))
+        return processes.run_on_primary(lambda: measure_points(points))
     kept: list[np.ndarray] = []
 
     def checked() -> Iterator[np.ndarray]:
@@ -172,7 +172,7 @@ def measure(
             yield chunk
 
     fake = extract(evaluator.networks, checked(), evaluator.config.eval.batch_size, total, progress)
-    return processes.by_primary(lambda: _measure_features(evaluator, fake, np.concatenate(kept), progress, labels))
+    return processes.run_on_primary(lambda: _measure_features(evaluator, fake, np.concatenate(kept), progress, labels))
 
 
 def measure_points(points: np.ndarray) -> EvaluationResult:

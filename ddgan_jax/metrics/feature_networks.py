@@ -50,7 +50,7 @@ def _weights_file(c: Config, setting: str, module: Any) -> str:
     """The file of published weights: the one that `eval.<setting>` names, or the module's `FILE` in `data.dir`."""
     folder = sources.directory(c.data.dir)
     path = getattr(c.eval, setting) or os.path.join(folder, module.FILE)
-    if not processes.from_primary(lambda: paths.exists(paths.path(path))):
+    if not processes.broadcast_from_primary(lambda: paths.exists(paths.path(path))):
         raise UserError(
             f"evaluation needs {module.FILE} (SHA-256 {module.SHA256}; its source is named in "
             f"{module.__name__.replace('.', '/')}.py): put it in {folder}, or name it with eval.{setting}; "
@@ -70,7 +70,7 @@ def _read_weights(path: str, module: Any) -> dict[str, np.ndarray]:
                 raise UserError(f"{path} is damaged: its SHA-256 is {digest}, not {module.SHA256}")
         return npz.parse_npz(content, path) if path.endswith(".npz") else files.parse(content, path)
 
-    return processes.from_primary(read)
+    return processes.broadcast_from_primary(read)
 
 
 def classifier_network(c: Config, data: sources.Data) -> tuple[Network, dict[str, Any]]:
@@ -93,7 +93,7 @@ def classifier_network(c: Config, data: sources.Data) -> tuple[Network, dict[str
             write_cached(path, lambda file: np.savez(file, **checkpoint.flatten(params)))  # type: ignore[arg-type]
         return jax.device_get(params)
 
-    params = processes.from_primary(read_or_train)
+    params = processes.broadcast_from_primary(read_or_train)
     accuracy = classifier.accuracy(params, test_x, test_y)
     if accuracy < MIN_ACCURACY.get(base, 0):
         raise Fault(
@@ -123,7 +123,7 @@ def _classifier_data(c: Config, data: sources.Data) -> tuple[Any, np.ndarray, An
     if c.data.name.startswith("stacked_"):
         single = dataclasses.replace(c.data, name=c.data.name.removeprefix("stacked_"), image_size=None, channels=1)
         parts = [dataclasses.replace(single, split=split) for split in ("train", "test")]
-        train, test = processes.everywhere(lambda: [sources.open_data(part) for part in parts])
+        train, test = processes.run_on_all(lambda: [sources.open_data(part) for part in parts])
         assert train.labels and test.labels
         size = data.images.shape[1]
         return digits.pad(train.images, size), train.labels(), digits.pad(test.images, size), test.labels(), 10

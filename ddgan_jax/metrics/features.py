@@ -95,11 +95,11 @@ def reference_features(c: Config, data: sources.Data, reference: np.ndarray, net
     cached = read_cached(path, lambda: Features(**npz.read_npz(path))) if processes.is_primary() else None
     if cached is not None and len(cached.features) != len(reference):
         cached = None
-    if not processes.from_primary(lambda: cached is None):
+    if not processes.broadcast_from_primary(lambda: cached is None):
         return cached or empty
     chunks = (data.images[reference[indices]] for indices, _ in parallel.work_chunks(len(reference), c.eval.batch_size))
     found = extract([network], chunks, c.eval.batch_size, len(reference), f"real images in {network.name}")[0]
-    processes.by_primary(lambda: write_cached(path, lambda file: np.savez(file, **found._asdict())))
+    processes.run_on_primary(lambda: write_cached(path, lambda file: np.savez(file, **found._asdict())))
     return found
 
 

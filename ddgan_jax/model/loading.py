@@ -51,7 +51,7 @@ def default_output(path: str, name: str) -> str:
     """
     if file_of(path) is not None:
         return f"{os.path.splitext(path)[0]}.{name}"
-    folder = paths.path(processes.from_primary(lambda: str(checkpoint.find(path)))).parent
+    folder = paths.path(processes.broadcast_from_primary(lambda: str(checkpoint.find(path)))).parent
     return str((folder.parent if folder.name == "checkpoints" else paths.path(path)) / name)
 
 
@@ -69,7 +69,7 @@ def load(path: str | os.PathLike, config: Any = None, **hints: Any) -> Model:
     path, about = os.fspath(path), dict[str, str]()
     if path.endswith(".pth"):
         given = None if config is None else read(config)
-        found = processes.from_primary(lambda: files.read(path, given, **hints))
+        found = processes.broadcast_from_primary(lambda: files.read(path, given, **hints))
         arguments.check_equal(found.settings, found.config, ("diffusion",), path)
         assumed = [name for name in ("num_steps", "beta_min", "beta_max") if f"diffusion.{name}" not in found.settings]
         if assumed and given is None and processes.is_primary():
@@ -77,10 +77,10 @@ def load(path: str | os.PathLike, config: Any = None, **hints: Any) -> Model:
             print(f"note: {path} holds no diffusion: it is taken to be that of the reference's defaults, {values}")
         return Model(found.ema_params or found.gen_params, build.denoiser(found.config), found.config, 0)
     if file := file_of(path):
-        arrays, saved_config, step, about = processes.from_primary(lambda: safetensors.read(file))
+        arrays, saved_config, step, about = processes.broadcast_from_primary(lambda: safetensors.read(file))
         params = checkpoint.nested(arrays)
     else:
-        params, saved_config, step = processes.from_primary(lambda: checkpoint.restore_ema(path))
+        params, saved_config, step = processes.broadcast_from_primary(lambda: checkpoint.restore_ema(path))
     c = read(saved_config)
     denoiser = build.denoiser(c)
     checkpoint.check_like(params, jax.eval_shape(denoiser.init_gen, jax.random.key(0)), f"the checkpoint in {path}")

@@ -1,6 +1,7 @@
 """The record of a training run, and the questions that its loop asks at each step."""
 
 import dataclasses
+import enum
 import time
 from typing import Any
 
@@ -14,6 +15,16 @@ from ddgan_jax.model.sampler import Sampler
 from ddgan_jax.storage import manager, paths
 from ddgan_jax.storage.log import Log
 from ddgan_jax.storage.paths import Path
+
+
+class Outcome(enum.Enum):
+    """How a part of a run ended: to its end, or at a signal to any process."""
+
+    DONE = enum.auto()
+    STOPPED = enum.auto()
+
+
+DONE, STOPPED = Outcome
 
 
 @dataclasses.dataclass

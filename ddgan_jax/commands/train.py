@@ -5,7 +5,6 @@ the numbers of a run that was never interrupted.
 """
 
 import contextlib
-import enum
 import itertools
 import json
 import sys
@@ -19,7 +18,7 @@ from tqdm import tqdm
 from ddgan_jax.commands import figures
 from ddgan_jax.commands.compiled import CompiledSteps
 from ddgan_jax.commands.progress import Meter, clock, expected_time, losses_line, next_commands, say
-from ddgan_jax.commands.run import Run, ranked_by
+from ddgan_jax.commands.run import DONE, STOPPED, Outcome, Run, ranked_by
 from ddgan_jax.commands.setup import set_up
 from ddgan_jax.commands.signals import Interrupt, raise_on_signal
 from ddgan_jax.config.settings import as_dict
@@ -34,16 +33,6 @@ from ddgan_jax.storage import paths
 from ddgan_jax.storage.log import read_metrics
 
 TIMED = 20  # steps from which the duration of a run is estimated
-
-
-class Outcome(enum.Enum):
-    """How a part of a run ended: to its end, or at a signal to any process."""
-
-    DONE = enum.auto()
-    STOPPED = enum.auto()
-
-
-DONE, STOPPED = Outcome
 
 
 def train(config: Any, workdir: str, data: Data | None = None, restart: bool = False) -> Any:

@@ -8,6 +8,8 @@
 The names of the parameters say where a layer stands: `down_1_block_0` is the first block of the second level.
 """
 
+import itertools
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -20,6 +22,7 @@ from ddgan_jax.networks import layers
 from ddgan_jax.networks.layers import Dtype
 from ddgan_jax.networks.ops import FIR_KERNEL
 
+Block = Callable[..., jax.Array]  # (x, features, name, direction=None) -> x, with the embeddings bound
 CHOICES = {
     "resblock_type": ("biggan", "biggan_oneadagn", "ddpm"),
     "progressive": ("none", "output_skip"),
@@ -66,84 +69,85 @@ class Generator(nn.Module):
         self, x: jax.Array, t: jax.Array, z: jax.Array, keys: jax.Array | None = None, y: jax.Array | None = None
     ) -> jax.Array:
         self._check(x, z)
-        dtype, last = self.dtype, len(self.ch_mult) - 1
-        fir_kernel = tuple(self.fir_kernel) if self.fir else None
         block_class = nn.remat(layers.ResBlock, static_argnums=(4,)) if self.remat else layers.ResBlock
-
-        num_blocks = 0
+        block_index = itertools.count(1)
 
         def block(x: jax.Array, features: int, name: str, direction: str | None = None) -> jax.Array:
-            nonlocal num_blocks
-            num_blocks += 1
-            block_keys = None if keys is None else jax.vmap(lambda key: jax.random.fold_in(key, num_blocks))(keys)
-            return block_class(
-                features, self.resblock_type, direction, fir_kernel, self.skip_rescale, self.dropout, dtype, name=name
-            )(x, t_emb, z_emb, 4 * self.nf, block_keys)
-
-        def attention(x: jax.Array, name: str) -> jax.Array:
-            return layers.Attention(self.skip_rescale, dtype, name=name)(x)
-
-        def resample(x: jax.Array, direction: str, name: str) -> jax.Array:
-            """Between two levels: inside a residual block, or for 'ddpm' a layer of its own."""
-            if self.resblock_type != "ddpm":
-                return block(x, x.shape[-1], name, direction)
-            features = x.shape[-1] if self.resamp_with_conv else None
-            return layers.Resample(direction, features, fir_kernel, dtype, name=name)(x)
-
-        def to_image(x: jax.Array, level: str) -> jax.Array:
-            h = layers.GroupNorm(silu=True, name=f"{level}_norm")(x)
-            channels = self.image_channels * self.patch_size**2
-            return layers.Conv(channels, kernel_init=layers.init_avg(0.0), dtype=dtype, name=f"{level}_conv")(h)
+            index = next(block_index)
+            block_keys = None if keys is None else jax.vmap(lambda key: jax.random.fold_in(key, index))(keys)
+            options = self.resblock_type, direction, self._fir_kernel(), self.skip_rescale, self.dropout, self.dtype
+            return block_class(features, *options, name=name)(x, t_emb, z_emb, 4 * self.nf, block_keys)
 
         z_emb, t_emb = self._z_embedding(z, y), self._t_embedding(t) if self.conditional else None
+        x = x.astype(self.dtype) if self.centered else (2 * x - 1).astype(self.dtype)
+        h, skips = self._encode(layers.to_patches(x, self.patch_size), block)
+        h = block(h, h.shape[-1], "mid_block_0")
+        h = self._attention(h, "mid_attn")
+        h = block(h, h.shape[-1], "mid_block_1")
+        image = layers.from_patches(self._decode(h, skips, block).astype(jnp.float32), self.patch_size)
+        return jnp.tanh(image) if self.tanh else image
 
-        x = x.astype(dtype) if self.centered else (2 * x - 1).astype(dtype)
-        x = pyramid = layers.to_patches(x, self.patch_size)
-        h = layers.Conv(self.nf, dtype=dtype, name="conv_in")(x)
-
+    def _encode(self, x: jax.Array, block: Block) -> tuple[jax.Array, list[jax.Array]]:
+        """The levels down: the features of the last one, and those that skip to the levels up."""
+        pyramid, fir_kernel = x, self._fir_kernel()
+        h = layers.Conv(self.nf, dtype=self.dtype, name="conv_in")(x)
         skips = [h]
         for level, mult in enumerate(self.ch_mult):
             for i in range(self.num_res_blocks):
                 h = block(h, self.nf * mult, f"down_{level}_block_{i}")
                 if h.shape[1] in self.attn_resolutions:
-                    h = attention(h, f"down_{level}_attn_{i}")
+                    h = self._attention(h, f"down_{level}_attn_{i}")
                 skips.append(h)
-            if level == last:
+            if level == len(self.ch_mult) - 1:
                 break
-            h = resample(h, "down", f"down_{level}_resample")
+            h = self._resample(h, "down", f"down_{level}_resample", block)
             if self.progressive_input == "input_skip":
                 pyramid = layers.resample(pyramid, "down", fir_kernel)
-                p = layers.Conv(h.shape[-1], 1, dtype=dtype, name=f"down_{level}_combine")(pyramid)
+                p = layers.Conv(h.shape[-1], 1, dtype=self.dtype, name=f"down_{level}_combine")(pyramid)
                 h = p + h if self.progressive_combine == "sum" else jnp.concatenate([p, h], axis=-1)
             elif self.progressive_input == "residual":  # the next level's pyramid starts from the merged tensor
-                p = layers.Resample("down", h.shape[-1], fir_kernel, dtype, name=f"down_{level}_pyramid")(pyramid)
+                name = f"down_{level}_pyramid"
+                p = layers.Resample("down", h.shape[-1], fir_kernel, self.dtype, name=name)(pyramid)
                 h = pyramid = layers.merge(p, h, self.skip_rescale)
             skips.append(h)
+        return h, skips
 
-        h = block(h, h.shape[-1], "mid_block_0")
-        h = attention(h, "mid_attn")
-        h = block(h, h.shape[-1], "mid_block_1")
-
+    def _decode(self, h: jax.Array, skips: list[jax.Array], block: Block) -> jax.Array:
+        """The levels up, which take the skips from the last to the first: the image before its tanh, in patches."""
         image = None
         for level in reversed(range(len(self.ch_mult))):
             for i in range(self.num_res_blocks + 1):
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
                 h = block(h, self.nf * self.ch_mult[level], f"up_{level}_block_{i}")
             if h.shape[1] in self.attn_resolutions:
-                h = attention(h, f"up_{level}_attn")
+                h = self._attention(h, f"up_{level}_attn")
             if self.progressive == "output_skip":
-                above = 0 if image is None else layers.resample(image, "up", fir_kernel)
-                image = above + to_image(h, f"up_{level}_image")
+                above = 0 if image is None else layers.resample(image, "up", self._fir_kernel())
+                image = above + self._to_image(h, f"up_{level}_image")
             if level > 0:
-                h = resample(h, "up", f"up_{level}_resample")
+                h = self._resample(h, "up", f"up_{level}_resample", block)
+        return self._to_image(h, "out") if image is None else image
 
-        if image is None:
-            image = to_image(h, "out")
-        image = layers.from_patches(image.astype(jnp.float32), self.patch_size)
-        return jnp.tanh(image) if self.tanh else image
+    def _fir_kernel(self) -> tuple[float, ...] | None:
+        return tuple(self.fir_kernel) if self.fir else None
+
+    def _attention(self, x: jax.Array, name: str) -> jax.Array:
+        return layers.Attention(self.skip_rescale, self.dtype, name=name)(x)
+
+    def _resample(self, x: jax.Array, direction: str, name: str, block: Block) -> jax.Array:
+        """Resamples between two levels: inside a residual block, or by a separate layer for 'ddpm'."""
+        if self.resblock_type != "ddpm":
+            return block(x, x.shape[-1], name, direction)
+        features = x.shape[-1] if self.resamp_with_conv else None
+        return layers.Resample(direction, features, self._fir_kernel(), self.dtype, name=name)(x)
+
+    def _to_image(self, x: jax.Array, level: str) -> jax.Array:
+        h = layers.GroupNorm(silu=True, name=f"{level}_norm")(x)
+        channels = self.image_channels * self.patch_size**2
+        return layers.Conv(channels, kernel_init=layers.init_avg(0.0), dtype=self.dtype, name=f"{level}_conv")(h)
 
     def _z_embedding(self, z: jax.Array, y: jax.Array | None) -> jax.Array:
-        """[B, z_emb_dim], what every adaptive norm sees."""
+        """The embedding [B, z_emb_dim] that every adaptive norm takes."""
         z = z if self.nz else z.sum(axis=1, keepdims=True)  # zeros [B, 1]: without z a learned constant
         z_emb = layers.pixel_norm(z.astype(jnp.float32))
         for i in range(self.n_mlp + 1):
@@ -154,7 +158,7 @@ class Generator(nn.Module):
         return z_emb
 
     def _t_embedding(self, t: jax.Array) -> jax.Array:
-        """[B, 4 nf], what every residual block sees."""
+        """The embedding [B, 4 nf] that every residual block takes."""
         dense = partial(nn.Dense, 4 * self.nf, kernel_init=layers.init_avg(), dtype=self.dtype)
         t_emb = dense(name="time_0")(layers.sinusoidal_embedding(t, self.nf))
         return dense(name="time_1")(jax.nn.silu(t_emb))

@@ -17,12 +17,13 @@ _PUBLIC = {  # name: the module that defines it
     "evaluate": "commands.evaluate",
     "Data": "data.sources",
 }
+_MODULES = {"presets": "config.presets", "figures": "commands.figures"}
 
 
 def __getattr__(name: str) -> Any:
     """Imports a public name when it is first used, so that importing the package is quick."""
-    if name == "presets":
-        return importlib.import_module("ddgan_jax.config.presets")
+    if name in _MODULES:
+        return importlib.import_module(f"ddgan_jax.{_MODULES[name]}")
     if name in _PUBLIC:
         return getattr(importlib.import_module(f"ddgan_jax.{_PUBLIC[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -200,8 +200,8 @@ def test_a_fault_waits_for_the_save_before_it(bucket, cache):  # noqa: F811
     script = """
 from ddgan_jax.errors import Fault
 from ddgan_jax.commands import train
-def fail(run, name): raise Fault("no picture")
-train.pictures = fail
+def fail(run, file): raise Fault("no picture")
+train.save_samples = fail
 """
     workdir = f"{bucket.url}/waits"
     bucket.be("slow")

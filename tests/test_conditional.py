@@ -215,7 +215,7 @@ def test_wrong_use(model, call, message):
 
 
 def test_an_unconditional_model_takes_no_label(tmp_path):
-    with pytest.raises(UserError, match="label=1: this model knows no classes"):
+    with pytest.raises(UserError, match="label=1: this model is unconditional"):
         ddgan_jax.load(str(workdir_of(tmp_path))).sample(2, label=1)
 
 

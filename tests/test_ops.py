@@ -326,7 +326,7 @@ def test_compiled_code_follows_the_switch():
 @pytest.mark.parametrize(("value", "expected"), [("reference", "False"), ("", "True"), ("fast", "True")])
 def test_the_environment_chooses_the_form(value, expected):
     script = (
-        "import jax, jax.numpy as jnp; from ddgan_jax import ops; "
+        "import jax, jax.numpy as jnp; from ddgan_jax.networks import ops; "
         "print('custom_vjp' in str(jax.make_jaxpr(ops.materialize)(jnp.ones(2))))"
     )
     env = os.environ | {"DDGAN_OPS": value}

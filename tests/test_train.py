@@ -508,7 +508,7 @@ def test_another_configuration_leaves_a_workdir_as_it_was(points_run, tmp_path):
     wider.generator.width = 32
     for config, reason in (
         (presets.get("digits:smoke"), "holds a run with data.name=gaussians"),
-        (wider, "another architecture"),
+        (wider, "holds a run with generator.width=128"),
     ):
         with pytest.raises(UserError, match=rf"{reason}.*name another --workdir, or move that run aside"):
             train(config, str(tmp_path))

@@ -20,7 +20,7 @@ pytest.importorskip("gradio")
 from test_demo import Served
 from test_long import weight
 
-from ddgan_jax.commands.demo import MOST
+from ddgan_jax.commands.demo import MAX_SAMPLES
 
 MODEL = "digits_conditional"
 OUTSIDE = {"path": "/etc/passwd"}
@@ -124,7 +124,7 @@ def test_who_goes_away_leaves_nothing_running(served, count):
     before = weight(served.process.pid)
     for number in range(20):
         client = Client(served.url)
-        client.ask("sample", number, "1", MOST)
+        client.ask("sample", number, "1", MAX_SAMPLES)
         client.hear(until=("estimation", "process_starts", "process_generating")[number % 3])
     start = time.time()
     assert Client(served.url).press("sample", 0, "1", 16)["success"]

@@ -52,7 +52,9 @@ def is_missing(error: BaseException) -> bool:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error, of Python, XLA or TensorStore, means that memory ran out."""
-    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+    return isinstance(error, MemoryError) or any(
+        sign in str(error) for sign in ("RESOURCE_EXHAUSTED", "can't start new thread")
+    )
 
 
 @contextlib.contextmanager

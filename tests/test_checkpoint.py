@@ -224,7 +224,7 @@ def test_the_best_is_kept_where_its_mark_cannot_be_read(loss, tmp_path, monkeypa
     again.prune()
     assert again.steps() == [1, 2]  # until the records of the run tell which is the best
     records = [{"step": 1, "fid": 2.0}, {"step": 2, "fid": 3.0}, {"step": 9, "fid": 1.0}, {"step": 2}]
-    again.find_best("fid", lambda: records)
+    again.find_best("fid", "fid", lambda: records)
     assert checkpoint.find(f"{tmp_path}/best").name == "1"
     again.save(3, tiny_state(3), CONFIG)
     again.close()
@@ -373,3 +373,21 @@ def test_checkpoints_behind_a_relative_link_are_moved_aside(tmp_path):
     (tmp_path / "run" / "checkpoints").symlink_to("../large_disk")
     workdir_files.move_aside(paths.path(tmp_path / "run"))
     assert (tmp_path / "run" / "before-1" / "checkpoints" / "4").is_dir()
+
+
+def test_an_empty_folder_of_a_checkpoint_is_set_aside(workdir):
+    """As an interrupted deletion leaves it. A name such as 0003 is no checkpoint of ours."""
+    (workdir / "checkpoints" / "12").mkdir()
+    (workdir / "checkpoints" / "0003").mkdir()
+    restored, said = restore(workdir)
+    assert int(restored.step) == 3 and "is damaged (it is empty)" in said[0]
+    assert (workdir / "damaged" / "12").exists() and checkpoint.finished(workdir / "checkpoints") == [1, 2, 3]
+
+
+def test_a_lack_of_threads_is_a_lack_of_memory(workdir, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(checkpoint, "_restore", fail)
+    with pytest.raises(OSError, match="cannot be read: RuntimeError: can't start new thread"):
+        restore(workdir)

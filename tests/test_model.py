@@ -415,12 +415,14 @@ def test_home_is_home(model, tmp_path, monkeypatch):
     assert not (ROOT / "~").exists()
 
 
-def test_results_of_a_numbered_checkpoint_go_into_its_workdir(workdir, tmp_path):
+def test_results_of_a_numbered_checkpoint_go_into_its_workdir(workdir, tmp_path, monkeypatch):
     """The folder of a checkpoint is deleted with it; one without a workdir is all that there is."""
     workdir = shutil.copytree(workdir, tmp_path / "run")
     paths.write(workdir / "best.json", '{"step": 7}')
     for name in ("", "/", "/checkpoints", "/checkpoints/", "/checkpoints/7", "/checkpoints/7/", "/best"):
         assert default_output(f"{workdir}{name}", "x.png") == f"{workdir}/x.png", name
+    monkeypatch.chdir(workdir / "checkpoints")
+    assert default_output("7", "x.png") == str((workdir / "x.png").resolve())
     shutil.copytree(workdir / "checkpoints" / "7", tmp_path / "own" / "7")
     for name in ("own", "own/7"):
         assert default_output(f"{tmp_path}/{name}", "x.png") == f"{tmp_path}/{name}/x.png"

@@ -16,6 +16,7 @@ from commands import POINTS, ROOT, SMOKE, command, ends, python, run, start_grou
 from PIL import Image
 
 from ddgan_jax.commands import figures, progress, setup
+from ddgan_jax.commands import run as run_module
 from ddgan_jax.commands import train as train_module
 from ddgan_jax.commands.signals import Interrupt
 from ddgan_jax.commands.train import train
@@ -672,6 +673,43 @@ def test_other_labels_in_a_workdir(tmp_path, capsys):
         assert ("the labels differ" in capsys.readouterr().out) == refused
     setup.check_data({k: v for k, v in before.items() if k != "labels"}, before, tmp_path, refuse=True)
     assert "labels" not in sketch_of(data, None)
+
+
+def test_a_refused_restart_moves_nothing(points_run, tmp_path, monkeypatch):
+    """Such as by a dashboard that does not accept the run."""
+    shutil.copytree(points_run, tmp_path, dirs_exist_ok=True)
+
+    def refuse(*_):
+        raise UserError("no key")
+
+    monkeypatch.setattr(setup, "Log", refuse)
+    with pytest.raises(UserError, match="no key"):
+        train(presets.get("gaussians:smoke"), str(tmp_path), restart=True)
+    assert contents(tmp_path) == contents(points_run) and not (tmp_path / "before-1").exists()
+
+
+def test_another_objective_in_a_workdir():
+    """The schedule of sampling depends on it."""
+    config = presets.get("gaussians:smoke")
+    before = as_dict(read(config))
+    config.objective = "one_shot"
+    with pytest.raises(UserError, match="holds a run with objective=adversarial, and this configuration has one_shot"):
+        setup.as_begun(read(config), before, "runs/x")
+
+
+def test_the_workdir_may_be_a_path(points_run, tmp_path, capsys):
+    shutil.copytree(points_run, tmp_path, dirs_exist_ok=True)
+    train(presets.get("gaussians:smoke"), tmp_path)
+    assert f"--workdir={tmp_path}" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"data is a ndarray: wrap the array, Data\(images\)"):
+        train(presets.get("gaussians:smoke"), tmp_path, np.zeros((4, 2), np.float32))
+
+
+def test_distances_in_other_features_are_another_ranking():
+    config = presets.get("digits:smoke")
+    config.eval.features = "mine:f"
+    assert run_module.ranking_of(read(config)) == "eval/frechet_distance in mine:f"
+    assert run_module.ranking_of(read(presets.get("digits"))) == "eval/classifier_frechet"
 
 
 @pytest.mark.parametrize("field", ["skip_rescale", "tanh", "centered"])

@@ -1,5 +1,7 @@
 """The command `evaluate`: measures of a checkpoint, or of samples in a file or folder; see metrics/evaluator.py."""
 
+import contextlib
+import os
 import statistics
 import time
 from collections.abc import Iterator
@@ -42,6 +44,7 @@ def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_sampl
     Raises UserError where `config` is of other data than the checkpoint, or where a checkpoint's own configuration
     would run a Python function of `eval.features`.
     """
+    path, samples, out = map(os.fspath, (path, samples, out))
     start, explicit = time.time(), None if config is None else read(config)
     timing: Results = {}
     if samples:
@@ -96,7 +99,7 @@ def _find(path: str, seed: int) -> tuple[str, str]:
     suffix = f"-seed-{seed}" if seed else ""
     if file_of(path):
         return path, default_output(path, f"evaluation{suffix}")
-    found = paths.path(processes.broadcast_from_primary(lambda: str(checkpoint.find(path))))
+    found = paths.path(processes.broadcast_from_primary(lambda: str(checkpoint.absolute(checkpoint.find(path)))))
     workdir = found.parent.parent if found.parent.name == "checkpoints" else paths.path(path)
     return str(found), str(workdir / "evaluation" / f"{found.name}{suffix}")
 
@@ -190,6 +193,8 @@ def file_samples(path: str, num_samples: int) -> Samples:
         if len(arrays) != 1:
             raise UserError(f"{path} holds {len(arrays)} arrays, {', '.join(arrays) or 'none'}: it needs to be one")
         (array,) = arrays.values()
+        if array.dtype.kind not in "uif":
+            raise UserError(f"{path} holds {array.dtype} numbers: images are uint8, and points float32")
         total = len(array) if array.ndim else 0
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise UserError(f"{path} holds NaN or infinity")
@@ -233,7 +238,13 @@ def as_grey(chunks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
 
 
 def draw_figures(evaluator: Evaluator, result: EvaluationResult, folder: Path, workdir: str) -> None:
-    """Draw the samples, curves, modes, manifolds, and the samples beside their nearest training images."""
+    """Draw the samples, curves, modes, manifolds, and the samples beside their nearest training images.
+
+    Figures of an earlier evaluation in the folder are removed.
+    """
+    for name in ("curves.png", "modes.png", "manifold.png", "neighbours.png"):
+        with contextlib.suppress(FileNotFoundError):
+            (folder / name).unlink()
     figures.save_image(folder / "samples.png", figures.as_image(result.samples[: 64 if evaluator.networks else None]))
     if workdir and paths.exists(metrics := paths.path(workdir) / "metrics.jsonl"):
         figures.curves(metrics, folder / "curves.png")

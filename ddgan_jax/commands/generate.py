@@ -50,7 +50,9 @@ def check_out(out: str, *kinds: str, num: int = 0) -> None:
 def _check_directory(out: str, num: int) -> None:
     """Refuses a directory with images that `num` new ones would not replace: an evaluation would count them."""
     for name in [] if paths.path(out).suffix else paths.names(paths.path(out)):
-        replaced = re.fullmatch(r"[0-9]{6,}\.png", name) and int(name[:-4]) < num
+        replaced = (
+            re.fullmatch(r"[0-9]{6,}\.png", name) and f"{int(name[:-4]):06d}.png" == name and int(name[:-4]) < num
+        )
         if name.lower().endswith(SUFFIXES) and not replaced:
             raise UserError(f"--out={out} holds other images, such as {name}: name an empty directory")
 
@@ -82,7 +84,7 @@ def sample(model: Model, out: str, num: int, trajectory: str = "", **options: An
     check_out(out, ".png", ".npz", *_directory(model), num=num)
     if trajectory:
         check_out(trajectory, ".png", ".gif")
-        if trajectory == out:
+        if os.path.abspath(trajectory) == os.path.abspath(out):
             raise UserError(f"--trajectory={trajectory} is also --out: name another file")
     size = model.denoiser.image_shape[0] if _has_images(model) else 0
     each = 3 * 3 * max(size, figures.MIN_SIDE) ** 2 if out.endswith(".png") and size else 0  # of a grid

@@ -101,3 +101,11 @@ class Run:
 def ranked_by(c: Config) -> str:
     """The metric that ranks the checkpoints of a run: the smallest value is the best."""
     return f"eval/{ranking_measure(c.eval.features)}"
+
+
+def ranking_of(c: Config) -> str:
+    """What checkpoints are ranked by, for best.json: `ranked_by`, and of a user's own features their function.
+
+    Distances in different features do not compare.
+    """
+    return f"{ranked_by(c)} in {c.eval.features}" if ":" in c.eval.features else ranked_by(c)

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from ddgan_jax.commands.progress import overview, say
-from ddgan_jax.commands.run import Files, Run, ranked_by
+from ddgan_jax.commands.run import Files, Run, ranked_by, ranking_of
 from ddgan_jax.commands.signals import Interrupt
 from ddgan_jax.config.settings import Config, as_dict, flat, read
 from ddgan_jax.data.resolve import check_batch, facts, labels_of, resolve_from_data
@@ -32,7 +32,7 @@ from ddgan_jax.storage.paths import Path
 # Settings that the networks were trained with, and that a comparison of parameters does not reveal.
 FIXED = (
     *("data.name", "data.scale", "data.image_size", "data.channels", "model.data_std", "diffusion.num_steps"),
-    *("diffusion.kind", "diffusion.beta_min", "diffusion.beta_max"),
+    *("diffusion.kind", "diffusion.beta_min", "diffusion.beta_max", "objective"),
 )
 # Settings that may be chosen for the data and the devices when a run starts, and belong to it from then on.
 CHOSEN = {
@@ -80,10 +80,17 @@ def set_up(
             check_data(saved.get("data"), sketch, path, refuse=not given and not same_path)
         state = new_state(c, method, shapes) if restored is None else restored  # may be refused, so before any change
         with interrupt.deferred():
-            if restart and (aside := workdir.move_aside(path)):
+            aside = workdir.move_aside(path) if restart else None
+            try:
+                checkpoints = checkpoints or open_checkpoints(path, c)
+                files = open_files(path, c, before, int(state.step), checkpoints, sketch, saved)
+            except UserError:  # such as a dashboard that does not accept the run
+                if aside:
+                    workdir.move_back(path, aside)
+                raise
+            if aside:
                 say(f"the files of the earlier run in {path} are now in {aside}")
-            checkpoints = checkpoints or open_checkpoints(path, c)
-            return open_files(path, c, before, int(state.step), checkpoints, sketch, saved), state
+            return files, state
 
     opened = processes.run_on_primary(open_all)
     state = processes.broadcast_from_primary(lambda: opened[1])  # type: ignore[index]
@@ -259,7 +266,7 @@ def open_files(
         workdir.write_config(path, as_dict(c), before, say)
         checkpoints.set_damaged_aside(say)
     checkpoints.forget_best_after(step)
-    checkpoints.find_best(ranked_by(c), functools.partial(read_metrics, log.path))
+    checkpoints.find_best(ranked_by(c), ranking_of(c), functools.partial(read_metrics, log.path))
     if trains:
         checkpoints.prune()
     if saved and saved["log"] not in (log.checksum, log.checksum_before):

@@ -7,6 +7,7 @@ the numbers of a run that was never interrupted.
 import contextlib
 import itertools
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -18,14 +19,14 @@ from tqdm import tqdm
 from ddgan_jax.commands import figures
 from ddgan_jax.commands.compiled import CompiledSteps
 from ddgan_jax.commands.progress import Meter, clock, expected_time, losses_line, next_commands, say
-from ddgan_jax.commands.run import DONE, STOPPED, Outcome, Run, ranked_by
+from ddgan_jax.commands.run import DONE, STOPPED, Outcome, Run, ranked_by, ranking_of
 from ddgan_jax.commands.setup import set_up
 from ddgan_jax.commands.signals import Interrupt, raise_on_signal
 from ddgan_jax.config.settings import as_dict
 from ddgan_jax.data.batches import batches, match_label_frequencies
 from ddgan_jax.data.sources import Data
 from ddgan_jax.devices import parallel, processes
-from ddgan_jax.errors import Interrupted
+from ddgan_jax.errors import Interrupted, UserError
 from ddgan_jax.method.build import noise_seed
 from ddgan_jax.method.state import norms
 from ddgan_jax.metrics.evaluator import measure
@@ -47,6 +48,9 @@ def train(config: Any, workdir: str, data: Data | None = None, restart: bool = F
     disk, a bucket or a device, and Interrupted after SIGTERM, SIGINT or SIGUSR1 to any process, with the step at which
     the signal came saved.
     """
+    workdir = os.fspath(workdir)
+    if data is not None and not isinstance(data, Data):
+        raise UserError(f"data is a {type(data).__name__}: wrap the array, Data(images) or Data(images, labels)")
     with Interrupt() as interrupt, contextlib.ExitStack() as lock:
         run = set_up(config, paths.path(workdir), interrupt, lock, data, restart)
         with closed_after_a_fault(run):
@@ -219,7 +223,8 @@ def record(run: Run, meter: Meter, interrupt: Interrupt, stopping: bool = False,
 def update_best(run: Run, values: dict[str, float]) -> None:
     """Marks the checkpoint of this step as the best, in process 0, if an evaluation among `values` ranks it first."""
     name = ranked_by(run.config)
-    if run.files and name in values and run.files.checkpoints.update_best(run.step, name, values[name]):
+    ranking = ranking_of(run.config)
+    if run.files and name in values and run.files.checkpoints.update_best(run.step, ranking, values[name]):
         say(f"step {run.step} is the best so far: {name} {values[name]:.4g}")
 
 

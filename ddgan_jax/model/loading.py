@@ -51,7 +51,8 @@ def default_output(path: str, name: str) -> str:
     """
     if file_of(path) is not None:
         return f"{os.path.splitext(path)[0]}.{name}"
-    folder = paths.path(processes.broadcast_from_primary(lambda: str(checkpoint.find(path)))).parent
+    found = processes.broadcast_from_primary(lambda: str(checkpoint.absolute(checkpoint.find(path))))
+    folder = paths.path(found).parent
     return str((folder.parent if folder.name == "checkpoints" else paths.path(path)) / name)
 
 

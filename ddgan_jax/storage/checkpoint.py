@@ -155,6 +155,8 @@ def read_with_metadata(path: Path, ema_only: bool = False) -> tuple[Arrays, dict
         except MemoryError as error:
             raise OSError(f"the checkpoint {path} cannot be read: {reason_of(error)}") from error
         if not paths.files_below(path):  # a training run deletes its old checkpoints
+            if paths.exists(path):
+                raise Damaged(f"the checkpoint {path} is damaged (it is empty)")
             raise FileNotFoundError(errno.ENOENT, "The checkpoint was deleted meanwhile", str(path))
         try:
             return _restore(paths.Path(copy), ema_only)
@@ -216,7 +218,7 @@ def finished(folder: Path, delete_unfinished: bool = False) -> list[int]:
         for step in found - done if delete_unfinished else ():
             (folder / step).rmtree()
     else:
-        found = {name for name in paths.names(folder) if name.isdigit()}
+        found = {name for name in paths.names(folder) if name.isdigit() and name == str(int(name))}
         done = {step for step in found if any(paths.exists(folder / step / mark) for mark in marks)}
     return sorted(map(int, done))
 

@@ -149,7 +149,7 @@ class Checkpoints:
         if self._best.marked and self._best.marked["step"] > step:
             self._best.marked = None
 
-    def find_best(self, measure: str, read_records: Callable[[], list[dict[str, Any]]]) -> None:
+    def find_best(self, measure: str, ranking: str, read_records: Callable[[], list[dict[str, Any]]]) -> None:
         """Marks the best again from the records of the run, if best.json is missing, damaged or forgotten."""
         if self._best.marked is not None:
             return
@@ -157,7 +157,7 @@ class Checkpoints:
         values = [(record[measure], record["step"]) for record in read_records() if record.get(measure) is not None]
         for value, step in sorted(values):
             if step in steps and not math.isnan(value):
-                self._mark_best(step, measure, value)
+                self._mark_best(step, ranking, value)
                 return
         self._best.marked = {}
         with contextlib.suppress(FileNotFoundError):

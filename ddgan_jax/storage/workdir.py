@@ -76,6 +76,15 @@ def move_aside(path: Path) -> Path | None:
     return target
 
 
+def move_back(path: Path, aside: Path) -> None:
+    """Undoes `move_aside` for a command that is refused: the files replace those that it has written since."""
+    for entry in reversed(WRITTEN):
+        if paths.exists(aside / entry):
+            paths.move(aside / entry, path / entry)
+    if not paths.is_remote(path):
+        aside.rmdir()
+
+
 def had_checkpoints(path: Path, every: int) -> str:
     """Why a run without checkpoints must have had some, or ''. `every` is the number of steps between two."""
     for name in (manager.FIRST, "best.json", "results.json", "damaged"):

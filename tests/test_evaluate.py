@@ -337,7 +337,7 @@ def test_a_function_of_the_user_ranks_checkpoints(own_features, digits):
     records = [json.loads(line) for line in (own_features / "run" / "metrics.jsonl").read_text().splitlines()]
     values = {r["step"]: r["eval/frechet_distance"] for r in records if "eval/frechet_distance" in r}
     marked = json.loads((own_features / "run" / "best.json").read_text())
-    assert values.keys() == {4, 8} and marked["measure"] == "eval/frechet_distance"
+    assert values.keys() == {4, 8} and marked["measure"] == "eval/frechet_distance in my_features:thumbnails"
     assert marked["value"] == pytest.approx(min(values.values()), rel=1e-4)
     # The configuration in a checkpoint runs no code.
     result = run_in(own_features, "--mode=evaluate", "--workdir=run")

@@ -1,4 +1,4 @@
-"""What MkDocs does not do itself: equations as MathML, and CONTRIBUTING.md, which stands in the root, as a page."""
+"""MkDocs hooks: equations become MathML, and the CONTRIBUTING.md of the repository root becomes a page."""
 
 import html
 import pathlib

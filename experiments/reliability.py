@@ -25,7 +25,7 @@ ROWS = {
     "test_while_writing_a_result": ("a failing disk while a result is written", "{cases} combinations"),
     "test_every_file": (
         "a damaged file of a workdir, then resume, sample or evaluate",
-        "{cases} cases: {right_numbers} right numbers, {told} reported what is lost, "
+        "{cases} cases: {right_numbers} right numbers, {reported} reported what is lost, "
         "{one_sentence} ended with a one-line error",
     ),
     "test_reads_of_a_disk": (

@@ -376,9 +376,10 @@ def test_checkpoints_behind_a_relative_link_are_moved_aside(tmp_path):
 
 
 def test_an_empty_folder_of_a_checkpoint_is_set_aside(workdir):
-    """As an interrupted deletion leaves it. A name such as 0003 is no checkpoint of ours."""
+    """An interrupted deletion leaves an empty folder. Names such as 0003 or ² are not those of checkpoints."""
     (workdir / "checkpoints" / "12").mkdir()
-    (workdir / "checkpoints" / "0003").mkdir()
+    for name in ("0003", "²"):
+        (workdir / "checkpoints" / name).mkdir()
     restored, said = restore(workdir)
     assert int(restored.step) == 3 and "is damaged (it is empty)" in said[0]
     assert (workdir / "damaged" / "12").exists() and checkpoint.finished(workdir / "checkpoints") == [1, 2, 3]

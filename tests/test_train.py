@@ -661,7 +661,7 @@ def test_other_data_or_noise_in_a_workdir(points_run, tmp_path):
 
 
 def test_other_labels_in_a_workdir(tmp_path, capsys):
-    """Of the same images: the networks would learn swapped classes. A sketch of an earlier version holds no labels."""
+    """With other labels of the same images, networks would learn swapped classes. Older sketches hold no labels."""
     data = Data(np.zeros((6, 8, 8, 1), np.uint8), np.array([0, 0, 0, 1, 1, 1]))
     before = sketch_of(data, data.labels())
     for now, refused in ((sketch_of(data, 1 - data.labels()), True), (before, False)):

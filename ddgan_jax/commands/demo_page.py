@@ -1,4 +1,4 @@
-"""What the demo's tabs are made of: Gradio components for a model, and the images that they show and return."""
+"""Gradio components of the demo's tabs, and conversion of the images that they show and return."""
 
 import dataclasses
 import functools

@@ -49,12 +49,15 @@ def check_out(out: str, *kinds: str, num: int = 0) -> None:
 
 def _check_directory(out: str, num: int) -> None:
     """Refuses a directory with images that `num` new ones would not replace: an evaluation would count them."""
+    replaced = {file_name(i) for i in range(num)}
     for name in [] if paths.path(out).suffix else paths.names(paths.path(out)):
-        replaced = (
-            re.fullmatch(r"[0-9]{6,}\.png", name) and f"{int(name[:-4]):06d}.png" == name and int(name[:-4]) < num
-        )
-        if name.lower().endswith(SUFFIXES) and not replaced:
+        if name.lower().endswith(SUFFIXES) and name not in replaced:
             raise UserError(f"--out={out} holds other images, such as {name}: name an empty directory")
+
+
+def file_name(index: int) -> str:
+    """The name of image `index` in a directory of samples."""
+    return f"{index:06d}.png"
 
 
 def save(images: np.ndarray, out: str | os.PathLike) -> None:
@@ -71,7 +74,7 @@ def save(images: np.ndarray, out: str | os.PathLike) -> None:
         paths.write(path, lambda file: np.savez_compressed(file, images=images))
     else:
         for i, image in enumerate(images):
-            figures.save_image(path / f"{i:06d}.png", image)
+            figures.save_image(path / file_name(i), image)
 
 
 def save_with_input(given: np.ndarray, images: np.ndarray, out: str) -> None:

@@ -104,8 +104,8 @@ def ranked_by(c: Config) -> str:
 
 
 def ranking_of(c: Config) -> str:
-    """What checkpoints are ranked by, for best.json: `ranked_by`, and of a user's own features their function.
+    """The ranking that best.json records: the metric, followed by the function of a user's own features.
 
-    Distances in different features do not compare.
+    Distances in different features do not compare, so their rankings have different names.
     """
     return f"{ranked_by(c)} in {c.eval.features}" if ":" in c.eval.features else ranked_by(c)

@@ -80,16 +80,16 @@ def set_up(
             check_data(saved.get("data"), sketch, path, refuse=not given and not same_path)
         state = new_state(c, method, shapes) if restored is None else restored  # may be refused, so before any change
         with interrupt.deferred():
-            aside = workdir.move_aside(path) if restart else None
+            if aside := workdir.move_aside(path) if restart else None:
+                say(f"the files of the earlier run in {path} are now in {aside}")
             try:
                 checkpoints = checkpoints or open_checkpoints(path, c)
                 files = open_files(path, c, before, int(state.step), checkpoints, sketch, saved)
             except UserError:  # such as a dashboard that does not accept the run
                 if aside:
                     workdir.move_back(path, aside)
+                    say(f"they are back in {path}")
                 raise
-            if aside:
-                say(f"the files of the earlier run in {path} are now in {aside}")
             return files, state
 
     opened = processes.run_on_primary(open_all)

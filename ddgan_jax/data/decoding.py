@@ -48,14 +48,8 @@ def decode(content: bytes, size: int, channels: int) -> np.ndarray:
 
 def decode_mask(content: bytes, size: int) -> np.ndarray:
     """Returns the brightest channel of an image file on black, cropped and resized by `fit`: uint8 [size, size]."""
-    from PIL import Image
-
     with _value_errors():
-        image = _load(_open(content))
-        image = (to_eight_bits(image) if _is_deep(image) else image).convert("RGBA")
-        black = Image.new("RGB", image.size, "black")
-        black.paste(image.convert("RGB"), mask=image.getchannel("A"))
-        return fit(black, size, 3).max(axis=-1)
+        return fit(to_eight_bits(_load(_open(content)), "black"), size, 3).max(axis=-1)
 
 
 def fit(image: Any, size: int, channels: int, box: tuple[float, ...] | None = None) -> np.ndarray:
@@ -77,21 +71,24 @@ def fit(image: Any, size: int, channels: int, box: tuple[float, ...] | None = No
     return np.asarray(image).reshape(size, size, channels)
 
 
-def to_eight_bits(image: Any) -> Any:
-    """Converts a Pillow image to mode L (grey) or RGB. 16 bits are scaled to 8, and transparent parts become white."""
+def to_eight_bits(image: Any, background: str = "white") -> Any:
+    """Converts a Pillow image to mode L (grey) or RGB. 16 bits are scaled to 8.
+
+    Transparent parts become the `background`, 'white' or 'black'.
+    """
     from PIL import Image
 
     if _is_deep(image):
         values = np.array(image, np.float32)
         if "transparency" in image.info:
-            values[values == image.info["transparency"]] = 65535
+            values[values == image.info["transparency"]] = 65535 if background == "white" else 0
         values *= 255 / 65535 if image.mode != "F" else 1.0
         return Image.fromarray(np.clip(np.rint(values, out=values), 0, 255, out=values).astype(np.uint8))
     mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
     if "transparency" not in image.info and image.mode not in ("LA", "La", "RGBA", "RGBa", "PA"):
         return image.convert(mode)
     image = image if image.mode == "RGBA" else image.convert("RGBA")
-    opaque = Image.new(mode, image.size, "white")
+    opaque = Image.new(mode, image.size, background)
     opaque.paste(image.convert(mode), mask=image.getchannel("A"))
     return opaque
 

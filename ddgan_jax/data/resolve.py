@@ -167,7 +167,7 @@ def labels_of(data: sources.Data, num_classes: int, name: str) -> np.ndarray | N
 
 
 def facts(c: Config, data: sources.Data | None) -> dict[str, Any]:
-    """What must be equal in all processes of a job: the configuration, the dataset, the versions and the devices."""
+    """Values that all processes of a run must share: the configuration, the dataset, the versions and the devices."""
     local = ("data.dir", "data.path")  # each host may have its copy elsewhere
     found = {f"config.{name}": value for name, value in flat(as_dict(c)).items() if name not in local}
     if data:

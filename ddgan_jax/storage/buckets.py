@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import functools
-import itertools
 import logging
 import math
 import os
@@ -61,21 +60,21 @@ def retry(what: Given, action: Callable[[], T]) -> T:
     if not 0 <= limit < math.inf:
         raise UserError(f"DDGAN_RETRY_SECONDS={given} must be a number of seconds of at least 0")
     deadline = time.monotonic() + (limit if is_remote(what) else min(limit, DISK_RETRY_SECONDS))
-    pause = 0.1
-    for attempt in itertools.count(1):
+    pause, attempts = 0.1, 0
+    while True:
+        attempts += 1
         try:
             with os_errors(what):
                 return action()
         except OSError as error:
             late = time.monotonic() + pause > deadline
-            if is_missing(error) or limit == 0 or (late and attempt >= MIN_ATTEMPTS):
+            if is_missing(error) or limit == 0 or (late and attempts >= MIN_ATTEMPTS):
                 raise
             if is_remote(what) and pause == 0.1:
                 cause = " ".join(str(error).split())[:200]
                 print(f"note: {what} cannot be read ({cause}); trying again for {limit:.0f} s", file=sys.stderr)
         time.sleep(pause)
         pause = min(2 * pause, MAX_PAUSE)
-    raise AssertionError("the loop has no other end")
 
 
 def silence_gcsfs() -> None:

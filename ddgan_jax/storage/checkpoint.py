@@ -14,6 +14,7 @@ import functools
 import json
 import logging
 import os
+import re
 import sys
 import tempfile
 import zlib
@@ -204,6 +205,11 @@ def absolute(path: Path) -> Path:
     return path if paths.is_remote(path) else path.resolve()
 
 
+def _is_step(name: str) -> bool:
+    """Whether a folder of this name may be a checkpoint: a step as `save` writes it, without leading zeros."""
+    return re.fullmatch("0|[1-9][0-9]*", name) is not None
+
+
 def finished(folder: Path, delete_unfinished: bool = False) -> list[int]:
     """The steps of the complete checkpoints in a folder, ascending; [] where there is no such folder.
 
@@ -213,12 +219,12 @@ def finished(folder: Path, delete_unfinished: bool = False) -> list[int]:
     marks = ("_CHECKPOINT_METADATA", "config", "ema")
     if paths.is_remote(folder):
         files = paths.files_below(folder)
-        found = {name.partition("/")[0] for name in files if "/" in name and name.partition("/")[0].isdigit()}
+        found = {name.partition("/")[0] for name in files if "/" in name and _is_step(name.partition("/")[0])}
         done = {step for step in found if f"{step}/commit_success.txt" in files}
         for step in found - done if delete_unfinished else ():
             (folder / step).rmtree()
     else:
-        found = {name for name in paths.names(folder) if name.isdigit() and name == str(int(name))}
+        found = {name for name in paths.names(folder) if _is_step(name)}
         done = {step for step in found if any(paths.exists(folder / step / mark) for mark in marks)}
     return sorted(map(int, done))
 
@@ -234,7 +240,7 @@ def find(path: str | os.PathLike) -> Path:
     for folder in (given / "checkpoints", given):
         if steps := finished(folder):
             return folder / str(steps[-1])
-    if given.name.isdigit() and int(given.name) in finished(given.parent):
+    if _is_step(given.name) and int(given.name) in finished(given.parent):
         return given
     raise UserError(f"there is no checkpoint in {path}: train there first, or name another workdir or checkpoint")
 

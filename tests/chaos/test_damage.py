@@ -99,9 +99,9 @@ def check(run, workdir, right, mode, out, file) -> str:
         ours = outcome(workdir)
         different = {k for k in ours.keys() | right["outcome"].keys() if ours.get(k) != right["outcome"].get(k)}
         different -= {str(file)}  # a picture, which nothing reads
-        told = "damaged" in ended.output or "cannot be read" in ended.output
-        assert not different or (different <= {"records", "kept", "left", "best"} and told), (different, ended.output)
-        return "told" if told else "right numbers"
+        reported = "damaged" in ended.output or "cannot be read" in ended.output
+        assert not different or (different <= {"records", "kept", "left", "best"} and reported), (different, ended.output)
+        return "reported" if reported else "right numbers"
     if mode == "evaluate":
         found = numbers(pathlib.Path(out))
         step = found["step"]
@@ -112,7 +112,7 @@ def check(run, workdir, right, mode, out, file) -> str:
         assert np.array_equal(images, right["sample"][step]), f"other images, as if of step {step}"
     newest = 4 if mode == "best" else 6
     assert step == newest or "damaged" in ended.output + ended.errors, ended
-    return "right numbers" if step == newest else "told"
+    return "right numbers" if step == newest else "reported"
 
 
 @pytest.mark.lives(1, PARTS)

@@ -373,6 +373,9 @@ def test_checkpoints_behind_a_relative_link_are_moved_aside(tmp_path):
     (tmp_path / "run" / "checkpoints").symlink_to("../large_disk")
     workdir_files.move_aside(paths.path(tmp_path / "run"))
     assert (tmp_path / "run" / "before-1" / "checkpoints" / "4").is_dir()
+    (tmp_path / "file").touch()
+    paths.move(tmp_path / "run" / "before-1" / "checkpoints", tmp_path / "file")  # as a rename would replace it
+    assert (tmp_path / "file" / "4").is_dir()
 
 
 def test_an_empty_folder_of_a_checkpoint_is_set_aside(workdir):
@@ -392,3 +395,11 @@ def test_a_lack_of_threads_is_a_lack_of_memory(workdir, monkeypatch):
     monkeypatch.setattr(checkpoint, "_restore", fail)
     with pytest.raises(OSError, match="cannot be read: RuntimeError: can't start new thread"):
         restore(workdir)
+
+
+@pytest.mark.parametrize("content", ["5", "null", "[1]", '{"value": 1}', "{"])
+def test_a_best_json_of_another_form_is_damaged(workdir, content):
+    (workdir / "best.json").write_text(content)
+    with pytest.raises(checkpoint.Damaged, match=r"best.json is damaged"):
+        checkpoint.find(str(workdir / "best"))
+    assert manager.Checkpoints(str(workdir)).steps() == [1, 2, 3]

@@ -489,6 +489,15 @@ def test_classes_are_those_of_images(tmp_path, capsys):
     assert "note: 1 images are in no folder of a class" in capsys.readouterr().out
 
 
+def test_a_copy_without_its_description_is_made_again(tmp_path):
+    save(tmp_path / "in" / "a.png", noise(8, 8))
+    c = DataConfig("image_folder", dir=str(tmp_path / "data"), path=str(tmp_path / "in"))
+    before = open_data(c).images[0]
+    (lost,) = (tmp_path / "data" / "image_folder").glob("*/dataset.json")
+    lost.unlink()
+    np.testing.assert_array_equal(open_data(c).images[0], before)
+
+
 def test_a_link_whose_file_changes_is_read_again(tmp_path):
     save(tmp_path / "in" / ".store" / "a.png", noise(8, 8, 0))
     (tmp_path / "in" / "a.png").symlink_to(".store/a.png")

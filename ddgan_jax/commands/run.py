@@ -34,7 +34,7 @@ class Files:
     checkpoints: manager.Checkpoints
     log: Log
     sketch: dict[str, Any]  # of the data, to recognise it when the run is resumed
-    unlogged: dict[str, Any] | None = None  # metrics of steps before the first one here that are in no record yet
+    unlogged: dict[str, Any] | None = None  # metrics since the last record, from the interrupted part of the run
 
 
 @dataclasses.dataclass

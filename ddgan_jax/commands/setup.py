@@ -54,8 +54,8 @@ def set_up(
 ) -> Run:
     """Sets up a run in the workdir `path`, or resumes the one there. Raises as `train.train`.
 
-    `lock` holds the workdir from now on. Files are read and written while signals are deferred: an exception in the
-    middle of a restore would be taken for damage.
+    `lock` holds the workdir as soon as its files are opened. They are read and written while signals are deferred, so
+    that none is left half-done.
     """
     started = time.time()
     with interrupt.deferred():
@@ -141,9 +141,9 @@ def as_begun(c: Config, before: dict[str, Any] | None, path: paths.Given) -> Con
         mine, theirs = getattr(c, group), getattr(old, group)
         taken = {name: getattr(theirs, name) for name in names if getattr(mine, name) is None}
         groups[group] = dataclasses.replace(mine, **taken)
-    if old.data.name == c.data.name:
-        c = dataclasses.replace(c, **groups)
-    _check_same({name: flat(as_dict(c))[name] for name in FIXED}, flat(as_dict(old)), path)
+    c = dataclasses.replace(c, **groups)
+    now = flat(as_dict(c))
+    _check_same({name: now[name] for name in FIXED}, flat(as_dict(old)), path)
     _check_same(network_fields(c), network_fields(old), path)
     return c
 
@@ -182,8 +182,8 @@ def check_data(before: dict[str, Any] | None, now: dict[str, Any], path: Path, r
     found = difference(before, now)
     if found and refuse:
         raise UserError(
-            f"--workdir={path} holds a run on other data ({found}): name another --workdir, which "
-            f"--config.train.init_from={path} begins with the networks of this one, or pass --restart"
+            f"--workdir={path} holds a run on other data ({found}): name another --workdir "
+            f"(--config.train.init_from={path} starts it from the networks of this run), or pass --restart"
         )
     if found:
         say(f"note: the data is not that of the start of the run: {found}")

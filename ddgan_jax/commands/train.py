@@ -40,7 +40,7 @@ def train(config: Any, workdir: str, data: Data | None = None, restart: bool = F
     """Trains by `config` in `workdir`, from its newest checkpoint if there is one, and returns the last state.
 
     `data` replaces what `config.data` names, for instance `Data(images)` of an array in memory. `restart` moves the
-    files of an earlier run in `workdir` to `workdir`/before-1 and starts from step 0.
+    files of an earlier run in `workdir` to `workdir`/before-1, or -2, and so on, and starts from step 0.
 
     Writes checkpoints/, config.json, metrics.jsonl, results.json, curves.png, samples/ and tensorboard/.
 
@@ -156,7 +156,7 @@ def finish_interrupted_step(run: Run, meter: Meter, interrupt: Interrupt) -> Out
     lacks_record, lacks_samples = processes.broadcast_from_primary(lacks)
     if lacks_record and record(run, meter, interrupt) is STOPPED:
         return STOPPED
-    if run.files:
+    if run.files and run.files.log.last.get("step") == run.step:
         update_best(run, run.files.log.last)
     if lacks_samples:
         save_samples(run, run.samples_file)
@@ -194,7 +194,7 @@ def save(run: Run, meter: Meter) -> None:
 def record(run: Run, meter: Meter, interrupt: Interrupt, stopping: bool = False, bar: tqdm | None = None) -> Outcome:
     """Evaluates if it is time, logs a record, prints it, and marks the checkpoint if it is the best.
 
-    STOPPED, with nothing logged, where a signal came during an evaluation, or before it (`stopping`).
+    Returns STOPPED and logs nothing if a signal interrupts the evaluation, or came before it (`stopping`).
     """
     meter.check(lambda: last_complete_step(run))
     measured: dict[str, float] = {}

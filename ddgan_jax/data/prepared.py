@@ -139,6 +139,7 @@ def _prepare(files: ImageFiles, copy: pathlib.Path, size: int, channels: int) ->
             print(f"preparing the {len(files.names):,} files of {files.path} at {size} px in {copy}, once", flush=True)
             try:
                 _decode_all(files, aside, size, channels)
+                shutil.rmtree(copy, ignore_errors=True)  # a copy that has lost its dataset.json
                 aside.rename(copy)
             except (OSError, Fault):
                 shutil.rmtree(aside, ignore_errors=True)  # while this process still has the lock

@@ -25,7 +25,10 @@ def sketch_of(data: Data, labels: np.ndarray | None = None) -> dict[str, Any]:
 
 
 def difference(before: dict[str, Any] | None, now: dict[str, Any]) -> str:
-    """How two sketches differ, or ''. Earlier versions saved none, or none of the labels."""
+    """How two sketches differ, or ''.
+
+    Old checkpoints have no sketch, or one without labels: what is missing is not compared.
+    """
     if not before:
         return ""
     if now["count"] != before["count"]:

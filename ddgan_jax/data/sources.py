@@ -1,7 +1,7 @@
 """Datasets by name: `Data`, and `open_data`, which opens what a configuration names.
 
-The images of a dataset are anything that is indexed by a vector of indices as an array [N, ...] is. Reading needs no
-TensorFlow, and importing this module not even tensorflow-datasets.
+`images` may be any object that supports `images[indices]` with an integer array. Reading needs no TensorFlow, and
+importing this module not even tensorflow-datasets.
 """
 
 import concurrent.futures

@@ -97,7 +97,10 @@ def best(workdir: Path) -> dict[str, Any]:
     if not paths.exists(file):
         return {}
     try:
-        return unsealed(json.loads(paths.read(file)))
+        found = unsealed(json.loads(paths.read(file)))
+        if not found.keys() >= {"step", "measure", "value"}:
+            raise ValueError("it lacks a field")
+        return found
     except ValueError as error:
         raise Damaged(f"{file} is damaged: {error}") from error
 
@@ -109,7 +112,8 @@ def sealed(fields: dict[str, Any]) -> dict[str, Any]:
 
 def unsealed(fields: Any) -> dict[str, Any]:
     """The fields of `sealed`, or of an older file without a checksum. Raises ValueError for other fields."""
-    fields = dict(fields)
+    if not isinstance(fields, dict):
+        raise ValueError("it is no JSON object")
     if "checksum" in fields and sealed({k: v for k, v in fields.items() if k != "checksum"}) != fields:
         raise ValueError("the checksum is wrong")
     if not fields.keys() <= {"step", "measure", "value", "config", "checksums", "of_job", "checksum"}:
@@ -117,7 +121,7 @@ def unsealed(fields: Any) -> dict[str, Any]:
     return fields
 
 
-@functools.cache  # for the whole process, since they come from other threads, also after an error is handled
+@functools.cache  # once: abandoned reads may report from other threads after the error was handled
 def _silence_abandoned_reads() -> None:
     """Silences the reads that Orbax abandons, and closes its event loop on, when one array cannot be read.
 

@@ -208,7 +208,7 @@ def remove_unfinished(folder: Given) -> None:
 
 
 def move(source: Given, target: Given) -> None:
-    """Moves a file, or a folder, which replaces an existing one. A bucket cannot rename folders: files are copied."""
+    """Moves a file or folder; an existing target is replaced. A bucket cannot rename folders: files are copied."""
     old, new = epath.Path(source), epath.Path(target)
     with os_errors(old):
         if is_dir(new):
@@ -216,6 +216,7 @@ def move(source: Given, target: Given) -> None:
         if not is_remote(old):
             new.parent.mkdir(parents=True, exist_ok=True)
             if os.path.islink(old):  # a relative link would lead elsewhere from its new place
+                new.unlink(missing_ok=True)
                 os.symlink(os.path.realpath(old), new)
                 os.unlink(old)
             else:

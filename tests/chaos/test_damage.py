@@ -100,7 +100,10 @@ def check(run, workdir, right, mode, out, file) -> str:
         different = {k for k in ours.keys() | right["outcome"].keys() if ours.get(k) != right["outcome"].get(k)}
         different -= {str(file)}  # a picture, which nothing reads
         reported = "damaged" in ended.output or "cannot be read" in ended.output
-        assert not different or (different <= {"records", "kept", "left", "best"} and reported), (different, ended.output)
+        assert not different or (different <= {"records", "kept", "left", "best"} and reported), (
+            different,
+            ended.output,
+        )
         return "reported" if reported else "right numbers"
     if mode == "evaluate":
         found = numbers(pathlib.Path(out))

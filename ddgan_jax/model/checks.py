@@ -48,6 +48,7 @@ def free_memory() -> int:
     for file, pattern, unit in (
         ("/proc/meminfo", r"MemAvailable: +(\d+) kB", 1024),
         ("/sys/fs/cgroup/memory.max", r"(\d+)", 1),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", r"(\d+)", 1),  # version 1 of control groups
     ):
         with contextlib.suppress(OSError):
             bounds += [unit * int(number) for number in re.findall(pattern, pathlib.Path(file).read_text())]

@@ -57,6 +57,25 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def reason_of(error: BaseException) -> str:
+    """The first line of an error's message, with its type."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def of_a_folder(what: str, remedy: str = "") -> Iterator[None]:
+    """Turns an OSError of writing into a folder that a user named into a UserError if another name is the remedy.
+
+    That is so for a path that cannot exist or is not permitted. A full or failing disk is a Fault.
+    """
+    try:
+        yield
+    except OSError as error:
+        refused = is_missing(error) or error.errno in (errno.EACCES, errno.EPERM, errno.EEXIST, errno.EINVAL)
+        raise (UserError if refused else Fault)(f"{what}: {error}" + (remedy and f"; {remedy}")) from error
+
+
 @contextlib.contextmanager
 def of_a_file(what: str) -> Iterator[None]:
     """Turns failures to read a file that a user named into a UserError where there is no such file, else a Fault.

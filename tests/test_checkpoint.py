@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from contextlib import ExitStack
 
 import jax
 import jax.numpy as jnp
@@ -56,9 +57,9 @@ def test_round_trip(workdir):
     restored, said = restore(workdir)
     assert not said and jax.tree.structure(restored) == jax.tree.structure(tiny_state(3))
     jax.tree.map(np.testing.assert_array_equal, restored, tiny_state(3))
-    ema, config, step = checkpoint.restore_ema(str(workdir))
+    ema, metadata, step = checkpoint.restore_ema(str(workdir))
     jax.tree.map(np.testing.assert_array_equal, ema, tiny_state(3).ema_params)
-    assert config == CONFIG and step == 3
+    assert metadata["config"] == CONFIG and step == 3
     for path in (workdir / "checkpoints", workdir / "checkpoints" / "2"):
         assert checkpoint.restore_ema(str(path))[2] == (2 if path.name == "2" else 3)
 
@@ -224,6 +225,7 @@ def test_the_best_is_kept_where_its_mark_cannot_be_read(loss, tmp_path, monkeypa
     again.prune()
     assert again.steps() == [1, 2]  # until the records of the run tell which is the best
     records = [{"step": 1, "fid": 2.0}, {"step": 2, "fid": 3.0}, {"step": 9, "fid": 1.0}, {"step": 2}]
+    records += [{"step": 2, "fid": 0.5, "ranking": "fid in other:features"}]  # which does not compare
     again.find_best("fid", "fid", lambda: records)
     assert checkpoint.find(f"{tmp_path}/best").name == "1"
     again.save(3, tiny_state(3), CONFIG)
@@ -252,6 +254,7 @@ def test_restore_ema_needs_no_data_libraries(workdir):
     script = f"""
 import sys
 import tarfile
+from contextlib import ExitStack
 for name in ("tensorflow", "tensorflow_datasets", "clu", "ml_collections", "torch"): sys.modules[name] = None
 from ddgan_jax.storage.checkpoint import restore_ema
 print(restore_ema({str(workdir)!r})[2])
@@ -403,3 +406,15 @@ def test_a_best_json_of_another_form_is_damaged(workdir, content):
     with pytest.raises(checkpoint.Damaged, match=r"best.json is damaged"):
         checkpoint.find(str(workdir / "best"))
     assert manager.Checkpoints(str(workdir)).steps() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("number, kind", [(errno.EIO, Fault), (errno.ENOSPC, Fault), (errno.EACCES, UserError)])
+def test_a_workdir_that_fails_is_no_user_error(tmp_path, monkeypatch, number, kind):
+    """Another --workdir is the remedy for a path that is not permitted, but not for a disk that fails."""
+
+    def fail(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(type(paths.path("x")), "mkdir", fail)
+    with pytest.raises(kind, match=r"--workdir=.* cannot be used: .*" + os.strerror(number)), ExitStack() as held:
+        workdir_files.lock(paths.path(tmp_path / "new"), held)

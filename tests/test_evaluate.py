@@ -215,12 +215,21 @@ def test_a_folder_of_pictures(digits, tmp_path):
     results = evaluate.evaluate(c, "", str(tmp_path / "in"), str(tmp_path / "out"))
     assert results["num_samples"] == 40 and results["precision"] == 1
     evaluate.evaluate(c, "", str(tmp_path / "in"), str(tmp_path / "out"), num_samples=30)
+    with pytest.raises(UserError, match=r"name the real images that .*in is compared with"):
+        evaluate.evaluate(None, "", str(tmp_path / "in"))
     Image.new("L", (9, 8)).save(tmp_path / "in" / "wide.png")
     with pytest.raises(UserError, match="of different sizes"):
         evaluate.evaluate(c, "", str(tmp_path / "in"), str(tmp_path / "out"))
     (tmp_path / "in" / "wide.png").write_text("no picture")
     with pytest.raises(UserError, match=r"sample .*wide.png cannot be read: it is not an image"):
         evaluate.evaluate(c, "", str(tmp_path / "in"), str(tmp_path / "out"))
+
+
+def test_some_of_the_samples_of_a_file_are_from_all_of_it(tmp_path):
+    """A file may be sorted by class, whose first samples are of one."""
+    np.savez(tmp_path / "x.npz", np.arange(1_000, dtype=np.float32)[:, None])
+    chunks, count, _, _ = evaluate.file_samples(str(tmp_path / "x.npz"), 334)
+    assert count == 334 and np.concatenate(list(chunks)).ravel().tolist() == [3.0 * i for i in range(334)]
 
 
 def test_a_folder_of_samples_is_evaluated_as_their_checkpoint(digits, tmp_path):
@@ -337,6 +346,7 @@ def test_a_function_of_the_user_ranks_checkpoints(own_features, digits):
     records = [json.loads(line) for line in (own_features / "run" / "metrics.jsonl").read_text().splitlines()]
     values = {r["step"]: r["eval/frechet_distance"] for r in records if "eval/frechet_distance" in r}
     marked = json.loads((own_features / "run" / "best.json").read_text())
+    assert {r["ranking"] for r in records if r["step"] in values} == {marked["measure"]}
     assert values.keys() == {4, 8} and marked["measure"] == "eval/frechet_distance in my_features:thumbnails"
     assert marked["value"] == pytest.approx(min(values.values()), rel=1e-4)
     # The configuration in a checkpoint runs no code.
@@ -727,11 +737,11 @@ def test_evaluations_of_other_seeds_have_folders_of_their_own(tmp_path, below, m
     monkeypatch.setattr(evaluate.checkpoint, "find", lambda path: asked.append(path) or find(path))
     (tmp_path / "best.json").write_text('{"step": 8, "measure": "eval/kl", "value": 1.0}')
     for seed, name in ((0, "8"), (3, "8-seed-3")):
-        found, folder = evaluate._find(f"{tmp_path}{below}", seed)
-        assert (found, folder) == (f"{tmp_path}/checkpoints/8", f"{tmp_path}/evaluation/{name}")
+        found = evaluate._find(f"{tmp_path}{below}", seed)
+        assert found == (f"{tmp_path}/checkpoints/8", str(tmp_path), f"{tmp_path}/evaluation/{name}")
     assert len(asked) == 2
-    assert evaluate._find("digits", 0) == ("digits", "digits.evaluation")
-    assert evaluate._find("a/netG_9.pth", 2) == ("a/netG_9.pth", "a/netG_9.evaluation-seed-2")
+    assert evaluate._find("digits", 0) == ("digits", "", "digits.evaluation")
+    assert evaluate._find("a/netG_9.pth", 2) == ("a/netG_9.pth", "", "a/netG_9.evaluation-seed-2")
 
 
 @pytest.mark.slow

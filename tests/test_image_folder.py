@@ -857,7 +857,7 @@ def test_a_read_that_fails_is_no_reason_to_skip_a_file(tmp_path, monkeypatch, ca
 def test_a_file_that_is_read_incompletely(tmp_path, monkeypatch):
     path = a_set(tmp_path, "folder")
     monkeypatch.setattr(paths, "read", lambda file: pathlib.Path(file).read_bytes()[:-9])
-    with pytest.raises(Fault, match=r"0.png cannot be read: OSError .* bytes of .* were read, but it has"):
+    with pytest.raises(Fault, match=r"0.png cannot be read: OSError: .* bytes of .* were read, but it has"):
         open_folder(path, tmp_path / "cache", max_bad_share=1.0)
 
 
@@ -971,7 +971,7 @@ def test_a_disk_that_fills_up_while_the_copy_is_written(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         full = pathlib.Path("/dev/full")
         patch.setattr(pathlib.Path, "open", lambda file, *how: opened(full if file.suffix == ".bin" else file, *how))
-        with pytest.raises(UserError, match=r"cannot be written to .*No space left on device.*; set data.dir"):
+        with pytest.raises(Fault, match=r"cannot be written to .*No space left on device.*; set data.dir"):
             open_folder(path, cache)
     assert not [file for file in (cache / "image_folder").iterdir() if file.is_dir()]
     assert len(open_folder(path, cache)[0]) == 6

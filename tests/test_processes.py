@@ -80,6 +80,9 @@ def test_they_sample_and_evaluate_as_one_and_write_once(alone, count, devices, c
     for name in ("modes", "high_quality", "total_variation", "num_samples"):
         assert results[0][name] == results[1][name]
     assert results[1]["sampling"]["devices"] == f"{count * devices} x cpu"
+    samples = POINTS, "--mode=evaluate", f"--samples={of_one}", f"--out={tmp_path / 'c'}", cache
+    succeed(start_group(count, *samples, devices=devices))
+    assert json.loads((tmp_path / "c" / "results.json").read_text())["num_samples"] == 301
 
 
 @pytest.mark.slow

@@ -3,12 +3,10 @@
 --config.FIELD=VALUE sets a field of the configuration; docs/configuration.md lists the fields.
 """
 
-import functools
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
 from typing import Any
 
 from absl import flags
@@ -100,8 +98,7 @@ def run(argv: list[str]) -> None:
 
         # A checkpoint contains its configuration, unless the user explicitly passes another one.
         explicit = any(flag.startswith(("--config", "-config")) for flag in argv)
-        job: Callable[[], Any] = functools.partial(
-            evaluate,
+        evaluate(
             config if explicit or FLAGS.samples or path.endswith(".pth") else None,
             path,
             FLAGS.samples or "",
@@ -109,12 +106,12 @@ def run(argv: list[str]) -> None:
             FLAGS.num_samples or 0,
             FLAGS.sample_seed,
         )
-        by_all = not FLAGS.samples
     elif FLAGS.mode == "demo":
-        job, by_all = functools.partial(demo, path), False
+        processes.run_on_primary(lambda: demo(path))
+    elif FLAGS.mode == "sample":
+        generate(config, path)
     else:
-        job, by_all = functools.partial(generate, config, path), FLAGS.mode == "sample"
-    job() if by_all else processes.run_on_primary(job)
+        processes.run_on_primary(lambda: generate(config, path))
 
 
 def check_flags() -> None:

@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 
-from ddgan_jax.commands.progress import say
 from ddgan_jax.devices import parallel, processes
+from ddgan_jax.devices.processes import say
 from ddgan_jax.method.train_step import Method, make_train_step
 
 

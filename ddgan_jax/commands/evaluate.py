@@ -15,7 +15,7 @@ from ddgan_jax.commands import figures
 from ddgan_jax.config.settings import Config, read
 from ddgan_jax.data import decoding
 from ddgan_jax.data.archives import SUFFIXES
-from ddgan_jax.data.batches import match_label_frequencies
+from ddgan_jax.data.batches import evenly_spaced, match_label_frequencies
 from ddgan_jax.data.resolve import facts, labels_of
 from ddgan_jax.data.sketch import difference, sketch_of
 from ddgan_jax.data.sources import Data, open_data
@@ -39,20 +39,24 @@ def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_sampl
     Without a `config`, the configuration of the checkpoint's training is used. `num_samples` 0 stands for
     `config.eval.num_samples`, or for all `samples`. Writes results.json and figures into the folder `out`; the default
     is WORKDIR/evaluation/STEP, with -seed-N for another `seed` than 0, or a folder beside the file of a model or of
-    samples. Returns the results; {} in all processes except the first.
+    samples. Returns the results; {} in all processes except the first, which alone evaluates `samples`.
 
-    Raises UserError where `config` is of other data than the checkpoint, or where a checkpoint's own configuration
-    would run a Python function of `eval.features`.
+    Raises UserError where `config` is of other data than the checkpoint or is missing for `samples`, or where a
+    checkpoint's own configuration would run a Python function of `eval.features`.
     """
     path, samples, out = map(os.fspath, (path, samples, out))
+    if samples and processes.num_processes() > 1:
+        return processes.run_on_primary(lambda: evaluate(config, path, samples, out, num_samples, seed)) or {}
     start, explicit = time.time(), None if config is None else read(config)
     timing: Results = {}
     if samples:
-        c, folder = explicit or Config(), f"{samples.rstrip('/')}.evaluation"
+        if explicit is None:
+            raise UserError(f"name the real images that {samples} is compared with: config=presets.get('cifar10')")
+        c, folder, workdir = explicit, f"{samples.rstrip('/')}.evaluation", ""
         chunks, count, labels, about = file_samples(samples, num_samples)
         data = _open_data(c, count, seed)
     else:
-        found, folder = _find(path, seed)
+        found, workdir, folder = _find(path, seed)
         model = load(found, explicit)
         if explicit is None and ":" in (code := model.config.eval.features):
             raise UserError(
@@ -65,7 +69,7 @@ def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_sampl
         sampler = Sampler(model.denoiser, c.sample.batch_size)
         chunks, count, labels, about = model_samples(model, sampler, data, count, seed)
         about = {"checkpoint": found} | about
-        if other := processes.broadcast_from_primary(lambda: _other_data(found, c, model.config, data)):
+        if other := processes.broadcast_from_primary(lambda: _other_data(c, model, data)):
             about |= {"trained_on_other_data": other}
     target = paths.path(out or folder)
     processes.run_on_all(lambda: _check_target(target))
@@ -82,7 +86,7 @@ def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_sampl
         results = about | {"features": c.eval.features} | evaluator.about | result.results | timing
         results["seconds"] = round(time.time() - start, 1)
         paths.write(target / "results.json", as_json(results, indent=2) + "\n")
-        draw_figures(evaluator, result, target, "" if samples else path)
+        draw_figures(evaluator, result, target, workdir)
         for name, value in results.items():
             print(f"  {name:<46} {_readable(value)}")
         print(f"written to {target}", flush=True)
@@ -91,17 +95,17 @@ def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_sampl
     return processes.run_on_primary(write) or {}
 
 
-def _find(path: str, seed: int) -> tuple[str, str]:
-    """The model file or the one checkpoint that `path` names, and the default folder of its evaluation.
+def _find(path: str, seed: int) -> tuple[str, str, str]:
+    """The model file or the one checkpoint that `path` names, its workdir or '', and the default folder of results.
 
     The checkpoint is looked up once: a training that is running may add and remove others meanwhile.
     """
     suffix = f"-seed-{seed}" if seed else ""
     if file_of(path):
-        return path, default_output(path, f"evaluation{suffix}")
+        return path, "", default_output(path, f"evaluation{suffix}")
     found = paths.path(processes.broadcast_from_primary(lambda: str(checkpoint.absolute(checkpoint.find(path)))))
     workdir = found.parent.parent if found.parent.name == "checkpoints" else paths.path(path)
-    return str(found), str(workdir / "evaluation" / f"{found.name}{suffix}")
+    return str(found), str(workdir), str(workdir / "evaluation" / f"{found.name}{suffix}")
 
 
 def _match_data(c: Config, trained: Config, path: str) -> Config:
@@ -116,15 +120,14 @@ def _match_data(c: Config, trained: Config, path: str) -> Config:
     return replace(c, data=replace(ours, image_size=theirs.image_size, channels=theirs.channels))
 
 
-def _other_data(path: str, c: Config, trained: Config, data: Data | None) -> str:
-    """How the data differs from that of the training of a checkpoint, though its configuration is the same; or ''.
+def _other_data(c: Config, model: Model, data: Data | None) -> str:
+    """How the data differs from that of the training of a model, though its configuration is the same; or ''.
 
     A model that was trained on an array has the configuration of a preset. Prints a note if the data differs.
     """
-    if file_of(path) or replace(c.data, path=None, dir=None) != replace(trained.data, path=None, dir=None):
+    if not model.trained_on or replace(c.data, path=None, dir=None) != replace(model.config.data, path=None, dir=None):
         return ""
-    saved = (checkpoint.metadata_of(paths.path(path)).get("of_job") or {}).get("data")
-    found = difference(saved, sketch_of(data or open_data(c.data)))
+    found = difference(model.trained_on, sketch_of(data or open_data(c.data)))
     if found:
         print(f"note: the model was not trained on this data, with which it is compared: {found}", flush=True)
     return found
@@ -178,7 +181,9 @@ def time_sampling(draw: Sampler, params: Any, seed: int, batch: int, num_steps: 
 
 
 def file_samples(path: str, num_samples: int) -> Samples:
-    """The first `num_samples` samples (0: all) of an npz with one array, or of a folder of images.
+    """`num_samples` samples, evenly spaced (0: all), of an npz with one array, or of a folder of images.
+
+    Evenly spaced, because files may be sorted by class.
 
     Raises UserError if there are too few, or if they are damaged or of different sizes; Fault if they cannot be read.
     """
@@ -203,8 +208,10 @@ def file_samples(path: str, num_samples: int) -> Samples:
         raise UserError(
             f"{path} holds {total} samples, but {max(count, 2)} are needed: lower --num_samples or add samples"
         )
-    chunks = _decoded(files[:count]) if folder else (array[i : min(i + 256, count)] for i in range(0, count, 256))
-    return chunks, count, None, {"samples": path}
+    chosen = evenly_spaced(total, count)
+    if folder:
+        return _decoded([files[i] for i in chosen]), count, None, {"samples": path}
+    return (array[chosen[i : i + 256]] for i in range(0, count, 256)), count, None, {"samples": path}
 
 
 def _decoded(files: list[Path]) -> Iterator[np.ndarray]:

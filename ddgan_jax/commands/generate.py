@@ -253,8 +253,7 @@ def generate(mode: str, model: Model, out: str, **options: Any) -> None:
     """Run a mode of MODES, and print how long it took."""
     start = time.time()
     MODES[mode](model, out, **options)
-    if processes.is_primary():
-        print(f"{mode} of step {model.step} written to {out} in {time.time() - start:.1f} s")
+    processes.say(f"{mode} of step {model.step} written to {out} in {time.time() - start:.1f} s")
 
 
 MODES: dict[str, Callable[..., None]] = {

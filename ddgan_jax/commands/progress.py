@@ -11,10 +11,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from ddgan_jax.data.sources import Data
 from ddgan_jax.devices import cluster, processes
+from ddgan_jax.devices.processes import say
 from ddgan_jax.errors import Fault
 from ddgan_jax.method.state import num_bytes
 from ddgan_jax.method.train_step import Method
@@ -22,13 +22,6 @@ from ddgan_jax.method.train_step import Method
 Metrics = dict[str, Any]
 
 MAX_CURVES = 16  # with more denoising steps T, losses are not recorded for each t
-
-
-def say(text: str) -> None:
-    """Prints one line, in process 0, above the progress bar."""
-    if processes.is_primary():
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
 
 
 def clock(seconds: float) -> str:

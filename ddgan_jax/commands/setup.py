@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from ddgan_jax.commands.progress import overview, say
+from ddgan_jax.commands.progress import overview
 from ddgan_jax.commands.run import Files, Run, ranked_by, ranking_of
 from ddgan_jax.commands.signals import Interrupt
 from ddgan_jax.config.settings import Config, as_dict, flat, read
@@ -18,7 +18,8 @@ from ddgan_jax.data.resolve import check_batch, facts, labels_of, resolve_from_d
 from ddgan_jax.data.sketch import difference, sketch_of
 from ddgan_jax.data.sources import Data, open_data
 from ddgan_jax.devices import compiler, parallel, processes
-from ddgan_jax.errors import Fault, UserError
+from ddgan_jax.devices.processes import say
+from ddgan_jax.errors import Fault, UserError, of_a_folder
 from ddgan_jax.method.build import build, init_state, network_fields
 from ddgan_jax.method.state import num_bytes
 from ddgan_jax.method.train_step import Method
@@ -209,8 +210,8 @@ def check_memory(method: Method, shapes: Any) -> None:
 
 
 def open_checkpoints(path: Path, c: Config) -> manager.Checkpoints:
-    """The checkpoints of a workdir, which is created. Raises UserError if it cannot be."""
-    with workdir.usable(path):
+    """The checkpoints of a workdir, which is created. Raises UserError or Fault if it cannot be."""
+    with of_a_folder(f"--workdir={path} cannot be used"):
         (path / "checkpoints").mkdir(parents=True, exist_ok=True)
     return manager.Checkpoints(os.fspath(path), c.checkpoint.keep, c.checkpoint.keep_period)
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ddgan_jax.commands import figures
 from ddgan_jax.commands.compiled import CompiledSteps
-from ddgan_jax.commands.progress import Meter, clock, expected_time, losses_line, next_commands, say
+from ddgan_jax.commands.progress import Meter, clock, expected_time, losses_line, next_commands
 from ddgan_jax.commands.run import DONE, STOPPED, Outcome, Run, ranked_by, ranking_of
 from ddgan_jax.commands.setup import set_up
 from ddgan_jax.commands.signals import Interrupt, raise_on_signal
@@ -26,6 +26,7 @@ from ddgan_jax.config.settings import as_dict
 from ddgan_jax.data.batches import batches, match_label_frequencies
 from ddgan_jax.data.sources import Data
 from ddgan_jax.devices import parallel, processes
+from ddgan_jax.devices.processes import say
 from ddgan_jax.errors import Interrupted, UserError
 from ddgan_jax.method.build import noise_seed
 from ddgan_jax.method.state import norms
@@ -209,7 +210,9 @@ def record(run: Run, meter: Meter, interrupt: Interrupt, stopping: bool = False,
     values, seconds_per_step = meter.values(norms_of(run), lambda: last_complete_step(run))
     values |= measured
     if run.files:
-        run.files.log.scalars(run.step, values | {"seconds": run.seconds()})
+        ranking = ranking_of(run.config)
+        about = {"ranking": ranking} if measured and ranking != ranked_by(run.config) else {}
+        run.files.log.scalars(run.step, values | {"seconds": run.seconds()}, about)
         line = losses_line(values)
         if bar is not None:
             bar.set_postfix_str(line)

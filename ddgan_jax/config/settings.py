@@ -74,7 +74,7 @@ class ModelConfig:
 class TrainConfig:
     """Optimizers, and length of the training."""
 
-    init_from: str | None = None  # workdir, checkpoint or .pth file that initializes the networks of a new run
+    init_from: str | None = None  # initial networks: a workdir, checkpoint, .pth or .safetensors, or bundled model
     num_steps: Positive | None = 351_000  # 1800 epochs (paper) of 195 steps; None: resolved from the dataset
     batch_size: Positive | None = 256  # of all devices together: 4 GPUs x 64 (paper); None: resolved from the dataset
     accumulate: Positive = 1  # parts of a device's batch, computed one after another to save memory

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ddgan_jax.data.archives import SUFFIXES, ImageFiles, Lmdb, Zip, check_size, is_image_name
 from ddgan_jax.data.batches import evenly_spaced
 from ddgan_jax.data.decoding import read_header
-from ddgan_jax.errors import Fault, UserError, is_missing
+from ddgan_jax.errors import Fault, UserError, is_missing, reason_of
 from ddgan_jax.storage import paths
 
 HEADER_BYTES = 2**16  # at the start of a file: nearly always enough for the header and the preview of a camera
@@ -223,8 +223,7 @@ def _read_or_fault(action: Callable[[str], Any], name: str) -> Any:
     try:
         return action(name)
     except (OSError, MemoryError) as error:
-        reason = f"{type(error).__name__} {error}".splitlines()[0][:200]
-        raise Fault(f"{name} cannot be read: {reason}; run the same command again") from error
+        raise Fault(f"{name} cannot be read: {reason_of(error)}; run the same command again") from error
 
 
 def describe_skipped(files: ImageFiles, skipped: dict[str, str]) -> str:

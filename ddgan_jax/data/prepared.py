@@ -19,7 +19,7 @@ import numpy as np
 from ddgan_jax.data import folder
 from ddgan_jax.data.archives import ImageFiles, class_of
 from ddgan_jax.data.decoding import decode
-from ddgan_jax.errors import Fault, UserError
+from ddgan_jax.errors import Fault, UserError, of_a_folder
 from ddgan_jax.storage import paths
 
 FORMAT = 5  # of the copy; a change of how files are found or decoded raises it
@@ -92,8 +92,8 @@ def open_folder(
     `image_size` and `channels` of None see `folder.inspect`. The classes are the top-level folders in alphabetical
     order; a flat folder has the one class ''.
 
-    Raises UserError if there is no image, if more than the fraction `max_bad_share` of the files are bad, or if the
-    copy cannot be written. Raises Fault if something cannot be read.
+    Raises UserError if there is no image, if more than the fraction `max_bad_share` of the files are bad, or if
+    `cache_dir` is no place for the copy. Raises Fault if something cannot be read, or if the disk fails.
     """
     with folder.open_files(path) as files:
         if image_size is None or channels is None:
@@ -123,7 +123,7 @@ def _prepare(files: ImageFiles, copy: pathlib.Path, size: int, channels: int) ->
     starts again.
     """
     aside = copy.with_name(f"incomplete.{copy.name}")
-    try:
+    with of_a_folder(f"the copy of {files.path} cannot be written to {copy.parent}", "set data.dir to another folder"):
         copy.parent.mkdir(parents=True, exist_ok=True)
         with copy.with_name(f"{copy.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -144,10 +144,6 @@ def _prepare(files: ImageFiles, copy: pathlib.Path, size: int, channels: int) ->
             except (OSError, Fault):
                 shutil.rmtree(aside, ignore_errors=True)  # while this process still has the lock
                 raise
-    except OSError as error:
-        raise UserError(
-            f"the copy of {files.path} cannot be written to {copy.parent}: {error}; set data.dir"
-        ) from error
 
 
 def _decode_all(files: ImageFiles, copy: pathlib.Path, size: int, channels: int) -> None:
@@ -161,7 +157,8 @@ def _decode_all(files: ImageFiles, copy: pathlib.Path, size: int, channels: int)
             checksums.append(zlib.crc32(pixels))
             names.append(class_of(name))
     classes = sorted(set(names))
-    labels = [classes.index(name) for name in names]
+    label = {name: index for index, name in enumerate(classes)}
+    labels = [label[name] for name in names]
     (copy / "skipped.json").write_text(json.dumps(skipped, indent=1, sort_keys=True))
     shape = (len(labels), size, size, channels)
     about = {"shape": shape, "classes": classes, "labels": labels, "checksums": checksums}

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from ddgan_jax.config.settings import DataConfig
 from ddgan_jax.data import decoding, digits, folder, prepared, splits, synthetic, tfds
 from ddgan_jax.data.batches import evenly_spaced
+from ddgan_jax.devices import processes
 from ddgan_jax.errors import UserError
 from ddgan_jax.storage import paths
 from ddgan_jax.storage.dashboards import quiet
@@ -164,23 +165,16 @@ def _open_folder(c: DataConfig) -> Data:
     part = _folder_split(c, len(images))
     data = Data(images[part], labels[part] if len(classes) > 1 else None, tuple(classes))
     if "" in classes[:1] and len(classes) > 1:
-        _note(f"note: {np.sum(labels == 0):,} images are in no folder of a class: they are of the class '', label 0")
+        unsorted = f"{np.sum(labels == 0):,} images are in no folder of a class"
+        processes.say(f"note: {unsorted}: they are of the class '', label 0")
     if data.labels is not None and (missing := np.setdiff1d(labels, data.labels())).size:
         names = ", ".join(repr(classes[label]) for label in missing[:5])  # repr: they need not be valid Unicode
-        _note(
+        processes.say(
             f"note: the split {c.split!r} has no image of {len(missing)} of {len(classes)} classes ({names}"
             f"{', ...' * (len(missing) > 5)}): it is cut from the files in the order of their names, which begin "
             "with their classes"
         )
     return data
-
-
-def _note(text: str) -> None:
-    """Prints a line in process 0."""
-    from ddgan_jax.devices import processes  # imports JAX, which nothing else here needs
-
-    if processes.is_primary():
-        print(text, flush=True)
 
 
 def _folder_split(c: DataConfig, num_images: int) -> slice:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from tqdm import tqdm
 
 from ddgan_jax.devices import cluster
 from ddgan_jax.errors import Fault, UserError
@@ -85,6 +86,13 @@ def process_index() -> int:
 def is_primary() -> bool:
     """Whether this is process 0, the only one that writes."""
     return jax.process_index() == 0
+
+
+def say(text: str) -> None:
+    """Prints one line, in process 0, above a progress bar if there is one."""
+    if is_primary():
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
 
 
 def _client() -> Any:

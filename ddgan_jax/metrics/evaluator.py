@@ -133,8 +133,7 @@ def open_real_images(c: Config) -> sources.Data:
         # A class-conditional model needs the data for the frequencies of its classes.
         if c.eval.features != "inception" or not c.eval.reference_statistics or c.model.num_classes:
             raise
-        if processes.is_primary():
-            print(f"without KID, precision and recall, which need real images: {error}", flush=True)
+        processes.say(f"without KID, precision and recall, which need real images: {error}")
         return sources.Data(np.zeros((0, 0, 0, 0), np.uint8))
 
 

@@ -34,8 +34,7 @@ def published_networks(c: Config, manifolds: bool = True) -> list[Network]:
     except UserError as error:  # only a missing file is tolerated; a damaged or unreadable one is not
         if c.eval.vgg_weights:
             raise
-        if processes.is_primary():
-            print(f"without precision and recall: {error}", flush=True)
+        processes.say(f"without precision and recall: {error}")
         return networks
     other = vgg.VGG16()
 

@@ -67,25 +67,26 @@ def load(path: str | os.PathLike, config: Any = None, **hints: Any) -> Model:
         UserError: there is no model, or hints are missing or contradict the weights.
         Fault: the model is damaged or cannot be read.
     """
-    path, about = os.fspath(path), dict[str, str]()
+    path, about, trained_on = os.fspath(path), dict[str, str](), None
     if path.endswith(".pth"):
         given = None if config is None else read(config)
         found = processes.broadcast_from_primary(lambda: files.read(path, given, **hints))
         arguments.check_equal(found.settings, found.config, ("diffusion",), path)
         assumed = [name for name in ("num_steps", "beta_min", "beta_max") if f"diffusion.{name}" not in found.settings]
-        if assumed and given is None and processes.is_primary():
+        if assumed and given is None:
             values = ", ".join(f"{name}={getattr(found.config.diffusion, name)}" for name in assumed)
-            print(f"note: {path} holds no diffusion: it is taken to be that of the reference's defaults, {values}")
+            processes.say(f"note: {path} holds no diffusion: the reference's defaults are assumed, {values}")
         return Model(found.ema_params or found.gen_params, build.denoiser(found.config), found.config, 0)
     if file := file_of(path):
         arrays, saved_config, step, about = processes.broadcast_from_primary(lambda: safetensors.read(file))
         params = checkpoint.nested(arrays)
     else:
-        params, saved_config, step = processes.broadcast_from_primary(lambda: checkpoint.restore_ema(path))
+        params, metadata, step = processes.broadcast_from_primary(lambda: checkpoint.restore_ema(path))
+        saved_config, trained_on = metadata["config"], (metadata.get("of_job") or {}).get("data")
     c = read(saved_config)
     denoiser = build.denoiser(c)
     checkpoint.check_like(params, jax.eval_shape(denoiser.init_gen, jax.random.key(0)), f"the checkpoint in {path}")
-    return Model(params, denoiser, c, step, about)
+    return Model(params, denoiser, c, step, about, trained_on)
 
 
 def load_initial_networks(c: Config, like: Any) -> tuple[str, Any, Any]:

@@ -73,6 +73,7 @@ class Model:
     config: Config  # defaults where a `.pth` file does not contain it
     step: int
     about: Mapping[str, str] = dataclasses.field(default_factory=dict)  # further metadata of a .safetensors file
+    trained_on: dict[str, Any] | None = None  # a sketch of the training data; None for files and old checkpoints
 
     @property
     def num_steps(self) -> int:

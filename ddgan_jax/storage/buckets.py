@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from ddgan_jax.errors import UserError, is_missing
+from ddgan_jax.errors import UserError, is_missing, reason_of
 
 Given = str | os.PathLike
 T = TypeVar("T")
@@ -42,8 +42,7 @@ def os_errors(what: Given) -> Iterator[None]:
     except Exception as error:  # gcsfs, aiohttp, requests and google.auth have no base in common
         if not is_remote(what):
             raise
-        reason = str(error).strip().splitlines()
-        raise OSError(f"{type(error).__name__}: {reason[0][:200]}" if reason else type(error).__name__) from error
+        raise OSError(reason_of(error)) from error
 
 
 def retry(what: Given, action: Callable[[], T]) -> T:

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ddgan_jax.errors import Fault, UserError, is_out_of_memory
+from ddgan_jax.errors import Fault, UserError, is_out_of_memory, reason_of
 from ddgan_jax.storage import paths
 from ddgan_jax.storage.paths import Path
 
@@ -172,12 +172,6 @@ def read_with_metadata(path: Path, ema_only: bool = False) -> tuple[Arrays, dict
             raise Damaged(f"the checkpoint {path} is damaged ({reason})") from error
 
 
-def reason_of(error: Exception) -> str:
-    """The first line of an error's message, with its type."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
-
-
 def _restore(path: Path, ema_only: bool) -> tuple[Arrays, dict[str, Any]]:
     """`read_with_metadata` of a local directory. Raises anything where its content is wrong or cannot be read."""
     _silence_abandoned_reads()
@@ -268,17 +262,17 @@ def config_of(workdir: Path) -> dict[str, Any] | None:
 
 
 def restore_ema(path: str) -> tuple[dict[str, Any], dict[str, Any], int]:
-    """The generator's moving average on the host, the configuration and the step, of a workdir or a checkpoint.
+    """The generator's moving average on the host, the item `config` and the step, of a workdir or a checkpoint.
 
     Raises UserError if there is no checkpoint, Damaged if its content is wrong, OSError if it cannot be read.
     """
     directory = find(path)
     try:
-        arrays, config = read(directory, ema_only=True)
+        arrays, metadata = read_with_metadata(directory, ema_only=True)
     except FileNotFoundError:  # a training run has deleted it, after it saved a newer one
         if (newer := find(path)) == directory:
             raise
         directory = newer
-        arrays, config = read(directory, ema_only=True)
+        arrays, metadata = read_with_metadata(directory, ema_only=True)
     ema = {key.removeprefix(EMA): value for key, value in arrays.items() if key.startswith(EMA)}
-    return nested(ema), config, int(directory.name)
+    return nested(ema), metadata, int(directory.name)

@@ -1,6 +1,7 @@
 """The log of a run: metrics.jsonl, one record per line, and the dashboards that are enabled."""
 
 import contextlib
+import importlib.util
 import json
 import math
 import time
@@ -69,6 +70,8 @@ class Log:
         earlier = lines[:-1] if self.last.get("step") == start_step else lines
         self.checksum_before = _checksum("".join(earlier))  # over those before `start_step`
         self._dashboards: list[TensorBoard | WeightsAndBiases] = []
+        if settings.wandb and importlib.util.find_spec("wandb") is None:
+            raise UserError(f"log.wandb={settings.wandb} needs wandb: run `pip install wandb`")
         if settings.tensorboard is not False:
             try:
                 self._dashboards.append(TensorBoard(workdir, config, start_step))
@@ -79,10 +82,7 @@ class Log:
                         "or set it to False"
                     ) from error
         if settings.wandb:
-            try:
-                self._dashboards.append(WeightsAndBiases(workdir, config, settings.wandb, start_step))
-            except ModuleNotFoundError as error:
-                raise UserError(f"log.wandb={settings.wandb} needs {error.name}: run `pip install wandb`") from error
+            self._dashboards.append(WeightsAndBiases(workdir, config, settings.wandb, start_step))
         self._uploaded, self._file = time.time(), None
         with self._guard():
             paths.write(self.path, "".join(lines))
@@ -90,9 +90,9 @@ class Log:
                 self._file = open(self.path, "a")
         self._lines = lines if self._file is None else []  # the content of the file, where it is in a bucket
 
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Appends one record. Raises Fault if it cannot be written."""
-        line = as_json({"step": step} | {k: float(f"{v:.6g}") for k, v in values.items()}) + "\n"
+    def scalars(self, step: int, values: dict[str, float], about: dict[str, str] | None = None) -> None:
+        """Appends one record, with texts `about` it. Raises Fault if it cannot be written."""
+        line = as_json({"step": step} | {k: float(f"{v:.6g}") for k, v in values.items()} | (about or {})) + "\n"
         self.checksum = _checksum(line, self.checksum)
         with self._guard():
             if self._file:

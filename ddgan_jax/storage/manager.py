@@ -18,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
-from ddgan_jax.errors import Fault
+from ddgan_jax.errors import Fault, reason_of
 from ddgan_jax.storage import paths
 from ddgan_jax.storage.checkpoint import (
     EMA,
@@ -28,7 +28,6 @@ from ddgan_jax.storage.checkpoint import (
     finished,
     flatten,
     read_with_metadata,
-    reason_of,
     sealed,
     this_process_only,
     unflatten,
@@ -154,7 +153,8 @@ class Checkpoints:
         if self._best.marked is not None:
             return
         steps = set(self.steps())
-        values = [(record[measure], record["step"]) for record in read_records() if record.get(measure) is not None]
+        records = [record for record in read_records() if record.get("ranking", ranking) == ranking]
+        values = [(record[measure], record["step"]) for record in records if record.get(measure) is not None]
         for value, step in sorted(values):
             if step in steps and not math.isnan(value):
                 self._mark_best(step, ranking, value)

@@ -4,11 +4,11 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from ddgan_jax.config.settings import as_dict, flat
-from ddgan_jax.errors import UserError
+from ddgan_jax.errors import UserError, of_a_folder
 from ddgan_jax.storage import manager, paths
 from ddgan_jax.storage.log import read_metrics
 from ddgan_jax.storage.paths import Path
@@ -21,19 +21,11 @@ WRITTEN = (
 )
 
 
-@contextlib.contextmanager
-def usable(path: Path) -> Iterator[None]:
-    """Turns an OSError in the body of the `with` into a UserError that names the workdir."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"--workdir={path} cannot be used: {error}") from error
-
-
 def lock(path: Path, held: contextlib.ExitStack) -> None:
     """Creates a local workdir and locks it until `held` is closed or the process ends.
 
-    Raises UserError if another process trains there, or if it cannot be created. In a bucket there are no locks.
+    Raises UserError if another process trains there, or if the path cannot be used; Fault if the disk fails. In a
+    bucket there are no locks.
     """
     remote = paths.is_remote(path)
     reserved = set("[]\\") & set(str(path if remote else path.resolve()))
@@ -44,7 +36,7 @@ def lock(path: Path, held: contextlib.ExitStack) -> None:
         )
     if remote:
         return
-    with usable(path):
+    with of_a_folder(f"--workdir={path} cannot be used"):
         path.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDONLY)
     held.callback(os.close, descriptor)

@@ -197,8 +197,8 @@ def a_checkpoint(rng: random.Random, folder: pathlib.Path) -> None:
         name = rng.choice(list(told))
         told[name] = rng.choice(JUNK)
         file.write_text(json.dumps(told))
-    _, found, _ = checkpoint.restore_ema(str(copy))
-    config.read(found)
+    _, metadata, _ = checkpoint.restore_ema(str(copy))
+    config.read(metadata["config"])
 
 
 KINDS = {

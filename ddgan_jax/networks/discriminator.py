@@ -1,7 +1,8 @@
-"""The discriminator D(x_t, t, x_{t+1}) -> logit: is x_t a denoised x_{t+1}, or the generator's? (Section 3.2, Appendix)
+"""The discriminator D(x_t, t, x_{t+1}) -> logit, which classifies x_t as real or generated given x_{t+1}.
 
-One network described by a list of stages, each a residual block of some width that may halve the image. The two
-discriminators of the paper are presets of it, and `preset` gives the like for every other size.
+See Section 3.2 of the paper and its appendix. The network is described by a list of stages: residual blocks with a
+width, each of which may halve the image. The two discriminators of the paper are presets, and `preset` returns a
+similar one for other image sizes.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from ddgan_jax.errors import UserError
 from ddgan_jax.networks import layers, ops
 from ddgan_jax.networks.layers import Dtype
 
-STDDEV_GROUP = 4  # examples that share one minibatch-stddev feature
+STDDEV_GROUP = 4  # examples that share one minibatch standard deviation
 
 
 def _are_stages(stages: Sequence[Any]) -> bool:
@@ -37,10 +38,11 @@ LARGE: Stages = ((4, True), (8, True), (8, True), (8, True), (8, True), (8, True
 
 
 def preset(image_size: int) -> dict:
-    """Fields of a Discriminator for square images of 8 to 1024 px: the paper's at 32 and 256, between and beyond alike.
+    """Fields of a Discriminator for square images of 8 to 1024 px: at 32 and 256 px the paper's.
 
-    The image is halved until 4 to 7 px are left. Up to 64 px the first block keeps the size, as in SMALL; above, it
-    halves, as in LARGE; above 256 px narrower stages come first, so that a stage costs about the same at any size.
+    The image is halved until 4 to 7 px are left. Up to 64 px the first block keeps the size, as in SMALL; above that it
+    halves, as in LARGE. Above 256 px narrower stages come first, so that the cost of a stage hardly depends on the
+    image size. Raises UserError for another size.
     """
     if not 8 <= image_size <= 1024:
         raise UserError(f"there is a discriminator for images of 8 to 1024 px, not {image_size}")
@@ -54,7 +56,7 @@ def preset(image_size: int) -> dict:
 
 
 class Stage(nn.Module):
-    """Residual block: (x [B,H,W,C], t_emb [B,E]) -> [B,H',W',features], time added between its convolutions."""
+    """A residual block (x [B,H,W,C], t_emb [B,E]) -> [B,H',W',features]; t_emb is added between its convolutions."""
 
     features: int
     downsample: bool
@@ -73,17 +75,19 @@ class Stage(nn.Module):
 
 
 def minibatch_stddev(x: jax.Array, axis_name: str | None = None) -> jax.Array:
-    """[B, H, W, C] -> [B, H, W, C+1]: the mean standard deviation over groups of 4 neighbours in the batch.
+    """Appends a channel to x [B, H, W, C]: the mean standard deviation within groups of 4 neighbours in the batch.
 
-    The batch is that of all replicas along `axis_name`: where 4 does not divide a replica's part of it, a group lies on
-    up to 4 neighbouring replicas, which then exchange their features. Raises UserError unless the whole batch is 1, 2,
-    3 or a multiple of 4. A group of one has the constant 1e-4, the square root of the 1e-8 that keeps it smooth.
+    Returns [B, H, W, C+1]. The batch is the one of all replicas along `axis_name`. Where a replica's part is not a
+    multiple of 4, a group spans up to 4 neighbouring replicas, which exchange their features. For a group of one
+    example the channel is 1e-4, the square root of the 1e-8 that keeps the gradient finite.
+
+    Raises UserError unless the whole batch is 1, 2, 3 or a multiple of 4.
     """
     rows, first = parallel.gather_neighbours(x.astype(jnp.float32), axis_name, STDDEV_GROUP)
     group = min(len(rows), STDDEV_GROUP)
     if len(rows) % group:
         raise UserError(
-            f"the discriminator compares groups of {STDDEV_GROUP} images: a batch of {len(rows)} is no multiple of it"
+            f"the discriminator compares groups of {STDDEV_GROUP} images: a batch of {len(rows)} is not a multiple"
         )
     variance = jnp.var(rows.reshape(len(rows) // group, group, *x.shape[1:]), axis=1)
     stddev = jnp.repeat(jnp.mean(jnp.sqrt(variance + 1e-8), axis=(1, 2, 3)), group)
@@ -95,18 +99,18 @@ def minibatch_stddev(x: jax.Array, axis_name: str | None = None) -> jax.Array:
 class Discriminator(nn.Module):
     """D(x_t [B,H,W,C], t [B], x_{t+1} [B,H,W,C]) -> logits [B] float32. The defaults are the paper's for CIFAR-10.
 
-    `axis_name` is that of the replicas which share a batch (`minibatch_stddev`).
-    With `num_classes` it takes labels `y` [B] int32 too, and adds their projection on the last features to the logit
-    (Miyato and Koyama, "cGANs with Projection Discriminator", equation 4).
+    `axis_name` is the axis of the replicas that share a batch (`minibatch_stddev`). With `num_classes` > 0 the call
+    also takes labels `y` int32 [B], whose projection on the last features is added to the logit (Miyato and Koyama,
+    "cGANs with Projection Discriminator", equation 4).
     """
 
     ngf: Width = 64
-    start: PositiveFloat = 2  # width of the 1x1 convolution that reads the two images, in units of ngf
+    start: PositiveFloat = 2  # width of the first convolution, 1x1 over both images, in units of ngf
     stages: Stages = SMALL
     t_emb_dim: Width = 256
-    zero_final: bool = True  # start the last convolution at (almost) zero
-    patch_size: Positive = 1  # as the generator's
-    product: bool = False  # also see x_t * x_{t+1}: its sum says how well the two fit (not in the paper)
+    zero_final: bool = True  # initialize the last convolution (almost) with zeros
+    patch_size: Positive = 1  # the generator's
+    product: bool = False  # x_t * x_{t+1} as a third input, whose sum is the correlation of the two (not in the paper)
     num_classes: int = 0  # 0: unconditional
     dtype: Dtype = jnp.float32
 

@@ -1,11 +1,13 @@
-"""The generator G(x_{t+1}, t, z) -> x0_hat: an NCSN++ U-Net whose norms the latent z modulates (Section 3.2, Appendix).
+"""The generator G(x_{t+1}, t, z) -> x0_hat: an NCSN++ U-Net whose norms are modulated by the latent z.
+
+See Section 3.2 of the paper and its appendix.
 
     z     -> pixel norm -> n_mlp + 1 dense layers with SiLU -> z_emb -> the gain and bias of every adaptive norm
     y     -> a learned vector, added to z_emb                             (class-conditional generators only)
     t     -> sinusoidal embedding -> two dense layers       -> t_emb -> a shift inside every residual block
     x_t+1 -> conv -> levels down -> block, attention, block -> levels up, with skips -> norm, SiLU, conv -> tanh
 
-The names of the parameters say where a layer stands: `down_1_block_0` is the first block of the second level.
+Parameter names give the position of a layer: `down_1_block_0` is the first block of the second level.
 """
 
 import itertools
@@ -34,9 +36,10 @@ CHOICES = {
 class Generator(nn.Module):
     """G(x_{t+1} [B,H,W,C], t [B], z [B,nz]) -> x0_hat [B,H,W,C] float32, in [-1, 1] with `tanh`.
 
-    The defaults are the paper's CIFAR-10 network (48,432,515 parameters). `keys` [B] switches dropout on. With
-    `num_classes` it takes labels `y` [B] int32 too (not in the paper).
-    Raises UserError for an unknown option, or for images that do not halve once a level.
+    The defaults are the paper's CIFAR-10 network (48,432,515 parameters). `keys` [B], one random key per example,
+    enables dropout. With `num_classes` > 0 the call also takes labels `y` int32 [B] (not in the paper).
+
+    Raises UserError for an unknown option, or for an image size that cannot be halved at each level.
     """
 
     image_channels: int = 3
@@ -44,25 +47,25 @@ class Generator(nn.Module):
     ch_mult: Positives = (1, 2, 2, 2)  # width of every level, in units of nf
     num_res_blocks: Blocks = 2
     attn_resolutions: Positives = (16,)  # heights of the levels that get attention
-    nz: Latents = 100  # 0: no latent variable, for comparison
+    nz: Latents = 100  # size of z; 0: no latent variable, for comparison
     z_emb_dim: Width = 256
-    n_mlp: Layers = 4  # hidden layers of the z mapping
+    n_mlp: Layers = 4  # hidden layers of the mapping of z
     resblock_type: str = "biggan"
-    conditional: bool = True  # on t
+    conditional: bool = True  # whether G depends on t
     fir: bool = True
     fir_kernel: Kernel = FIR_KERNEL
-    resamp_with_conv: bool = True  # for 'ddpm', whose resampling is a layer of its own
+    resamp_with_conv: bool = True  # convolve when resampling; for 'ddpm', whose resampling is a separate layer
     skip_rescale: bool = True
-    progressive: str = "none"  # 'output_skip': every level up adds to an output image
-    progressive_input: str = "residual"  # every level down sees the input image again
-    progressive_combine: str = "sum"  # of 'input_skip'
+    progressive: str = "none"  # 'output_skip': each level on the way up adds to the output image
+    progressive_input: str = "residual"  # each level on the way down also receives the input image
+    progressive_combine: str = "sum"  # how 'input_skip' merges the input image
     tanh: bool = True
     centered: bool = True  # False: the input is in [0, 1]
     dropout: Below1 = 0.0
     dtype: Dtype = jnp.float32
     num_classes: int = 0  # 0: unconditional
-    patch_size: Positive = 1  # blocks of so many pixels a side are the channels of one position (1: the paper)
-    remat: bool = False  # recompute the residual blocks in the backward pass: less memory, about a third more work
+    patch_size: Positive = 1  # pixels per side of the patches whose pixels become channels (1: the paper)
+    remat: bool = False  # recompute residual blocks in the backward pass: less memory, about a third more computation
 
     @nn.compact
     def __call__(
@@ -88,7 +91,7 @@ class Generator(nn.Module):
         return jnp.tanh(image) if self.tanh else image
 
     def _encode(self, x: jax.Array, block: Block) -> tuple[jax.Array, list[jax.Array]]:
-        """The levels down: the features of the last one, and those that skip to the levels up."""
+        """The levels on the way down. Returns the features of the last level, and the skip connections."""
         pyramid, fir_kernel = x, self._fir_kernel()
         h = layers.Conv(self.nf, dtype=self.dtype, name="conv_in")(x)
         skips = [h]
@@ -105,7 +108,7 @@ class Generator(nn.Module):
                 pyramid = layers.resample(pyramid, "down", fir_kernel)
                 p = layers.Conv(h.shape[-1], 1, dtype=self.dtype, name=f"down_{level}_combine")(pyramid)
                 h = p + h if self.progressive_combine == "sum" else jnp.concatenate([p, h], axis=-1)
-            elif self.progressive_input == "residual":  # the next level's pyramid starts from the merged tensor
+            elif self.progressive_input == "residual":  # the next level resamples the merged tensor
                 name = f"down_{level}_pyramid"
                 p = layers.Resample("down", h.shape[-1], fir_kernel, self.dtype, name=name)(pyramid)
                 h = pyramid = layers.merge(p, h, self.skip_rescale)
@@ -113,7 +116,7 @@ class Generator(nn.Module):
         return h, skips
 
     def _decode(self, h: jax.Array, skips: list[jax.Array], block: Block) -> jax.Array:
-        """The levels up, which take the skips from the last to the first: the image before its tanh, in patches."""
+        """The levels on the way up, with the skips in reverse order. Returns patches of the image before tanh."""
         image = None
         for level in reversed(range(len(self.ch_mult))):
             for i in range(self.num_res_blocks + 1):
@@ -147,8 +150,10 @@ class Generator(nn.Module):
         return layers.Conv(channels, kernel_init=layers.init_avg(0.0), dtype=self.dtype, name=f"{level}_conv")(h)
 
     def _z_embedding(self, z: jax.Array, y: jax.Array | None) -> jax.Array:
-        """The embedding [B, z_emb_dim] that every adaptive norm takes."""
-        z = z if self.nz else z.sum(axis=1, keepdims=True)  # zeros [B, 1]: without z a learned constant
+        """The embedding [B, z_emb_dim] of z, the input of every adaptive norm."""
+        z = (
+            z if self.nz else z.sum(axis=1, keepdims=True)
+        )  # zeros [B, 1]: without z the embedding is a learned constant
         z_emb = layers.pixel_norm(z.astype(jnp.float32))
         for i in range(self.n_mlp + 1):
             z_emb = nn.Dense(self.z_emb_dim, kernel_init=layers.init_out(), dtype=self.dtype, name=f"z_{i}")(z_emb)
@@ -158,7 +163,7 @@ class Generator(nn.Module):
         return z_emb
 
     def _t_embedding(self, t: jax.Array) -> jax.Array:
-        """The embedding [B, 4 nf] that every residual block takes."""
+        """The embedding [B, 4 nf] of t, an input of every residual block."""
         dense = partial(nn.Dense, 4 * self.nf, kernel_init=layers.init_avg(), dtype=self.dtype)
         t_emb = dense(name="time_0")(layers.sinusoidal_embedding(t, self.nf))
         return dense(name="time_1")(jax.nn.silu(t_emb))

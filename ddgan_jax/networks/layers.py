@@ -1,8 +1,8 @@
-"""The parts that both networks are made of: resampling, embeddings, adaptive norms, attention, residual blocks.
+"""The layers of both networks: convolution, resampling, embeddings, adaptive norms, attention, residual blocks.
 
-Everything is NHWC. Parameters, and the statistics of norms and softmaxes, are float32 whatever `dtype` says;
-`dtype` is the compute type of convolutions and dense layers. The blocks are those of NCSN++ (Song et al.,
-"Score-Based Generative Modeling through SDEs", Appendix H) with a norm that the latent z modulates (Section 3.2).
+All images are NHWC. `dtype` is the compute type of convolutions and dense layers; parameters, and the statistics of
+norms and softmaxes, are always float32. The blocks are those of NCSN++ (Song et al.,
+"Score-Based Generative Modeling through SDEs", Appendix H) with norms that are modulated by the latent z (Section 3.2).
 
 FIR resampling follows upfirdn (Karras et al., "Analyzing and Improving the Image Quality of StyleGAN"): insert zeros
 (up), convolve with the kernel outer(k, k) / sum, keep every second pixel (down).
@@ -20,7 +20,7 @@ from jax.nn.initializers import Initializer, variance_scaling
 
 from ddgan_jax.errors import UserError
 from ddgan_jax.networks import ops
-from ddgan_jax.networks.ops import FIR_KERNEL, MOST_CHANNELS
+from ddgan_jax.networks.ops import FIR_KERNEL, MAX_CHANNELS
 
 Dtype = Any
 
@@ -29,17 +29,17 @@ Dtype = Any
 
 
 def init_avg(scale: float = 1.0) -> Initializer:
-    """Variance scale / mean of fan-in and fan-out: G's convolutions, attention and time embedding."""
+    """Variance scale / mean(fan-in, fan-out), for G's convolutions, attention and time embedding."""
     return variance_scaling(scale or 1e-10, "fan_avg", "uniform")
 
 
 def init_out(scale: float = 1.0) -> Initializer:
-    """Variance scale / fan-out: the layers that z feeds, and every layer of the discriminator."""
+    """Variance scale / fan-out, for the layers that depend on z, and every layer of the discriminator."""
     return variance_scaling(scale or 1e-10, "fan_out", "uniform")
 
 
 def embed(classes: int, features: int, dtype: Dtype, name: str, std: float) -> nn.Embed:
-    """A vector [features] for every class, drawn from N(0, std^2)."""
+    """A learned vector [features] for each class, initialized from N(0, std^2)."""
     init = jax.nn.initializers.normal(std)
     return nn.Embed(classes, features, embedding_init=init, dtype=dtype, name=name)
 
@@ -47,8 +47,8 @@ def embed(classes: int, features: int, dtype: Dtype, name: str, std: float) -> n
 class Conv(nn.Module):
     """A size x size convolution with a bias, zero-padded to keep height and width: [B,H,W,C] -> [B,H,W,features].
 
-    `shift` [B, features] is added with the bias. `convolve` is for other functions of an image and a kernel
-    [size, size, C, features] than this convolution.
+    `shift` [B, features] is added with the bias. `convolve` replaces the convolution by another function of an image
+    and a kernel [size, size, C, features].
     """
 
     features: int
@@ -73,14 +73,14 @@ class Conv(nn.Module):
 
 
 def resample(x: jax.Array, direction: str, fir_kernel: Sequence[float] | None) -> jax.Array:
-    """Halve ('down') or double ('up') [B, H, W, C] by FIR, or by means and nearest neighbours without a kernel."""
+    """Halves ('down') or doubles ('up') [B, H, W, C] with a FIR filter; without a kernel, by means and repetition."""
     if direction == "down":
         return ops.fir_downsample(x, fir_kernel) if fir_kernel else nn.avg_pool(x, (2, 2), (2, 2))
     return ops.fir_upsample(x, fir_kernel) if fir_kernel else jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
 
 
 class Resample(nn.Module):
-    """Resampling as a layer of its own: fused with a 3x3 convolution to `features`, or plain where that is None."""
+    """Resampling as a layer, fused with a 3x3 convolution to `features`, or without one if that is None."""
 
     direction: str  # 'down' or 'up'
     features: int | None = None
@@ -91,30 +91,30 @@ class Resample(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.features is None:
             return resample(x, self.direction, self.fir_kernel)
-        # The name tells weights trained with a FIR kernel from those without: they do not interchange.
+        # The name separates weights trained with a FIR kernel from those without, which are not interchangeable.
         conv = partial(Conv, self.features, dtype=self.dtype, name="fir_conv" if self.fir_kernel else "conv")
         if self.direction == "down":
-            pad = (0, 0) if self.fir_kernel else (0, 1)  # without FIR at the right and the bottom only
+            pad = (0, 0) if self.fir_kernel else (0, 1)  # without FIR, pad at the right and the bottom only
             if self.fir_kernel:
                 x = ops.fir_filter(x, self.fir_kernel, pad=len(self.fir_kernel))
             return conv(convolve=partial(_convolve, stride=2, pad=pad))(x)
-        if self.fir_kernel:  # the convolution sees the filter's tails beyond the edge, not zeros
+        if self.fir_kernel:  # the convolution reads the filter's tails beyond the edge, not zeros
             x = ops.fir_upsample(x, self.fir_kernel, margin=1)
             return conv(convolve=partial(_convolve, stride=1, pad=(0, 0)))(x)
         return conv()(resample(x, "up", None))
 
 
 def _convolve(x: jax.Array, kernel: jax.Array, stride: int, pad: tuple[int, int]) -> jax.Array:
-    """[B, H, W, C] convolved with [k, k, C, F], of every stride-th place, with `pad` zeros before and after."""
+    """[B, H, W, C] convolved with [k, k, C, F] with a stride and `pad` zeros before and after each axis."""
     return jax.lax.conv_general_dilated(
         x, kernel, (stride, stride), (pad, pad), dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
 
 
 def width(channels: float) -> int:
-    """The next whole number of channels. UserError where there are none, or more than MOST_CHANNELS."""
-    if not 0.5 < channels <= MOST_CHANNELS:
-        raise UserError(f"a layer of {channels:g} channels cannot be: discriminator.start, stages or ngf do not fit")
+    """The nearest whole number of channels. Raises UserError below 1 and above MAX_CHANNELS."""
+    if not 0.5 < channels <= MAX_CHANNELS:
+        raise UserError(f"a layer cannot have {channels:g} channels: change discriminator.start, stages or ngf")
     return round(channels)
 
 
@@ -144,12 +144,12 @@ def sinusoidal_embedding(t: jax.Array, dim: int) -> jax.Array:
 
 
 def pixel_norm(z: jax.Array) -> jax.Array:
-    """[B, nz] latents scaled to a mean square of 1."""
+    """Scales latents [B, nz] to a mean square of 1."""
     return z * jax.lax.rsqrt(jnp.mean(jnp.square(z), axis=-1, keepdims=True) + 1e-8)
 
 
 def leaky_relu(x: jax.Array) -> jax.Array:
-    """Slope 0.2 below zero and *at* zero, where jax.nn.leaky_relu's gradient is 1: exact zeros are common in D."""
+    """Leaky ReLU with slope 0.2, also *at* zero, where jax.nn.leaky_relu has slope 1. Exact zeros are common in D."""
     return jnp.where(x > 0, x, 0.2 * x)
 
 
@@ -157,12 +157,12 @@ def leaky_relu(x: jax.Array) -> jax.Array:
 
 
 def merge(x: jax.Array, h: jax.Array, rescale: bool) -> jax.Array:
-    """x + h, the end of a residual block; divided by sqrt(2), to keep the variance, with `rescale`."""
+    """x + h, the output of a residual block; with `rescale`, divided by sqrt(2) to preserve the variance."""
     return ops.materialize((x + h) / np.sqrt(2).astype(x.dtype) if rescale else x + h)
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """softmax(q k^T / sqrt(C)) v of [B, N, C], logits and softmax in float32 -> [B, N, C] of v's type."""
+    """softmax(q k^T / sqrt(C)) v for [B, N, C] each. Logits and softmax are float32; the result has v's type."""
     logits = jnp.einsum("bqc,bkc->bqk", q, k, preferred_element_type=jnp.float32) / q.shape[-1] ** 0.5
     return jnp.einsum("bqk,bkc->bqc", jax.nn.softmax(logits).astype(v.dtype), v)
 
@@ -180,7 +180,7 @@ class GroupNorm(nn.Module):
 
 
 class AdaptiveGroupNorm(nn.Module):
-    """Group norm whose gain and bias are a linear function of the mapped latent: (x [B,H,W,C], z_emb [B,E]) -> x."""
+    """Group norm of x [B,H,W,C] whose gain and bias are a linear function of z_emb [B,E], the mapped latent."""
 
     silu: bool = False
     dtype: Dtype = jnp.float32
@@ -202,8 +202,8 @@ class AdaptiveGroupNorm(nn.Module):
 class Keys(nn.Module):
     """The keys of attention, [N, C] -> [N, C]: a dense layer whose bias gets no gradient.
 
-    The bias adds the same to all logits of a query, which softmax ignores. Its true gradient is therefore zero, and
-    Adam would walk along the rounding noise of a computed one, another way on any other number of devices.
+    The bias adds the same number to all logits of a query, which softmax ignores, so its true gradient is zero. Adam
+    would amplify the rounding noise of a computed gradient, which differs between numbers of devices.
     """
 
     dtype: Dtype = jnp.float32
@@ -224,7 +224,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         b, height, width, c = x.shape
-        h = GroupNorm(name="norm")(x).reshape(-1, c)  # flat, as dense layers have their gradients without a transpose
+        h = GroupNorm(name="norm")(x).reshape(-1, c)  # flat: a dense layer then needs no transpose for its gradients
         q, v = (nn.Dense(c, kernel_init=init_avg(0.1), dtype=self.dtype, name=name)(h) for name in ("q", "v"))
         k = Keys(self.dtype, name="k")(h)
         q, k, v = (a.reshape(b, height * width, c) for a in (q, k, v))
@@ -234,7 +234,7 @@ class Attention(nn.Module):
 
 
 def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
-    """Dropout of [B, H, W, C] with one key an example, so that masks do not depend on the batch; None keeps all."""
+    """Dropout of [B, H, W, C] with one key per example, so masks do not depend on the batch. None returns x."""
     if keys is None or rate == 0:
         return x
     keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
@@ -244,8 +244,8 @@ def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
 class ResBlock(nn.Module):
     """A residual block of NCSN++: (x [B,H,W,C], t_emb [B,4nf] or None, z_emb [B,E], keys [B] or None) -> [B,H',W',F].
 
-    `kind`: 'biggan' can resample inside the block; 'biggan_oneadagn' is the same with only its first norm
-    adaptive; 'ddpm' never resamples, and its shortcut is a dense layer instead of a 1x1 convolution.
+    `kind` is 'biggan', which can resample inside the block; 'biggan_oneadagn', in which only the first norm is
+    adaptive; or 'ddpm', which never resamples and has a dense layer as its shortcut in place of a 1x1 convolution.
     """
 
     features: int
@@ -267,7 +267,7 @@ class ResBlock(nn.Module):
             h = resample(h, self.direction, self.fir_kernel)
         if self.direction == "down":
             x = resample(x, "down", self.fir_kernel)
-        # Without time conditioning the layer exists all the same, unused, as it does in released weights.
+        # Without time conditioning the layer is unused, but it exists, as in released weights.
         time = nn.Dense(self.features, kernel_init=init_avg(), dtype=self.dtype, name="time")
         t_shift = time(jnp.zeros((1, t_emb_dim)) if t_emb is None else jax.nn.silu(t_emb))
         h = conv(name="conv_0")(h, None if t_emb is None else t_shift)
@@ -283,9 +283,9 @@ class ResBlock(nn.Module):
         elif self.direction == "up":
 
             def convolve_and_resample(x: jax.Array, kernel: jax.Array) -> jax.Array:
-                return resample(ops.pointwise(x, kernel), "up", self.fir_kernel)  # first: a quarter of the products
+                return resample(ops.pointwise(x, kernel), "up", self.fir_kernel)  # a quarter of the products
 
-            # The bias comes last: the resampling's zeros around the image would take from it at the edges.
+            # The bias is added last: resampling pads with zeros, which would lower it at the edges.
             x = conv(size=1, convolve=convolve_and_resample, name="shortcut")(x)
         elif in_features != self.features or self.direction:
             x = conv(size=1, name="shortcut")(x)

@@ -1,17 +1,17 @@
-"""The operations that networks and optimizer are made of, and the only place that knows how a device runs them best.
+"""The operations of the networks and the optimizer, in forms that are fast on each platform.
 
-Each operation has a plain form, in `reference.py`, and a fast one, which computes the same up to rounding. `TABLE` says
-what the fast one does on which device. Networks call `ops.conv(x, kernel)` and name no platform. To read what the
-method computes, read `reference.py` and skip the rest of this folder.
+Each operation has a plain form, in `reference.py`, and a fast form with the same result up to rounding. `TABLE`
+describes the fast form on each platform. Networks call `ops.conv(x, kernel)` and name no platform. To understand the
+method, read `reference.py` and skip the rest of this folder.
 
-One switch runs everything as the reference: the environment variable DDGAN_OPS=reference, or
+One switch selects the reference forms: the environment variable DDGAN_OPS=reference, or
 
     with ops.use_reference():
         state, metrics = jax.jit(make_train_step(method, 0, True))(state, images)
 
-DDGAN_OPS=reference:conv,group_norm, or `ops.use_reference("conv", "group_norm")`, does so for these operations alone.
-`ops.portable()` is for converters to other formats. The switch is read while a function is traced, and is part of the
-key of `jax.jit`'s caches: a function that was traced in one form is traced again in the other.
+DDGAN_OPS=reference:conv,group_norm, or `ops.use_reference("conv", "group_norm")`, selects them for these operations
+only. `ops.portable()` selects forms for converters to other formats. The switch is read while a function is traced, and
+is part of the key of `jax.jit`'s caches, so a function is traced again for another form.
 """
 
 import functools
@@ -32,7 +32,7 @@ from ddgan_jax.networks.ops.memory import add_shift as _add_shift
 from ddgan_jax.networks.ops.memory import materialize as _materialize
 from ddgan_jax.networks.ops.memory import row_major as _row_major
 from ddgan_jax.networks.ops.norm import group_norm as _group_norm
-from ddgan_jax.networks.ops.reference import FIR_KERNEL, MOST_CHANNELS
+from ddgan_jax.networks.ops.reference import FIR_KERNEL, MAX_CHANNELS
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -41,18 +41,18 @@ _form = jax.make_user_context(os.environ.get("DDGAN_OPS") or "fast")
 
 
 def use_reference(*operations: str) -> AbstractContextManager[None]:
-    """Within it functions are traced with the reference forms of `operations`, or of all."""
+    """A context in which functions are traced with the reference forms of `operations`; without arguments, of all."""
     return _form(f"reference:{','.join(operations)}" if operations else "reference")
 
 
 def portable() -> AbstractContextManager[None]:
-    """Within it functions are traced in forms that converters to other formats know: the reference's, or plainer."""
+    """A context in which functions are traced in forms that converters to other formats support."""
     return _form("portable")
 
 
 @functools.cache
 def _as_reference(form: str) -> frozenset[str]:
-    """The operations that run in their reference form. UserError for an unknown `form`."""
+    """The operations that run in their reference form. Raises UserError for an unknown `form`."""
     word, _, names = form.partition(":")
     chosen = frozenset(names.split(",") if names else TABLE)
     if word not in FORMS or (word != "reference" and names):
@@ -75,11 +75,11 @@ def _operation(
     tpu: str = "",
     portable: Callable[..., Any] | None = None,
 ) -> F:
-    """The operation `plain`, in the form that is asked for. `tpu` is as `gpu`, `portable` as `plain` if not given."""
+    """The operation `plain`, in the selected form. `tpu` defaults to `gpu`, and `portable` to `plain`."""
 
     @functools.wraps(plain)
     def operation(*args: Any, **kwargs: Any) -> Any:
-        with jax.named_scope(plain.__name__):  # for those who read a compiled program or a profile
+        with jax.named_scope(plain.__name__):  # a name in compiled programs and profiles
             slow = portable if portable and _form.value == "portable" else plain
             return (slow if plain.__name__ in _as_reference(_form.value) else fast)(*args, **kwargs)
 
@@ -126,7 +126,7 @@ row_major = _operation(
 
 
 def fir_filter(x: jax.Array, kernel: Sequence[float], pad: int) -> jax.Array:
-    """[B, H, W, C] filtered in both axes with `pad` zeros in all an axis."""
+    """[B, H, W, C] filtered along both axes, with `pad` zeros in total along each."""
     return upfirdn(x, kernel, 1.0, up=1, down=1, before=(pad + 1) // 2, after=pad // 2)
 
 
@@ -137,7 +137,7 @@ def fir_downsample(x: jax.Array, kernel: Sequence[float] = FIR_KERNEL) -> jax.Ar
 
 
 def fir_upsample(x: jax.Array, kernel: Sequence[float] = FIR_KERNEL, margin: int = 0) -> jax.Array:
-    """[B, H, W, C] -> [B, 2H + 2 margin, 2W + 2 margin, C], the mean kept; `margin` keeps that much of the tails."""
+    """[B, H, W, C] -> [B, 2H + 2 margin, 2W + 2 margin, C], mean preserved; `margin` pixels of the tails are kept."""
     before = (len(kernel) - 1) // 2 + 1 + margin
     return upfirdn(x, kernel, 2.0, up=2, down=1, before=before, after=len(kernel) - before + 2 * margin)
 
@@ -145,7 +145,7 @@ def fir_upsample(x: jax.Array, kernel: Sequence[float] = FIR_KERNEL, margin: int
 __all__ = [
     "FIR_KERNEL",
     "FORMS",
-    "MOST_CHANNELS",
+    "MAX_CHANNELS",
     "TABLE",
     "add_shift",
     "conv",

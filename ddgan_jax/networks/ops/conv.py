@@ -1,20 +1,22 @@
-"""Convolutions [B, H, W, C] * [3, 3, C, F], zero-padded by one, and [1, 1, C, F], with what makes them fast on a CPU.
+"""3x3 and 1x1 convolutions of [B, H, W, C], fast on CPUs and TPUs.
 
-c(x, k) is the convolution, i(g, k) the gradient of its x and w(x, g) that of its k. They are the three derivatives of
-one trilinear form, so the gradients of each are the other two, to any order. GPUs and TPUs get XLA's own, a TPU in the
-layout that its matrix units take; a CPU gets them
+c(x, k) is the convolution, i(g, k) the gradient with respect to x, and w(x, g) the gradient with respect to k. They are
+the three partial derivatives of one trilinear form, so the gradients of each are the other two, to any order. GPUs use
+XLA's convolutions, and TPUs use them with the channels in lanes, the layout of the matrix units. A CPU uses
 
-* by Winograd's F(2x2, 3x3) where that gains, with channels enough and 16 px and more (Lavin and Gray, "Fast Algorithms
-  for Convolutional Neural Networks", CVPR 2016, Section 4.1): y = A [(G k G^T) * (B d B^T)] A^T gives 2x2 results of a
-  tile d of 4x4 pixels in 16 multiplications instead of 36, of all tiles together in 16 matrix products;
-* elsewhere w as a sum over strips of a few rows. To XLA it is a convolution whose window is the whole image, and takes
-  a CPU two to five times as long as the convolution itself.
+* Winograd's F(2x2, 3x3) from 16 px, if there are enough channels (Lavin and Gray, "Fast Algorithms for Convolutional
+  Neural Networks", CVPR 2016, Section 4.1): y = A [(G k G^T) * (B d B^T)] A^T computes 2x2 results from a tile d of 4x4
+  pixels with 16 multiplications in place of 36, and all tiles together with 16 matrix products;
+* otherwise, for w, a sum over strips of a few rows. XLA treats w as a convolution whose window is the whole image,
+  which takes two to five times as long as the convolution itself;
+* a matrix product for 1x1 convolutions. On a GPU it would make a step 3 % slower.
 
-On 2 cores of an AMD EPYC CIFAR-10's step at batch 8 takes 5.7 s of processor time with the transforms instead of 7.7.
-The gradient of the kernel of [8, 32, 32, 128] takes one core 26 ms in strips instead of 68. CelebA-HQ's G takes a TPU
-34 million cycles with the channels in lanes instead of 81. A 1x1 convolution is a matrix product on a CPU, whose
-kernel's gradient, of [8, 32, 32, 256] to 128, takes 5.6 ms instead of 49; on a GPU the step takes 3 % longer with the
-product.
+| measured | this form | XLA's |
+|---|---|---|
+| CIFAR-10's step, batch 8, processor time on 2 cores of an AMD EPYC (Winograd) | 5.7 s | 7.7 s |
+| kernel gradient of [8, 32, 32, 128], one core (strips) | 26 ms | 68 ms |
+| kernel gradient of a 1x1 convolution of [8, 32, 32, 256] to 128 channels, CPU (product) | 5.6 ms | 49 ms |
+| CelebA-HQ's G, TPU (channels in lanes) | 34 million cycles | 81 million cycles |
 """
 
 import functools
@@ -29,14 +31,14 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from ddgan_jax.networks.ops import reference
 
-# B d: each row of the transformed tile is one row i = 0..3 of it, plus or minus another; and so for the columns.
+# Each row of B d is one row of the tile plus or minus another; the columns of (B d) B^T likewise.
 _FIRST, _SIGN, _SECOND = (0, 1, 2, 1), (-1, 1, -1, -1), (2, 2, 1, 3)
 _A = np.array([[1, 1, 1, 0], [0, 1, -1, -1]], np.float32)
 _G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], np.float32)
 
 
 def pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """[B, H, W, C] convolved with [1, 1, C, F]: on a CPU a matrix product."""
+    """[B, H, W, C] convolved with [1, 1, C, F]; on a CPU, a matrix product."""
 
     def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], kernel.shape[-1])
@@ -48,27 +50,27 @@ def pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
 @jax.jit
 def conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """c: [B, H, W, C] convolved with [3, 3, C, F]."""
-    on_cpu = _winograd if _gains(x, kernel.shape) else _plain
+    on_cpu = _winograd if _winograd_is_faster(x, kernel.shape) else _plain
     return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, tpu=_on_tpu(_plain), default=_plain)
 
 
 @jax.custom_vjp
 @jax.jit
 def input_gradient(g: jax.Array, kernel: jax.Array) -> jax.Array:
-    """i: the gradient of x [B, H, W, C] from that of the result, [B, H, W, F]."""
+    """i: the gradient with respect to x [B, H, W, C], from g [B, H, W, F], the gradient of the result."""
 
     def transposed(g: jax.Array, kernel: jax.Array) -> jax.Array:
         x = jax.ShapeDtypeStruct((*g.shape[:3], kernel.shape[2]), g.dtype)
         return jax.linear_transpose(lambda x: _plain(x, kernel), x)(g)[0]
 
-    on_cpu = functools.partial(_winograd, turned=True) if _gains(g, kernel.shape) else transposed
+    on_cpu = functools.partial(_winograd, rotated=True) if _winograd_is_faster(g, kernel.shape) else transposed
     return jax.lax.platform_dependent(g, kernel, cpu=on_cpu, tpu=_on_tpu(transposed), default=transposed)
 
 
 @jax.custom_vjp
 @jax.jit
 def kernel_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
-    """w: the gradient of the kernel [3, 3, C, F] from that of the result, [B, H, W, F]."""
+    """w: the gradient with respect to the kernel [3, 3, C, F], from g [B, H, W, F], the gradient of the result."""
     batch, height, width = x.shape[:3]
     rows = max(4, min(2048 // (batch * width), 16), height // 16)  # about 2,048 pixels, and at most 16 strips
 
@@ -77,7 +79,7 @@ def kernel_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
         return functools.reduce(operator.add, strips).astype(x.dtype)
 
     whole = functools.partial(_strip, start=0, stop=height)
-    if _gains(x, (3, 3, x.shape[-1], g.shape[-1])):
+    if _winograd_is_faster(x, (3, 3, x.shape[-1], g.shape[-1])):
         on_cpu = _winograd_kernel_gradient
     else:
         on_cpu = in_strips if height > rows else whole
@@ -100,40 +102,40 @@ kernel_gradient.defvjp(
 
 
 def _in_lanes(x: jax.Array) -> jax.Array:
-    """[B, H, W, C] with the channels of a pixel beside each other in memory, and around them those of all images.
+    """[B, H, W, C] with the channels as the fastest axis in memory, and the images as the next one.
 
-    Left alone, a TPU's compiler lays images with few channels out along their width, cuts few images into pieces, and
-    copies all of them from one layout into the other before and after a convolution.
+    By default, a TPU's compiler stores images with few channels along their width, splits small batches, and copies
+    them between layouts before and after each convolution.
     """
     return with_layout_constraint(x, Layout((1, 2, 0, 3)))
 
 
 def _on_tpu(convolution: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """`convolution` of images and a kernel, both images as a TPU's matrix units take them."""
+    """`convolution` with its input and its result in the layout of `_in_lanes`."""
     return lambda x, kernel: _in_lanes(convolution(_in_lanes(x), kernel))
 
 
 def _plain(x: jax.Array, kernel: jax.Array, rows: tuple[int, int] = (1, 1)) -> jax.Array:
-    """XLA's convolution, padded by one column on both sides, and by `rows` above and below."""
+    """XLA's convolution, padded by one column on each side and by `rows` above and below."""
     numbers = ("NHWC", "HWIO", "NHWC")
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), (rows, (1, 1)), dimension_numbers=numbers)
 
 
 def _strip(x: jax.Array, g: jax.Array, start: int, stop: int) -> jax.Array:
-    """What the result's rows from `start` to `stop` contribute to the gradient of the kernel."""
+    """The contribution of the result's rows from `start` to `stop` to the gradient of the kernel."""
     kernel = jax.ShapeDtypeStruct((3, 3, x.shape[-1], g.shape[-1]), x.dtype)
     rows = (int(start == 0), int(stop == x.shape[1]))
     part = x[:, start - 1 + rows[0] : stop + 1 - rows[1]]
     return jax.linear_transpose(lambda k: _plain(part, k, rows), kernel)(g[:, start:stop])[0]
 
 
-# --- Winograd's F(2x2, 3x3), one row of the transformed tiles after the other, so that a quarter is in memory at a time
+# --- Winograd's F(2x2, 3x3), by rows of the transformed tiles, so that a quarter of them is in memory at a time ---
 
 
-def _gains(x: jax.Array, kernel_shape: tuple[int, ...]) -> bool:
-    """Is F(2x2, 3x3) faster on a CPU? The transforms, of kernels too, must be little beside the products.
+def _winograd_is_faster(x: jax.Array, kernel_shape: tuple[int, ...]) -> bool:
+    """Whether F(2x2, 3x3) is faster on a CPU: the transforms must be cheap compared with the products.
 
-    They are not in narrow layers, but up to 64 px XLA's own convolution of at most 64 channels keeps to one thread.
+    They are not in narrow layers. Up to 64 px, 64 channels suffice, because XLA runs its convolution on one thread.
     """
     batch, *sizes, _ = x.shape
     in_tiles = all(size % 2 == 0 and size >= 16 for size in sizes) and batch * math.prod(sizes) >= 1024
@@ -141,13 +143,13 @@ def _gains(x: jax.Array, kernel_shape: tuple[int, ...]) -> bool:
 
 
 def _pairs_of_rows(x: jax.Array) -> jax.Array:
-    """[B, H, W, C] -> [B, H / 2 + 1, 2, W + 2, C], padded by one on every side: tile n is of the pairs n and n + 1."""
+    """[B, H, W, C], padded by one, as pairs of rows [B, H/2 + 1, 2, W + 2, C]. Tile n has the pairs n and n + 1."""
     b, h, w, c = x.shape
     return jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))).reshape(b, h // 2 + 1, 2, w + 2, c)
 
 
 def _rows(g: np.ndarray) -> dict[str, jax.Array]:
-    """For each of the loop's four turns its rows of B, as (pair, row of it), of A, and of k -> g k g^T: [4, 9]."""
+    """For each of the loop's four iterations: rows of B, as (pair, row in it), of A, and of k -> g k g^T, [4, 9]."""
     return {
         "first": jnp.asarray(np.transpose(np.divmod(_FIRST, 2))),
         "sign": jnp.asarray(_SIGN, jnp.float32),
@@ -158,7 +160,7 @@ def _rows(g: np.ndarray) -> dict[str, jax.Array]:
 
 
 def _over_rows(add_row: Callable[..., jax.Array], total: jax.Array, rows: dict[str, jax.Array]) -> jax.Array:
-    """total = add_row(total, row) for all four: jax.lax.scan without its operations for indices below 0."""
+    """Applies total = add_row(total, row) to all four rows, like jax.lax.scan without its checks of indices."""
 
     def body(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         i, total = carry
@@ -170,7 +172,7 @@ def _over_rows(add_row: Callable[..., jax.Array], total: jax.Array, rows: dict[s
 
 
 def _tiles(pairs: jax.Array, row: dict[str, jax.Array]) -> list[jax.Array]:
-    """B d B^T of the `_pairs_of_rows`: one row of all tiles, its four columns, each [B H/2 W/2, C]."""
+    """One row of B d B^T of all tiles: its four columns, each [B H/2 W/2, C]."""
     b, pairs_num, _, padded_width, c = pairs.shape
 
     def pixels(pair_and_row: jax.Array) -> jax.Array:
@@ -186,11 +188,11 @@ def _tiles(pairs: jax.Array, row: dict[str, jax.Array]) -> list[jax.Array]:
     ]
 
 
-def _winograd(x: jax.Array, kernel: jax.Array, turned: bool = False) -> jax.Array:
-    """c; or i, which is c with the kernel `turned` by 180 degrees and its channels swapped."""
+def _winograd(x: jax.Array, kernel: jax.Array, rotated: bool = False) -> jax.Array:
+    """c; or i, which is c with the kernel `rotated` by 180 degrees and its channels swapped."""
     b, h, w, _ = x.shape
-    pairs, features = _pairs_of_rows(x), kernel.shape[2 if turned else 3]
-    contract = (((1,), (1 if turned else 0,)), ((), ()))
+    pairs, features = _pairs_of_rows(x), kernel.shape[2 if rotated else 3]
+    contract = (((1,), (1 if rotated else 0,)), ((), ()))
 
     def add_row(y: jax.Array, row: dict[str, jax.Array]) -> jax.Array:
         kernels = (row["transform"] @ kernel.reshape(9, -1)).reshape(4, *kernel.shape[2:])
@@ -199,11 +201,11 @@ def _winograd(x: jax.Array, kernel: jax.Array, turned: bool = False) -> jax.Arra
         return y + row["a"][:, None, None, None] * jnp.stack(columns, axis=4)
 
     y = jnp.zeros((b, h // 2, 2, w // 2, 2, features), x.dtype)
-    return _over_rows(add_row, y, _rows(_G[:, ::-1] if turned else _G)).reshape(b, h, w, features)
+    return _over_rows(add_row, y, _rows(_G[:, ::-1] if rotated else _G)).reshape(b, h, w, features)
 
 
 def _winograd_kernel_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
-    """w: of the same products the gradient of the other factor, G^T [(B d B^T) * (A^T g A)] G."""
+    """w = G^T [(B d B^T) * (A^T g A)] G, the gradient of the same products with respect to the other factor."""
     b, h, w, features = g.shape
     pairs, g_pairs = _pairs_of_rows(x), g.reshape(b, h // 2, 2, w, features)
 

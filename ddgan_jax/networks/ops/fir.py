@@ -1,7 +1,7 @@
-"""FIR resampling on a TPU: a matrix product for each axis, mostly of zeros, which its matrix units are made for.
+"""FIR resampling on a TPU: a product with a banded matrix along each axis, which suits its matrix units.
 
-It upsamples [64, 32, 32, 128] in 179 thousand cycles, by shifted slices in 805. As modelled, sampling with a small
-network takes a v5e 6.5 ms instead of 7.3.
+Upsampling [64, 32, 32, 128] takes 179,000 cycles, and 805,000 with shifted slices. Sampling with a small network is
+modelled to take 6.5 ms on a v5e, and 7.3 ms with shifted slices.
 """
 
 import functools
@@ -18,7 +18,7 @@ from ddgan_jax.networks.ops import reference
 def upfirdn(
     x: jax.Array, kernel: Sequence[float], gain: float, up: int, down: int, before: int, after: int
 ) -> jax.Array:
-    """`reference.upfirdn`."""
+    """The fast form of `reference.upfirdn`."""
     options: dict[str, Any] = {"kernel": kernel, "gain": gain, "up": up, "down": down, "before": before, "after": after}
     by_products, plain = (functools.partial(form, **options) for form in (products, reference.upfirdn))
     return jax.lax.platform_dependent(x, tpu=by_products, default=plain)
@@ -27,11 +27,14 @@ def upfirdn(
 def products(
     x: jax.Array, kernel: Sequence[float], gain: float, up: int, down: int, before: int, after: int
 ) -> jax.Array:
-    """y[n] = sum over j of taps[j] z[n down + j - before]; z is x with up - 1 zeros between its pixels, 0 outside."""
+    """`reference.upfirdn` by matrix products: y[n] = sum over j of taps[j] z[n down + j - before] along each axis.
+
+    z is x with up - 1 zeros between its pixels, and 0 outside.
+    """
     taps = gain * np.flip(np.asarray(kernel, np.float64)) / np.sum(kernel)
     for axis, equation in ((1, "nh,bhwc->bnwc"), (2, "nw,bhwc->bhnc")):
         size = x.shape[axis]
-        last = (size - 1) * up + before + after - len(taps) + 1  # the filter's last place
+        last = (size - 1) * up + before + after - len(taps) + 1  # the last position of the filter
         n, i = np.indices((last // down + 1, size))
         j = i * up + before - n * down
         matrix = np.where((j >= 0) & (j < len(taps)), np.take(taps, j, mode="clip"), 0)

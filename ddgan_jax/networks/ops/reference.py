@@ -1,6 +1,6 @@
-"""Every operation of `ops` as its equation says it, differentiated by JAX: what the fast forms are tested against.
+"""The plain form of every operation of `ops`, differentiated by JAX. The fast forms are tested against it.
 
-Nothing here depends on the device. Read this file to know what the networks compute, and the others to know how fast.
+Nothing here depends on the platform. This file states what the networks compute; the others make it fast.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ import numpy as np
 from ddgan_jax.errors import UserError
 
 FIR_KERNEL = (1, 3, 3, 1)
-MOST_CHANNELS = 16_384  # of a layer
+MAX_CHANNELS = 16_384  # of a layer
 
 # --- Convolutions -----------------------------------------------------------------------------------------------
 
@@ -48,8 +48,8 @@ def upfirdn(
 
 
 def num_groups(channels: int) -> int:
-    """min(C // 4, 32), the groups of a norm. UserError where they do not divide the channels."""
-    if channels > MOST_CHANNELS:
+    """The number of groups of a norm, min(C // 4, 32). Raises UserError if it does not divide the channels."""
+    if channels > MAX_CHANNELS:
         raise UserError(f"a layer of {channels:,} channels is too wide: lower nf or ch_mult")
     groups = min(channels // 4, 32)
     if groups == 0 or channels % groups:
@@ -61,9 +61,10 @@ def num_groups(channels: int) -> int:
 
 
 def group_norm(x: jax.Array, gain: jax.Array, bias: jax.Array, silu: bool = False) -> jax.Array:
-    """gain (x - mean) / sqrt(variance + 1e-6) + bias of [B, H, W, C], then SiLU if asked for: in float32, of x's type.
+    """gain (x - mean) / sqrt(variance + 1e-6) + bias for x [B, H, W, C], followed by SiLU if `silu`.
 
-    Mean and variance are of a group of channels of an example; gain and bias are [B, C], or [1, C] for all, float32.
+    Mean and variance are those of a group of channels of one example. gain and bias are float32 [B, C] or [1, C].
+    Computes in float32 and returns x's type.
     """
     batch, channels, count = x.shape[0], x.shape[-1], num_groups(x.shape[-1])
     groups = x.astype(jnp.float32).reshape(batch, -1, count, channels // count)
@@ -77,7 +78,7 @@ def group_norm(x: jax.Array, gain: jax.Array, bias: jax.Array, silu: bool = Fals
 
 
 def add_shift(x: jax.Array, shift: jax.Array) -> jax.Array:
-    """[B, H, W, C] + [B, C], the same for all pixels of an example."""
+    """[B, H, W, C] + [B, C], one number for all pixels of a channel."""
     return x + shift[:, None, None]
 
 

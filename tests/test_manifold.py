@@ -6,11 +6,16 @@ import pytest
 
 from ddgan_jax.errors import UserError
 from ddgan_jax.metrics import manifold
+from ddgan_jax.metrics import nearest as nearest_rows
 from ddgan_jax.metrics.manifold import neighbours, precision_recall
 
 
 def distances(x, y) -> np.ndarray:
     return np.sqrt(np.sum((x.astype(np.float64)[:, None] - y.astype(np.float64)[None]) ** 2, axis=-1))
+
+
+def squared(x, y):
+    return nearest_rows.squared_distances(x, y, nearest_rows.squared_norms(x), nearest_rows.squared_norms(y))
 
 
 def nearest(queries, base, **options):
@@ -87,8 +92,8 @@ def test_distances_below_the_rounding_of_float32():
     rng = np.random.default_rng(0)
     centres = 1000 * rng.normal(size=(12, 8))
     real, fake = ((centres[:, None] + 0.01 * rng.normal(size=(12, 5, 8))).reshape(60, 8) for _ in range(2))
-    squared = np.asarray(manifold._squared(real.astype(np.float32), fake.astype(np.float32))[0])
-    error = np.abs(squared - distances(real, fake) ** 2)
+    found = np.asarray(squared(real.astype(np.float32), fake.astype(np.float32))[0])
+    error = np.abs(found - distances(real, fake) ** 2)
     assert error.max() > 100 * distances(real, fake).min() ** 2
     found = check_against_brute_force(real, fake, 2, 16)
     assert 0 < found.precision < 1 and 0 < found.recall < 1
@@ -97,8 +102,8 @@ def test_distances_below_the_rounding_of_float32():
 @pytest.mark.parametrize("width", [3, 512])
 def test_rounding_of_float32_is_below_its_bound(width):
     x, y = draw(100, width, 1), draw(100, width, 2) + 1
-    squared, error = map(np.asarray, manifold._squared(x, y))
-    assert np.all(np.abs(squared - distances(x, y) ** 2) < error)
+    found, error = map(np.asarray, squared(x, y))
+    assert np.all(np.abs(found - distances(x, y) ** 2) < error)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-35, 1e13])
@@ -204,15 +209,33 @@ def test_size_of_blocks_does_not_matter():
 def test_products_are_not_rounded_on_accelerators():
     """Their default has 8 to 11 bits; a CPU does not show it."""
     x = np.ones((2, 3), np.float32)
-    assert "HIGHEST" in str(jax.make_jaxpr(manifold._squared)(x, x))
+    assert "HIGHEST" in str(jax.make_jaxpr(squared)(x, x))
 
 
 def test_one_program_a_function():
     """The last block of a set has fewer rows, and needs no program of its own."""
-    before = manifold._inside._cache_size(), manifold._nearest._cache_size()
+    before = manifold._count_inside._cache_size(), nearest_rows._search_both._cache_size()
     precision_recall(draw(47, 11, 1), draw(53, 11, 2), block=10)
-    assert manifold._inside._cache_size() == before[0] + 1
-    assert manifold._nearest._cache_size() == before[1] + 2  # of each set in itself
+    assert manifold._count_inside._cache_size() == before[0] + 1
+    assert nearest_rows._search_both._cache_size() == before[1] + 2  # of each set in itself
+
+
+def test_a_set_need_not_fit_on_the_device(monkeypatch):
+    """Blocks come in parts. Undecided comparisons are listed on the device, or, where there are many, on the host."""
+    real, fake = draw(70, 16, 1), draw(45, 16, 2, 0.7)
+    whole = precision_recall(real, fake, block=8), nearest(fake, real, block=8)
+    for module, name, value in ((nearest_rows, "PART", 3 * 8 * 16), (manifold, "LISTED", 1)):
+        monkeypatch.setattr(module, name, value)
+        jax.clear_caches()
+        for found, expected in zip(
+            (precision_recall(real, fake, block=8), nearest(fake, real, block=8)), whole, strict=True
+        ):
+            for a, b in zip(found, expected, strict=True):
+                np.testing.assert_array_equal(a, b)
+    rng = np.random.default_rng(0)
+    real, fake = (rng.integers(0, 4, size=(n, 3)).astype(np.float32) for n in (80, 100))
+    check_against_brute_force(real, fake, 3, 16)
+    jax.clear_caches()  # which hold the programs of another LISTED
 
 
 def test_progress_sees_every_block():

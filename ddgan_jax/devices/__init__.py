@@ -1,1 +1,5 @@
-"""Devices, processes and compiler options: the only room that knows how many of them there are."""
+"""Devices and processes, and how programs are compiled.
+
+Only `parallel` places arrays on devices and averages over them, and only `processes` communicates between processes.
+Other subpackages may ask JAX how many devices or processes there are.
+"""

@@ -41,7 +41,7 @@ class DataConfig:
     dir: str | None = None  # folder of tfds datasets and prepared copies; None: $TFDS_DATA_DIR or ~/tensorflow_datasets
     image_size: Annotated[Positive, at_most(4096)] | None = None  # px; None: from the dataset, at most 256 of a
     # folder. Networks for images take 8 to 1,024 px, times model.patch_size
-    channels: Annotated[Positive, at_most(64)] | None = None  # of a pixel; None: from the dataset
+    channels: Annotated[Positive, at_most(64)] | None = None  # channels of the images; None: from the dataset
     path: str | None = None  # for 'image_folder' and 'lsun_church': a folder or zip, also at gs://, or a local LMDB
     max_bad_share: Fraction = 0.01  # fraction of the files in `path` that may be skipped as damaged
     in_memory_mib: Count = 2048  # MiB; a larger dataset is decoded while it is read, not at the start

@@ -60,7 +60,7 @@ def configuration(default: str, **options: int | str) -> tuple[Any, Any]:
 
 
 def reference(operations: str) -> AbstractContextManager[None]:
-    """Within it `operations` of `ops`, named as 'conv,group_norm', run in their plain form; 'all' of them, '' none."""
+    """A context with the plain forms of `operations`, such as 'conv,group_norm'; 'all': of all, '': of none."""
     if not operations:
         return contextlib.nullcontext()
     return ops.use_reference(*([] if operations == "all" else operations.split(",")))

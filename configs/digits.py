@@ -1,7 +1,7 @@
 """Handwritten digits of 8x8 pixels from scikit-learn: the default, which trains in minutes on a CPU.
 
-Variants: '' (our recipe, 4 to 8 minutes on 2 CPU cores), 'long' (the same for about an hour of one core), 'conditional'
-(on the ten classes, for `--label`), 'paper' (the paper's losses and noise), 'smoke' (synthetic data, under a minute).
+Variants: '' (our recipe, minutes on 2 CPU cores), 'long' (the same for about an hour of one core), 'conditional' (on
+the ten classes, for `--label`), 'paper' (the paper's losses and noise), 'smoke' (synthetic data, under a minute).
 """
 
 from ml_collections import ConfigDict

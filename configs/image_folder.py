@@ -1,8 +1,8 @@
-"""Your own images: `--config=configs/image_folder.py --config.data.path=DIR`, a folder or a zip, also gs://.
+"""Your own images: `--config=configs/image_folder.py --config.data.path=PATH`: a folder, a zip or an LMDB.
 
-Variants: 'paper' (the networks of CIFAR-10, for 32 to 64 px), 'large' (of CelebA-HQ, for 128 and 256 px), 'fast' (those
-of 'paper', by our recipe), 'small' (at 32 px, by our recipe, for an hour on a CPU core; evaluated in a classifier's
-features during training, if there is one folder per class), 'smoke'.
+Variants: 'paper' (the networks of CIFAR-10, for 32 to 64 px), 'large' (of CelebA-HQ, for 128 px and more), 'fast'
+(those of 'paper', by our recipe), 'small' (at 32 px, by our recipe, for an hour on a CPU core; evaluated in a
+classifier's features during training, if there is one folder per class), 'smoke'.
 """
 
 from ml_collections import ConfigDict

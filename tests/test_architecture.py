@@ -1,5 +1,8 @@
-"""The house rules: a room imports only from rooms below it, only `networks/ops` and `devices/compiler.py` know how a
-device runs an operation, and the method needs neither TensorFlow nor configs."""
+"""The house rules.
+
+A subpackage imports only from those below it, only `networks/ops` and `devices/compiler.py` know how a device runs an
+operation, and the method needs neither TensorFlow nor configs.
+"""
 
 import pathlib
 import re
@@ -9,7 +12,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-# What the rooms up to `method` and the files of `data` and `storage` that it is used with can do without.
+# Packages that CORE, the subpackages below `model`, does without. `config.presets` needs ml_collections.
 NOT_IN_CORE = ("tensorflow", "tensorflow_datasets", "clu", "ml_collections", "torch")
 CORE = (
     "errors",
@@ -36,7 +39,7 @@ def module_of(path: pathlib.Path) -> str:
 
 
 def test_imports_go_down():
-    """The order of the rooms is in pyproject.toml."""
+    """The order of the subpackages is in pyproject.toml."""
     lint = [sys.executable, "-c", "from importlinter.cli import lint_imports_command as lint; lint()", "--no-cache"]
     result = subprocess.run(lint, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr

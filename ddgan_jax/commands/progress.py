@@ -116,7 +116,7 @@ class Meter:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Within it, time does not count as training time."""
+        """A context whose time does not count as training time."""
         since = time.time()
         yield
         self._mark += time.time() - since

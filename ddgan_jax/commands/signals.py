@@ -42,7 +42,7 @@ class Interrupt:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Within it, signals only set `signal`, which the body checks.
+        """A context in which signals only set `signal`, which the body checks.
 
         Raises Interrupted if one has come before in code that ignores exceptions, such as a garbage collection.
         """
@@ -65,7 +65,7 @@ class Interrupt:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Within it, signals wait for the end of the body; then Interrupted is raised."""
+        """A context that delays signals to the end of its body, and then raises Interrupted."""
         with self.held():
             yield
         self.check()

@@ -1,7 +1,8 @@
 """The training command: set up, loop, finish.
 
-The training step is the only clock. The same command, run again, resumes from the newest valid checkpoint and ends with
-the numbers of a run that was never interrupted.
+Everything periodic depends on the number of the training step alone: learning rates, data, records, checkpoints. The
+same command, run again, therefore resumes from the newest valid checkpoint and ends with the numbers of a run that was
+never interrupted.
 """
 
 import contextlib

@@ -38,10 +38,11 @@ class DataConfig:
 
     name: str = "cifar10"  # a dataset of tfds, or one listed in docs/data.md
     split: str = "train"  # the split, or a part of it: 'train[:90%]'
-    dir: str | None = None  # of tfds and prepared copies; None: TFDS_DATA_DIR or ~/tensorflow_datasets
-    image_size: Annotated[Positive, at_most(4096)] | None = None  # None: from the dataset; from a folder, at most 256
-    channels: Annotated[Positive, at_most(64)] | None = None  # None: from the dataset
-    path: str | None = None  # for 'image_folder' and 'lsun_church': a folder, zip or LMDB; also gs://
+    dir: str | None = None  # folder of tfds datasets and prepared copies; None: $TFDS_DATA_DIR or ~/tensorflow_datasets
+    image_size: Annotated[Positive, at_most(4096)] | None = None  # px; None: from the dataset, at most 256 of a
+    # folder. Networks for images take 8 to 1,024 px, times model.patch_size
+    channels: Annotated[Positive, at_most(64)] | None = None  # channels of the images; None: from the dataset
+    path: str | None = None  # for 'image_folder' and 'lsun_church': a folder or zip, also at gs://, or a local LMDB
     max_bad_share: Fraction = 0.01  # fraction of the files in `path` that may be skipped as damaged
     in_memory_mib: Count = 2048  # MiB; a larger dataset is decoded while it is read, not at the start
     flip: bool = True  # mirror half of the images (released code)
@@ -63,7 +64,7 @@ class ModelConfig:
     """Settings of both networks."""
 
     network: Literal["unet", "mlp"] = "unet"  # 'unet' for images, 'mlp' (fully connected) for points
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of convolutions and dense layers
+    dtype: Literal["float32", "bfloat16"] = "float32"  # type in which convolutions and dense layers compute
     patch_size: Positive = 1  # side of the square of pixels that the networks take as one position (paper: 1)
     data_std: Scale | None = None  # for points: standard deviation that normalises the networks' input
     num_classes: Count = 0  # above 0: class-conditional networks (not in the paper)
@@ -76,7 +77,7 @@ class TrainConfig:
 
     init_from: str | None = None  # initial networks: a workdir, checkpoint, .pth or .safetensors, or bundled model
     num_steps: Positive | None = 351_000  # 1800 epochs (paper) of 195 steps; None: resolved from the dataset
-    batch_size: Positive | None = 256  # of all devices together: 4 GPUs x 64 (paper); None: resolved from the dataset
+    batch_size: Positive | None = 256  # images on all devices: 4 GPUs x 64 (paper); None: resolved from the dataset
     accumulate: Positive = 1  # parts of a device's batch, computed one after another to save memory
     lr_g: Weight = 1.6e-4  # learning rate of the generator (paper)
     lr_d: Weight = 1.25e-4  # learning rate of the discriminator (paper)
@@ -89,7 +90,7 @@ class TrainConfig:
     adam_b2: Below1 = 0.9  # decay of the second moment (paper)
     r1_gamma: Weight = 0.02  # coefficient of R1 (paper)
     r1_every: Positive = 15  # steps between applications of R1, lazy regularization (paper)
-    ema_decay: Fraction = 0.9999  # of the moving average of G's weights (paper)
+    ema_decay: Fraction = 0.9999  # decay of the moving average of G's weights (paper)
     noise_seed: Count = 0  # above 0: different noise, to pass a step whose loss is not finite
 
 
@@ -140,8 +141,8 @@ class EvalConfig:
     manifold_samples: Positive = 50_000  # largest number of samples, and of real images, for precision and recall
     k: Positive = 3  # nearest neighbours in precision and recall (Kynkäänniemi et al. 2019)
     batch_size: Positive = 64  # images per device and batch of a feature network
-    inception_weights: str | None = None  # None: pt_inception-2015-12-05-6726825d.pth in data.dir
-    vgg_weights: str | None = None  # None: vgg16-397923af.pth in data.dir
+    inception_weights: str | None = None  # file; None: pt_inception-2015-12-05-6726825d.pth in data.dir
+    vgg_weights: str | None = None  # file; None: vgg16-397923af.pth in data.dir
     every: Count = 0  # steps between evaluations during training; 0: none
     online_samples: TwoOrMore = 1_000  # samples per evaluation during training
 

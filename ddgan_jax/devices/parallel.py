@@ -1,4 +1,4 @@
-"""Several devices: the only module that knows of more than one. `processes` knows of more than one process.
+"""Several devices: the only module that places arrays on them, and the collectives of a training step.
 
 A training step is written for one replica, with `axis_name` for its averages; `map_step` runs it on every device. The
 state is replicated without a leading device axis, and the batch is split along its first axis. Random numbers depend on

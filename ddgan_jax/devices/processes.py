@@ -185,7 +185,7 @@ def run_on_primary(action: Callable[[], T]) -> T | None:
 
 @contextlib.contextmanager
 def single_process() -> Iterator[None]:
-    """Within it, this process works alone, on its own devices, and does not wait for the others."""
+    """A context in which this process works alone, on its own devices, and does not wait for the others."""
     global _single
     before, _single = _single, True
     try:

@@ -5,7 +5,7 @@
 | `inception` | Inception | FID, KID, Inception Score |
 | | VGG16 | precision, recall, density, coverage |
 | `classifier` | the project's classifier | Frechet distance, precision, recall, density, coverage, modes and their KL |
-| `points` | none | modes of the 25 Gaussians, their KL, and the fraction of high-quality points |
+| `points` | none | modes of the 25 Gaussians, their KL, total variation, fraction of high-quality points |
 | `module:function` | the user's function | Frechet and kernel distance, precision, recall, density, coverage |
 
 Only distances in the features of Inception are called FID and KID.
@@ -67,7 +67,7 @@ class Evaluator:
         return _some(len(self.reference), self.config.eval.manifold_samples, seed=1)
 
     def compared(self, count: int) -> np.ndarray:
-        """Indices of the samples, among `count`, that precision and recall are of."""
+        """Indices of the samples (out of `count`) used for precision and recall."""
         return _some(count, self.config.eval.manifold_samples, seed=2)
 
     @functools.cached_property

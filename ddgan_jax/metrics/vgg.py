@@ -2,9 +2,9 @@
 
 Simonyan and Zisserman (arXiv 1409.1556), configuration D of torchvision, with the preprocessing of torch-fidelity's
 'vgg16', whose features tests compare. The weights are torchvision's file `FILE`, `VGG16_Weights.IMAGENET1K_V1`.
-torchvision trained them from scratch, so precision and recall are comparable with torch-fidelity's, and not with those
-of the paper. By the convention of torch.hub, the name of the file ends with the first digits of its SHA-256; `SHA256`
-is the published one.
+torchvision trained them from scratch. Precision and recall are therefore comparable with torch-fidelity's, and only
+roughly with those of papers that use the weights of Kynkaanniemi et al. By the convention of torch.hub, the name of the
+file ends with the first digits of its SHA-256; `SHA256` is the published one.
 """
 
 import jax

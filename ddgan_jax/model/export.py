@@ -18,8 +18,8 @@ def for_jax(denoiser: Denoiser, params: Any, posterior: str = "gaussian") -> byt
 
     `jax.export.deserialize(data).call(seed, indices)` with uint32 [] and int32 [B], any B, returns the samples of
     these indices: float32 [B, H, W, C] in [-1, 1], or points. A class-conditional sampler is called with
-    (seed, indices, labels), where labels are int32 [B]. Its `fun_name` contains the version of jax that wrote it; this
-    and later versions read it.
+    (seed, indices, labels), where labels are int32 [B]. Its `fun_name` contains the version of jax that wrote it. Older
+    versions may refuse the file; jax promises to read it for six months.
     """
 
     def sampler(seed: jax.Array, indices: jax.Array, y: Any = None) -> jax.Array:

@@ -166,7 +166,7 @@ class Model:
         posterior: str = "gaussian",
         label: Any = None,
     ) -> np.ndarray:
-        """`num_variants` of one image [H, W, C], filled in where `known` [H, W] is False; the rest stays exactly.
+        """`num_variants` of one image [H, W, C], filled in where `known` [H, W] is False and unchanged elsewhere.
 
         More `rounds` per step match the two parts better, and multiply the time.
         """

@@ -196,7 +196,10 @@ def test_a_folder_that_cannot_be_listed_has_no_unknown_checkpoints(workdir, monk
     with monkeypatch.context() as patch:
         patch.setenv("DDGAN_RETRY_SECONDS", "0")
         patch.setattr(ocp.CheckpointManager, "all_steps", lambda self: [])
-        with pytest.raises(OSError, match="cannot be listed"):
+        with pytest.raises(OSError, match=r"the checkpoint .*/3 is not seen by Orbax"):
+            manager.Checkpoints(str(workdir))
+        patch.setattr(paths, "read", lambda file: fail(file))
+        with pytest.raises(OSError, match="I/O error"):
             manager.Checkpoints(str(workdir))
 
 

@@ -160,6 +160,33 @@ def test_what_is_known_of_the_real_images_is_kept(digits, tmp_path, monkeypatch)
     assert os.path.getsize(kept.path) > 100
 
 
+def test_moments_are_of_all_real_images_though_few_features_are_kept(digits, tmp_path, monkeypatch):
+    c, images = digits
+    first = of_samples(c, images[:300], tmp_path)
+    monkeypatch.setattr(evaluator, "MAX_STORED", 200)
+    for _ in range(2):  # computed, and read from the cache
+        results = of_samples(c, images[:300], tmp_path)
+        assert results["classifier_frechet"] == pytest.approx(first["classifier_frechet"], rel=1e-5)
+        assert results["real_images"] == 1797 and results["real_images_except_for_moments"] == 200
+        assert results["manifold_real"] == 200 and results["precision"] < first["precision"]
+
+
+@pytest.mark.parametrize("chunks", [[8] * 10, [100, 3], [50, 64, 14], [1]])
+def test_a_network_gets_full_batches_whatever_the_chunks(chunks):
+    """Few large images are generated at a time; a network that gets each chunk alone would compute mostly padding."""
+    images = np.arange(sum(chunks), dtype=np.uint8).reshape(-1, 1, 1, 1)
+    seen = []
+
+    def apply(batch):
+        seen.append(len(batch))
+        return [batch.reshape(len(batch), -1).astype(np.float32), np.zeros((len(batch), 0), np.float32)]
+
+    network = features.Network("identity", apply, "0")
+    (found,) = features.extract([network], np.split(images, np.cumsum(chunks)[:-1]), 16, len(images))
+    np.testing.assert_array_equal(found.features.ravel(), images.ravel())
+    assert seen == [16] * -(-len(images) // 16)
+
+
 def test_corrected_labels_train_another_classifier(digits, tmp_path, monkeypatch):
     """Also where the classes have no names."""
     monkeypatch.setattr(feature_networks.classifier, "STEPS", 300)
@@ -176,7 +203,7 @@ def test_corrected_labels_train_another_classifier(digits, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("hashed", [2**31, 1000])
 def test_a_fingerprint_depends_on_every_image(hashed, monkeypatch):
-    monkeypatch.setattr(sources, "HASHED", hashed, raising=False)
+    monkeypatch.setattr(sources, "MAX_HASHED", hashed)
     images = np.zeros((2000, 2, 2, 1), np.uint8)
     changed = images.copy()
     changed[1] = 1
@@ -187,16 +214,11 @@ def test_a_fingerprint_depends_on_every_image(hashed, monkeypatch):
 @pytest.mark.parametrize("hashed", [2**31, 1000])
 def test_features_follow_an_image_that_is_edited(hashed, tmp_path, monkeypatch):
     """Also in a folder of which not every image is hashed."""
-    monkeypatch.setattr(sources, "HASHED", hashed, raising=False)
-
-    def means(networks, chunks, *_):
-        return [features.Features(np.concatenate([x.mean((1, 2)) for x in chunks])[:300], np.zeros((300, 1)))]
-
-    monkeypatch.setattr(features, "extract", means)
+    monkeypatch.setattr(sources, "MAX_HASHED", hashed)
     for i in range(300):
         figures.save_image(tmp_path / "in" / f"{i:03d}.png", np.full((8, 8), i % 256, np.uint8))
     c = read({"data": {"name": "image_folder", "path": str(tmp_path / "in"), "dir": str(tmp_path / "data")}})
-    network = features.Network("means", lambda images: [], "0")
+    network = features.Network("means", lambda x: [x.mean((1, 2)), np.zeros((len(x), 1))], "0")
 
     def found():
         data = open_data(c.data)

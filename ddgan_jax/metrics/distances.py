@@ -11,7 +11,7 @@ score. The expectation of (1) depends on the number of samples, so it is compara
 import dataclasses
 import os
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -103,7 +103,12 @@ def save_moments(path: str | os.PathLike, values: Moments, network: str = "") ->
 
     `network` identifies the feature network, for example by the `fingerprint` of a Network; `load_moments` compares it.
     """
-    paths.write(paths.path(path), lambda file: np.savez(file, mu=values.mu, sigma=values.sigma, network=network))
+    paths.write(paths.path(path), lambda file: write_moments(file, values, network))
+
+
+def write_moments(file: IO[bytes], values: Moments, network: str = "") -> None:
+    """`save_moments` into an open binary file."""
+    np.savez(file, mu=values.mu, sigma=values.sigma, network=network)
 
 
 def load_moments(path: str | os.PathLike, width: int | None = None, network: str = "") -> Moments:

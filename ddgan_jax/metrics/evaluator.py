@@ -28,8 +28,10 @@ from ddgan_jax.metrics import distances, inception, manifold, modes
 from ddgan_jax.metrics.checks import SCORE_SPLITS, check_gaussians, check_settings, check_sizes
 from ddgan_jax.metrics.custom_features import custom_network
 from ddgan_jax.metrics.feature_networks import classifier_network, published_networks
-from ddgan_jax.metrics.features import Features, Network, extract, reference_features
+from ddgan_jax.metrics.features import Features, Network, extract, reference_features, reference_moments
+from ddgan_jax.metrics.nearest import neighbours
 
+MAX_STORED = 50_000  # real images whose features are kept: 0.4 GB at 2,048 features
 MAX_NEIGHBOURS = 2_000  # samples whose nearest training images are searched
 KID_BLOCK = 1_000
 RANKED_BY = {"inception": "fid", "classifier": "classifier_frechet", "points": "total_variation"}
@@ -48,18 +50,19 @@ class Evaluator:
 
     config: Config
     data: sources.Data
-    reference: np.ndarray  # indices of the real images that samples are compared with
+    reference: np.ndarray  # indices of the real images that samples are compared with, except by moments
     networks: list[Network]  # the first is for distances, the last for manifolds
     real: list[Features]  # of the reference images, for each network
     about: Results  # entries of results.json that describe the reference
+    all_moments: distances.Moments | None = None  # of more real images than `reference` has
 
     @functools.cached_property
     def moments(self) -> distances.Moments:
-        """Moments of the reference in the first network's features, or the published ones."""
+        """Moments of the real images in the first network's features, or the published ones."""
         published = self.config.eval.reference_statistics
         if published and self.config.eval.features == "inception":
             return distances.load_moments(published, inception.FEATURES, self.networks[0].fingerprint)
-        return distances.moments(_slices(self.real[0].features))
+        return self.all_moments or distances.moments(_slices(self.real[0].features))
 
     @functools.cached_property
     def manifold_indices(self) -> np.ndarray:
@@ -71,10 +74,12 @@ class Evaluator:
         return _some(count, self.config.eval.manifold_samples, seed=2)
 
     @functools.cached_property
-    def radii(self) -> np.ndarray:
-        """The squared radii of the real manifold."""
-        real = self.real[-1].features[self.manifold_indices]
-        return manifold.neighbours(real, k=self.config.eval.k)[1][:, -1]
+    def real_neighbours(self) -> np.ndarray:
+        """The squared distances [N, k] of the images of `manifold_indices` to their nearest others, ascending.
+
+        The last are the radii of the real manifold.
+        """
+        return neighbours(self.real[-1].features[self.manifold_indices], k=self.config.eval.k)[1]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -115,10 +120,16 @@ def open_evaluator(config: Any, data: sources.Data | None = None, num_samples: i
         check_sizes(c, num_real, num_samples)
         networks = [processes.run_on_all(lambda: custom_network(c.eval.features, data.images))]
     count = min(c.eval.reference_samples or num_real, num_real)
-    reference = np.sort(epoch_permutation(num_real, 0, 0)[:count])
+    chosen = epoch_permutation(num_real, 0, 0)[:count]
+    reference = np.sort(chosen[:MAX_STORED])
     real = [reference_features(c, data, reference, network) for network in networks]
     about |= {"real_images": count, "networks": [network.name for network in networks]}
-    evaluator = Evaluator(c, data, reference, networks, real, about)
+    all_moments = None
+    if count > MAX_STORED:
+        about["real_images_except_for_moments"] = MAX_STORED
+        if not c.eval.reference_statistics:
+            all_moments = reference_moments(c, data, np.sort(chosen), networks[0])
+    evaluator = Evaluator(c, data, reference, networks, real, about, all_moments)
     if c.eval.features == "inception" and c.eval.reference_statistics:
         about["reference_statistics"] = c.eval.reference_statistics
         processes.run_on_primary(lambda: evaluator.moments)  # a wrong file is reported before any sample is generated
@@ -234,7 +245,7 @@ def _manifold_measures(evaluator: Evaluator, fake: np.ndarray, progress: str) ->
     e, chosen = evaluator.config.eval, evaluator.manifold_indices
     real, compared = evaluator.real[-1].features[chosen], fake[evaluator.compared(len(fake))]
     bar = _progress_bar("precision and recall" if progress else "")
-    found = manifold.precision_recall(real, compared, e.k, progress=bar, real_radii=evaluator.radii)
+    found = manifold.precision_recall(real, compared, e.k, progress=bar, real_radii=evaluator.real_neighbours[:, -1])
     results: Results = {name: getattr(found, name) for name in ("precision", "recall", "density", "coverage")}
     return results | {"manifold_real": len(real), "manifold_fake": len(compared), "k": e.k}, found
 
@@ -242,8 +253,10 @@ def _manifold_measures(evaluator: Evaluator, fake: np.ndarray, progress: str) ->
 def _neighbour_measures(evaluator: Evaluator, fake: np.ndarray) -> tuple[Results, tuple[np.ndarray, np.ndarray]]:
     """The distances of features [N, D] to their nearest training images, and (indices into `reference`, distances)."""
     real, bar = evaluator.real[-1].features, _progress_bar("nearest training images")
-    indices, squared = manifold.neighbours(fake, real, progress=bar)
-    nearest, among_real = np.sqrt(squared[:, 0]), np.sqrt(manifold.neighbours(real, progress=bar)[1][:, 0])
+    indices, squared = neighbours(fake, real, progress=bar)
+    of_all = len(evaluator.manifold_indices) == len(real)  # the same search
+    among_real = evaluator.real_neighbours if of_all else neighbours(real, progress=bar)[1]
+    nearest, among_real = np.sqrt(squared[:, 0]), np.sqrt(among_real[:, 0])
     results: Results = {
         "nearest_training_distance": float(np.median(nearest)),
         "nearest_training_distance_of_training_images": float(np.median(among_real)),

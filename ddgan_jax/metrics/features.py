@@ -1,8 +1,9 @@
 """Features of images: their extraction on every device, and the caches in `data.dir`/evaluation."""
 
+import collections
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from ddgan_jax.data import sources
 from ddgan_jax.devices import parallel, processes
 from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.metrics import npz
+from ddgan_jax.metrics.distances import Moments, load_moments, moments, write_moments
 from ddgan_jax.storage import checkpoint, paths
 from ddgan_jax.storage.paths import Path
 
@@ -52,32 +54,56 @@ def extract(
 ) -> list[Features]:
     """The features of `total` uint8 images by every network, in one pass over their chunks [n, H, W, C].
 
-    `batch_size` images at a time on each device. Where several processes share the work, a chunk is this process's part
-    (`parallel.work_chunks`), and every process gets the features of all images. `progress` names a progress bar;
-    without a name there is none.
+    `batch_size` images at a time on each device, whatever the sizes of the chunks. Where several processes share the
+    work, a chunk is this process's part (`parallel.work_chunks`), and every process gets the features of all images.
+    `progress` names a progress bar; without a name there is none.
     """
-    found: list[list[Features]] = [[] for _ in networks]
-    done = 0
+    parts = list(_extracted(networks, chunks, batch_size, total, progress))
+    return [_joined([part[i] for part in parts]) for i in range(len(networks))]
+
+
+def _extracted(
+    networks: Sequence[Network], chunks: Iterable[np.ndarray], batch_size: int, total: int, progress: str
+) -> Iterator[list[Features]]:
+    """Yields the features of `extract` for each chunk."""
+    mine: list[list[Features]] = [[] for _ in networks]  # of this process, of chunks that are not complete
+    batch, done, sizes = batch_size * jax.local_device_count(), 0, collections.deque[int]()
     with tqdm(
         total=total, desc=progress, unit="img", disable=None if progress and processes.is_primary() else True
     ) as bar:
-        for chunk in chunks:
-            for network, parts in zip(networks, found, strict=True):
-                rows = processes.gather_rows(_apply(network, chunk, batch_size * jax.local_device_count()))
-                parts.append(Features(*(x[: total - done] for x in rows)))
-            bar.update(len(found[0][-1].features))
-            done += len(found[0][-1].features)
-    return [Features(*map(np.concatenate, zip(*parts, strict=True))) for parts in found]
+        for images in _full_batches(chunks, batch, sizes):
+            padded = np.resize(images, (batch, *images.shape[1:]))  # the last batch: one compiled shape
+            for network, rows in zip(networks, mine, strict=True):
+                rows.append(Features(*(x[: len(images)] for x in network.apply(padded))))
+            while sizes and sizes[0] <= sum(len(rows.features) for rows in mine[0]):
+                size, found = sizes.popleft(), []
+                for rows in mine:
+                    joined = _joined(rows)
+                    rows[:] = [Features(*(x[size:] for x in joined))]
+                    gathered = processes.gather_rows(Features(*(x[:size] for x in joined)))
+                    found.append(Features(*(x[: total - done] for x in gathered)))
+                bar.update(len(found[0].features))
+                done += len(found[0].features)
+                yield found
 
 
-def _apply(network: Network, images: np.ndarray, batch_size: int) -> Features:
-    """The features of images [n, H, W, C], `batch_size` at a time."""
-    parts = []
-    for start in range(0, len(images), batch_size):
-        batch = images[start : start + batch_size]
-        full = np.resize(batch, (batch_size, *batch.shape[1:]))  # the last batch is padded: one compiled shape
-        parts.append([x[: len(batch)] for x in network.apply(full)])
+def _joined(parts: list[Features]) -> Features:
     return Features(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+def _full_batches(chunks: Iterable[np.ndarray], size: int, sizes: collections.deque[int]) -> Iterator[np.ndarray]:
+    """The images of the chunks in batches of `size`; the last may be smaller. Appends the chunks' sizes to `sizes`."""
+    waiting: list[np.ndarray] = []
+    for chunk in chunks:
+        sizes.append(len(chunk))
+        waiting.append(chunk)
+        if sum(map(len, waiting)) >= size:
+            images = np.concatenate(waiting)
+            whole = len(images) // size * size
+            yield from np.split(images[:whole], whole // size)
+            waiting = [images[whole:]]
+    if sum(map(len, waiting)):
+        yield np.concatenate(waiting)
 
 
 def reference_features(c: Config, data: sources.Data, reference: np.ndarray, network: Network) -> Features:
@@ -88,19 +114,45 @@ def reference_features(c: Config, data: sources.Data, reference: np.ndarray, net
     empty = Features(np.zeros((0, 0)), np.zeros((0, 0)))
     if not len(reference):
         return empty
-    # The name of a folder's copy depends on the size and time of every file, even where not every image is hashed.
-    copy = os.path.basename(os.path.dirname(getattr(data.images, "filename", None) or ""))
-    images = hashlib.sha256(f"{c.data.name} {copy} {c.data.split} {data.fingerprint}".encode()).hexdigest()[:16]
-    path = cache_path(c, "features", images, network.fingerprint, f"{len(reference)}.npz")
+    path = _cache_of_images(c, "features", data, network, len(reference))
     cached = read_cached(path, lambda: Features(**npz.read_npz(path))) if processes.is_primary() else None
     if cached is not None and len(cached.features) != len(reference):
         cached = None
     if not processes.broadcast_from_primary(lambda: cached is None):
         return cached or empty
-    chunks = (data.images[reference[indices]] for indices, _ in parallel.work_chunks(len(reference), c.eval.batch_size))
-    found = extract([network], chunks, c.eval.batch_size, len(reference), f"real images in {network.name}")[0]
+    found = _joined([features for (features,) in _of_images(c, data, reference, network)])
     processes.run_on_primary(lambda: write_cached(path, lambda file: np.savez(file, **found._asdict())))
     return found
+
+
+def reference_moments(c: Config, data: sources.Data, reference: np.ndarray, network: Network) -> Moments:
+    """Moments of the features of the real images at the indices `reference`, which are not kept; cached likewise."""
+    path = _cache_of_images(c, "moments", data, network, len(reference))
+
+    def cached() -> Moments | None:
+        return read_cached(path, lambda: load_moments(path, network=network.fingerprint))
+
+    if (found := processes.broadcast_from_primary(cached)) is None:
+        found = moments(features.features for (features,) in _of_images(c, data, reference, network))
+        values = found
+        processes.run_on_primary(
+            lambda: write_cached(path, lambda file: write_moments(file, values, network.fingerprint))
+        )
+    return found
+
+
+def _of_images(c: Config, data: sources.Data, indices: np.ndarray, network: Network) -> Iterator[list[Features]]:
+    """Extracts the features of real images on all devices of all processes."""
+    chunks = (data.images[indices[some]] for some, _ in parallel.work_chunks(len(indices), c.eval.batch_size))
+    return _extracted([network], chunks, c.eval.batch_size, len(indices), f"real images in {network.name}")
+
+
+def _cache_of_images(c: Config, kind: str, data: sources.Data, network: Network, count: int) -> Path:
+    """The cache file for `count` images of a dataset in a network."""
+    # The name of a folder's copy depends on the size and time of every file, even where not every image is hashed.
+    copy = os.path.basename(os.path.dirname(getattr(data.images, "filename", None) or ""))
+    images = hashlib.sha256(f"{c.data.name} {copy} {c.data.split} {data.fingerprint}".encode()).hexdigest()[:16]
+    return cache_path(c, kind, images, network.fingerprint, f"{count}.npz")
 
 
 def cache_path(c: Config, *names: str) -> Path:

@@ -87,9 +87,11 @@ class Checkpoints:
             create=False,  # Orbax creates directories only if all processes take part
         )
         manager = ocp.CheckpointManager(self.directory, options=options)
-        if not set(steps) <= set(manager.all_steps()):  # Orbax takes what it cannot read for missing
+        if unseen := set(steps) - set(manager.all_steps()):  # Orbax takes what it cannot read for missing
             manager.close()
-            raise OSError(f"{self.directory} cannot be listed")
+            for name in paths.files_below(folder := self.directory / str(max(unseen))):
+                paths.read(folder / name)  # raises the cause
+            raise OSError(f"the checkpoint {folder} is not seen by Orbax")
         return manager
 
     def close(self) -> None:

@@ -953,6 +953,48 @@ def test_an_lmdb_on_a_disk_that_fails(tmp_path, monkeypatch):
         open_folder(path, tmp_path / "cache")
 
 
+def test_a_run_or_an_evaluation_below_the_folder_is_no_data(tmp_path):
+    """A run in the folder of its own photos must not train on its grids of samples; locally and in a bucket."""
+    path = a_set(tmp_path, "folder")
+    for folder, mark in (
+        ("runs/x", "metrics.jsonl"),
+        ("a/evaluation", "results.json"),
+        ("new", "first_checkpoint.json"),
+    ):
+        save(path / folder / "samples" / "final.png", noise(8, 8, 9))
+        (path / folder / mark).touch()
+    with folders.open_files(str(path)) as files:
+        assert len(files.names) == 6 and {name.split("/")[0] for name in files.names} == {"a", "b"}
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(prepared.fcntl, "flock", fail)
+    assert len(open_folder(a_set(tmp_path, "folder"), tmp_path / "cache")[0]) == 6
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(orientation, mode, monkeypatch):
+    """The pixels are nearly those of the whole image, scaled: at 8 px a pixel stands for 62 x 62, with steep edges."""
+    y, x = np.mgrid[0:500, 0:700]
+    image = np.stack([128 + 100 * np.sin(x / 37 + y / 80), 120 + 90 * np.sin(y / 33), x * 255 / 700], -1)
+    image[100:250, 200:330] = 200, 30, 60
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    Image.fromarray(np.uint8(image)).convert(mode).save(file, "jpeg", quality=95, exif=exif)
+    for size, difference in ((8, 2.0), (32, 0.6)):
+        found = decoding.decode(file.getvalue(), size, 3).astype(int)
+        assert decoding._draft(decoding._open(file.getvalue()), size) == {8: 8, 32: 4}[size]
+        with monkeypatch.context() as patch:
+            patch.setattr(decoding, "_draft", lambda *_: 0)
+            expected = decoding.decode(file.getvalue(), size, 3)
+        assert np.abs(found - expected).mean() < difference and np.abs(found - expected).max() < 16
+    assert decoding._draft(decoding._open(file.getvalue()), 100) == 0
+
+
 # --- Room for the copy ---------------------------------------------------------------------------------------------
 
 

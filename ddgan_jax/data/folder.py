@@ -37,7 +37,10 @@ class Folder(ImageFiles):
         self.remote = paths.is_remote(path)
         self._root: Any = path if self.remote else pathlib.Path(path).resolve()
         if self.remote:
-            self._files = {name: found for name, found in paths.files_below(path).items() if is_image_name(name)}
+            every = paths.files_below(path)
+            made = {name.rpartition("/")[0] for name in every if is_made_here(name.rpartition("/")[2])}
+            inside = [name for name in every if not any(name.startswith(f"{folder}/") for folder in made if folder)]
+            self._files = {name: every[name] for name in inside if is_image_name(name)}
             # Joined to the root, a name that begins with a slash would be a path on this host.
             outside = (name for name in self._files if name.startswith(("/", "../")) or "//" in name)
             self.refused = dict.fromkeys(outside, "its name is not a path below the folder")
@@ -85,6 +88,13 @@ def _stat(file: pathlib.Path) -> os.stat_result:
     return found
 
 
+def is_made_here(name: str) -> bool:
+    """Whether a file of this name marks a folder as a run's workdir, or as that of an evaluation: they hold grids of
+    samples, which are not data.
+    """
+    return name in ("metrics.jsonl", "first_checkpoint.json", "results.json")
+
+
 def _walk(root: pathlib.Path) -> tuple[list[str], list[str]]:
     """Returns the relative names of all files below a folder, and of the links to folders, which are not followed."""
 
@@ -94,6 +104,9 @@ def _walk(root: pathlib.Path) -> tuple[list[str], list[str]]:
     files: list[str] = []
     links: list[str] = []
     for parent, folders, names in os.walk(root, onerror=fail):
+        if pathlib.Path(parent) != root and any(map(is_made_here, names)):
+            folders.clear()
+            continue
         folders[:] = [name for name in folders if not name.startswith(".")]
         files += [os.path.relpath(os.path.join(parent, name), root) for name in names]
         linked = (name for name in folders if os.path.islink(os.path.join(parent, name)))

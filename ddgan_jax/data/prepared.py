@@ -3,6 +3,7 @@
 Files that are not images are skipped, and listed with the reason in skipped.json.
 """
 
+import contextlib
 import fcntl
 import json
 import math
@@ -22,7 +23,7 @@ from ddgan_jax.data.decoding import decode
 from ddgan_jax.errors import Fault, UserError, of_a_folder
 from ddgan_jax.storage import paths
 
-FORMAT = 5  # of the copy; a change of how files are found or decoded raises it
+FORMAT = 6  # of the copy; a change of how files are found or decoded raises it
 
 
 class PreparedImages:
@@ -126,7 +127,8 @@ def _prepare(files: ImageFiles, copy: pathlib.Path, size: int, channels: int) ->
     with of_a_folder(f"the copy of {files.path} cannot be written to {copy.parent}", "set data.dir to another folder"):
         copy.parent.mkdir(parents=True, exist_ok=True)
         with copy.with_name(f"{copy.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            with contextlib.suppress(OSError):  # of a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
             if paths.exists(copy / "dataset.json"):
                 return
             shutil.rmtree(aside, ignore_errors=True)

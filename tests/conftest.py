@@ -3,12 +3,15 @@
 Their arrays are NCHW with PyTorch's weight layouts; `tests/golden/README.md` says what they are.
 """
 
+import atexit
 import contextlib
 import datetime
 import json
 import lzma
 import os
 import pathlib
+import shutil
+import tempfile
 from typing import Any
 
 # The tests spend their time compiling, and quick code generation halves it.
@@ -75,6 +78,11 @@ def close_to_largest(actual, expected, rtol: float, what: str = "") -> None:
     error, scale = np.abs(actual - expected).max(), np.abs(expected).max()
     assert error <= rtol * scale + 1e-12, f"{what}: off by {error:.2g} where the largest is {scale:.2g}"
 
+
+# Commands keep compiled programs there, for all tests of this call and no longer.
+if "XDG_CACHE_HOME" not in os.environ:
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="ddgan_jax_cache")
+    atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 LONG = ("test_one_replica_equals_four", "test_as_commands", "test_the_measures_of_the_paper")
 

@@ -13,7 +13,7 @@ from commands import POINTS, run
 
 from ddgan_jax.config import presets
 from ddgan_jax.data import resolve
-from ddgan_jax.devices import parallel, processes
+from ddgan_jax.devices import compiler, parallel, processes
 from ddgan_jax.errors import UserError
 from ddgan_jax.method.build import build, init_state
 from ddgan_jax.method.train_step import make_train_step
@@ -214,6 +214,38 @@ def test_entries_of_the_compilation_cache_that_were_cut_short_are_replaced(tmp_p
         assert sizes.keys() == set(cache.glob("*-cache")) and all(
             file.stat().st_size > 0.9 * sizes[file] for file in sizes
         )
+
+
+def test_programs_are_kept_where_only_the_user_writes(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = compiler.default_cache()
+    assert folder.parent == tmp_path / "ddgan_jax" / "programs" and folder.stat().st_mode & 0o777 == 0o700
+    assert compiler.default_cache() == folder
+    for part in (folder, folder.parent):
+        part.chmod(0o770)
+        assert compiler.default_cache() is None
+        part.chmod(0o700)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert compiler.default_cache() is None
+
+
+def test_the_programs_that_were_read_least_recently_are_removed(tmp_path):
+    for age, name in enumerate("abcd"):
+        (tmp_path / name).write_bytes(bytes(10))
+        os.utime(tmp_path / name, (100 - age, 50 + age))
+    compiler.remove_oldest(tmp_path, limit=25)
+    assert {file.name for file in tmp_path.iterdir()} == {"a", "b"}
+
+
+def test_commands_keep_their_programs(tmp_path):
+    env = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "XDG_CACHE_HOME": str(tmp_path / "home")}
+    for flag, kept in (("--compilation_cache=", False), (f"--compilation_cache={tmp_path / 'own'}", False), ("", True)):
+        arguments = POINTS, "--config.train.num_steps=1", "--config.log.tensorboard=False", *filter(None, [flag])
+        result = run(*arguments, f"--workdir={tmp_path / str(kept)}", "--restart", env=env)
+        assert result.returncode == 0, result.stderr
+        assert bool(list((tmp_path / "home").rglob("*-cache"))) == kept
+    assert list((tmp_path / "own").glob("*-cache"))
 
 
 def test_prefetch_changes_neither_order_nor_content():

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 from absl import flags
@@ -58,7 +59,9 @@ flags.DEFINE_list("between", ["0", "1"], "interpolate: the indices of the first 
 flags.DEFINE_string("host", "127.0.0.1", "demo: address of the page; 0.0.0.0 makes it reachable from other computers.")
 flags.DEFINE_integer("port", 7860, "demo: port of the page.")
 flags.DEFINE_integer("interrupted_exit_code", 75, "train: exit code after a signal ended the training early.")
-flags.DEFINE_string("compilation_cache", None, "Folder that keeps compiled programs for later starts.")
+flags.DEFINE_string(
+    "compilation_cache", None, "Folder that keeps compiled programs; default: in ~/.cache/ddgan_jax; empty: none."
+)
 
 
 def run(argv: list[str]) -> None:
@@ -79,13 +82,12 @@ def run(argv: list[str]) -> None:
         (signal.SIGTERM, signal.SIGUSR1) if FLAGS.mode == "train" else ()
     ):  # of a scheduler, during the imports
         signal.signal(number, exit_on_signal)
-    from ddgan_jax.devices import processes  # imports jax, which takes a second: after --help and the checks
+    from ddgan_jax.devices import compiler, processes  # imports jax, which takes a second: after --help and the checks
+    from ddgan_jax.storage import paths
 
-    if FLAGS.compilation_cache:
-        from ddgan_jax.devices import compiler
-        from ddgan_jax.storage import paths
-
-        compiler.cache_programs(paths.path(FLAGS.compilation_cache))
+    given = FLAGS.compilation_cache
+    if cache := compiler.default_cache() if given is None else given and paths.path(given):
+        compiler.cache_programs(cache)
     processes.initialize()
     if FLAGS.mode == "train":
         from ddgan_jax.commands.train import train
@@ -170,6 +172,34 @@ def one_line(message: str, max_length: int = 800) -> str:
     return line if len(line) <= max_length else f"{line[: max_length // 2]} ... {line[-max_length // 2 :]}"
 
 
+class PatientStream:
+    """A stream that drops its output when nobody reads it any more: Ctrl-C in `python main.py | tee log` ends tee too,
+    and the training must still save its step.
+    """
+
+    def __init__(self, stream: Any):
+        """Wraps an open text stream."""
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Writes the text, or drops it."""
+        return self._try(lambda: self._stream.write(text)) or len(text)
+
+    def flush(self) -> None:
+        """Writes what is buffered, or drops it."""
+        self._try(self._stream.flush)
+
+    def _try(self, action: Callable[[], Any]) -> Any:
+        try:
+            return action()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            return None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def exit_on_signal(number: int, frame: Any) -> None:
     """End the process immediately; a running training installs its own handler (`signals.py`).
 
@@ -186,9 +216,14 @@ def main() -> int:
     User errors end with 2, faults with 1, Ctrl-C with 130, and a training that a signal ends with 75.
     """
     code = 0
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the caller
+            stream = open(os.devnull, "w")
         if hasattr(stream, "reconfigure"):  # a notebook's lacks it
             stream.reconfigure(errors="backslashreplace")  # a name of a file or class need not be UTF-8
+        if not isinstance(stream, PatientStream):
+            setattr(sys, name, PatientStream(stream))
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, exit_on_signal)
     try:

@@ -7,6 +7,9 @@ import contextlib
 import gc
 import importlib.util
 import os
+import pathlib
+import platform
+import re
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -14,26 +17,42 @@ from typing import Any
 
 import jax
 
+MAX_CACHE = 4 * 2**30  # bytes of compiled programs in the default folder; a large network's step takes 30 MB
 
-def compiler_options(runs_once: bool = False, arguments: Any = ()) -> dict[str, Any]:
-    """XLA's options for a training step, or for a program that `runs_once`, such as the initialization of a state.
 
-    On a CPU, steps are compiled at level 1: the highest level takes a third longer and does not make them faster. A
-    program that runs once is not optimized, since the random bits of every layer take long. If the `arguments` hold
-    more than 2^26 numbers, operations are scheduled for little memory: each operation of such large networks fills a
-    CPU's threads. Those of small networks do not, and XLA's default schedule runs several at once.
+def compiler_options(arguments: Any = ()) -> dict[str, Any]:
+    """XLA's options for a training step.
+
+    On a CPU, steps are compiled at level 1: the highest level takes a third longer and does not make them faster. If
+    the `arguments` hold more than 2^26 numbers, operations are scheduled for little memory: each operation of such
+    large networks fills a CPU's threads. Those of small networks do not, and XLA's default schedule runs several at
+    once.
     """
     if jax.default_backend() != "cpu":
         return {}
-    options: dict[str, Any] = {"xla_backend_optimization_level": 0 if runs_once else 1}
+    options: dict[str, Any] = {"xla_backend_optimization_level": 1}
     if sum(x.size for x in jax.tree.leaves(arguments)) > 2**26:
         options["xla_cpu_scheduler_type"] = "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
     return options
 
 
 def jit_once(function: Callable[..., Any]) -> Callable[..., Any]:
-    """jax.jit for a function that runs once, such as the initialization of a state: it compiles quickly."""
-    return jax.jit(function, compiler_options=compiler_options(runs_once=True))
+    """jax.jit for a function that runs once, such as the initialization of a state. It runs on the host's CPU.
+
+    The random bits of every layer take an accelerator's compiler as long as a training step. Here they are compiled
+    without optimization.
+    """
+    compiled = jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+    try:
+        cpu = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS names another platform alone
+        return jax.jit(function)
+
+    def run(*arguments: Any) -> Any:
+        with jax.default_device(cpu):
+            return compiled(*arguments)
+
+    return run
 
 
 def compiler_for(arguments: Any) -> Callable[[Any], Any]:
@@ -52,6 +71,41 @@ def collector_paused() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def default_cache() -> pathlib.Path | None:
+    """The folder of compiled programs in the user's cache, or None where others could write programs that run here.
+
+    A home may be shared by hosts, so each kind of processor has a folder of its own. The oldest programs are removed
+    when all take more than MAX_CACHE bytes.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    kind = platform.machine()
+    with contextlib.suppress(OSError):  # not on Linux
+        features = re.search(r"^(flags|Features)\s*:(.*)", pathlib.Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        kind += f"-{zlib.crc32(features[2].encode()):08x}" if features else ""
+    folder = pathlib.Path(home, "ddgan_jax", "programs", kind)
+    try:
+        folder.parent.parent.mkdir(parents=True, exist_ok=True)
+        for part in (folder.parent, folder):
+            part.mkdir(exist_ok=True, mode=0o700)
+            found = part.stat()
+            if found.st_uid != os.getuid() or found.st_mode & 0o022:
+                return None
+        remove_oldest(folder)
+    except OSError:  # a home that cannot be written
+        return None
+    return folder
+
+
+def remove_oldest(folder: pathlib.Path, limit: int = MAX_CACHE) -> None:
+    """Removes the files of `folder` that were read least recently until the others take at most `limit` bytes."""
+    found = sorted(((file, file.stat()) for file in folder.iterdir()), key=lambda pair: -pair[1].st_atime)
+    total = 0
+    for file, info in found:
+        total += info.st_size
+        if total > limit:
+            file.unlink(missing_ok=True)
 
 
 def cache_programs(folder: Any) -> None:

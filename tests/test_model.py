@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import io
 import json
+import os
 import shutil
 import signal
 
@@ -18,9 +19,9 @@ from conftest import GOLDEN
 from PIL import Image
 
 import ddgan_jax
-from ddgan_jax.commands import cli, figures, generate
+from ddgan_jax.commands import cli, figures, generate, outputs
 from ddgan_jax.config import presets
-from ddgan_jax.config.settings import as_dict
+from ddgan_jax.config.settings import SampleConfig, as_dict
 from ddgan_jax.devices import processes
 from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.method import editing, sampling
@@ -280,11 +281,49 @@ def test_wrong_use(model, image, call, message):
         call(model, image)
 
 
+def test_weights_that_float16_cannot_hold(model, tmp_path):
+    wide = dataclasses.replace(model, params=jax.tree.map(lambda x: 1e6 * x, model.params))
+    with pytest.raises(UserError, match=r"half=True: .* has numbers that float16 cannot hold: save them in full"):
+        wide.save(tmp_path / "x.safetensors", half=True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_integers_of_numpy_and_jax_are_integers(model, image):
     for integer in (np.int8, np.uint64, jnp.int32, np.array):
         n = integer(2)
         np.testing.assert_array_equal(model.sample(n, seed=n), model.sample(2, seed=2))
         np.testing.assert_array_equal(model.edit(image, n, n), model.edit(image, 2, 2))
+
+
+def test_samples_are_written_while_they_are_generated(model, tmp_path, monkeypatch):
+    """Memory holds a few chunks. The images are those of `Model.sample`, and a fault leaves no incomplete array."""
+    small = dataclasses.replace(model, config=dataclasses.replace(model.config, sample=SampleConfig(batch_size=8)))
+    expected = small.sample(30, seed=3)
+    monkeypatch.setattr(small.__class__, "sample", lambda *_, **__: pytest.fail("all at once"))
+    generate.sample(small, str(tmp_path / "x.npz"), 30, seed=3)
+    np.testing.assert_array_equal(np.load(tmp_path / "x.npz")["images"], expected)
+    generate.sample(small, str(tmp_path / "x"), 30, seed=3)
+    names = [outputs.file_name(i) for i in range(30)]
+    assert sorted(os.listdir(tmp_path / "x")) == names
+    for name, image in zip(names, expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "x" / name)), image[..., 0])
+    written, save_sample = [], outputs._save_sample
+
+    def full(image, path):
+        written.append(path)
+        if len(written) == 20:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_sample(image, path)
+
+    monkeypatch.setattr(outputs, "_save_sample", full)
+    with pytest.raises(OSError, match="No space left"):
+        generate.sample(small, str(tmp_path / "y"), 200, seed=3)
+    assert len(written) < 100
+    monkeypatch.setattr(paths.os, "fsync", lambda _: full(None, None) or pytest.fail("written"))
+    written[:] = range(19)
+    with pytest.raises(OSError, match=r"y.npz cannot be written: No space left"):
+        generate.sample(small, str(tmp_path / "y.npz"), 30, seed=3)
+    assert sorted(os.listdir(tmp_path)) == ["x", "x.npz", "y"]
 
 
 def test_more_than_the_memory_holds_is_refused_before_the_work(model, image, monkeypatch, tmp_path):
@@ -431,18 +470,43 @@ def test_results_of_a_numbered_checkpoint_go_into_its_workdir(workdir, tmp_path,
 
 def test_only_unfinished_files_of_our_own_are_removed(tmp_path):
     """Hidden temporary files of the user stay, and so do folders that are named as ours."""
-    for name in (".mine.tmp", ".config.json.x1.tmp", "a.12.tmp", ".12.tmp", ".config.json.4321.tmp"):
-        (tmp_path / name).touch()
-    (tmp_path / ".folder.12.tmp").mkdir()
-    paths.remove_unfinished(tmp_path)
-    paths.remove_unfinished(tmp_path / "missing")
-    assert {file.name for file in tmp_path.iterdir()} == {
+    stay = {
         ".mine.tmp",
         ".config.json.x1.tmp",
         "a.12.tmp",
         ".12.tmp",
-        ".folder.12.tmp",
-    }
+        ".x.npz.77.tmp",
+    }  # another command may write x.npz
+    for name in stay | {".config.json.4321.tmp"}:
+        (tmp_path / name).touch()
+    (tmp_path / ".best.json.12.tmp").mkdir()
+    paths.remove_unfinished(tmp_path, r"config\.json|best\.json")
+    paths.remove_unfinished(tmp_path / "missing", "config")
+    assert {file.name for file in tmp_path.iterdir()} == stay | {".best.json.12.tmp"}
+
+
+def test_two_writers_with_one_process_id_spoil_nothing(tmp_path, monkeypatch):
+    """As in two containers, where every main process is number 1."""
+    replace = os.replace
+
+    def interrupted(source, target):
+        monkeypatch.setattr(os, "replace", replace)
+        paths.write(tmp_path / "x", b"BBBB")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    paths.write(tmp_path / "x", b"AAAA")
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"AAAA"]
+
+
+@pytest.mark.parametrize("arguments", ["--mode=sample --num_samples=4", "--mode=export"])
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_a_closed_stream_does_no_harm(workdir, tmp_path, arguments, closed):
+    out = f"--out={tmp_path / 'x'}{'.safetensors' if 'export' in arguments else '.npz'}"
+    argv = ["main.py", f"--workdir={workdir}", *arguments.split(), out]
+    child = python(f"import sys; sys.{closed} = None; sys.argv = {argv}; import main; sys.exit(main.main())")
+    child.communicate(timeout=120)
+    assert child.returncode == 0 and len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize(

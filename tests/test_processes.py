@@ -50,7 +50,8 @@ def test_two_processes_train_and_evaluate_as_one(alone, cache, tmp_path):
         np.testing.assert_allclose(array, theirs[name], rtol=0, atol=1e-5 * max(1, largest), err_msg=name)
     for a, b in zip(metrics_of(tmp_path), metrics_of(alone), strict=True):
         assert a.keys() == b.keys() and a["step"] == b["step"]
-        for name in a.keys() - {"seconds", "images_per_second"}:
+        assert a.get("yardstick") == b.get("yardstick")
+        for name in a.keys() - {"seconds", "images_per_second", "yardstick"}:
             assert (a[name] is None) == (b[name] is None), name  # a measure that is not finite
             assert a[name] is None or a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-3), name
 
@@ -290,12 +291,26 @@ job.{name} = slowly
 """
 
 
+SLOW_END = """
+import contextlib, time
+from ddgan_jax.commands import generate
+into_npz = generate.into_npz
+@contextlib.contextmanager
+def slowly(*arguments):
+    with into_npz(*arguments) as add:
+        yield add
+        time.sleep(15)
+generate.into_npz = slowly
+"""
+
+
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("mode, name", [("generate", "save"), ("evaluate", "draw_figures")])
-def test_process_0_writes_for_longer_than_jax_waits_at_the_end(mode, name, count, alone, cache, tmp_path):
-    out = tmp_path / ("s.npz" if mode == "generate" else "judged")
-    arguments = POINTS, f"--mode={mode.replace('generate', 'sample')}", f"--workdir={alone}", f"--out={out}", cache
-    script, env = SLOWLY.format(module=f"commands.{mode}", name=name, seconds=15), {"DDGAN_SHUTDOWN_TIMEOUT": "5"}
+@pytest.mark.parametrize("mode", ["sample", "evaluate"])
+def test_process_0_writes_for_longer_than_jax_waits_at_the_end(mode, count, alone, cache, tmp_path):
+    out = tmp_path / ("s.npz" if mode == "sample" else "judged")
+    arguments = POINTS, f"--mode={mode}", f"--workdir={alone}", f"--out={out}", cache
+    slow_figures = SLOWLY.format(module="commands.evaluate", name="draw_figures", seconds=15)
+    script, env = SLOW_END if mode == "sample" else slow_figures, {"DDGAN_SHUTDOWN_TIMEOUT": "5"}
     succeed(start_group(count, *arguments, "--num_samples=100", script=script, env=env))
     assert out.is_file() or (out / "samples.png").exists()
 
@@ -319,9 +334,9 @@ def test_process_0_measures_for_longer_than_a_collective_waits(count, alone, cac
 def test_an_error_while_process_0_writes_ends_all_at_once(error, others, alone, cache, tmp_path):
     script = f"""
 from ddgan_jax.commands import generate
-def save(*arguments):
+def into_npz(*arguments):
     raise {error}
-generate.save = save
+generate.into_npz = into_npz
 """
     arguments = POINTS, "--mode=sample", f"--workdir={alone}", f"--out={tmp_path / 's.npz'}", cache
     first, *rest = ends(start_group(2, *arguments, script=script))

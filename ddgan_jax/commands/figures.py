@@ -147,12 +147,15 @@ def save_figure(figure: Any, path: Given) -> None:
     gc.collect()  # the parts of a figure refer to each other, which would keep megabytes until a collection
 
 
-def save_image(path: Given, image: np.ndarray) -> None:
-    """Write uint8 [H, W, 3] or grey [H, W, 1], in the format that the file's name ends in."""
+def save_image(path: Given, image: np.ndarray, sync: bool = True, **options: Any) -> None:
+    """Write uint8 [H, W, 3] or grey [H, W, 1], in the format that the file's name ends in.
+
+    `sync` is that of `paths.write`, and `options` are Pillow's for the format.
+    """
     from PIL import Image
 
     image = image[..., 0] if image.shape[-1] == 1 else image
-    paths.write(path, lambda file: Image.fromarray(image).save(file, format=_format(path)))
+    paths.write(path, lambda file: Image.fromarray(image).save(file, format=_format(path), **options), sync)
 
 
 def _format(path: Given) -> str:

@@ -3,6 +3,8 @@
 `options` are those of the method of Model of the same name: `seed`, `posterior`, `label`.
 """
 
+import contextlib
+import functools
 import os
 import re
 import time
@@ -13,73 +15,17 @@ import jax
 import numpy as np
 
 from ddgan_jax.commands import figures
+from ddgan_jax.commands.outputs import check_out, into_directory, into_npz, save, save_with_input
 from ddgan_jax.data import decoding
-from ddgan_jax.data.archives import SUFFIXES
 from ddgan_jax.devices import processes
 from ddgan_jax.errors import UserError, of_a_file
+from ddgan_jax.model.checks import as_seed
 from ddgan_jax.model.model import MAX_INDEX, Model
 from ddgan_jax.networks.ops import FIR_KERNEL
 from ddgan_jax.storage import paths
 from ddgan_jax.storage.torch import convert, files
 
-KINDS = {
-    ".png": "a grid",
-    ".gif": "an animation",
-    ".npz": "an array",
-    ".bin": "the sampler for jax alone",
-    ".onnx": "the sampler for ONNX runtimes",
-    ".safetensors": "the generator in one file",
-    ".pth": "weights for the PyTorch reference",
-    "": "a directory",
-}
 MAX_STEPS = 8  # of a trajectory that are drawn; the paper's models have no more
-
-
-def check_out(out: str, *kinds: str, num: int = 0) -> None:
-    """Raises UserError unless `out` ends in one of `kinds` and, if it is a directory, can take `num` images.
-
-    Call it before the work.
-    """
-    if paths.path(out).suffix not in kinds:
-        endings = ", ".join(f"in {kind} ({KINDS[kind]})" for kind in kinds if kind)
-        raise UserError(f"--out={out} must end {endings}" + (" or name a directory" if "" in kinds else ""))
-    if num:
-        processes.run_on_primary(lambda: _check_directory(out, num))
-
-
-def _check_directory(out: str, num: int) -> None:
-    """Refuses a directory with images that `num` new ones would not replace: an evaluation would count them."""
-    replaced = {file_name(i) for i in range(num)}
-    for name in [] if paths.path(out).suffix else paths.names(paths.path(out)):
-        if name.lower().endswith(SUFFIXES) and name not in replaced:
-            raise UserError(f"--out={out} holds other images, such as {name}: name an empty directory")
-
-
-def file_name(index: int) -> str:
-    """The name of image `index` in a directory of samples."""
-    return f"{index:06d}.png"
-
-
-def save(images: np.ndarray, out: str | os.PathLike) -> None:
-    """Write uint8 images [N, H, W, C] as one grid (.png), an animation (.gif), an array (.npz), or numbered files.
-
-    Points [N, d] become a scatter plot or an array.
-    """
-    path = paths.path(out)
-    if path.suffix == ".png":
-        figures.save_image(path, figures.as_image(images))
-    elif path.suffix == ".gif":
-        figures.save_gif(path, [figures.as_image(image[None]) for image in images])
-    elif path.suffix == ".npz":
-        paths.write(path, lambda file: np.savez_compressed(file, images=images))
-    else:
-        for i, image in enumerate(images):
-            figures.save_image(path / file_name(i), image)
-
-
-def save_with_input(given: np.ndarray, images: np.ndarray, out: str) -> None:
-    """`save`, with the input image [H, W, C] first if the result is a grid."""
-    save(np.concatenate([given[None], images]) if out.endswith(".png") else images, out)
 
 
 def sample(model: Model, out: str, num: int, trajectory: str = "", **options: Any) -> None:
@@ -90,17 +36,33 @@ def sample(model: Model, out: str, num: int, trajectory: str = "", **options: An
         if os.path.abspath(trajectory) == os.path.abspath(out):
             raise UserError(f"--trajectory={trajectory} is also --out: name another file")
     size = model.denoiser.image_shape[0] if _has_images(model) else 0
-    each = 3 * 3 * max(size, figures.MIN_SIDE) ** 2 if out.endswith(".png") and size else 0  # of a grid
-    processes.run_on_all(lambda: model.check_count("--num_samples", num, each=each))
+    each = 3 * 3 * max(size, figures.MIN_SIDE) ** 2 if size else 0  # of a grid; files are written in chunks
+    if out.endswith(".png"):
+        processes.run_on_all(lambda: model.check_count("--num_samples", num, each=each))
     processes.assert_equal_across_processes({"--num_samples": num, **options})
-    images = model.sample(num, progress=True, **options)
+    # In each step the other processes wait for process 0: JAX aborts it some minutes after they end.
+    if out.endswith(".png"):
+        images = model.sample(num, progress=True, **options)
+        processes.run_on_primary(lambda: save(images, out))
+    else:
+        save_in_chunks(model, out, num, **options)
+    if trajectory:
+        count = min(num, 8 if _has_images(model) else 4096)
+        processes.run_on_primary(lambda: draw_trajectory(model, trajectory, count, **options))
 
-    def write() -> None:
-        save(images, out)
-        if trajectory:
-            draw_trajectory(model, trajectory, min(num, 8 if _has_images(model) else 4096), **options)
 
-    processes.run_on_primary(write)  # the other processes wait: JAX aborts process 0 some minutes after they end
+def save_in_chunks(
+    model: Model, out: str, num: int, seed: int = 0, posterior: str = "gaussian", label: Any = None
+) -> None:
+    """Writes the samples 0..num-1 into a directory or an .npz while they are generated: memory holds some chunks."""
+    labels = model.labels(label, num)
+    chunks = model.sampler(posterior).gathered(model.params, as_seed(seed), num, labels, progress=True)
+    with contextlib.ExitStack() as stack:
+        into = functools.partial(into_npz, out, num) if out.endswith(".npz") else functools.partial(into_directory, out)
+        add = processes.run_on_primary(lambda: stack.enter_context(into()))
+        for chunk in chunks:
+            processes.run_on_primary(functools.partial(add or (lambda _: None), chunk))
+        processes.run_on_primary(stack.close)
 
 
 def draw_trajectory(model: Model, out: str, num: int, **options: Any) -> None:

@@ -42,6 +42,15 @@ def as_array(name: str, value: Any) -> np.ndarray:
         raise UserError(f"{name} is no array: {error}") from error
 
 
+def as_half(name: str, array: np.ndarray) -> np.ndarray:
+    """An array as float16. Raises UserError if it has numbers that float16 cannot hold."""
+    with np.errstate(over="ignore"):  # an overflow gives infinity
+        half = array.astype(np.float16)
+    if not np.isfinite(half).all():
+        raise UserError(f"half=True: {name} has numbers that float16 cannot hold: save them in full")
+    return half
+
+
 def free_memory() -> int:
     """Bytes of memory that this process may still use: available in the system, and allowed to the container."""
     bounds = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]

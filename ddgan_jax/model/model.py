@@ -23,7 +23,7 @@ from ddgan_jax.method.diffusion import q_sample
 from ddgan_jax.method.sampling import Denoiser, bind
 from ddgan_jax.method.train_step import to_x0
 from ddgan_jax.model import export
-from ddgan_jax.model.checks import as_array, as_integer, as_posterior, as_seed, free_memory
+from ddgan_jax.model.checks import as_array, as_half, as_integer, as_posterior, as_seed, free_memory
 from ddgan_jax.model.sampler import POSTERIORS, Sampler, default_labels, in_batches, noise_of, rows, to_images
 from ddgan_jax.storage import checkpoint, paths, safetensors
 
@@ -227,7 +227,7 @@ class Model:
         `about` is further metadata, which `load` returns as `Model.about`.
 
         Raises:
-            UserError: `path` does not end in .safetensors, or `about` is not text by name.
+            UserError: `path` does not end in .safetensors, `about` is not text by name, or float16 is too narrow.
             OSError: the file cannot be written.
         """
         if not os.fspath(path).endswith(".safetensors"):
@@ -238,7 +238,7 @@ class Model:
                 raise UserError(f"about has {name!r}: {text!r}, and must be text by names other than {own}")
         arrays = checkpoint.flatten(self.params)
         if half:
-            arrays = {name: array.astype(np.float16) for name, array in arrays.items()}
+            arrays = {name: as_half(name, array) for name, array in arrays.items()}
         safetensors.write(paths.path(path), arrays, as_dict(self.config), self.step, {**self.about, **(about or {})})
 
     def labels(self, label: Any, num: int, one: bool = False, first: int = 0) -> np.ndarray | None:
@@ -283,6 +283,8 @@ class Model:
             raise UserError(
                 f"the image is {array.dtype} {list(array.shape)}, but the model's are {np.dtype(wanted)} {list(shape)}"
             )
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise UserError("the point holds NaN or infinity")
         return array
 
     def _checked_step(self, name: str, value: Any, high: int) -> int:

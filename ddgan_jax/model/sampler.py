@@ -110,9 +110,16 @@ class Sampler:
         self, params: Any, seed: int, num: int, labels: np.ndarray | None = None, progress: bool = False
     ) -> np.ndarray:
         """The images of `chunks` in one array, in every process."""
-        images = []
+        return np.concatenate(list(self.gathered(params, seed, num, labels, progress)))
+
+    def gathered(
+        self, params: Any, seed: int, num: int, labels: np.ndarray | None = None, progress: bool = False
+    ) -> Iterator[np.ndarray]:
+        """Yields the chunks of `chunks`, whole in every process."""
+        done = 0
         with tqdm(total=num, unit="img", desc="sampling", disable=None if progress else True) as bar:
             for chunk in self.chunks(params, seed, num, labels):
-                images.append(processes.gather_rows(chunk))
-                bar.update(min(len(images[-1]), num - bar.n))
-        return np.concatenate(images)[:num]
+                images = processes.gather_rows(chunk)[: num - done]
+                done += len(images)
+                bar.update(len(images))
+                yield images

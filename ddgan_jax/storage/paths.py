@@ -11,8 +11,9 @@ import importlib.util
 import io
 import os
 import re
+import secrets
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 # Set before etils is imported: it would open buckets with TensorFlow if that is installed, and import it for seconds.
@@ -160,50 +161,60 @@ def fetch(source: Given, target: Given, wanted: Callable[[str], bool] = lambda n
             raise
 
 
-def write(file: Given, content: str | bytes | Callable[[IO[bytes]], Any]) -> None:
+def write(file: Given, content: str | bytes | Callable[[IO[bytes]], Any], sync: bool = True) -> None:
     """Writes a file atomically: at any moment it is the old one or the new one. Creates its folder.
 
-    `content` may be a function that writes to an open binary file. Raises OSError, which names the file, if it cannot
-    be written; the old file is then unchanged.
+    `content` may be a function that writes to an open binary file. `sync` is that of `writing`. Raises OSError, which
+    names the file, if it cannot be written; the old file is then unchanged.
+    """
+    with writing(file, sync) as opened:
+        if callable(content):
+            content(opened)
+        else:
+            opened.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def writing(file: Given, sync: bool = True) -> Iterator[IO[bytes]]:
+    """An open binary file that becomes `file` when the body ends; after an exception, the old file is unchanged.
+
+    Without `sync`, a local file may be lost in a power failure: call `os.sync` after many files. What is written to a
+    bucket is held in memory until the end. Raises OSError, which names the file, if it cannot be written.
     """
     target = epath.Path(file)
-    if callable(content):
-        buffer = io.BytesIO()
-        content(buffer)
-        content = buffer.getvalue()
-    elif isinstance(content, str):
-        content = content.encode()
     try:
         if is_remote(target):  # a bucket shows a file only when it is complete
+            yield (buffer := io.BytesIO())
             with os_errors(target):
-                target.write_bytes(content)
-        else:
-            _write_local(target, content)
+                target.write_bytes(buffer.getvalue())
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # `remove_unfinished` knows the name. Two containers may have equal process ids.
+        aside = target.parent / f".{target.name}.{secrets.randbits(48)}.tmp"
+        try:
+            with open(aside, "wb") as opened:
+                yield opened
+                opened.flush()
+                if sync:
+                    os.fsync(opened.fileno())
+            os.replace(aside, target)
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(aside)
     except OSError as error:
         reason = error.strerror or str(error).strip().splitlines()[0]
         raise OSError(f"{target} cannot be written: {reason}") from error
 
 
-def _write_local(target: epath.Path, content: bytes) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.parent / f".{target.name}.{os.getpid()}.tmp"  # `remove_unfinished` knows the name
-    try:
-        with open(aside, "wb") as opened:
-            opened.write(content)
-            opened.flush()
-            os.fsync(opened.fileno())
-        os.replace(aside, target)
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(aside)
+def remove_unfinished(folder: Given, pattern: str) -> None:
+    """Removes what killed writes of files whose names match `pattern` left in a local folder. In a bucket nothing is.
 
-
-def remove_unfinished(folder: Given) -> None:
-    """Removes the files that a killed `write` left in a local folder. In a bucket it leaves none."""
+    Another process must not write these files: those of other names may be in progress.
+    """
     if not is_remote(folder):
         for name in names(folder):
             file = os.path.join(folder, name)
-            if re.fullmatch(r"\..+\.[0-9]+\.tmp", name, re.DOTALL) and stat.S_ISREG(os.lstat(file).st_mode):
+            if re.fullmatch(rf"\.({pattern})\.[0-9]+\.tmp", name) and stat.S_ISREG(os.lstat(file).st_mode):
                 os.unlink(file)
 
 

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -34,8 +35,14 @@ def lock(path: Path, held: contextlib.ExitStack) -> None:
             f"--workdir={path} has {' '.join(sorted(reserved))} in its path, below which no checkpoint can be "
             "written: choose another name"
         )
+    if path.name.endswith((".pth", ".safetensors")):
+        raise UserError(f"--workdir={path} has the name of a file of weights: choose another name for the folder")
     if remote:
         return
+    try:
+        str(path.resolve()).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"--workdir={str(path)!r} is not valid UTF-8, as Orbax needs: choose another name") from error
     with of_a_folder(f"--workdir={path} cannot be used"):
         path.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDONLY)
@@ -91,7 +98,8 @@ def had_checkpoints(path: Path, every: int) -> str:
 def write_config(
     path: Path, config: dict[str, Any], before: dict[str, Any] | None, report: Callable[[str], None]
 ) -> None:
-    """Writes config.json, reports which fields differ from `before`, and removes files that a kill left half-written.
+    """Writes config.json, reports which fields differ from `before`, and removes what is out of date: results.json of
+    an earlier end, and files that a kill left half-written.
 
     Raises OSError if they cannot be written.
     """
@@ -100,5 +108,7 @@ def write_config(
         if changed := sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name)):
             report(f"note: {path} was started with other values of {', '.join(changed)}")
     paths.write(path / "config.json", json.dumps(config, indent=2) + "\n")
-    for folder in (path, path / "samples"):
-        paths.remove_unfinished(folder)
+    paths.remove_unfinished(path, "|".join(map(re.escape, WRITTEN)))
+    paths.remove_unfinished(path / "samples", r"(step_[0-9]+|final)\.png")
+    with contextlib.suppress(FileNotFoundError):  # of an earlier end, after which the run continues
+        (path / "results.json").unlink()

@@ -154,3 +154,11 @@ def test_scaling_has_one_average_for_each_network():
             assert row["collectives"] == 0
     work = {row["processes"] * row["devices_each"]: row["gflop_a_device"] for row in found["layouts"]}
     assert work[8] < 0.2 * work[1]
+
+
+@pytest.mark.parametrize(
+    "part, num, key", [("features", 300, "manifolds_s"), ("photos", 1, "photo_ms"), ("files", 64, "file_ms")]
+)
+def test_what_surrounds_the_step(part, num, key):
+    done = run_module("benchmarks.around", f"--only={part}", f"--num={num}")
+    assert last_line(done)[key] > 0

@@ -228,12 +228,28 @@ def test_the_best_is_kept_where_its_mark_cannot_be_read(loss, tmp_path, monkeypa
     again.prune()
     assert again.steps() == [1, 2]  # until the records of the run tell which is the best
     records = [{"step": 1, "fid": 2.0}, {"step": 2, "fid": 3.0}, {"step": 9, "fid": 1.0}, {"step": 2}]
-    records += [{"step": 2, "fid": 0.5, "ranking": "fid in other:features"}]  # which does not compare
-    again.find_best("fid", "fid", lambda: records)
+    records += [{"step": 2, "fid": 0.5, "yardstick": "of another network"}]  # which does not compare
+    again.find_best("fid", "of this network", lambda: records)
     assert checkpoint.find(f"{tmp_path}/best").name == "1"
     again.save(3, tiny_state(3), CONFIG)
     again.close()
     assert again.steps() == [1, 3]
+
+
+def test_distances_by_another_yardstick_do_not_compare(tmp_path):
+    """Such as those of a classifier that was trained anew, on more images."""
+    checkpoints = manager.Checkpoints(str(tmp_path), keep=9)
+    for step, yardstick, value, best in (
+        (1, "", 5.0, 1),
+        (2, "a", 7.0, 1),
+        (3, "b", 4.0, 3),
+        (4, "c", 6.0, 4),
+        (5, "c", 6.5, 4),
+    ):
+        checkpoints.save(step, tiny_state(step), CONFIG)
+        checkpoints.update_best(step, "fid", value, yardstick)
+        assert checkpoint.find(f"{tmp_path}/best").name == str(best), step
+    checkpoints.close()
 
 
 def test_another_architecture_is_told(workdir):

@@ -19,6 +19,7 @@ from ddgan_jax.data.batches import batch_indices, batches, epoch_permutation
 from ddgan_jax.data.resolve import labels_of
 from ddgan_jax.data.sources import Data, inspect, open_data
 from ddgan_jax.errors import Fault, UserError
+from ddgan_jax.storage import buckets
 
 
 def take(images, count, start_step=0, process=0, processes=1, batch=12, seed=3):
@@ -467,6 +468,17 @@ def test_a_tfds_dataset_that_cannot_be_read(photos_dir, monkeypatch, name, numbe
     assert "\n" not in str(error.value)
 
 
+def test_records_that_are_gone_for_a_moment(photos_dir, tmp_path, monkeypatch):
+    """A reader of array_record that could not open its file keeps failing: it is made anew."""
+    shutil.copytree(photos_dir, tmp_path, dirs_exist_ok=True)
+    expected = open_data(DataConfig("photos", "train", photos_dir, 32)).images[:2]
+    data = open_data(DataConfig("photos", "train", str(tmp_path), 32, in_memory_mib=0))
+    (file,) = tmp_path.rglob("*train.array_record*")
+    gone = file.rename(tmp_path / "gone")
+    monkeypatch.setattr(buckets.time, "sleep", lambda _: gone.exists() and gone.rename(file))
+    np.testing.assert_array_equal(data.images[[0, 1]], expected)
+
+
 def test_what_has_to_be_downloaded_by_hand(tmp_path):
     with pytest.raises(UserError, match=r"tfds build celeb_a_hq/256 .* --manual_dir=DIR.*data1024x1024.tar") as error:
         open_data(DataConfig("celeb_a_hq/256", dir=str(tmp_path)))
@@ -486,3 +498,8 @@ def test_made_up_sets_have_splits():
 def test_twelve_bits_are_not_taken_for_sixteen():
     with pytest.raises(UserError, match=r"from 0 to 4095: convert them with \(images // 16\)"):
         Data(np.linspace(0, 4095, 64).astype(np.uint16).reshape(1, 8, 8, 1))
+
+
+def test_a_masked_array_is_refused():
+    with pytest.raises(UserError, match=r"fill its masked values with images.filled\(0\)"):
+        Data(np.ma.masked_array(np.zeros((4, 8, 8, 1), np.uint8), mask=True))

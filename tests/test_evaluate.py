@@ -6,6 +6,7 @@ import json
 import lzma
 import os
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -187,6 +188,20 @@ def test_a_network_gets_full_batches_whatever_the_chunks(chunks):
     assert seen == [16] * -(-len(images) // 16)
 
 
+def test_the_yardstick_is_of_the_network_the_images_and_their_numbers(digits, monkeypatch):
+    monkeypatch.setattr(feature_networks.classifier, "STEPS", 30)
+    monkeypatch.setattr(feature_networks, "MIN_ACCURACY", {})
+    c, images = digits
+    labels = open_data(DataConfig("digits", dir=c["data"]["dir"])).labels()
+
+    def yardstick(count, **eval_fields):
+        data = Data(images[:count], labels[:count])
+        return evaluator.open_evaluator(c | {"eval": c["eval"] | eval_fields}, data).yardstick
+
+    assert yardstick(300) == yardstick(300) and len(yardstick(300)) == 8
+    assert len({yardstick(300), yardstick(400), yardstick(300, online_samples=50)}) == 3
+
+
 def test_corrected_labels_train_another_classifier(digits, tmp_path, monkeypatch):
     """Also where the classes have no names."""
     monkeypatch.setattr(feature_networks.classifier, "STEPS", 300)
@@ -239,6 +254,14 @@ def test_a_folder_of_pictures(digits, tmp_path):
     evaluate.evaluate(c, "", str(tmp_path / "in"), str(tmp_path / "out"), num_samples=30)
     with pytest.raises(UserError, match=r"name the real images that .*in is compared with"):
         evaluate.evaluate(None, "", str(tmp_path / "in"))
+    with pytest.raises(UserError, match=r"--out=.*in is the folder of the samples"):
+        evaluate.evaluate(c, "", str(tmp_path / "in"), str(tmp_path / "in"))
+    shutil.copytree(tmp_path / "in", tmp_path / "in" / "more")
+    (tmp_path / "out" / "results.json").unlink()
+    (tmp_path / "out" / "curves.png").write_text("mine")  # no evaluation was here
+    assert evaluate.evaluate(c, "", str(tmp_path / "in"), str(tmp_path / "out"))["num_samples"] == 80
+    assert (tmp_path / "out" / "curves.png").read_text() == "mine"
+    shutil.rmtree(tmp_path / "in" / "more")
     Image.new("L", (9, 8)).save(tmp_path / "in" / "wide.png")
     with pytest.raises(UserError, match="of different sizes"):
         evaluate.evaluate(c, "", str(tmp_path / "in"), str(tmp_path / "out"))
@@ -368,8 +391,8 @@ def test_a_function_of_the_user_ranks_checkpoints(own_features, digits):
     records = [json.loads(line) for line in (own_features / "run" / "metrics.jsonl").read_text().splitlines()]
     values = {r["step"]: r["eval/frechet_distance"] for r in records if "eval/frechet_distance" in r}
     marked = json.loads((own_features / "run" / "best.json").read_text())
-    assert {r["ranking"] for r in records if r["step"] in values} == {marked["measure"]}
-    assert values.keys() == {4, 8} and marked["measure"] == "eval/frechet_distance in my_features:thumbnails"
+    assert {r.get("yardstick") for r in records if r["step"] in values} == {marked["yardstick"]}
+    assert values.keys() == {4, 8} and marked["measure"] == "eval/frechet_distance"
     assert marked["value"] == pytest.approx(min(values.values()), rel=1e-4)
     # The configuration in a checkpoint runs no code.
     result = run_in(own_features, "--mode=evaluate", "--workdir=run")

@@ -372,6 +372,6 @@ def test_the_diffusion_that_is_assumed_is_reported(checkpoint, capsys):
     """A netG_*.pth holds none, and the samples depend on it."""
     path = str(checkpoint / "netG_1.pth")
     ddgan_jax.load(path, **HINTS)
-    assert "defaults, num_steps=4, beta_min=0.1, beta_max=20.0" in capsys.readouterr().out
+    assert "defaults are assumed, num_steps=4, beta_min=0.1, beta_max=20.0" in capsys.readouterr().out
     ddgan_jax.load(path, **HINTS, num_steps=2, beta_min=0.1, beta_max=20.0)
     assert not capsys.readouterr().out

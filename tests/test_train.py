@@ -16,7 +16,6 @@ from commands import POINTS, ROOT, SMOKE, command, ends, python, run, start_grou
 from PIL import Image
 
 from ddgan_jax.commands import figures, progress, setup
-from ddgan_jax.commands import run as run_module
 from ddgan_jax.commands import train as train_module
 from ddgan_jax.commands.signals import Interrupt
 from ddgan_jax.commands.train import train
@@ -705,11 +704,56 @@ def test_the_workdir_may_be_a_path(points_run, tmp_path, capsys):
         train(presets.get("gaussians:smoke"), tmp_path, np.zeros((4, 2), np.float32))
 
 
-def test_distances_in_other_features_are_another_ranking():
-    config = presets.get("digits:smoke")
-    config.eval.features = "mine:f"
-    assert run_module.ranking_of(read(config)) == "eval/frechet_distance in mine:f"
-    assert run_module.ranking_of(read(presets.get("digits"))) == "eval/classifier_frechet"
+def test_a_resumed_run_keeps_what_it_was_started_to_keep(tmp_path, capsys):
+    """A command that leaves keep and keep_period out deletes nothing that an earlier one asked to keep."""
+    config = presets.get("gaussians:smoke")
+    config.train.num_steps, config.eval.every = 16, 0
+    config.checkpoint.update(every=2, keep=1, keep_period=4)
+    train(config, tmp_path)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"4", "8", "12", "16"}
+    assert (tmp_path / "results.json").exists()
+    config.train.num_steps = 18
+    config.checkpoint.update(keep=1, keep_period=0)
+    train(config, tmp_path)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"4", "8", "12", "16", "18"}
+    assert "note: checkpoint.keep_period=4 stays, as " in capsys.readouterr().out
+    assert json.loads((tmp_path / "config.json").read_text())["checkpoint"]["keep_period"] == 4
+    assert json.loads((tmp_path / "results.json").read_text())["step"] == 18
+
+
+@pytest.mark.parametrize("every", [1, 1_000])
+def test_ctrl_c_in_a_pipe_saves_the_step(tmp_path, every):
+    """The terminal sends it to all processes of a pipe, so that `| tee log` is gone when the step is saved."""
+    fields = "--config.train.num_steps=100000", f"--config.log.every={every}", "--config.eval.every=0"
+    arguments, options = command(POINTS, *fields, f"--workdir={tmp_path}")
+    with subprocess.Popen(arguments, **options, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        while "done" not in child.stdout.readline():
+            pass
+        child.stdout.close()
+        child.send_signal(signal.SIGINT)
+        child.wait(timeout=120)
+        errors = child.stderr.read()
+    assert child.returncode == 75 and "Traceback" not in errors and list((tmp_path / "checkpoints").iterdir()), errors
+
+
+@pytest.mark.parametrize(
+    "name, message", [("x.pth", "has the name of a file of weights"), ("bad\udcff", "is not valid UTF-8")]
+)
+def test_names_that_cannot_be_a_workdir(name, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        train(presets.get("gaussians:smoke"), tmp_path / name)
+
+
+def test_results_of_an_earlier_end_are_removed_when_the_run_goes_on(points_run, tmp_path, monkeypatch):
+    shutil.copytree(points_run, tmp_path, dirs_exist_ok=True)
+    assert (tmp_path / "results.json").exists()
+    config = presets.get("gaussians:smoke")
+    config.train.num_steps = 10**6
+    monkeypatch.setattr(train_module, "loop", lambda run, interrupt: train_module.STOPPED)
+    monkeypatch.setattr(train_module.processes, "exchange", lambda mine: ["SIGTERM"])
+    with pytest.raises(Interrupted):
+        train(config, tmp_path)
+    assert not (tmp_path / "results.json").exists()
 
 
 @pytest.mark.parametrize("field", ["skip_rescale", "tanh", "centered"])

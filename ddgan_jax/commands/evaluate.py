@@ -14,7 +14,7 @@ import numpy as np
 from ddgan_jax.commands import figures
 from ddgan_jax.config.settings import Config, read
 from ddgan_jax.data import decoding
-from ddgan_jax.data.archives import SUFFIXES
+from ddgan_jax.data.archives import is_image_name
 from ddgan_jax.data.batches import evenly_spaced, match_label_frequencies
 from ddgan_jax.data.resolve import facts, labels_of
 from ddgan_jax.data.sketch import difference, sketch_of
@@ -22,7 +22,8 @@ from ddgan_jax.data.sources import Data, open_data
 from ddgan_jax.devices import parallel, processes
 from ddgan_jax.errors import UserError
 from ddgan_jax.metrics import npz
-from ddgan_jax.metrics.evaluator import EvaluationResult, Evaluator, Results, measure, open_evaluator, open_real_images
+from ddgan_jax.metrics.evaluator import EvaluationResult, Evaluator, Results, measure, open_evaluator
+from ddgan_jax.metrics.features import open_real_images
 from ddgan_jax.model.loading import default_output, file_of, load
 from ddgan_jax.model.model import Model
 from ddgan_jax.model.sampler import Sampler
@@ -72,7 +73,7 @@ def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_sampl
         if other := processes.broadcast_from_primary(lambda: _other_data(c, model, data)):
             about |= {"trained_on_other_data": other}
     target = paths.path(out or folder)
-    processes.run_on_all(lambda: _check_target(target))
+    processes.run_on_all(lambda: _check_target(target, samples))
     evaluator = open_evaluator(c, data, count)
     if evaluator.data.images.shape[-1] == 1:
         chunks = as_grey(chunks)
@@ -85,6 +86,10 @@ def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_sampl
         assert result  # process 0 has the measures
         results = about | {"features": c.eval.features} | evaluator.about | result.results | timing
         results["seconds"] = round(time.time() - start, 1)
+        if paths.exists(target / "results.json"):  # figures of an earlier evaluation
+            for name in ("curves.png", "modes.png", "manifold.png", "neighbours.png"):
+                with contextlib.suppress(FileNotFoundError):
+                    (target / name).unlink()
         paths.write(target / "results.json", as_json(results, indent=2) + "\n")
         draw_figures(evaluator, result, target, workdir)
         for name, value in results.items():
@@ -133,8 +138,10 @@ def _other_data(c: Config, model: Model, data: Data | None) -> str:
     return found
 
 
-def _check_target(folder: Path) -> None:
-    """Raises UserError if the folder of the results is the workdir of a run, which has a results.json of its own."""
+def _check_target(folder: Path, samples: str) -> None:
+    """Raises UserError if the folder of the results is a workdir, which has a results.json, or that of the samples."""
+    if samples and checkpoint.absolute(folder) == checkpoint.absolute(paths.path(samples)):
+        raise UserError(f"--out={folder} is the folder of the samples, and figures are no samples: name another")
     if paths.exists(folder / "metrics.jsonl"):
         raise UserError(f"--out={folder} is the workdir of a run, whose results.json stays: name another folder")
 
@@ -181,7 +188,7 @@ def time_sampling(draw: Sampler, params: Any, seed: int, batch: int, num_steps: 
 
 
 def file_samples(path: str, num_samples: int) -> Samples:
-    """`num_samples` samples, evenly spaced (0: all), of an npz with one array, or of a folder of images.
+    """`num_samples` samples, evenly spaced (0: all), of an npz with one array, or of all images below a folder.
 
     Evenly spaced, because files may be sorted by class.
 
@@ -190,8 +197,7 @@ def file_samples(path: str, num_samples: int) -> Samples:
     given = paths.path(path)
     folder = paths.is_dir(given)
     if folder:
-        files = [given / name for name in paths.names(given)]
-        files = [file for file in files if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
+        files = [given / name for name in sorted(paths.files_below(given)) if is_image_name(name)]
         total = len(files)
     else:
         arrays = npz.read_npz(path)
@@ -245,13 +251,7 @@ def as_grey(chunks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
 
 
 def draw_figures(evaluator: Evaluator, result: EvaluationResult, folder: Path, workdir: str) -> None:
-    """Draw the samples, curves, modes, manifolds, and the samples beside their nearest training images.
-
-    Figures of an earlier evaluation in the folder are removed.
-    """
-    for name in ("curves.png", "modes.png", "manifold.png", "neighbours.png"):
-        with contextlib.suppress(FileNotFoundError):
-            (folder / name).unlink()
+    """Draw the samples, curves, modes, manifolds, and the samples beside their nearest training images."""
     figures.save_image(folder / "samples.png", figures.as_image(result.samples[: 64 if evaluator.networks else None]))
     if workdir and paths.exists(metrics := paths.path(workdir) / "metrics.jsonl"):
         figures.curves(metrics, folder / "curves.png")

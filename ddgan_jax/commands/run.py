@@ -93,6 +93,13 @@ class Run:
         """Whether the grid of samples of this step is saved."""
         return paths.exists(self.samples_file)
 
+    def last_complete_step(self) -> int | None:
+        """The step of the newest checkpoint, after the one that is being written; in process 0 alone."""
+        assert self.files
+        self.files.checkpoints.wait()
+        steps = self.files.checkpoints.steps()
+        return steps[-1] if steps else None
+
     def seconds(self) -> float:
         """Wall-clock seconds of the run, including its earlier parts."""
         return self._seconds_before + time.time() - self.started
@@ -101,11 +108,3 @@ class Run:
 def ranked_by(c: Config) -> str:
     """The metric that ranks the checkpoints of a run: the smallest value is the best."""
     return f"eval/{ranking_measure(c.eval.features)}"
-
-
-def ranking_of(c: Config) -> str:
-    """The ranking that best.json records: the metric, followed by the function of a user's own features.
-
-    Distances in different features do not compare, so their rankings have different names.
-    """
-    return f"{ranked_by(c)} in {c.eval.features}" if ":" in c.eval.features else ranked_by(c)

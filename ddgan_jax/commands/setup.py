@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from ddgan_jax.commands.progress import overview
-from ddgan_jax.commands.run import Files, Run, ranked_by, ranking_of
+from ddgan_jax.commands.run import Files, Run, ranked_by
 from ddgan_jax.commands.signals import Interrupt
 from ddgan_jax.config.settings import Config, as_dict, flat, read
 from ddgan_jax.data.resolve import check_batch, facts, labels_of, resolve_from_data
@@ -85,7 +85,8 @@ def set_up(
                 say(f"the files of the earlier run in {path} are now in {aside}")
             try:
                 checkpoints = checkpoints or open_checkpoints(path, c)
-                files = open_files(path, c, before, int(state.step), checkpoints, sketch, saved)
+                yardstick = evaluator.yardstick if evaluator else ""
+                files = open_files(path, c, before, int(state.step), checkpoints, sketch, saved, yardstick)
             except UserError:  # such as a dashboard that does not accept the run
                 if aside:
                     workdir.move_back(path, aside)
@@ -142,6 +143,14 @@ def as_begun(c: Config, before: dict[str, Any] | None, path: paths.Given) -> Con
         mine, theirs = getattr(c, group), getattr(old, group)
         taken = {name: getattr(theirs, name) for name in names if getattr(mine, name) is None}
         groups[group] = dataclasses.replace(mine, **taken)
+    # A command that leaves these out must not delete what an earlier one asked to keep.
+    kept, then = groups["checkpoint"], old.checkpoint
+    groups["checkpoint"] = dataclasses.replace(
+        kept, keep=max(kept.keep, then.keep), keep_period=kept.keep_period or then.keep_period
+    )
+    for name in ("keep", "keep_period"):
+        if getattr(kept, name) != (value := getattr(groups["checkpoint"], name)):
+            say(f"note: checkpoint.{name}={value} stays, as {path} was started with: delete what you do not need")
     c = dataclasses.replace(c, **groups)
     now = flat(as_dict(c))
     _check_same({name: now[name] for name in FIXED}, flat(as_dict(old)), path)
@@ -259,15 +268,19 @@ def open_files(
     checkpoints: manager.Checkpoints,
     sketch: dict[str, Any],
     saved: dict[str, Any],
+    yardstick: str,
 ) -> Files:
-    """Opens the files of a run that is at `step`. `saved` is what it saved beside its checkpoint."""
+    """Opens the files of a run that is at `step`. `saved` is what it saved beside its checkpoint.
+
+    `yardstick` is that of its evaluations (`Evaluator.yardstick`).
+    """
     log = Log(path, as_dict(c), c.log, step)  # may refuse the settings, so before any change
     trains = step < (c.train.num_steps or 0)
     if trains:
         workdir.write_config(path, as_dict(c), before, say)
         checkpoints.set_damaged_aside(say)
     checkpoints.forget_best_after(step)
-    checkpoints.find_best(ranked_by(c), ranking_of(c), functools.partial(read_metrics, log.path))
+    checkpoints.find_best(ranked_by(c), yardstick, functools.partial(read_metrics, log.path))
     if trains:
         checkpoints.prune()
     if saved and saved["log"] not in (log.checksum, log.checksum_before):

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ddgan_jax.commands import figures
 from ddgan_jax.commands.compiled import CompiledSteps
 from ddgan_jax.commands.progress import Meter, clock, expected_time, losses_line, next_commands
-from ddgan_jax.commands.run import DONE, STOPPED, Outcome, Run, ranked_by, ranking_of
+from ddgan_jax.commands.run import DONE, STOPPED, Outcome, Run, ranked_by
 from ddgan_jax.commands.setup import set_up
 from ddgan_jax.commands.signals import Interrupt, raise_on_signal
 from ddgan_jax.config.settings import as_dict
@@ -186,7 +186,7 @@ def save(run: Run, meter: Meter) -> None:
 
     Raises Fault, and saves nothing, if the state is not finite.
     """
-    meter.check(lambda: last_complete_step(run), norms_of(run))
+    meter.check(run.last_complete_step, norms_of(run))
     if run.files:
         run.files.log.flush()
         of_job = {"unlogged": meter.unlogged(), "log": run.files.log.checksum, "data": run.files.sketch}
@@ -198,7 +198,7 @@ def record(run: Run, meter: Meter, interrupt: Interrupt, stopping: bool = False,
 
     Returns STOPPED and logs nothing if a signal interrupts the evaluation, or came before it (`stopping`).
     """
-    meter.check(lambda: last_complete_step(run))
+    meter.check(run.last_complete_step)
     measured: dict[str, float] = {}
     if run.is_evaluation_step():
         if stopping:
@@ -208,11 +208,10 @@ def record(run: Run, meter: Meter, interrupt: Interrupt, stopping: bool = False,
                 measured = evaluate_samples(run, interrupt)
         except Interrupted:
             return STOPPED
-    values, seconds_per_step = meter.values(norms_of(run), lambda: last_complete_step(run))
+    values, seconds_per_step = meter.values(norms_of(run), run.last_complete_step)
     values |= measured
     if run.files:
-        ranking = ranking_of(run.config)
-        about = {"ranking": ranking} if measured and ranking != ranked_by(run.config) else {}
+        about = {"yardstick": run.evaluator.yardstick} if measured and run.evaluator else {}
         run.files.log.scalars(run.step, values | {"seconds": run.seconds()}, about)
         line = losses_line(values)
         if bar is not None:
@@ -220,15 +219,14 @@ def record(run: Run, meter: Meter, interrupt: Interrupt, stopping: bool = False,
         if bar is None or bar.disable:
             left = clock((run.num_steps - run.step) * seconds_per_step)
             say(f"step {run.step}/{run.num_steps}: {line}, {left} to go")
-        update_best(run, values)
+        update_best(run, values | about)
     return DONE
 
 
-def update_best(run: Run, values: dict[str, float]) -> None:
+def update_best(run: Run, values: dict[str, Any]) -> None:
     """Marks the checkpoint of this step as the best, in process 0, if an evaluation among `values` ranks it first."""
-    name = ranked_by(run.config)
-    ranking = ranking_of(run.config)
-    if run.files and name in values and run.files.checkpoints.update_best(run.step, ranking, values[name]):
+    name, yardstick = ranked_by(run.config), values.get("yardstick", "")
+    if run.files and name in values and run.files.checkpoints.update_best(run.step, name, values[name], yardstick):
         say(f"step {run.step} is the best so far: {name} {values[name]:.4g}")
 
 
@@ -236,14 +234,6 @@ def norms_of(run: Run) -> dict[str, jax.Array]:
     """The norms of the parameters and gradients of the networks that are trained."""
     trained = "dg" if run.method.losses.has_discriminator else "g"
     return {name: value for name, value in norms(run.state).items() if name[0] in trained}
-
-
-def last_complete_step(run: Run) -> int | None:
-    """The step of the newest checkpoint, in process 0, after the one that is being written."""
-    assert run.files
-    run.files.checkpoints.wait()
-    steps = run.files.checkpoints.steps()
-    return steps[-1] if steps else None
 
 
 def evaluate_samples(run: Run, interrupt: Interrupt) -> dict[str, float]:

@@ -204,6 +204,8 @@ def _checked_examples(images: Any) -> Any:
     shape = getattr(images, "shape", None)
     if shape is None or not isinstance(getattr(images, "dtype", None), np.dtype):
         raise UserError(f"the images are a {type(images).__name__}: convert them with np.asarray(images)")
+    if isinstance(images, np.ma.MaskedArray):
+        raise UserError("the images are a masked array: fill its masked values with images.filled(0)")
     found = f"these are {images.dtype} {list(shape)}"
     if len(shape) == 2 and images.dtype.kind == "f":
         with np.errstate(over="ignore"):  # an overflow gives infinity, which the next lines refuse

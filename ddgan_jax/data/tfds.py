@@ -3,7 +3,7 @@
 import functools
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -47,7 +47,7 @@ def open_split(
         open_source = functools.partial(
             builder.as_data_source, split, file_format="array_record", decoders={"image": tfds.decode.SkipDecoding()}
         )
-        source = _read(name, data_dir, open_source, expected=(ValueError,))
+        source = _Source(lambda: _read(name, data_dir, open_source, expected=(ValueError,)))
     except UserError:
         raise
     except ValueError as error:
@@ -61,16 +61,38 @@ def open_split(
 
     def labels() -> np.ndarray:
         everything = range(len(source))
-        found = lambda: [int(example["label"]) for example in source.__getitems__(everything)]  # noqa: E731
+        found = lambda: [int(example["label"]) for example in source.read(everything)]  # noqa: E731
         return np.array(_read(name, data_dir, found), np.int32)
 
     return images, labels, tuple(features["label"].names)
 
 
+class _Source:
+    """A random-access source of examples, which is opened again after a failed read.
+
+    A reader of array_record whose file could not be opened keeps failing.
+    """
+
+    def __init__(self, open_source: Callable[[], Any]):
+        self._open = open_source
+        self._source = open_source()
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def read(self, indices: Sequence[int]) -> Any:
+        """The examples at these indices. Raises whatever the source raises."""
+        try:
+            return self._source.__getitems__(indices)
+        except Exception:  # whatever it is, it is raised again
+            self._source = self._open()
+            raise
+
+
 class EncodedImages:
     """The encoded images of a tfds split, which are decoded when they are indexed."""
 
-    def __init__(self, source: Any, name: str, shape: tuple[int, ...], data_dir: str):
+    def __init__(self, source: _Source, name: str, shape: tuple[int, ...], data_dir: str):
         """Reads `source`. Images that are not of `shape` (H, W, C) are cropped and resized to it."""
         self.shape, self.dtype = (len(source), *shape), np.dtype(np.uint8)
         self._source, self._name, self._data_dir = source, name, data_dir
@@ -81,7 +103,7 @@ class EncodedImages:
     def __getitem__(self, indices: Any) -> np.ndarray:
         images = np.empty((len(indices), *self.shape[1:]), np.uint8)
         chosen = [int(index) for index in indices]
-        examples = _read(self._name, self._data_dir, lambda: self._source.__getitems__(chosen))
+        examples = _read(self._name, self._data_dir, lambda: self._source.read(chosen))
         for i, example in enumerate(examples):
             try:
                 images[i] = self._decode(example["image"])

@@ -13,6 +13,7 @@ Only distances in the features of Inception are called FID and KID.
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -28,7 +29,14 @@ from ddgan_jax.metrics import distances, inception, manifold, modes
 from ddgan_jax.metrics.checks import SCORE_SPLITS, check_gaussians, check_settings, check_sizes
 from ddgan_jax.metrics.custom_features import custom_network
 from ddgan_jax.metrics.feature_networks import classifier_network, published_networks
-from ddgan_jax.metrics.features import Features, Network, extract, reference_features, reference_moments
+from ddgan_jax.metrics.features import (
+    Features,
+    Network,
+    extract,
+    open_real_images,
+    reference_features,
+    reference_moments,
+)
 from ddgan_jax.metrics.nearest import neighbours
 
 MAX_STORED = 50_000  # real images whose features are kept: 0.4 GB at 2,048 features
@@ -55,6 +63,23 @@ class Evaluator:
     real: list[Features]  # of the reference images, for each network
     about: Results  # entries of results.json that describe the reference
     all_moments: distances.Moments | None = None  # of more real images than `reference` has
+
+    @functools.cached_property
+    def yardstick(self) -> str:
+        """A hash of what samples are compared with while training: networks, real images, and their numbers.
+
+        Distances compare only if it is the same.
+        """
+        e = self.config.eval
+        parts = [
+            e.features,
+            e.online_samples,
+            e.reference_statistics,
+            *(network.fingerprint for network in self.networks),
+        ]
+        if self.networks:
+            parts += [self.data.fingerprint, self.about.get("real_images")]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:8]
 
     @functools.cached_property
     def moments(self) -> distances.Moments:
@@ -134,18 +159,6 @@ def open_evaluator(config: Any, data: sources.Data | None = None, num_samples: i
         about["reference_statistics"] = c.eval.reference_statistics
         processes.run_on_primary(lambda: evaluator.moments)  # a wrong file is reported before any sample is generated
     return evaluator
-
-
-def open_real_images(c: Config) -> sources.Data:
-    """The real images; an empty set if they are missing and published statistics replace them."""
-    try:
-        return processes.run_on_all(lambda: sources.open_data(c.data))
-    except UserError as error:  # the same in every process
-        # A class-conditional model needs the data for the frequencies of its classes.
-        if c.eval.features != "inception" or not c.eval.reference_statistics or c.model.num_classes:
-            raise
-        processes.say(f"without KID, precision and recall, which need real images: {error}")
-        return sources.Data(np.zeros((0, 0, 0, 0), np.uint8))
 
 
 def measure(

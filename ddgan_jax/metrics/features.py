@@ -106,6 +106,18 @@ def _full_batches(chunks: Iterable[np.ndarray], size: int, sizes: collections.de
         yield np.concatenate(waiting)
 
 
+def open_real_images(c: Config) -> sources.Data:
+    """The real images; an empty set if they are missing and published statistics replace them."""
+    try:
+        return processes.run_on_all(lambda: sources.open_data(c.data))
+    except UserError as error:  # the same in every process
+        # A class-conditional model needs the data for the frequencies of its classes.
+        if c.eval.features != "inception" or not c.eval.reference_statistics or c.model.num_classes:
+            raise
+        processes.say(f"without KID, precision and recall, which need real images: {error}")
+        return sources.Data(np.zeros((0, 0, 0, 0), np.uint8))
+
+
 def reference_features(c: Config, data: sources.Data, reference: np.ndarray, network: Network) -> Features:
     """Features of the real images at the indices `reference`, in process 0; other processes may get empty arrays.
 

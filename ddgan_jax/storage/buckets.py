@@ -20,7 +20,7 @@ T = TypeVar("T")
 DISK_RETRY_SECONDS = 1.0
 BUCKET_RETRY_SECONDS = 60.0  # or the environment variable DDGAN_RETRY_SECONDS
 MAX_PAUSE = 10.0  # seconds between two attempts
-MIN_DISK_ATTEMPTS, MIN_BUCKET_ATTEMPTS = 3, 2  # unless DDGAN_RETRY_SECONDS is 0
+MIN_ATTEMPTS = 3  # unless DDGAN_RETRY_SECONDS is 0, or an attempt takes longer than BUCKET_RETRY_SECONDS
 
 
 def is_remote(given: Given) -> bool:
@@ -49,8 +49,8 @@ def retry(what: Given, action: Callable[[], T]) -> T:
     """Returns `action()`, which reads `what`, after retries while it raises an OSError that may pass.
 
     A missing file is final. Anything else is retried for a second on a disk and for a minute in a bucket, with growing
-    pauses. However long an attempt takes, there are at least three on a disk and two in a bucket, where some clients
-    retry within an attempt. The last OSError is then raised.
+    pauses, and at least twice, unless an attempt takes more than a minute, within which some clients retry themselves.
+    The last OSError is then raised.
     """
     given = os.environ.get("DDGAN_RETRY_SECONDS") or BUCKET_RETRY_SECONDS
     try:
@@ -60,15 +60,16 @@ def retry(what: Given, action: Callable[[], T]) -> T:
     if not 0 <= limit < math.inf:
         raise UserError(f"DDGAN_RETRY_SECONDS={given} must be a number of seconds of at least 0")
     deadline = time.monotonic() + (limit if is_remote(what) else min(limit, DISK_RETRY_SECONDS))
-    pause, attempts, least = 0.1, 0, MIN_BUCKET_ATTEMPTS if is_remote(what) else MIN_DISK_ATTEMPTS
+    pause, attempts = 0.1, 0
     while True:
-        attempts += 1
+        attempts, began = attempts + 1, time.monotonic()
         try:
             with os_errors(what):
                 return action()
         except OSError as error:
             late = time.monotonic() + pause > deadline
-            if is_missing(error) or limit == 0 or (late and attempts >= least):
+            enough = attempts >= MIN_ATTEMPTS or time.monotonic() - began > BUCKET_RETRY_SECONDS
+            if is_missing(error) or limit == 0 or (late and enough):
                 raise
             if is_remote(what) and pause == 0.1:
                 cause = " ".join(str(error).split())[:200]

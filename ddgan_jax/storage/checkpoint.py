@@ -116,7 +116,7 @@ def unsealed(fields: Any) -> dict[str, Any]:
         raise ValueError("it is no JSON object")
     if "checksum" in fields and sealed({k: v for k, v in fields.items() if k != "checksum"}) != fields:
         raise ValueError("the checksum is wrong")
-    if not fields.keys() <= {"step", "measure", "value", "config", "checksums", "of_job", "checksum"}:
+    if not fields.keys() <= {"step", "measure", "value", "yardstick", "config", "checksums", "of_job", "checksum"}:
         raise ValueError("it has other fields")
     return fields
 

@@ -49,6 +49,11 @@ class _Best(managers.PreservationPolicy):
         return [self.marked is None or checkpoint.step == self.marked.get("step") for checkpoint in checkpoints]
 
 
+def _one_yardstick(before: dict[str, Any], yardstick: str) -> bool:
+    """Whether a record or best.json may have this yardstick; older ones have none."""
+    return not yardstick or before.get("yardstick", yardstick) == yardstick
+
+
 def _is_no_traceback_of_orbax(record: logging.LogRecord) -> bool:
     """Whether a log record may be printed. Orbax logs a traceback of a background fault and also raises the fault."""
     return not (record.exc_info and "orbax" in record.pathname)
@@ -126,22 +131,25 @@ class Checkpoints:
             )
         )
 
-    def update_best(self, step: int, measure: str, value: float) -> bool:
+    def update_best(self, step: int, measure: str, value: float, yardstick: str = "") -> bool:
         """Marks the checkpoint of `step` as the best if `value` of `measure` is the smallest so far; returns whether.
 
-        It is then `workdir`/best for `find`, and is kept. NaN is never the best. Waits until the save is complete.
+        It is then `workdir`/best for `find`, and is kept. NaN is never the best. Values compare only if they are of one
+        measure and `yardstick`, such as the networks and images that samples are compared with; '' stands for any.
+        Waits until the save is complete.
         """
         value = float(f"{value:.6g}")  # rounded as in metrics.jsonl, from which a resumed run takes it
         before = self._best.marked or {}
-        if not value < (before["value"] if before.get("measure") == measure else math.inf):
+        compares = before.get("measure") == measure and _one_yardstick(before, yardstick)
+        if not value < (before["value"] if compares else math.inf):
             return False
-        self._mark_best(step, measure, value)
+        self._mark_best(step, measure, value, yardstick)
         self.prune()
         return True
 
-    def _mark_best(self, step: int, measure: str, value: float) -> None:
+    def _mark_best(self, step: int, measure: str, value: float, yardstick: str) -> None:
         self.wait()
-        marked = {"step": step, "measure": measure, "value": value}
+        marked = {"step": step, "measure": measure, "value": value} | ({"yardstick": yardstick} if yardstick else {})
         paths.write(self.directory.parent / "best.json", json.dumps(sealed(marked)) + "\n")
         self._best.marked = marked
 
@@ -150,16 +158,16 @@ class Checkpoints:
         if self._best.marked and self._best.marked["step"] > step:
             self._best.marked = None
 
-    def find_best(self, measure: str, ranking: str, read_records: Callable[[], list[dict[str, Any]]]) -> None:
+    def find_best(self, measure: str, yardstick: str, read_records: Callable[[], list[dict[str, Any]]]) -> None:
         """Marks the best again from the records of the run, if best.json is missing, damaged or forgotten."""
         if self._best.marked is not None:
             return
         steps = set(self.steps())
-        records = [record for record in read_records() if record.get("ranking", ranking) == ranking]
+        records = [record for record in read_records() if _one_yardstick(record, yardstick)]
         values = [(record[measure], record["step"]) for record in records if record.get(measure) is not None]
         for value, step in sorted(values):
             if step in steps and not math.isnan(value):
-                self._mark_best(step, ranking, value)
+                self._mark_best(step, measure, value, yardstick)
                 return
         self._best.marked = {}
         with contextlib.suppress(FileNotFoundError):

@@ -117,7 +117,7 @@ KINDS = {
     "tree of arrays": Kind("/points/checkpoints/6/ema/_METADATA", OF_A_RUN),
     "checkpoint's JSON": Kind("/points/checkpoints/6/config/metadata", OF_A_RUN),
     "list of checkpoints": Kind("/points/checkpoints", OF_A_RUN, only=("EIO on list", "503 on list")),
-    "best.json": Kind("/points/best.json", ("resume", "sample the best")),
+    "best.json": Kind("/points/best.json", ("resume", "sample the best"), given=True),  # as RUN/best
     "config.json": Kind("/points/config.json", ("resume",)),
     "metrics.jsonl": Kind("/points/metrics.jsonl", ("resume", "evaluate")),
     ".safetensors": Kind("/model.safetensors", ("sample a file", "evaluate a file", "begin from a file"), given=True),
@@ -402,6 +402,8 @@ def cases(faults: dict[str, Fault], remote: bool) -> list[tuple[str, str, str]]:
                 found += [(name, fault, command) for command in kind.commands]
     local = ("resume pictures", "evaluate pictures")
     found = [case for case in found if not remote or (KINDS[case[0]].in_a_bucket and case[2] not in local)]
+    # The reader of array_record has a client of its own, which retries for 15 minutes.
+    found = [case for case in found if case[0] != "array_record" or case[1] not in ("429", "503", "drop")]
     random.Random(0).shuffle(found)  # so that each part has some of each
     return found
 

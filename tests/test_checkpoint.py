@@ -250,6 +250,11 @@ def test_distances_by_another_yardstick_do_not_compare(tmp_path):
         checkpoints.update_best(step, "fid", value, yardstick)
         assert checkpoint.find(f"{tmp_path}/best").name == str(best), step
     checkpoints.close()
+    assert checkpoint.best(tmp_path)["earlier"] == [3]
+    again = manager.Checkpoints(str(tmp_path), keep=1)
+    again.prune()
+    assert again.steps() == [3, 4, 5]  # the best by an earlier yardstick, the best, and the last
+    again.close()
 
 
 def test_another_architecture_is_told(workdir):

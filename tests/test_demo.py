@@ -43,6 +43,10 @@ def served(tmp_path_factory):
     page.close()
 
 
+def test_the_page_of_a_model_without_classes(tmp_path):
+    Served(workdir_of(tmp_path / "digits")).close()
+
+
 class Browser:
     """Chromium without a window, on one page."""
 

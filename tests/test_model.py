@@ -485,6 +485,30 @@ def test_only_unfinished_files_of_our_own_are_removed(tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == stay | {".best.json.12.tmp"}
 
 
+@pytest.mark.parametrize(
+    "error", [BrokenPipeError(), OSError(errno.EIO, "Input/output error"), OSError(errno.ENOSPC, "")]
+)
+def test_output_that_cannot_be_written_is_dropped(error):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise error
+
+    stream = cli.PatientStream(Gone())
+    assert stream.write("text") == 4
+    stream.flush()
+    assert not stream.isatty()
+
+
+def test_a_move_replaces_files_and_folders(tmp_path):
+    for name in ("old", "new"):
+        paths.write(tmp_path / name / "x", name)
+        paths.write(tmp_path / f"{name}.txt", name)
+    paths.move(tmp_path / "old", tmp_path / "new")
+    paths.move(tmp_path / "old.txt", tmp_path / "new.txt")
+    assert sorted(os.listdir(tmp_path)) == ["new", "new.txt"]
+    assert (tmp_path / "new" / "x").read_text() == (tmp_path / "new.txt").read_text() == "old"
+
+
 def test_two_writers_with_one_process_id_spoil_nothing(tmp_path, monkeypatch):
     """As in two containers, where every main process is number 1."""
     replace = os.replace
@@ -531,6 +555,7 @@ runpy.run_path("main.py", run_name="__main__")
     child = python(script)
     output, errors = child.communicate(timeout=120)
     assert child.returncode in (code, -number) and "Traceback" not in errors, output + errors
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_names_that_are_not_utf8_are_printed(monkeypatch):

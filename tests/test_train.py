@@ -744,6 +744,13 @@ def test_names_that_cannot_be_a_workdir(name, message, tmp_path):
         train(presets.get("gaussians:smoke"), tmp_path / name)
 
 
+def test_a_workdir_that_is_the_folder_of_the_images_is_refused(tmp_path):
+    config = presets.get("image_folder:smoke")
+    config.data.update(name="image_folder", path=str(tmp_path))
+    with pytest.raises(UserError, match=r"--workdir=.* is data.path, and samples are no data: name another folder"):
+        train(config, tmp_path)
+
+
 def test_results_of_an_earlier_end_are_removed_when_the_run_goes_on(points_run, tmp_path, monkeypatch):
     shutil.copytree(points_run, tmp_path, dirs_exist_ok=True)
     assert (tmp_path / "results.json").exists()

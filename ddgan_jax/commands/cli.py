@@ -3,6 +3,7 @@
 --config.FIELD=VALUE sets a field of the configuration; docs/configuration.md lists the fields.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -86,6 +87,8 @@ def run(argv: list[str]) -> None:
     from ddgan_jax.storage import paths
 
     given = FLAGS.compilation_cache
+    if given is None and "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        given = ""  # JAX's own choice stays
     if cache := compiler.default_cache() if given is None else given and paths.path(given):
         compiler.cache_programs(cache)
     processes.initialize()
@@ -173,8 +176,9 @@ def one_line(message: str, max_length: int = 800) -> str:
 
 
 class PatientStream:
-    """A stream that drops its output when nobody reads it any more: Ctrl-C in `python main.py | tee log` ends tee too,
-    and the training must still save its step.
+    """A stream that drops its output when it cannot be written any more, which must not end a training.
+
+    Ctrl-C in `python main.py | tee log` ends tee too, a terminal disappears with its connection, and a disk fills up.
     """
 
     def __init__(self, stream: Any):
@@ -192,8 +196,9 @@ class PatientStream:
     def _try(self, action: Callable[[], Any]) -> Any:
         try:
             return action()
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):  # a stream without a file
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
             return None
 
     def __getattr__(self, name: str) -> Any:
@@ -206,6 +211,10 @@ def exit_on_signal(number: int, frame: Any) -> None:
     A module that is being imported could swallow an exception.
     """
     training = flags.FLAGS["mode"].value == "train"
+    if paths := sys.modules.get("ddgan_jax.storage.paths"):
+        for file in list(paths.UNFINISHED):
+            with contextlib.suppress(OSError):
+                os.unlink(file)
     os.write(2, f"{signal.Signals(number).name}: {NOTHING_LOST if training else 'interrupted'}\n".encode())
     os._exit(flags.FLAGS["interrupted_exit_code"].value if training else 130)  # type: ignore[arg-type]
 

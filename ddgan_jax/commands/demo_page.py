@@ -134,7 +134,8 @@ class Page:
     def label(self, all_in_turn: bool = True) -> Any:
         """A choice of the class, hidden for an unconditional model."""
         choices = [ALL_CLASSES] * all_in_turn + [str(i) for i in range(self.model.num_classes)]
-        field = self.gr.Dropdown(choices, value=next(iter(choices)), label="Class", visible=self.model.num_classes > 0)
+        first = choices[0] if choices else None
+        field = self.gr.Dropdown(choices, value=first, label="Class", visible=self.model.num_classes > 0)
         self.parsers[id(field)] = lambda choice: int(choice) if choice and choice != ALL_CLASSES else None
         return field
 

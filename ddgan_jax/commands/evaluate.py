@@ -59,12 +59,7 @@ def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_sampl
     else:
         found, workdir, folder = _find(path, seed)
         model = load(found, explicit)
-        if explicit is None and ":" in (code := model.config.eval.features):
-            raise UserError(
-                f"the configuration in {path} names the Python function {code}, and a checkpoint cannot run code: "
-                f"give the --config of the training, and add --config.eval.features={code}"
-            )
-        c = processes.run_on_all(lambda: _match_data(explicit or model.config, model.config, path))
+        c = processes.run_on_all(lambda: _match_data(explicit or _without_code(model.config, path), model.config, path))
         count = num_samples or c.eval.num_samples
         data = _open_data(c, count, seed)
         sampler = Sampler(model.denoiser, c.sample.batch_size)
@@ -92,8 +87,7 @@ def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_sampl
                     (target / name).unlink()
         paths.write(target / "results.json", as_json(results, indent=2) + "\n")
         draw_figures(evaluator, result, target, workdir)
-        for name, value in results.items():
-            print(f"  {name:<46} {_readable(value)}")
+        print("\n".join(f"  {name:<46} {_readable(value)}" for name, value in results.items()))
         print(f"written to {target}", flush=True)
         return results
 
@@ -111,6 +105,16 @@ def _find(path: str, seed: int) -> tuple[str, str, str]:
     found = paths.path(processes.broadcast_from_primary(lambda: str(checkpoint.absolute(checkpoint.find(path)))))
     workdir = found.parent.parent if found.parent.name == "checkpoints" else paths.path(path)
     return str(found), str(workdir), str(workdir / "evaluation" / f"{found.name}{suffix}")
+
+
+def _without_code(c: Config, path: str) -> Config:
+    """The configuration of a checkpoint. Raises UserError if its evaluation would run a Python function."""
+    if ":" in (code := c.eval.features):
+        raise UserError(
+            f"the configuration in {path} names the Python function {code}, and a checkpoint cannot run code: "
+            f"give the --config of the training, and add --config.eval.features={code}"
+        )
+    return c
 
 
 def _match_data(c: Config, trained: Config, path: str) -> Config:

@@ -6,6 +6,7 @@ import functools
 import math
 import os
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -81,18 +82,10 @@ def set_up(
             check_data(saved.get("data"), sketch, path, refuse=not given and not same_path)
         state = new_state(c, method, shapes) if restored is None else restored  # may be refused, so before any change
         with interrupt.deferred():
-            if aside := workdir.move_aside(path) if restart else None:
-                say(f"the files of the earlier run in {path} are now in {aside}")
-            try:
+            with moved_aside(path) if restart else contextlib.nullcontext():
                 checkpoints = checkpoints or open_checkpoints(path, c)
                 yardstick = evaluator.yardstick if evaluator else ""
-                files = open_files(path, c, before, int(state.step), checkpoints, sketch, saved, yardstick)
-            except UserError:  # such as a dashboard that does not accept the run
-                if aside:
-                    workdir.move_back(path, aside)
-                    say(f"they are back in {path}")
-                raise
-            return files, state
+                return open_files(path, c, before, int(state.step), checkpoints, sketch, saved, yardstick), state
 
     opened = processes.run_on_primary(open_all)
     state = processes.broadcast_from_primary(lambda: opened[1])  # type: ignore[index]
@@ -170,7 +163,10 @@ def _check_same(now: dict[str, Any], then: dict[str, Any], path: paths.Given) ->
 
 def _open(config: Any, data: Data | None, before: dict[str, Any] | None, path: Path) -> tuple[Config, Method, Data]:
     """The settings, method and data of a run. The data is decoded after everything else is known to fit."""
-    c, chosen = resolve_from_data(as_begun(read(config), before, path), data)
+    c = as_begun(read(config), before, path)
+    if data is None and c.data.path and checkpoint.absolute(paths.path(c.data.path)) == checkpoint.absolute(path):
+        raise UserError(f"--workdir={path} is data.path, and samples are no data: name another folder")
+    c, chosen = resolve_from_data(c, data)
     method = build(c)
     check_batch(method.batch_size, c.train.accumulate)
     for sentence in chosen:
@@ -216,6 +212,20 @@ def check_memory(method: Method, shapes: Any) -> None:
 
 
 # --- The files and the state, in process 0 --------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def moved_aside(path: Path) -> Iterator[None]:
+    """Moves the files of an earlier run aside, and back if the body raises a UserError, as a dashboard may."""
+    if aside := workdir.move_aside(path):
+        say(f"the files of the earlier run in {path} are now in {aside}")
+    try:
+        yield
+    except UserError:
+        if aside:
+            workdir.move_back(path, aside)
+            say(f"they are back in {path}")
+        raise
 
 
 def open_checkpoints(path: Path, c: Config) -> manager.Checkpoints:

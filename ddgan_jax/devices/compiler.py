@@ -120,9 +120,12 @@ def cache_programs(folder: Any) -> None:
     def heal(message: Warning | str, *rest: Any, **options: Any) -> None:
         cut = []
         if "Error reading persistent compilation cache entry" in str(message):
-            cut = [file for file in folder.glob("*-cache") if not _decompresses(file.read_bytes())]
+            for file in folder.glob("*-cache"):
+                with contextlib.suppress(OSError):  # of another user, or removed meanwhile: JAX compiles the program
+                    if not _decompresses(file.read_bytes()):
+                        file.unlink()
+                        cut.append(file)
         for file in cut:
-            file.unlink(missing_ok=True)
             print(f"note: {file} is truncated, and is removed: its program is compiled again", flush=True)
         if not cut:
             show(message, *rest, **options)

@@ -15,6 +15,8 @@ are exact, equal sets have precision = recall = coverage = 1 whatever duplicates
 the blocks nor the device changes the result.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -94,6 +96,44 @@ def _count_inside(fake, blocks, norms, fake_radii, real_radii):
     return jax.lax.map(compare, (blocks, norms, real_radii))
 
 
+def _undecided(fake: Any, fake_radii: Any, reals: Any, real_radii: Any, j: int) -> np.ndarray:
+    """The undecided comparisons of a block of fakes with block j of the reals, in the rows of `_count_inside`."""
+    return np.concatenate(_inside(fake, reals[j], fake_radii, real_radii[j])) == UNDECIDED
+
+
+class _Totals:
+    """The balls that contain each fake, and the reals that are covered and recalled, over all blocks so far."""
+
+    def __init__(self, real: np.ndarray, fake: np.ndarray, real_radii: np.ndarray, fake_radii: np.ndarray, size: int):
+        """Starts with none, for blocks of `size` rows; the radii are squared."""
+        self._real, self._fake, self._size = real, fake, size
+        self._real_radii, self._fake_radii = real_radii, fake_radii
+        self.balls = np.zeros(len(fake), np.int64)
+        self.recalled, self.covered = np.zeros(len(real), bool), np.zeros(len(real), bool)
+
+    def add(self, found: Any, i: int, first: int, undecided: Callable[[int], np.ndarray]) -> None:
+        """Adds what `_count_inside` found of block i of the fakes and of the reals from block `first` on.
+
+        `undecided(j)` are all undecided comparisons with block first + j, where too many for a list.
+        """
+        size = self._size
+        for j, (in_balls, is_covered, is_recalled, number, listed, comparisons) in enumerate(
+            zip(*map(np.array, found), strict=True)
+        ):
+            a, b = i * size, (first + j) * size
+            if number > len(listed):
+                number, listed, comparisons = 2 * size, np.arange(2 * size), undecided(j)
+            row, n = np.nonzero(comparisons[:number])
+            which, m = np.divmod(listed[row], size)
+            limits = np.where(which, self._fake_radii[a + m], self._real_radii[b + n])
+            inside = exact_distances(self._fake, self._real, a + m, b + n) <= limits
+            np.add.at(in_balls, m[inside & (which == 0)], 1)
+            is_covered[n[inside & (which == 0)]] = is_recalled[n[inside & (which == 1)]] = True
+            self.balls[a : a + size] += in_balls[: len(self._fake) - a]
+            self.covered[b : b + size] |= is_covered[: len(self._real) - b]
+            self.recalled[b : b + size] |= is_recalled[: len(self._real) - b]
+
+
 def precision_recall(
     real: ArrayLike,
     fake: ArrayLike,
@@ -118,36 +158,18 @@ def precision_recall(
         np.pad(r, (0, -len(r) % size), constant_values=-1).astype(np.float32).reshape(-1, size)
         for r in (fake_radii, real_radii)
     )
-    balls = np.zeros(len(fake), np.int64)
-    recalled, covered = np.zeros(len(real), bool), np.zeros(len(real), bool)
-
-    def add(found: Any, rows: np.ndarray, first: int, reals: jax.Array, i: int) -> None:
-        """Adds what was found of the fakes of block i and a part of the reals that begins with block `first`."""
-        for j, (in_balls, is_covered, is_recalled, *undecided) in enumerate(zip(*map(np.array, found), strict=True)):
-            a, b = i * size, (first + j) * size
-            number, listed, comparisons = undecided
-            if number > len(listed):
-                places = _inside(rows, reals[j], padded_fake[i], padded_real[first + j])
-                number, listed, comparisons = 2 * size, np.arange(2 * size), np.concatenate(places) == UNDECIDED
-            row, n = np.nonzero(comparisons[:number])
-            which, m = np.divmod(listed[row], size)
-            limits = np.where(which, fake_radii[a + m], real_radii[b + n])
-            inside = exact_distances(fake, real, a + m, b + n) <= limits
-            np.add.at(in_balls, m[inside & (which == 0)], 1)
-            is_covered[n[inside & (which == 0)]] = is_recalled[n[inside & (which == 1)]] = True
-            balls[a : a + size] += in_balls[: len(fake) - a]
-            covered[b : b + size] |= is_covered[: len(real) - b]
-            recalled[b : b + size] |= is_recalled[: len(real) - b]
-
+    totals = _Totals(real, fake, real_radii, fake_radii, size)
     for first, reals, norms in parts_of(real, centre, size):
-        radii, waiting = padded_real[first : first + len(reals)], None
-        for start in progress(range(0, len(fake), size)):
-            rows = block_of(fake, slice(start, start + size), centre, size)
-            found = _count_inside(rows, reals, norms, padded_fake[start // size], radii)
+        waiting: Any = None
+        of_part = padded_real[first : first + len(reals)]
+        for i, start in enumerate(progress(range(0, len(fake), size))):
+            rows, of_rows = block_of(fake, slice(start, start + size), centre, size), padded_fake[i]
+            found = _count_inside(rows, reals, norms, of_rows, of_part)
             if waiting:
-                add(*waiting)  # while the device works on the next block
-            waiting = found, rows, first, reals, start // size
-        add(*waiting)  # type: ignore[misc]
+                totals.add(*waiting)  # while the device works on the next block
+            waiting = found, i, first, functools.partial(_undecided, rows, of_rows, reals, of_part)
+        totals.add(*waiting)
+    balls, covered, recalled = totals.balls, totals.covered, totals.recalled
     return Manifold(
         precision=float(np.mean(balls > 0)),
         recall=float(recalled.mean()),

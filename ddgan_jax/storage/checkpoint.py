@@ -116,7 +116,8 @@ def unsealed(fields: Any) -> dict[str, Any]:
         raise ValueError("it is no JSON object")
     if "checksum" in fields and sealed({k: v for k, v in fields.items() if k != "checksum"}) != fields:
         raise ValueError("the checksum is wrong")
-    if not fields.keys() <= {"step", "measure", "value", "yardstick", "config", "checksums", "of_job", "checksum"}:
+    of_best = {"step", "measure", "value", "yardstick", "earlier"}
+    if not fields.keys() <= of_best | {"config", "checksums", "of_job", "checksum"}:
         raise ValueError("it has other fields")
     return fields
 

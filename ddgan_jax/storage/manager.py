@@ -37,7 +37,8 @@ FIRST = "first_checkpoint.json"
 
 
 class _Best(managers.PreservationPolicy):
-    """A preservation policy that keeps the best checkpoint, or all of them while the best is not known.
+    """A preservation policy that keeps the best checkpoint, and the best by earlier yardsticks, with which it does not
+    compare; or all of them while the best is not known.
 
     `marked` is the content of best.json, {} without one, and None while it is not known.
     """
@@ -46,7 +47,8 @@ class _Best(managers.PreservationPolicy):
         self.marked: dict[str, Any] | None = {}
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        return [self.marked is None or checkpoint.step == self.marked.get("step") for checkpoint in checkpoints]
+        best = [] if self.marked is None else [self.marked.get("step"), *self.marked.get("earlier", [])]
+        return [self.marked is None or checkpoint.step in best for checkpoint in checkpoints]
 
 
 def _one_yardstick(before: dict[str, Any], yardstick: str) -> bool:
@@ -135,21 +137,23 @@ class Checkpoints:
         """Marks the checkpoint of `step` as the best if `value` of `measure` is the smallest so far; returns whether.
 
         It is then `workdir`/best for `find`, and is kept. NaN is never the best. Values compare only if they are of one
-        measure and `yardstick`, such as the networks and images that samples are compared with; '' stands for any.
-        Waits until the save is complete.
+        measure and `yardstick`, such as the networks and images that samples are compared with; '' stands for any. With
+        another one, this checkpoint is the best, and the best one so far is kept. Waits until the save is complete.
         """
         value = float(f"{value:.6g}")  # rounded as in metrics.jsonl, from which a resumed run takes it
         before = self._best.marked or {}
         compares = before.get("measure") == measure and _one_yardstick(before, yardstick)
         if not value < (before["value"] if compares else math.inf):
             return False
-        self._mark_best(step, measure, value, yardstick)
+        earlier = [*before.get("earlier", []), *([before["step"]] if before and not compares else [])]
+        self._mark_best(step, measure, value, yardstick, earlier)
         self.prune()
         return True
 
-    def _mark_best(self, step: int, measure: str, value: float, yardstick: str) -> None:
+    def _mark_best(self, step: int, measure: str, value: float, yardstick: str, earlier: Sequence[int] = ()) -> None:
         self.wait()
-        marked = {"step": step, "measure": measure, "value": value} | ({"yardstick": yardstick} if yardstick else {})
+        marked: dict[str, Any] = {"step": step, "measure": measure, "value": value}
+        marked |= ({"yardstick": yardstick} if yardstick else {}) | ({"earlier": list(earlier)} if earlier else {})
         paths.write(self.directory.parent / "best.json", json.dumps(sealed(marked)) + "\n")
         self._best.marked = marked
 

@@ -25,6 +25,7 @@ from ddgan_jax.errors import UserError, is_missing
 from ddgan_jax.storage.buckets import Given, bucket_reader, is_remote, os_errors, retry, silence_gcsfs
 
 Path = epath.Path
+UNFINISHED: set[str] = set()  # files that `writing` has begun, which a process that is ended removes
 
 
 def path(given: Given) -> epath.Path:
@@ -191,6 +192,7 @@ def writing(file: Given, sync: bool = True) -> Iterator[IO[bytes]]:
         target.parent.mkdir(parents=True, exist_ok=True)
         # `remove_unfinished` knows the name. Two containers may have equal process ids.
         aside = target.parent / f".{target.name}.{secrets.randbits(48)}.tmp"
+        UNFINISHED.add(os.fspath(aside))
         try:
             with open(aside, "wb") as opened:
                 yield opened
@@ -201,6 +203,7 @@ def writing(file: Given, sync: bool = True) -> Iterator[IO[bytes]]:
         finally:
             with contextlib.suppress(OSError):
                 os.unlink(aside)
+            UNFINISHED.discard(os.fspath(aside))
     except OSError as error:
         reason = error.strerror or str(error).strip().splitlines()[0]
         raise OSError(f"{target} cannot be written: {reason}") from error
@@ -231,7 +234,7 @@ def move(source: Given, target: Given) -> None:
                 os.symlink(os.path.realpath(old), new)
                 os.unlink(old)
             else:
-                old.rename(new)
+                os.replace(old, new)  # epath refuses to replace a file
         elif is_dir(old):
             for name in files_below(old):
                 write(new / name, read(old / name))

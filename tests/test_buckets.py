@@ -84,6 +84,17 @@ sys.exit(main.main())
     assert result.returncode == 0 and f"the networks are those of {trained}/checkpoints/8" in result.stdout
 
 
+def test_programs_are_kept_there(bucket, tmp_path):  # noqa: F811
+    """Written by process 0, as for a pod whose hosts share no disk; the other hosts read them."""
+    env = bucket.env | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_DEBUG_LOG_MODULES": "jax._src.compiler"}
+    arguments = POINTS, NO_TENSORFLOW, "--config.train.num_steps=1", f"--compilation_cache={bucket.url}/programs"
+    for start, hits in ((0, False), (1, True)):
+        result = run(*arguments, f"--workdir={tmp_path / str(start)}", env=env)
+        assert result.returncode == 0, result.stderr
+        assert ("Persistent compilation cache hit" in result.stderr) == hits, result.stderr[-2000:]
+    assert any(name.endswith("-cache") for name in bucket.contents("programs/"))
+
+
 def test_a_save_that_is_killed_is_no_checkpoint(bucket, trained, cache, tmp_path):  # noqa: F811
     """Killed between the first file of the checkpoint of step 8 and its last; the run goes on from 4, to the end."""
     workdir = f"{bucket.url}/killed"

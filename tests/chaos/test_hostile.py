@@ -72,18 +72,18 @@ READ = """
 import resource, sys, time
 from ddgan_jax.data import prepared
 from ddgan_jax.errors import Fault, UserError
-start = time.time()
+start = time.process_time()
 try:
     print(prepared.open_folder(sys.argv[1], 32, None, sys.argv[2], 1.0)[0].shape)
 except UserError as error:
     print(error)
 peak = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-print(int(max(peak) / 1024), time.time() - start)
+print(int(max(peak) / 1024), time.process_time() - start)
 """
 
 
 def read(path, cache) -> tuple[str, int, float]:
-    """Reads a folder or zip in a separate process. Returns its last line of output, peak memory in MiB and seconds."""
+    """Reads a folder or zip in a process of its own: its last line of output, peak memory in MiB, processor seconds."""
     command = [sys.executable, "-W", "ignore", "-c", READ, path, cache]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, env=ENV)
     assert ended.returncode == 0, ended.stderr

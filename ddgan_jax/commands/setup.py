@@ -285,6 +285,7 @@ def open_files(
     `yardstick` is that of its evaluations (`Evaluator.yardstick`).
     """
     log = Log(path, as_dict(c), c.log, step)  # may refuse the settings, so before any change
+    workdir.remove_unfinished(path)
     trains = step < (c.train.num_steps or 0)
     if trains:
         workdir.write_config(path, as_dict(c), before, say)

@@ -130,7 +130,8 @@ def output_shape(
         raise UserError(f"the images of dataset {name} differ in size: choose one with data.image_size")
     if None not in own and shape != own:
         raise UserError(
-            f"the images of dataset {name} are {own}, but data.image_size and data.channels ask for {shape}"
+            f"the images of dataset {name} are {own}, but data.image_size and data.channels ask for {shape}: "
+            "set both to 0, which takes the dataset's"
         )
     check_channels(shape[2])
     return shape  # type: ignore[return-value]

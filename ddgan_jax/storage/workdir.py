@@ -95,11 +95,16 @@ def had_checkpoints(path: Path, every: int) -> str:
     return f"metrics.jsonl has step {last}" if last > 2 * every else ""
 
 
+def remove_unfinished(path: Path) -> None:
+    """Removes the files that a kill of an earlier part of the run left half-written."""
+    paths.remove_unfinished(path, "|".join(map(re.escape, WRITTEN)))
+    paths.remove_unfinished(path / "samples", r"(step_[0-9]+|final)\.png")
+
+
 def write_config(
     path: Path, config: dict[str, Any], before: dict[str, Any] | None, report: Callable[[str], None]
 ) -> None:
-    """Writes config.json, reports which fields differ from `before`, and removes what is out of date: results.json of
-    an earlier end, and files that a kill left half-written.
+    """Writes config.json, reports which fields differ from `before`, and removes results.json of an earlier end.
 
     Raises OSError if they cannot be written.
     """
@@ -108,7 +113,5 @@ def write_config(
         if changed := sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name)):
             report(f"note: {path} was started with other values of {', '.join(changed)}")
     paths.write(path / "config.json", json.dumps(config, indent=2) + "\n")
-    paths.remove_unfinished(path, "|".join(map(re.escape, WRITTEN)))
-    paths.remove_unfinished(path / "samples", r"(step_[0-9]+|final)\.png")
     with contextlib.suppress(FileNotFoundError):  # of an earlier end, after which the run continues
         (path / "results.json").unlink()

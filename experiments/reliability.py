@@ -43,8 +43,8 @@ ROWS = {
         "{runs} run ended with no file changed; the next one ended like an uninterrupted run",
     ),
     "test_a_bucket_is_down": (
-        "a bucket that answers 503 (emulated), then recovers",
-        "{runs} run ended with no object changed; the next one ended like an uninterrupted run",
+        "a bucket that answers 503 (emulated) for two minutes, then recovers",
+        "{ended} runs ended with no object changed; the next one ended like an uninterrupted run",
     ),
     "test_settings": ("random values in fields", "{trained} trained a step, {refused} were refused"),
     "test_flags": ("random values in flags", "{done} were carried out, {refused} were refused"),

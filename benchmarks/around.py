@@ -1,6 +1,7 @@
-"""What surrounds the training step: `python -m benchmarks.around`, minutes on 2 cores; one JSON line at the end.
+"""Measures start-up, evaluation, photo decoding and sample writing: everything around the training step.
 
-    --only=features --num=10000     one part, smaller
+    python -m benchmarks.around                                 minutes on 2 cores; one JSON line at the end
+    python -m benchmarks.around --only=features --num=10000     one part, smaller
 
 | part | measures |
 |---|---|

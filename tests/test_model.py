@@ -510,7 +510,7 @@ def test_a_move_replaces_files_and_folders(tmp_path):
 
 
 def test_two_writers_with_one_process_id_spoil_nothing(tmp_path, monkeypatch):
-    """As in two containers, where every main process is number 1."""
+    """In two containers, the main process has the same id, 1."""
     replace = os.replace
 
     def interrupted(source, target):
@@ -766,6 +766,11 @@ def test_a_read_that_fails_is_neither_damage_nor_the_users_error(monkeypatch, mo
         (["--mode=interpolate", "--between=3"], "--between=3 must be two samples, such as 0,1"),
         (["--mode=interpolate", "--between=²,1"], "--between=²,1 must be two samples, such as 0,1, each from 0 to"),
         (["--mode=interpolate", "--between=3000000000,1"], "--between=3000000000,1 must be two samples"),
+        (["--mode=sample", "--num_samples=2000000000"], "--num_samples=2000000000 needs at least"),
+        (
+            ["--mode=sample", "--num_samples=3000000000", "--out=x.npz"],
+            "--num_samples=3000000000 must be an integer from 1",
+        ),
         (["--mode=demo", "--port=99999"], "--port=99999 must be an integer from 1 to 65535"),
         (["--mode=sample", "--trajectory=x.mp4"], "must end in .png (a grid), in .gif (an animation)"),
         (["--mode=sample", "--out=x.gif"], "must end in .png (a grid), in .npz (an array) or name a directory"),

@@ -36,9 +36,9 @@ def sample(model: Model, out: str, num: int, trajectory: str = "", **options: An
         if os.path.abspath(trajectory) == os.path.abspath(out):
             raise UserError(f"--trajectory={trajectory} is also --out: name another file")
     size = model.denoiser.image_shape[0] if _has_images(model) else 0
-    each = 3 * 3 * max(size, figures.MIN_SIDE) ** 2 if size else 0  # of a grid; files are written in chunks
-    if out.endswith(".png"):
-        processes.run_on_all(lambda: model.check_count("--num_samples", num, each=each))
+    each = 3 * 3 * max(size, figures.MIN_SIDE) ** 2 if size else 0  # of a grid
+    each = each if out.endswith(".png") else 16  # of a file, which is written in chunks: an index and a label
+    processes.run_on_all(lambda: model.check_count("--num_samples", num, each=each))
     processes.assert_equal_across_processes({"--num_samples": num, **options})
     # In each step the other processes wait for process 0: JAX aborts it some minutes after they end.
     if out.endswith(".png"):

@@ -42,9 +42,10 @@ def check_out(out: str, *kinds: str, num: int = 0) -> None:
 
 def _check_directory(out: str, num: int) -> None:
     """Refuses a directory with images that `num` new ones would not replace: an evaluation would count them."""
-    replaced = {file_name(i) for i in range(num)}
     for name in [] if paths.path(out).suffix else paths.names(paths.path(out)):
-        if name.lower().endswith(SUFFIXES) and name not in replaced:
+        stem = name.removesuffix(".png")
+        replaced = stem.isdecimal() and int(stem) < num and name == file_name(int(stem))
+        if name.lower().endswith(SUFFIXES) and not replaced:
             raise UserError(f"--out={out} holds other images, such as {name}: name an empty directory")
 
 

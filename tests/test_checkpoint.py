@@ -254,7 +254,11 @@ def test_distances_by_another_yardstick_do_not_compare(tmp_path):
     again = manager.Checkpoints(str(tmp_path), keep=1)
     again.prune()
     assert again.steps() == [3, 4, 5]  # the best by an earlier yardstick, the best, and the last
+    again.forget_best_after(3)
+    again.find_best("fid", "c", lambda: [{"step": 5, "fid": 6.5, "yardstick": "c"}])
+    again.prune()
     again.close()
+    assert again.steps() == [3, 5] and checkpoint.best(tmp_path)["earlier"] == [3]
 
 
 def test_another_architecture_is_told(workdir):

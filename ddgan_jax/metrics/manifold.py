@@ -71,9 +71,6 @@ def _places(fake, real, fake_norms, real_norms, fake_radii, real_radii):
     return place(real_radii[None]), place(fake_radii[:, None])
 
 
-_inside = jax.jit(lambda fake, real, *radii: _places(fake, real, squared_norms(fake), squared_norms(real), *radii))
-
-
 @jax.jit
 def _count_inside(fake, blocks, norms, fake_radii, real_radii):
     """Compares the fakes [n, D] with each block of reals [b, m, D], whose radii are [b, m].
@@ -96,9 +93,11 @@ def _count_inside(fake, blocks, norms, fake_radii, real_radii):
     return jax.lax.map(compare, (blocks, norms, real_radii))
 
 
-def _undecided(fake: Any, fake_radii: Any, reals: Any, real_radii: Any, j: int) -> np.ndarray:
-    """The undecided comparisons of a block of fakes with block j of the reals, in the rows of `_count_inside`."""
-    return np.concatenate(_inside(fake, reals[j], fake_radii, real_radii[j])) == UNDECIDED
+@jax.jit
+def _undecided(fake, fake_radii, blocks, norms, real_radii, j):
+    """The undecided comparisons of the fakes with block j of the reals, in the rows of `_count_inside`."""
+    places = _places(fake, blocks[j], squared_norms(fake), norms[j], fake_radii, real_radii[j])
+    return jnp.concatenate(places) == UNDECIDED
 
 
 class _Totals:
@@ -111,7 +110,7 @@ class _Totals:
         self.balls = np.zeros(len(fake), np.int64)
         self.recalled, self.covered = np.zeros(len(real), bool), np.zeros(len(real), bool)
 
-    def add(self, found: Any, i: int, first: int, undecided: Callable[[int], np.ndarray]) -> None:
+    def add(self, found: Any, i: int, first: int, undecided: Callable[[int], Any]) -> None:
         """Adds what `_count_inside` found of block i of the fakes and of the reals from block `first` on.
 
         `undecided(j)` are all undecided comparisons with block first + j, where too many for a list.
@@ -167,7 +166,7 @@ def precision_recall(
             found = _count_inside(rows, reals, norms, of_rows, of_part)
             if waiting:
                 totals.add(*waiting)  # while the device works on the next block
-            waiting = found, i, first, functools.partial(_undecided, rows, of_rows, reals, of_part)
+            waiting = found, i, first, functools.partial(_undecided, rows, of_rows, reals, norms, of_part)
         totals.add(*waiting)
     balls, covered, recalled = totals.balls, totals.covered, totals.recalled
     return Manifold(

@@ -45,9 +45,10 @@ class _Best(managers.PreservationPolicy):
 
     def __init__(self) -> None:
         self.marked: dict[str, Any] | None = {}
+        self.earlier: list[int] = []  # the steps of the best by earlier yardsticks
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        best = [] if self.marked is None else [self.marked.get("step"), *self.marked.get("earlier", [])]
+        best = [*self.earlier, (self.marked or {}).get("step")]
         return [self.marked is None or checkpoint.step in best for checkpoint in checkpoints]
 
 
@@ -81,6 +82,7 @@ class Checkpoints:
         try:
             # Without best.json, an earlier part of the run may have had a best checkpoint: `find_best` knows.
             self._best.marked = best(self.directory.parent) or (None if self.steps() else {})
+            self._best.earlier = list((self._best.marked or {}).get("earlier", []))
         except Damaged:
             self._best.marked = None
 
@@ -145,15 +147,17 @@ class Checkpoints:
         compares = before.get("measure") == measure and _one_yardstick(before, yardstick)
         if not value < (before["value"] if compares else math.inf):
             return False
-        earlier = [*before.get("earlier", []), *([before["step"]] if before and not compares else [])]
-        self._mark_best(step, measure, value, yardstick, earlier)
+        if before and not compares:
+            self._best.earlier.append(before["step"])
+        self._mark_best(step, measure, value, yardstick)
         self.prune()
         return True
 
-    def _mark_best(self, step: int, measure: str, value: float, yardstick: str, earlier: Sequence[int] = ()) -> None:
+    def _mark_best(self, step: int, measure: str, value: float, yardstick: str) -> None:
         self.wait()
+        further = {"yardstick": yardstick, "earlier": self._best.earlier}
         marked: dict[str, Any] = {"step": step, "measure": measure, "value": value}
-        marked |= ({"yardstick": yardstick} if yardstick else {}) | ({"earlier": list(earlier)} if earlier else {})
+        marked |= {name: value for name, value in further.items() if value}
         paths.write(self.directory.parent / "best.json", json.dumps(sealed(marked)) + "\n")
         self._best.marked = marked
 

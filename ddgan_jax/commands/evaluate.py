@@ -235,7 +235,7 @@ def _decoded(files: list[Path]) -> Iterator[np.ndarray]:
                 image = decoding.to_eight_bits(decoding.open_image(content))
             except ValueError as error:
                 raise UserError(f"sample {file} cannot be read: {error}") from error
-            chunk.append(np.asarray(image).reshape(image.height, image.width, -1))
+            chunk.append(decoding.pixels(image))
             first = first or chunk[0].shape
             if chunk[-1].shape != first:
                 raise UserError(f"the samples are of different sizes: {file} is {chunk[-1].shape}, the first {first}")

@@ -43,8 +43,8 @@ def decode(content: bytes, size: int, channels: int) -> np.ndarray:
         with _LARGE_LOCK if large else contextlib.nullcontext():
             if factor := _draft(image, size):
                 image.load()
-                fitted = fit(image, size, channels, tuple(edge / factor for edge in square))
-                return _turned(fitted, _orientation(image))
+                fitted = _fitted(image, size, channels, tuple(edge / factor for edge in square))
+                return pixels(_upright(fitted, _orientation(image)))
             image = _load(image)
             image, box = _reduce(image, size) if large else (image, None)
             return fit(image, size, channels, box)
@@ -62,14 +62,6 @@ def _draft(image: Any, size: int) -> int:
     return round(width / image.width) if image.width < width else 0
 
 
-def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Pixels [size, size, channels], upright."""
-    if orientation in (5, 6, 7, 8):
-        pixels = pixels.swapaxes(0, 1)
-    vertical, horizontal = orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)
-    return np.ascontiguousarray(pixels[:: -1 if vertical else 1, :: -1 if horizontal else 1])
-
-
 def decode_mask(content: bytes, size: int) -> np.ndarray:
     """Returns the brightest channel of an image file on black, cropped and resized by `fit`: uint8 [size, size]."""
     with _value_errors():
@@ -81,6 +73,16 @@ def fit(image: Any, size: int, channels: int, box: tuple[float, ...] | None = No
 
     `box` replaces the central square, for a reduced image whose last row and column may stand for fewer pixels.
     """
+    return pixels(_fitted(image, size, channels, box))
+
+
+def pixels(image: Any) -> np.ndarray:
+    """A Pillow image as uint8 [H, W, channels]."""
+    return np.asarray(image).reshape(image.height, image.width, -1)
+
+
+def _fitted(image: Any, size: int, channels: int, box: tuple[float, ...] | None) -> Any:
+    """`fit` as a Pillow image."""
     from PIL import Image
 
     image, mode = to_eight_bits(image), "RGB" if channels == 3 else "L"
@@ -92,7 +94,7 @@ def fit(image: Any, size: int, channels: int, box: tuple[float, ...] | None = No
             image = image.crop(_central_square(image))
         if image.width != size:
             image = image.resize((size, size), Image.Resampling.LANCZOS, reducing_gap=3.0)
-    return np.asarray(image).reshape(size, size, channels)
+    return image
 
 
 def to_eight_bits(image: Any, background: str = "white") -> Any:
@@ -159,8 +161,6 @@ def _open(content: bytes) -> Any:
 
 def _load(image: Any) -> Any:
     """Decodes an image from `_open` and turns it upright."""
-    from PIL import Image
-
     # Pillow scales the values of grey PNGs of 2 and 4 bits to 0..255, but not the value that means transparent.
     layout = str(image.tile[0][3]) if image.tile else ""
     step = {"L;2": 85, "L;4": 17}.get(layout, 1)
@@ -169,6 +169,13 @@ def _load(image: Any) -> Any:
         image.info.pop("transparency", None)
     if step > 1 and "transparency" in image.info:
         image.info["transparency"] *= step
+    return _upright(image, _orientation(image))
+
+
+def _upright(image: Any, orientation: int) -> Any:
+    """A Pillow image, turned as its EXIF orientation says."""
+    from PIL import Image
+
     turn = {
         2: Image.Transpose.FLIP_LEFT_RIGHT,
         3: Image.Transpose.ROTATE_180,
@@ -177,7 +184,7 @@ def _load(image: Any) -> Any:
         6: Image.Transpose.ROTATE_270,
         7: Image.Transpose.TRANSVERSE,
         8: Image.Transpose.ROTATE_90,
-    }.get(_orientation(image))
+    }.get(orientation)
     return image if turn is None else image.transpose(turn)
 
 

@@ -294,13 +294,13 @@ job.{name} = slowly
 SLOW_END = """
 import contextlib, time
 from ddgan_jax.commands import generate
-into_npz = generate.into_npz
+into = generate.into
 @contextlib.contextmanager
 def slowly(*arguments):
-    with into_npz(*arguments) as add:
+    with into(*arguments) as add:
         yield add
         time.sleep(15)
-generate.into_npz = slowly
+generate.into = slowly
 """
 
 
@@ -334,9 +334,9 @@ def test_process_0_measures_for_longer_than_a_collective_waits(count, alone, cac
 def test_an_error_while_process_0_writes_ends_all_at_once(error, others, alone, cache, tmp_path):
     script = f"""
 from ddgan_jax.commands import generate
-def into_npz(*arguments):
+def into(*arguments):
     raise {error}
-generate.into_npz = into_npz
+generate.into = into
 """
     arguments = POINTS, "--mode=sample", f"--workdir={alone}", f"--out={tmp_path / 's.npz'}", cache
     first, *rest = ends(start_group(2, *arguments, script=script))

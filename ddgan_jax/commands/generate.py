@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from ddgan_jax.commands import figures
-from ddgan_jax.commands.outputs import check_out, into_directory, into_npz, save, save_with_input
+from ddgan_jax.commands.outputs import check_out, into, save, save_with_input
 from ddgan_jax.data import decoding
 from ddgan_jax.devices import processes
 from ddgan_jax.errors import UserError, of_a_file
@@ -58,8 +58,8 @@ def save_in_chunks(
     labels = model.labels(label, num)
     chunks = model.sampler(posterior).gathered(model.params, as_seed(seed), num, labels, progress=True)
     with contextlib.ExitStack() as stack:
-        into = functools.partial(into_npz, out, num) if out.endswith(".npz") else functools.partial(into_directory, out)
-        add = processes.run_on_primary(lambda: stack.enter_context(into()))
+        shape, dtype = (num, *model.denoiser.image_shape), np.uint8 if _has_images(model) else np.float32
+        add = processes.run_on_primary(lambda: stack.enter_context(into(out, shape, dtype)))
         for chunk in chunks:
             processes.run_on_primary(functools.partial(add or (lambda _: None), chunk))
         processes.run_on_primary(stack.close)

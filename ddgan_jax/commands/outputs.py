@@ -6,7 +6,9 @@ import contextlib
 import itertools
 import os
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import numpy as np
 
@@ -64,11 +66,9 @@ def save(images: np.ndarray, out: str | os.PathLike) -> None:
         figures.save_image(path, figures.as_image(images))
     elif path.suffix == ".gif":
         figures.save_gif(path, [figures.as_image(image[None]) for image in images])
-    elif path.suffix == ".npz":
-        paths.write(path, lambda file: np.savez_compressed(file, images=images))
     else:
-        for i, image in enumerate(images):
-            figures.save_image(path / file_name(i), image)
+        with into(os.fspath(out), images.shape, images.dtype) as add:
+            add(images)
 
 
 def save_with_input(given: np.ndarray, images: np.ndarray, out: str) -> None:
@@ -76,28 +76,25 @@ def save_with_input(given: np.ndarray, images: np.ndarray, out: str) -> None:
     save(np.concatenate([given[None], images]) if out.endswith(".png") else images, out)
 
 
+def into(out: str, shape: Sequence[int], dtype: Any) -> AbstractContextManager[Callable[[np.ndarray], Any]]:
+    """A function that adds images [n, ...] to an .npz, or to a directory: `shape` [N, ...] and `dtype` in all."""
+    return into_npz(out, shape, dtype) if out.endswith(".npz") else into_directory(out)
+
+
 @contextlib.contextmanager
-def into_npz(out: str, num: int) -> Iterator[Callable[[np.ndarray], None]]:
-    """A function that appends samples [n, ...], `num` in all, to the array `images` of a compressed .npz."""
+def into_npz(out: str, shape: Sequence[int], dtype: Any) -> Iterator[Callable[[np.ndarray], Any]]:
+    """A function that appends samples [n, ...] to the array `images`, of `shape` and `dtype`, of a compressed .npz."""
     with contextlib.ExitStack() as stack:
         opened = stack.enter_context(paths.writing(paths.path(out)))
         archive = stack.enter_context(zipfile.ZipFile(opened, "w", zipfile.ZIP_DEFLATED, compresslevel=1))
         entry = stack.enter_context(archive.open("images.npy", "w", force_zip64=True))
-        begun = False
-
-        def add(images: np.ndarray) -> None:
-            nonlocal begun
-            if not begun:
-                about = {"descr": np.lib.format.dtype_to_descr(images.dtype), "shape": (num, *images.shape[1:])}
-                np.lib.format.write_array_header_1_0(entry, about | {"fortran_order": False})
-                begun = True
-            entry.write(np.ascontiguousarray(images).data.cast("B"))
-
-        yield add
+        about = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "shape": tuple(shape), "fortran_order": False}
+        np.lib.format.write_array_header_1_0(entry, about)
+        yield lambda images: entry.write(np.ascontiguousarray(images).data.cast("B"))
 
 
 @contextlib.contextmanager
-def into_directory(out: str) -> Iterator[Callable[[np.ndarray], None]]:
+def into_directory(out: str) -> Iterator[Callable[[np.ndarray], Any]]:
     """A function that writes uint8 images [n, H, W, C] as the next numbered files, in threads."""
     pending: collections.deque[list[concurrent.futures.Future]] = collections.deque()
     count = itertools.count()

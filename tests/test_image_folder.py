@@ -962,7 +962,9 @@ def test_a_run_or_an_evaluation_below_the_folder_is_no_data(tmp_path):
         ("new", "first_checkpoint.json"),
     ):
         save(path / folder / "samples" / "final.png", noise(8, 8, 9))
+        save(path / folder / "samples.png", noise(8, 8, 9))
         (path / folder / mark).touch()
+    (path / "b" / "results.json").touch()  # of the user
     with folders.open_files(str(path)) as files:
         assert len(files.names) == 6 and {name.split("/")[0] for name in files.names} == {"a", "b"}
 

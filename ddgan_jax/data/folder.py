@@ -11,7 +11,7 @@ import json
 import os
 import pathlib
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -38,8 +38,11 @@ class Folder(ImageFiles):
         self._root: Any = path if self.remote else pathlib.Path(path).resolve()
         if self.remote:
             every = paths.files_below(path)
-            made = {name.rpartition("/")[0] for name in every if is_made_here(name.rpartition("/")[2])}
-            inside = [name for name in every if not any(name.startswith(f"{folder}/") for folder in made if folder)]
+            contents = collections.defaultdict(set)
+            for name in every:
+                contents[name.rpartition("/")[0]].add(name.rpartition("/")[2])
+            results = [folder for folder, names in contents.items() if folder and has_results(names)]
+            inside = [name for name in every if not any(name.startswith(f"{folder}/") for folder in results)]
             self._files = {name: every[name] for name in inside if is_image_name(name)}
             # Joined to the root, a name that begins with a slash would be a path on this host.
             outside = (name for name in self._files if name.startswith(("/", "../")) or "//" in name)
@@ -88,11 +91,9 @@ def _stat(file: pathlib.Path) -> os.stat_result:
     return found
 
 
-def is_made_here(name: str) -> bool:
-    """Whether a file of this name marks a folder as a run's workdir, or as that of an evaluation: they hold grids of
-    samples, which are not data.
-    """
-    return name in ("metrics.jsonl", "first_checkpoint.json", "results.json")
+def has_results(names: Collection[str]) -> bool:
+    """Whether the files of a folder are those of a run or of an evaluation, whose grids of samples are not data."""
+    return "metrics.jsonl" in names or "first_checkpoint.json" in names or {"results.json", "samples.png"} <= {*names}
 
 
 def _walk(root: pathlib.Path) -> tuple[list[str], list[str]]:
@@ -104,7 +105,7 @@ def _walk(root: pathlib.Path) -> tuple[list[str], list[str]]:
     files: list[str] = []
     links: list[str] = []
     for parent, folders, names in os.walk(root, onerror=fail):
-        if pathlib.Path(parent) != root and any(map(is_made_here, names)):
+        if pathlib.Path(parent) != root and has_results(names):
             folders.clear()
             continue
         folders[:] = [name for name in folders if not name.startswith(".")]

@@ -62,7 +62,9 @@ def section(name: str, about: str, rows: list[str]) -> str:
 
 
 def row(name: str, default: ast.expr, values: str) -> str:
-    """A line of a table, with the comment beside the default."""
+    """A line of a table, with the comment beside the default. Raises ValueError for a field without a comment."""
+    if not meaning(default.end_lineno):
+        raise ValueError(f"line {default.end_lineno} of config/settings.py: {name} needs a comment that explains it")
     source = ast.get_source_segment(SOURCE, default)
     given = re.sub(r"(?<=\d)_", "", source or "").strip("\"'")  # as a flag has it: 5_000 is 5000
     cells = (f"`{name}`", values, f"`{given}`", meaning(default.end_lineno))

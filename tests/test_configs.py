@@ -11,7 +11,7 @@ from ddgan_jax.config import presets
 from ddgan_jax.config.settings import as_dict, read
 from ddgan_jax.data import resolve
 from ddgan_jax.errors import UserError
-from ddgan_jax.method.build import build
+from ddgan_jax.method.build import build, missed_attention
 
 CONFIGS = presets.names()
 
@@ -54,6 +54,18 @@ def test_every_config_differs_from_the_documented_one_in_values_only(name):
     assert as_dict(get_config(name, "smoke"))["data"]["name"] in ("synthetic", "gaussians")
     with pytest.raises(ValueError, match="unknown variant 'tiny'"):
         get_config(name, "tiny")
+
+
+@pytest.mark.parametrize(
+    "size, patch, note",
+    [(256, 1, "at 16: the levels of this network are 256, 128, 64, 32"), (128, 1, ""), (256, 2, "")],
+)
+def test_attention_at_a_resolution_that_no_level_has(size, patch, note):
+    config = get_config("image_folder")
+    config.data.update(image_size=size, channels=3)
+    config.model.patch_size = patch
+    found = missed_attention(read(config))
+    assert found == (note and f"note: generator.attn_resolutions has no effect {note}")
 
 
 def test_the_error_names_the_variants_that_there_are():

@@ -10,10 +10,11 @@ import pytest
 from packaging.requirements import Requirement
 
 from ddgan_jax.config import presets
+from ddgan_jax.data import digits, sources
 from ddgan_jax.method.diffusion import Schedule
 from ddgan_jax.networks.discriminator import Discriminator
 from ddgan_jax.networks.generator import Generator
-from experiments import report
+from experiments import fields, report
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -121,6 +122,18 @@ def test_the_table_of_presets_matches_the_configurations():
             None if cell == "chosen" else int(cell.replace(",", "")) for cell in (steps_of_denoising, batch, steps)
         ]
         assert written == [config.diffusion.num_steps, config.train.batch_size, config.train.num_steps], name
+
+
+def test_the_table_of_datasets_has_every_dataset():
+    column = re.findall(r"^\| (`\w[^|]*) \|", TEXTS["docs/data.md"].partition("## Your own images")[0], re.MULTILINE)
+    written = {name for cell in column for name in re.findall(r"`([\w/]+)`", cell)}
+    of_presets = {presets.get(name).data.name for name in presets.names()}
+    assert written >= {*digits.READERS, *sources.FOLDERS, "stacked_mnist_5k", *of_presets}
+
+
+def test_a_field_without_a_comment_is_refused():
+    with pytest.raises(ValueError, match="width needs a comment that explains it"):
+        fields.row("width", ast.Constant(1, lineno=1, end_lineno=1), "integer")
 
 
 def test_tables_are_current():

@@ -21,7 +21,7 @@ from ddgan_jax.data.sources import Data, open_data
 from ddgan_jax.devices import compiler, parallel, processes
 from ddgan_jax.devices.processes import say
 from ddgan_jax.errors import Fault, UserError, of_a_folder
-from ddgan_jax.method.build import build, init_state, network_fields
+from ddgan_jax.method.build import build, init_state, missed_attention, network_fields
 from ddgan_jax.method.state import num_bytes
 from ddgan_jax.method.train_step import Method
 from ddgan_jax.metrics.evaluator import open_evaluator
@@ -169,7 +169,7 @@ def _open(config: Any, data: Data | None, before: dict[str, Any] | None, path: P
     c, chosen = resolve_from_data(c, data)
     method = build(c)
     check_batch(method.batch_size, c.train.accumulate)
-    for sentence in chosen:
+    for sentence in filter(None, (*chosen, missed_attention(c))):
         say(sentence)
     data = data or open_data(c.data)
     if data.images.shape[1:] != method.denoiser.image_shape:

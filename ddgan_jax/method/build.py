@@ -83,6 +83,20 @@ def generator_of(c: Config) -> Any:
     return Generator(image_channels=channels, remat=c.model.remat, **common, **given)
 
 
+def missed_attention(c: Config) -> str:
+    """A note on resolutions in `generator.attn_resolutions` that no level of the U-Net has; '' if there are none."""
+    generator = generator_of(c)
+    if not isinstance(generator, Generator):
+        return ""
+    side = _shape(c)[0] // c.model.patch_size
+    levels = [side // 2**i for i in range(len(generator.ch_mult))]
+    missed = [str(resolution) for resolution in generator.attn_resolutions if resolution not in levels]
+    if not missed:
+        return ""
+    at, has = ", ".join(missed), ", ".join(map(str, levels))
+    return f"note: generator.attn_resolutions has no effect at {at}: the levels of this network are {has}"
+
+
 def _discriminator(c: Config) -> Any:
     """The discriminator's module. Raises UserError for invalid fields."""
     common = {"dtype": DTYPES[c.model.dtype]}

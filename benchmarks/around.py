@@ -8,12 +8,16 @@
 | start | seconds to the first step of the digits, without and with the programs of an earlier run |
 | features | seconds of precision, recall, density, coverage, Frechet and kernel distance, 50,000 x 2,048 features |
 | photos | milliseconds to decode a JPEG of 12 megapixels to 256 px |
+| folder | seconds to open a folder of 100,000 small PNGs: first, again, with 1 % more files, and its copy by name |
+| copy | images of 256 px per second from a prepared copy that is not in the cache of the file system, in 2 threads |
 | files | milliseconds to write an image of 256 px into a directory of samples |
 
 Commands run in processes of their own. Nothing else should run on the computer.
 """
 
 import argparse
+import collections
+import concurrent.futures
 import io
 import json
 import os
@@ -23,12 +27,16 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable
 
 import numpy as np
 
 from ddgan_jax.commands import outputs
-from ddgan_jax.data import decoding
+from ddgan_jax.config.settings import DataConfig
+from ddgan_jax.data import decoding, sources
+from ddgan_jax.data.folder import listed_once
+from ddgan_jax.data.prepared import Index, PreparedImages
 from ddgan_jax.metrics import distances, manifold
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -77,6 +85,56 @@ def photos(num: int) -> dict[str, float]:
     return {"photo_ms": 1e3 * (time.perf_counter() - start) / num}
 
 
+def folder(num: int) -> dict[str, float]:
+    """Seconds until a folder of `num` files is open."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)).save(file, "png")
+    with tempfile.TemporaryDirectory() as where:
+        images = pathlib.Path(where) / "images"
+
+        def add(start: int, end: int) -> None:
+            for i in range(start, end):
+                target = images / f"{i % 10}" / f"{i:07d}.png"
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(file.getvalue())
+
+        def opening(path: str) -> float:
+            start, c = time.perf_counter(), DataConfig("image_folder", dir=f"{where}/data", path=path)
+            with listed_once():
+                info, data = sources.inspect(c), sources.open_data(c)
+            assert info.num_examples == len(data.images)
+            return time.perf_counter() - start
+
+        add(0, num)
+        found = {"first_s": opening(str(images)), "again_s": opening(str(images))}
+        add(num, num + num // 100)
+        found["grown_s"] = opening(str(images))
+        newest = max(pathlib.Path(where).rglob("dataset.json"), key=os.path.getmtime).parent
+        return found | {"copy_s": opening(str(newest))}
+
+
+def copy(num: int) -> dict[str, float]:
+    """Images per second."""
+    size, batch = 256 * 256 * 3, 32
+    pixels = np.random.default_rng(0).integers(0, 256, size, np.uint8)
+    with tempfile.TemporaryDirectory() as where:
+        file = pathlib.Path(where) / "images.0.bin"
+        with file.open("wb") as opened:
+            for _ in range(num):
+                opened.write(pixels.data)
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        index = Index(np.zeros(num, int), np.arange(num), np.full(num, zlib.crc32(pixels.data)))
+        images = PreparedImages([file], (256, 256, 3), index)
+        order = np.random.default_rng(1).permutation(num)[: num // batch * batch].reshape(-1, batch)
+        start = time.perf_counter()
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            collections.deque(pool.map(images.__getitem__, order), maxlen=0)
+        return {"copy_images_per_s": order.size / (time.perf_counter() - start)}
+
+
 def files(num: int) -> dict[str, float]:
     """Milliseconds to write one image."""
     rng = np.random.default_rng(0)
@@ -95,6 +153,8 @@ PARTS: dict[str, tuple[Callable[[int], dict[str, float]], int]] = {
     "start": (first_steps, 1),
     "features": (features, 50_000),
     "photos": (photos, 20),
+    "folder": (folder, 100_000),
+    "copy": (copy, 10_000),
     "files": (files, 640),
 }
 
@@ -103,9 +163,7 @@ def main() -> None:
     """Measure the parts, and print each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=PARTS)
-    parser.add_argument(
-        "--num", type=int, help="features, photos or files; default: " + str({k: v[1] for k, v in PARTS.items()})
-    )
+    parser.add_argument("--num", type=int, help="size of a part; default: " + str({k: v[1] for k, v in PARTS.items()}))
     flags = parser.parse_args()
     found: dict[str, float] = {}
     for name, (measure, num) in PARTS.items():

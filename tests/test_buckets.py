@@ -257,3 +257,33 @@ def test_an_atomic_write_leaves_the_old_or_the_new(tmp_path):
     assert path.read_text() == "old" and os.listdir(path.parent) == ["x.json"]
     paths.write(path, lambda file: file.write(b"new"))
     assert path.read_bytes() == b"new" and os.listdir(path.parent) == ["x.json"]
+
+
+EVENTS = """
+from clu import metric_writers
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from ddgan_jax.config.settings import LogConfig
+from ddgan_jax.storage import log, paths
+run, written, write = log.Log(paths.path(sys.argv[1]), {}, LogConfig(tensorboard=True), 0), [], paths.write
+paths.write = lambda file, content: written.append((str(file), len(content))) or write(file, content)
+for step in range(1, 301):
+    run.scalars(step, {f"loss_{i}": 0.5 for i in range(20)})
+    if step % 100 == 0:
+        run.flush()
+run.close()
+steps = []
+for i, name in enumerate(paths.names(f"{sys.argv[1]}/tensorboard")):
+    file = f"{sys.argv[2]}/{i}"
+    open(file, "wb").write(paths.read(f"{sys.argv[1]}/tensorboard/{name}"))
+    steps += [event.step for event in EventFileLoader(file).Load() if event.summary.value and event.step]
+print(len(steps), sorted(set(steps)) == list(range(1, 301)), sum(n for file, n in written if "/tensorboard/" in file))
+"""
+
+
+def test_tensorboard_uploads_each_event_once(bucket, tmp_path):  # noqa: F811
+    """In parts, one for each flush and one for the end, which together hold every step."""
+    pytest.importorskip("clu")
+    steps, whole, num_bytes = bucket.python(EVENTS, f"{bucket.url}/events", tmp_path).split()[-3:]
+    sizes = [file.stat().st_size for file in tmp_path.iterdir()]
+    assert (steps, whole) == ("6000", "True") and len(sizes) == 4
+    assert int(num_bytes) == sum(sizes)

@@ -23,7 +23,7 @@ from test_configs import get_config
 from ddgan_jax.commands.progress import expected_time
 from ddgan_jax.commands.train import train
 from ddgan_jax.config.settings import DataConfig, read
-from ddgan_jax.data import archives, decoding, prepared, resolve
+from ddgan_jax.data import archives, copies, decoding, headers, prepared, preparing, resolve
 from ddgan_jax.data import folder as folders
 from ddgan_jax.data.resolve import resolve_from_data
 from ddgan_jax.data.sources import Data, inspect, open_data
@@ -50,8 +50,7 @@ def open_folder(path, cache, size=None, channels=None, max_bad_share=0.01):
 
 def inspect_files(path, cache, size=None, channels=None):
     """Returns the number of images, their shape and the classes, from headers alone."""
-    with folders.open_files(str(path)) as files:
-        return *folders.inspect(files, size, channels, str(cache)), files.classes()
+    return tuple(prepared.inspect(str(path), size, channels, str(cache)))
 
 
 def bomb():
@@ -78,7 +77,7 @@ def test_a_second_start_reads_the_copy_and_a_change_makes_a_new_one(tmp_path, mo
     save(tmp_path / "in" / "a.png", noise(8, 8))
     first = open_folder(tmp_path / "in", tmp_path / "cache")[0]
     with monkeypatch.context() as patch:
-        patch.setattr(prepared, "_prepare", lambda *_: pytest.fail("decoded again"))
+        patch.setattr(preparing, "prepare", lambda *_: pytest.fail("decoded again"))
         np.testing.assert_array_equal(open_folder(tmp_path / "in", tmp_path / "cache")[0], first)
     save(tmp_path / "in" / "a.png", noise(8, 8, 1), compress_level=0)
     np.testing.assert_array_equal(open_folder(tmp_path / "in", tmp_path / "cache")[0][0], noise(8, 8, 1))
@@ -138,7 +137,7 @@ def test_inspection_decodes_nothing_and_its_result_is_kept(tmp_path, monkeypatch
     seen = inspect_files(tmp_path / "in", tmp_path / "cache")
     assert seen == (6, (64, 64, 3), ["", "a", "b"])
     assert not [path for path in (tmp_path / "cache" / "image_folder").iterdir() if path.is_dir()]
-    monkeypatch.setattr(folders, "read_header", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(headers, "read_header", lambda *_: pytest.fail("read again"))
     assert inspect_files(tmp_path / "in", tmp_path / "cache", 32, 1) == (6, (32, 32, 1), ["", "a", "b"])
 
 
@@ -558,22 +557,23 @@ def test_a_split_that_lacks_classes_is_noted(tmp_path, capsys, monkeypatch, spli
 
 OPEN = """
 import os, pathlib, signal, sys, time
-from ddgan_jax.data import prepared
-decode, seen = prepared.decode, []
+from ddgan_jax.data import prepared, preparing
+preparing.BLOCK_SECONDS = 0.1
+decode, seen = preparing.decode, []
 def counted(*arguments):
     seen.append(1)
     if len(seen) == 20 and sys.argv[3] == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(0.02)  # long enough for the other process to start
     return decode(*arguments)
-prepared.decode = counted
+preparing.decode = counted
 images = prepared.open_folder(sys.argv[1], None, None, sys.argv[2])[0]
 print(images.shape, int(images[...].sum()), len(seen))
 """
 
 
 def test_two_at_once_and_one_that_was_killed(tmp_path):
-    """An incomplete copy is removed, and the second of two processes waits for the copy of the first."""
+    """An incomplete copy is continued, and the second of two processes waits for the copy of the first."""
     for i in range(50):
         save(tmp_path / "in" / f"{i}.png", noise(64, 64, i))
     total = sum(int(noise(64, 64, i).sum()) for i in range(50))
@@ -585,8 +585,10 @@ def test_two_at_once_and_one_that_was_killed(tmp_path):
     children = [python(OPEN, folder, cache.parent, "whole") for _ in range(2)]
     outputs = [child.communicate(timeout=60) for child in children]
     found = sorted(out.splitlines()[-1] for out, _ in outputs)
-    assert found == [f"(50, 64, 64, 3) {total} {n}" for n in (0, 50)], outputs
-    assert sum("preparing the 50 files" in out and f"in {cache}/" in out for out, _ in outputs) == 1
+    (rest,) = (int(line.split()[-1]) for line in found if not line.endswith(" 0"))
+    assert 30 <= rest < 50, outputs
+    assert found == [f"(50, 64, 64, 3) {total} {n}" for n in (0, rest)], outputs
+    assert sum(f", {50 - rest} of them already decoded" in out for out, _ in outputs) == 1
     (copy,) = (path for path in cache.iterdir() if path.is_dir())
     assert not copy.name.startswith("incomplete")
 
@@ -837,7 +839,7 @@ def a_set(tmp_path, kind):
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: type(fault).__name__)
 @pytest.mark.parametrize("call", ["read_start", "read", "zip", "lmdb"])
 def test_a_read_that_fails_is_no_reason_to_skip_a_file(tmp_path, monkeypatch, call, fault):
-    """It raises Fault with the cause and leaves no copy. The next start works as if nothing had happened."""
+    """It raises Fault with the cause and leaves no complete copy. The next start works as if nothing had happened."""
     kind = call if call in ("zip", "lmdb") else "folder"
     path, cache = a_set(tmp_path, kind), tmp_path / "cache"
     with monkeypatch.context() as patch:
@@ -849,7 +851,7 @@ def test_a_read_that_fails_is_no_reason_to_skip_a_file(tmp_path, monkeypatch, ca
             fail_on(patch, archives.Lmdb, "read", fault, "3.png")
         with pytest.raises(Fault, match=f"3.png cannot be read: {type(fault).__name__}.*; run the same command again"):
             open_folder(path, cache, max_bad_share=1.0, size=8, channels=3 if call != "read_start" else None)
-    assert not [name for name in kept_in(cache) if not name.endswith(".json") or name == "skipped.json"]
+    assert not list(cache.rglob("dataset.json"))
     images, labels, classes = open_folder(path, cache)
     assert len(images) == 6 and classes == ["a", "b"] and sorted(labels) == [0, 0, 0, 1, 1, 1]
 
@@ -870,7 +872,7 @@ def test_a_file_that_is_read_incompletely(tmp_path, monkeypatch):
         ("zip", pathlib.Path, "open", "in.zip"),
         ("zip", folders, "Zip", "in.zip"),
         ("lmdb", subprocess, "run", "lmdb"),
-        ("folder", os, "open", "images.bin"),
+        ("folder", os, "open", "images.0.bin"),
         ("folder", paths, "read", "dataset.json"),
         ("folder", paths, "read", "skipped.json"),
     ],
@@ -879,6 +881,8 @@ def test_a_set_that_cannot_be_read(tmp_path, monkeypatch, kind, where, call, par
     """A failed listing, for instance, does not result in a smaller dataset, and the copy stays unchanged."""
     path, cache = a_set(tmp_path, kind), tmp_path / "cache"
     expected = open_folder(path, cache)[0]
+    if kind == "lmdb":  # a copy is opened without it
+        shutil.rmtree(next(cache.rglob("dataset.json")).parent)
     before = contents(cache)
     with monkeypatch.context() as patch:
         fail_on(patch, where, call, fault, part)
@@ -894,12 +898,14 @@ def test_a_set_that_cannot_be_read(tmp_path, monkeypatch, kind, where, call, par
         ("dataset.json", b"{"),
         ("dataset.json", b"{}"),
         ("dataset.json", b"[1]"),
-        ("dataset.json", b'{"shape": [7, 8, 8, 3], "labels": [], "classes": [], "checksums": [0, 0, 0, 0, 0, 0, 0]}'),
-        ("dataset.json", b'{"shape": [6, 8, 8, 3], "labels": [], "classes": [], "checksums": [0]}'),
-        ("dataset.json", b'{"shape": [1, 8, 8, 3], "labels": [], "classes": [], "checksums": [-1]}'),
+        ("dataset.json", b'{"shape": [8, 8, 3], "classes": ["a", "b"], "images": 7, "parts": 1}'),
+        ("dataset.json", b'{"shape": [8, 9, 3], "classes": ["a", "b"], "images": 6, "parts": 1}'),
+        ("dataset.json", b'{"shape": [8, 8, 3], "classes": ["a", "b"], "images": 6, "parts": 0}'),
+        ("index.npz", b"PK"),
+        ("index.npz", b""),
         ("skipped.json", b"\xff"),
-        ("images.bin", b"too few"),
-        ("images.bin", b""),
+        ("images.0.bin", b"too few"),
+        ("images.0.bin", b""),
     ],
 )
 def test_a_copy_that_is_damaged(tmp_path, name, content):
@@ -917,7 +923,7 @@ def test_a_byte_of_a_copy_that_has_changed(tmp_path):
     """The other images can be read. Reading the changed one raises an error that names the file and the remedy."""
     path, cache = a_set(tmp_path, "folder"), tmp_path / "cache"
     images = prepared.open_folder(str(path), 8, 3, str(cache))[0]
-    expected, (file,) = images[...], cache.rglob("images.bin")
+    expected, (file,) = images[...], cache.rglob("images.0.bin")
     content = bytearray(file.read_bytes())
     content[3 * 8 * 8 * 3 + 5] ^= 1
     file.write_bytes(content)
@@ -973,7 +979,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr(prepared.fcntl, "flock", fail)
+    monkeypatch.setattr(preparing.fcntl, "flock", fail)
     assert len(open_folder(a_set(tmp_path, "folder"), tmp_path / "cache")[0]) == 6
 
 
@@ -1003,29 +1009,31 @@ def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(orientation, mode, mo
 def test_the_disk_space_is_checked_before_anything_is_decoded(tmp_path, monkeypatch):
     path, cache = a_set(tmp_path, "folder"), tmp_path / "cache"
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**40, 2**40, 2**20))
-    monkeypatch.setattr(prepared, "decode", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(preparing, "decode", lambda *_: pytest.fail("decoded"))
     message = rf"the copy of .* at 512 px takes 5 MiB, but {cache}/image_folder has 1 MiB free: .* set data.dir"
     with pytest.raises(UserError, match=message):
         open_folder(path, cache, 512, 3)
 
 
 def test_a_disk_that_fills_up_while_the_copy_is_written(tmp_path, monkeypatch):
-    """A one-line error is raised, and no part of the copy remains."""
-    path, cache, opened = a_set(tmp_path, "folder"), tmp_path / "cache", pathlib.Path.open
+    """A one-line error is raised. What was decoded remains, and the next run continues there."""
+    path, cache = a_set(tmp_path, "folder"), tmp_path / "cache"
+    full = OSError(errno.ENOSPC, "No space left on device")
     with monkeypatch.context() as patch:
-        full = pathlib.Path("/dev/full")
-        patch.setattr(pathlib.Path, "open", lambda file, *how: opened(full if file.suffix == ".bin" else file, *how))
+        fail_on(patch, os, "fsync", full, "")
         with pytest.raises(Fault, match=r"cannot be written to .*No space left on device.*; set data.dir"):
             open_folder(path, cache)
-    assert not [file for file in (cache / "image_folder").iterdir() if file.is_dir()]
+    assert not list(cache.rglob("dataset.json"))
     assert len(open_folder(path, cache)[0]) == 6
 
 
 def test_a_copy_is_indexed_like_an_array(tmp_path, monkeypatch):
     """A read that returns fewer bytes than requested is continued, and one that fails raises OSError."""
     expected = np.random.default_rng(0).integers(0, 256, (7, 4, 4, 3), np.uint8)
-    (tmp_path / "images.bin").write_bytes(expected.tobytes())
-    images = prepared.PreparedImages(tmp_path / "images.bin", expected.shape, [zlib.crc32(image) for image in expected])
+    (tmp_path / "images.0.bin").write_bytes(expected.tobytes())
+    checksums = np.array([zlib.crc32(image) for image in expected])
+    index = prepared.Index(np.zeros(7, int), np.arange(7), checksums)
+    images = prepared.PreparedImages([tmp_path / "images.0.bin"], (4, 4, 3), index)
     assert len(images) == 7 and images.dtype == np.uint8 and images.shape == expected.shape
     whole, fault = os.pread, OSError(errno.EIO, "I/O error")
     with monkeypatch.context() as patch:
@@ -1047,4 +1055,176 @@ def test_a_copy_is_indexed_like_an_array(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="I/O error"):
             images[[0]]
     with pytest.raises(ValueError, match="too short for 8 images"):
-        prepared.PreparedImages(tmp_path / "images.bin", (8, 4, 4, 3), [0] * 8)
+        prepared.PreparedImages(
+            [tmp_path / "images.0.bin"], (4, 4, 3), prepared.Index(np.zeros(8, int), np.arange(8), np.zeros(8))
+        )
+
+
+# --- Copies that continue, grow and are named ----------------------------------------------------------------------
+
+
+def count_decoded(monkeypatch):
+    """A list that every decoded image is added to."""
+    decode, decoded = preparing.decode, []
+    monkeypatch.setattr(preparing, "decode", lambda *arguments: decoded.append(1) or decode(*arguments))
+    return decoded
+
+
+@pytest.mark.parametrize(
+    "end, rest",
+    [("no line", 4), ("half a line", 5), ("no pixels", 5), ("garbage first", 21), ("one more file", 22)],
+)
+def test_a_preparation_continues_where_it_ended(tmp_path, monkeypatch, end, rest):
+    """At the last block whose pixels and line are complete; from the start if the folder has changed since."""
+    path, cache = tmp_path / "in", tmp_path / "cache"
+    for i in range(20):
+        save(path / "ab"[i % 2] / f"{i:02d}.png", noise(8, 8, i))
+    (path / "a" / "05.png").write_bytes(b"no image")
+    monkeypatch.setattr(preparing, "BLOCK_SECONDS", 0)
+    with monkeypatch.context() as patch:
+        fail_on(patch, paths, "read", OSError(errno.EIO, "Input/output error"), "b/13.png")
+        with pytest.raises(Fault, match=r"b/13.png cannot be read"):
+            open_folder(path, cache, max_bad_share=1)
+    (log,) = cache.rglob("progress.jsonl")
+    pixels, lines = log.with_name("images.0.bin"), log.read_bytes()
+    if end == "half a line":
+        log.write_bytes(lines[:-9])
+    elif end == "no pixels":
+        pixels.write_bytes(pixels.read_bytes()[:-1])
+    elif end == "garbage first":
+        log.write_bytes(b"\xff\n" + lines)
+    elif end == "one more file":
+        save(path / "c" / "new.png", noise(8, 8, 99))
+    decoded = count_decoded(monkeypatch)
+    images, labels, classes = open_folder(path, cache, max_bad_share=1)
+    more = [noise(8, 8, 99)] if end == "one more file" else []
+    assert len(decoded) == rest
+    np.testing.assert_array_equal(images, [noise(8, 8, i) for i in [*range(0, 20, 2), *range(1, 20, 2)]] + more)
+    assert classes == ["a", "b", "c"][: 2 + len(more)] and list(labels) == [0] * 10 + [1] * 10 + [2] * len(more)
+    assert "05.png" in next(cache.rglob("skipped.json")).read_text()
+    assert len(list(cache.rglob("progress.jsonl"))) == len(more)  # of the folder as it was
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_folder_that_grows_costs_what_is_new(tmp_path, monkeypatch, capsys, links):
+    """Its copy shares the pixels of the earlier copy, and stays when that one is removed."""
+    monkeypatch.setattr(preparing, "COMPARED", 4)
+    if not links:
+        fail_on(monkeypatch, os, "link", OSError(errno.EPERM, "Operation not permitted"), "")
+    path, cache = tmp_path / "in", tmp_path / "cache"
+    for i in range(40):
+        save(path / "b" / f"{i:02d}.png", noise(8, 8, i))
+    (path / "b" / "bad.png").write_bytes(b"no image")
+    open_folder(path, cache, max_bad_share=0.5)
+    decoded, read_headers = count_decoded(monkeypatch), []
+    header = headers.read_header
+    monkeypatch.setattr(headers, "read_header", lambda content: read_headers.append(1) or header(content))
+    save(path / "a" / "new.png", noise(8, 8, 99))
+    (path / "b" / "07.png").unlink()
+    save(path / "b" / "09.png", noise(9, 9, 9))  # another size, so that its key differs
+    capsys.readouterr()
+    images, labels, classes = open_folder(path, cache, max_bad_share=0.5)
+    assert len(decoded) == 4 + 2 and len(read_headers) == 2 + 1  # those compared, and what is new; bad.png again
+    assert "preparing the 41 files" in (out := capsys.readouterr().out) and ", 39 of them shared with in-" in out
+    expected = [99, *range(7), 8, *range(10, 40)]
+    np.testing.assert_array_equal(np.delete(images, 9, axis=0), [noise(8, 8, i) for i in expected])
+    assert classes == ["a", "b"] and list(labels) == [0] + [1] * 39
+    (first, second) = sorted(cache.rglob("dataset.json"), key=lambda file: len(list(file.parent.iterdir())))
+    assert (second.parent / "images.0.bin").stat().st_nlink == 1 + links
+    shutil.rmtree(first.parent)
+    np.testing.assert_array_equal(open_folder(path, cache, max_bad_share=0.5)[0], images)
+
+
+@pytest.mark.parametrize("change", ["content", "damage", "most are gone"])
+def test_an_earlier_copy_that_is_not_shared(tmp_path, monkeypatch, change):
+    """Files whose content changed and whose times did not, and copies that are damaged or mostly unused."""
+    path, cache = tmp_path / "in", tmp_path / "cache"
+    for i in range(9):
+        (path / "x").mkdir(parents=True, exist_ok=True)
+        (path / "x" / f"{i}.bmp").write_bytes(encoded(noise(8, 8, i), "BMP"))
+        os.utime(path / "x" / f"{i}.bmp", (1, 1))
+    open_folder(path, cache)
+    decoded, kept = count_decoded(monkeypatch), range(9)
+    if change == "content":
+        (path / "x" / "4.bmp").write_bytes(encoded(noise(8, 8, 44), "BMP"))
+        os.utime(path / "x" / "4.bmp", (1, 1))
+    elif change == "damage":
+        next(cache.rglob("index.npz")).write_bytes(b"")
+    else:
+        kept = range(6, 9)
+        for i in range(6):
+            (path / "x" / f"{i}.bmp").unlink()
+    save(path / "y" / "new.png", noise(8, 8, 99))
+    images = open_folder(path, cache)[0]
+    expected = [noise(8, 8, 44 if change == "content" and i == 4 else i) for i in kept] + [noise(8, 8, 99)]
+    np.testing.assert_array_equal(images, expected)
+    assert len(decoded) >= len(kept) + 1
+
+
+def test_a_copy_is_named_as_the_data(tmp_path):
+    """It needs neither the original images nor a place for copies."""
+    path = a_set(tmp_path, "folder")
+    expected, labels, classes = open_folder(path, tmp_path / "cache")
+    shutil.copytree(next(tmp_path.rglob("dataset.json")).parent, tmp_path / "moved")
+    shutil.rmtree(path)
+    shutil.rmtree(tmp_path / "cache")
+    c = DataConfig("image_folder", dir=str(tmp_path / "none"), path=str(tmp_path / "moved"))
+    data = open_data(c)
+    np.testing.assert_array_equal(data.images, expected)
+    assert list(data.labels()) == list(labels) and list(data.classes) == classes
+    assert inspect(c) == (6, (8, 8, 3), True)
+    for opens in (open_data, inspect):
+        with pytest.raises(UserError, match=r"is a prepared copy of images 8x8x3, not of data.image_size=16"):
+            opens(DataConfig("image_folder", image_size=16, path=str(tmp_path / "moved")))
+    (tmp_path / "moved" / "index.npz").write_bytes(b"")
+    for opens in (open_data, inspect):
+        with pytest.raises(Fault, match=r"the copy .* is damaged"):
+            opens(c)
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "lmdb"])
+def test_a_set_is_listed_once(tmp_path, monkeypatch, kind):
+    """By a command that inspects it and opens it, and afterwards it is listed again. An LMDB is not even opened."""
+    path, opened = a_set(tmp_path, kind), []
+    c = DataConfig("image_folder", dir=str(tmp_path / "cache"), path=str(path))
+    expected = open_data(c).images[...]
+    open_files = folders._open
+    monkeypatch.setattr(folders, "_open", lambda name: opened.append(1) or open_files(name))
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("the LMDB was read"))
+    with folders.listed_once():
+        assert inspect(c).num_examples == 6
+        np.testing.assert_array_equal(open_data(c).images, expected)
+    assert len(opened) == 1
+    inspect(c)
+    assert len(opened) == 2
+
+
+def test_old_copies_are_listed_and_removed(tmp_path, capsys):
+    path, cache = tmp_path / "in", tmp_path / "cache"
+    for i in range(3):  # three states of the folder
+        save(path / f"{i}.png", noise(32, 32, i))
+        open_folder(path, cache)
+        open_folder(path, cache, size=16)
+    (cache / "image_folder" / "incomplete.in-0").mkdir()
+
+    def command(*arguments):
+        capsys.readouterr()
+        code = copies.main([f"--dir={cache}", *arguments])
+        return code, capsys.readouterr()
+
+    code, said = command()
+    lines = said.out.splitlines()
+    assert code == 0 and len(lines) == 8 and sum(line.endswith("  old") for line in lines) == 5
+    assert f"3 images: {path} at 32x32x3" in said.out and "--remove_old frees" in lines[-1]
+    with preparing.locked(cache / "image_folder" / "in-0"):
+        assert sum("another process is making it" in line for line in command("--remove_old")[1].out.splitlines()) == 1
+    assert command("--remove_old")[0] == 0
+    assert len(list(cache.rglob("dataset.json"))) == 2 and not list(cache.rglob("incomplete.*"))
+    for size in (None, 16):
+        assert len(open_folder(path, cache, size=size)[0]) == 3
+    code, said = command("--remove=other")
+    assert code == 2 and said.err == f"error: there is no copy other in {cache}/image_folder\n"
+    name = next(cache.rglob("dataset.json")).parent.name
+    assert command(f"--remove={name}")[0] == 0 and len(list(cache.rglob("dataset.json"))) == 1
+    assert command("--remove_old")[1].out.endswith("\nthere are no old copies\n")
+    assert copies.main([f"--dir={tmp_path}/none"]) == 0

@@ -16,6 +16,7 @@ from ddgan_jax.config.settings import Config, read
 from ddgan_jax.data import decoding
 from ddgan_jax.data.archives import is_image_name
 from ddgan_jax.data.batches import evenly_spaced, match_label_frequencies
+from ddgan_jax.data.folder import listed_once
 from ddgan_jax.data.resolve import facts, labels_of
 from ddgan_jax.data.sketch import difference, sketch_of
 from ddgan_jax.data.sources import Data, open_data
@@ -34,6 +35,7 @@ from ddgan_jax.storage.paths import Path
 Samples = tuple[Iterator[np.ndarray], int, np.ndarray | None, Results]  # chunks [n, ...], count, labels, about
 
 
+@listed_once()
 def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_samples: int = 0, seed: int = 0) -> Results:
     """Evaluate the checkpoint or workdir `path`, or the `samples` of a file or folder, against `config.data`.
 

@@ -98,7 +98,7 @@ def into_directory(out: str) -> Iterator[Callable[[np.ndarray], Any]]:
     """A function that writes uint8 images [n, H, W, C] as the next numbered files, in threads."""
     pending: collections.deque[list[concurrent.futures.Future]] = collections.deque()
     count = itertools.count()
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    with concurrent.futures.ThreadPoolExecutor(processes.num_cores()) as pool:
 
         def add(images: np.ndarray) -> None:
             pending.append(

@@ -25,6 +25,7 @@ from ddgan_jax.commands.setup import set_up
 from ddgan_jax.commands.signals import Interrupt, raise_on_signal
 from ddgan_jax.config.settings import as_dict
 from ddgan_jax.data.batches import batches, match_label_frequencies
+from ddgan_jax.data.folder import listed_once
 from ddgan_jax.data.sources import Data
 from ddgan_jax.devices import parallel, processes
 from ddgan_jax.devices.processes import say
@@ -54,7 +55,8 @@ def train(config: Any, workdir: str, data: Data | None = None, restart: bool = F
     if data is not None and not isinstance(data, Data):
         raise UserError(f"data is a {type(data).__name__}: wrap the array, Data(images) or Data(images, labels)")
     with Interrupt() as interrupt, contextlib.ExitStack() as lock:
-        run = set_up(config, paths.path(workdir), interrupt, lock, data, restart)
+        with listed_once():
+            run = set_up(config, paths.path(workdir), interrupt, lock, data, restart)
         with closed_after_a_fault(run):
             with interrupt.held():
                 outcome = loop(run, interrupt)

@@ -6,6 +6,7 @@ OSError, and ends the work: if it were skipped, the prepared copy would lack it 
 
 import contextlib
 import errno
+import functools
 import lzma
 import pathlib
 import posixpath
@@ -14,14 +15,17 @@ import subprocess
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from ddgan_jax.errors import UserError
+from ddgan_jax.data.batches import evenly_spaced
+from ddgan_jax.errors import Fault, UserError, reason_of
 from ddgan_jax.storage import paths
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 MAX_BYTES = 2**30  # of one file: a larger one is more likely an attack on the memory than a photograph
+EXCERPTS = 8  # parts of the content that distinguish two datasets with equal names, sizes and times
+EXCERPT_BYTES = 2**16
 
 
 class ImageFiles:
@@ -29,9 +33,19 @@ class ImageFiles:
 
     path = ""  # as the user specified it
     remote = False  # whether the files are in a bucket
-    names: list[str]  # of all files, in the order of the dataset
-    signature: list[str]  # differs whenever a file is added, removed or changed
+    names: Sequence[str]  # of all files, in the order of the dataset
+    keys: Sequence[str]  # one for each file, which differs if the file is renamed or changed
     refused: Mapping[str, str] = {}  # the names that are never read, with the reason
+
+    def signature(self) -> Iterable[str]:
+        """Texts that differ whenever a file is added, removed or changed."""
+        return self.keys
+
+    def excerpts(self) -> Iterator[bytes]:
+        """Parts of the content: the first 64 KiB of 8 evenly spaced files. Raises Fault if they cannot be read."""
+        for index in evenly_spaced(len(self.names), EXCERPTS):
+            with contextlib.suppress(ValueError):  # of a file that is skipped later
+                yield read_or_fault(lambda name: self.read(name, EXCERPT_BYTES), self.names[index])
 
     def read(self, name: str, size: int | None = None) -> bytes:
         """Returns the content of a file, or its first `size` bytes.
@@ -51,6 +65,14 @@ class ImageFiles:
 
     def close(self) -> None:
         """Closes what the reader holds open."""
+
+
+def read_or_fault(action: Callable[[str], Any], name: str) -> Any:
+    """Returns `action(name)`, which reads a file. Raises Fault for errors that do not prove the file itself bad."""
+    try:
+        return action(name)
+    except (OSError, MemoryError) as error:
+        raise Fault(f"{name} cannot be read: {reason_of(error)}; run the same command again") from error
 
 
 def class_of(name: str) -> str:
@@ -94,7 +116,7 @@ class Zip(ImageFiles):
             if is_image_name(entry.filename)
         }
         self.names = sorted(self._entries)
-        self.signature = [f"{name}\0{self._entries[name].file_size} {self._entries[name].CRC}" for name in self.names]
+        self.keys = [f"{name}\0{self._entries[name].file_size} {self._entries[name].CRC}" for name in self.names]
         outside = (name for name in self.names if name.startswith(("/", "../")))
         self.refused = dict.fromkeys(outside, "its name points outside the zip")
 
@@ -150,38 +172,65 @@ with lmdb.open(sys.argv[1], subdir=sys.argv[2] == "True", readonly=True, lock=Fa
 
 
 class Lmdb(ImageFiles):
-    """The values of an LMDB, each the content of an image file, in the order of their keys. LSUN is published so."""
+    """The values of an LMDB, each the content of an image file, in the order of their keys. LSUN is published so.
+
+    The database is opened when its names or values are first used: a run that has a prepared copy uses neither.
+    """
 
     def __init__(self, path: pathlib.Path):
+        self._path, self._file = path, path / "data.mdb" if path.is_dir() else path
+        found = self._file.stat()
+        self._size, self._stat = found.st_size, f"{found.st_size} {found.st_mtime_ns}"
+
+    def signature(self) -> list[str]:
+        return [self._stat]
+
+    def excerpts(self) -> Iterator[bytes]:
+        """Evenly spaced parts of the file: the database is not opened."""
+        with self._file.open("rb") as file:
+            for start in evenly_spaced(max(self._size - EXCERPT_BYTES, 1), EXCERPTS):
+                file.seek(start)
+                yield file.read(EXCERPT_BYTES)
+
+    @functools.cached_property
+    def names(self) -> list[str]:  # type: ignore[override]
+        environment = self._environment
+        with self._os_errors(), environment.begin() as transaction:
+            keys = transaction.cursor().iternext(values=False)
+            return [key.decode("utf-8", "surrogateescape") for key in keys]
+
+    @functools.cached_property
+    def keys(self) -> list[str]:  # type: ignore[override]
+        return [f"{name}\0{self._stat}" for name in self.names]
+
+    @functools.cached_property
+    def _environment(self) -> Any:
         try:
             import lmdb
         except ImportError:
-            raise UserError(f"data.path={path} is an LMDB: to read it run `pip install lmdb`") from None
-        self._file, self._error = path / "data.mdb" if path.is_dir() else path, lmdb.Error
+            raise UserError(f"data.path={self._path} is an LMDB: to read it run `pip install lmdb`") from None
         # On a damaged file the library may read any memory and crash. Another process therefore reads the file first.
-        walk = [sys.executable, "-c", _WALK, str(path), str(path.is_dir())]
+        subdir = self._path.is_dir()
+        walk = [sys.executable, "-c", _WALK, str(self._path), str(subdir)]
         walked = subprocess.run(walk, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace")
         if walked.returncode:
             with self._file.open("rb") as opened:  # raises OSError if the cause is a failing disk
                 while opened.read(2**24):
                     pass
             reason = (walked.stderr.strip().splitlines() or ["it is damaged, or not an LMDB"])[-1]
-            raise UserError(f"data.path={path} cannot be read as an LMDB: {reason}")
+            raise UserError(f"data.path={self._path} cannot be read as an LMDB: {reason}")
         with self._os_errors():
             # Without its lock file, so that nothing is written beside the user's data.
-            self._environment = lmdb.open(str(path), subdir=path.is_dir(), readonly=True, lock=False, readahead=False)
-            with self._environment.begin() as transaction:
-                keys = transaction.cursor().iternext(values=False)
-                self.names = [key.decode("utf-8", "surrogateescape") for key in keys]
-        stat = self._file.stat()
-        self.signature = [f"{stat.st_size} {stat.st_mtime_ns}"]
+            return lmdb.open(str(self._path), subdir=subdir, readonly=True, lock=False, readahead=False)
 
     @contextlib.contextmanager
     def _os_errors(self) -> Iterator[None]:
         """Converts LMDB's errors into OSError: another process has verified the structure before."""
+        import lmdb
+
         try:
             yield
-        except self._error as error:
+        except lmdb.Error as error:
             raise OSError(f"{self._file}: {error}") from error
 
     def _read(self, name: str, size: int | None) -> bytes:
@@ -189,4 +238,5 @@ class Lmdb(ImageFiles):
             return bytes((transaction.get(name.encode("utf-8", "surrogateescape")) or b"")[:size])
 
     def close(self) -> None:
-        self._environment.close()
+        if "_environment" in vars(self):
+            self._environment.close()

@@ -5,13 +5,13 @@ The permutations of epochs 0, 1, 2, ... form one endless sequence, and batch k o
 """
 
 import functools
-import os
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
+from ddgan_jax.devices import processes
 from ddgan_jax.errors import UserError
 
 
@@ -81,6 +81,6 @@ def batches(
 
     steps = grain.MapDataset.range(start_step, sys.maxsize)
     # Arrays are only copied. Everything else is decoded, by one thread for each core.
-    threads = 2 if isinstance(images, np.ndarray) else max(2, os.cpu_count() or 1)
+    threads = 2 if isinstance(images, np.ndarray) else max(2, processes.num_cores())
     ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 2)
     return iter(steps.map(gather).to_iter_dataset(ahead))

@@ -1,4 +1,4 @@
-"""Images of a folder (nested or flat), a zip or an LMDB: how they are found, and what their headers say.
+"""Images of a folder (nested or flat), a zip or an LMDB: how they are found, identified, and processed in threads.
 
 Only files inside the folder or zip are read: links that lead out are refused. Folders and zips may be in a bucket.
 """
@@ -6,25 +6,29 @@ Only files inside the folder or zip are read: links that lead out are refused. F
 import collections
 import concurrent.futures
 import contextlib
+import contextvars
 import hashlib
-import json
 import os
 import pathlib
 import stat
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
-from ddgan_jax.data.archives import SUFFIXES, ImageFiles, Lmdb, Zip, check_size, is_image_name
-from ddgan_jax.data.batches import evenly_spaced
-from ddgan_jax.data.decoding import read_header
-from ddgan_jax.errors import Fault, UserError, is_missing, reason_of
+from ddgan_jax.data.archives import (
+    SUFFIXES,
+    ImageFiles,
+    Lmdb,
+    Zip,
+    check_size,
+    is_image_name,
+    read_or_fault,
+)
+from ddgan_jax.devices import processes
+from ddgan_jax.errors import Fault, UserError, is_missing
 from ddgan_jax.storage import paths
 
-HEADER_BYTES = 2**16  # at the start of a file: nearly always enough for the header and the preview of a camera
-HASHED_FILES = 8  # files whose first bytes distinguish two datasets with equal names, sizes and times
 MAX_DEFAULT_SIZE = 256  # px: the paper's largest, unless the user specifies one
 WINDOW = 256  # files that are processed ahead of the one that is returned
 BUCKET_THREADS = 32  # they mostly wait for the network
@@ -48,12 +52,10 @@ class Folder(ImageFiles):
             outside = (name for name in self._files if name.startswith(("/", "../")) or "//" in name)
             self.refused = dict.fromkeys(outside, "its name is not a path below the folder")
         else:
-            names, links = _walk(self._root)
-            stats = ((name, _stat(self._root / name)) for name in {*filter(is_image_name, names), *links})
-            self._files = {name: (found.st_size, str(found.st_mtime_ns)) for name, found in stats}
+            self._files, links = _image_files(os.fspath(self._root))
             self.refused = dict.fromkeys(links, "it is a link to a folder, which is not followed")
         self.names = sorted(self._files)
-        self.signature = [f"{name}\0{' '.join(map(str, self._files[name]))}" for name in self.names]
+        self.keys = [f"{name}\0{' '.join(map(str, self._files[name]))}" for name in self.names]
 
     def _read(self, name: str, size: int | None) -> bytes:
         file, whole = (self._root / name, self._files[name][0]) if self.remote else self._resolve(name)
@@ -82,13 +84,22 @@ class Folder(ImageFiles):
         return target, found.st_size
 
 
-def _stat(file: pathlib.Path) -> os.stat_result:
+def _stat(file: str) -> tuple[int, str]:
     """The size and time of a file; of a link, those of the file that it leads to, if there is one."""
     found = os.lstat(file)
     if stat.S_ISLNK(found.st_mode):
         with contextlib.suppress(OSError):  # a link that leads nowhere is skipped, with the reason, when it is read
             found = os.stat(file)
-    return found
+    return found.st_size, str(found.st_mtime_ns)
+
+
+def _is_link_to_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_symlink() and entry.is_dir()
+    except OSError as error:
+        if is_missing(error):  # of a link to itself
+            return False
+        raise
 
 
 def has_results(names: Collection[str]) -> bool:
@@ -96,39 +107,74 @@ def has_results(names: Collection[str]) -> bool:
     return "metrics.jsonl" in names or "first_checkpoint.json" in names or {"results.json", "samples.png"} <= {*names}
 
 
-def _walk(root: pathlib.Path) -> tuple[list[str], list[str]]:
-    """Returns the relative names of all files below a folder, and of the links to folders, which are not followed."""
+def _image_files(root: str) -> tuple[dict[str, tuple[int, str]], list[str]]:
+    """Returns {name: (size, time)} of the image files below a folder, and the links to folders, which are not followed.
 
-    def fail(error: OSError) -> None:  # by default os.walk leaves out a folder that it cannot list
-        raise error
-
-    files: list[str] = []
+    Hidden folders and the results of runs are left out. Raises OSError for a folder that cannot be listed.
+    """
+    files: dict[str, tuple[int, str]] = {}
     links: list[str] = []
-    for parent, folders, names in os.walk(root, onerror=fail):
-        if pathlib.Path(parent) != root and has_results(names):
-            folders.clear()
+    pending = [""]
+    while pending:
+        prefix = pending.pop()
+        with os.scandir(os.path.join(root, prefix)) as listing:
+            entries = list(listing)
+        if prefix and has_results({entry.name for entry in entries}):
             continue
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [os.path.relpath(os.path.join(parent, name), root) for name in names]
-        linked = (name for name in folders if os.path.islink(os.path.join(parent, name)))
-        links += [os.path.relpath(os.path.join(parent, name), root) for name in linked]
-    return files, links
+        for entry in entries:
+            name = prefix + entry.name
+            if entry.is_dir(follow_symlinks=False):
+                pending += [f"{name}/"] * (not entry.name.startswith("."))
+            elif _is_link_to_folder(entry):
+                links += [name] * (not entry.name.startswith("."))
+            elif is_image_name(name):
+                files[name] = _stat(entry.path)
+    return files | {name: _stat(os.path.join(root, name)) for name in links}, links
+
+
+_LISTED: contextvars.ContextVar[dict[str, ImageFiles] | None] = contextvars.ContextVar("listed", default=None)
+
+
+@contextlib.contextmanager
+def listed_once() -> Iterator[None]:
+    """A context in which each folder, zip or LMDB is listed once, however often it is opened."""
+    listed: dict[str, ImageFiles] = {}
+    with contextlib.ExitStack() as stack:
+        token = _LISTED.set(listed)
+        try:
+            yield
+        finally:
+            _LISTED.reset(token)
+            for files in listed.values():
+                stack.callback(files.close)
 
 
 @contextlib.contextmanager
 def open_files(path: str) -> Iterator[ImageFiles]:
     """Opens the folder, zip or LMDB at `path`.
 
-    Raises UserError if it does not exist or contains no image, and Fault for any OSError in the body of the `with`.
+    Raises UserError if it does not exist, and Fault for any OSError in the body of the `with`.
     """
+    listed = _LISTED.get()
     try:
-        with contextlib.closing(paths.retry(path, lambda: _open(path))) as files:
-            if not files.names:
-                raise UserError(f"there is no image in {path}: it needs files that end in {', '.join(SUFFIXES)}")
-            files.path = path
+        if listed is not None and path in listed:
+            yield listed[path]
+            return
+        files = paths.retry(path, lambda: _open(path))
+        files.path = path
+        with contextlib.closing(files) if listed is None else contextlib.nullcontext():
+            if listed is not None:
+                listed[path] = files
             yield files
     except OSError as error:
         raise Fault(f"data.path={path} cannot be read: {error}; run the same command again") from error
+
+
+def names_of(files: ImageFiles) -> Sequence[str]:
+    """The names of all files. Raises UserError if there is none."""
+    if not files.names:
+        raise UserError(f"there is no image in {files.path}: it needs files that end in {', '.join(SUFFIXES)}")
+    return files.names
 
 
 def _open(path: str) -> ImageFiles:
@@ -147,75 +193,50 @@ def _open(path: str) -> ImageFiles:
     return Folder(given) if paths.is_dir(given) else Zip(given)
 
 
-def inspect(
-    files: ImageFiles, image_size: int | None, channels: int | None, cache_dir: str
-) -> tuple[int, tuple[int, int, int]]:
-    """Returns the number of images, and the shape (S, S, C) of each in the prepared copy, from headers alone.
-
-    Damaged files with a valid header count. `image_size` None means the largest power of two that is at most the median
-    shorter side, and at most 256; `channels` None means 3, or 1 if all images are grey. The result is kept in
-    `cache_dir`. Raises UserError if no file is an image.
-    """
-    kept = cache_path(files, cache_dir, "look 1").with_suffix(".json")
-    try:
-        found = json.loads(kept.read_bytes())
-        count, side, grey = int(found["images"]), float(found["side"]), bool(found["grey"])
-    except (OSError, ValueError, KeyError, TypeError):  # missing or damaged
-        count, side, grey = _read_headers(files)
-        with contextlib.suppress(OSError):  # without the file, the next start reads the headers again
-            paths.write(kept, json.dumps({"images": count, "side": side, "grey": grey}))
-    size = image_size or min(2 ** int(np.log2(side)), MAX_DEFAULT_SIZE)
-    return count, (size, size, channels or (1 if grey else 3))
+def stem(files: ImageFiles) -> str:
+    """The name of the folder, zip or LMDB, without a suffix."""
+    given = paths.path(files.path)
+    return given.stem if files.remote else pathlib.Path(given).resolve().stem
 
 
-def _read_headers(files: ImageFiles) -> tuple[int, float, bool]:
-    """Returns the number of images, their median shorter side, and whether all are grey."""
+def source(files: ImageFiles) -> str:
+    """The folder, zip or LMDB as an absolute path."""
+    return files.path if files.remote else os.path.realpath(paths.path(files.path))
 
-    def header(name: str) -> tuple[int, bool]:
-        start = files.read(name, HEADER_BYTES)
-        try:
-            return read_header(start)
-        except ValueError:
-            if len(start) < HEADER_BYTES:
-                raise
-            return read_header(files.read(name))
 
-    skipped: dict[str, str] = {}
-    headers = [found for _, found in process_files(files, header, "reading headers", skipped)]
-    if not headers:
-        raise UserError(f"{describe_skipped(files, skipped)}. At least one image is needed")
-    sides, greys = zip(*headers, strict=True)
-    return len(headers), float(np.median(sides)), all(greys)
+def folder_of_copies(cache_dir: str) -> pathlib.Path:
+    """The folder of all prepared copies."""
+    return pathlib.Path(cache_dir) / "image_folder"
 
 
 def cache_path(files: ImageFiles, cache_dir: str, settings: str) -> pathlib.Path:
     """The path for a result that depends on these files, unchanged, and on `settings`."""
-    lines = [settings, *files.signature]
-    for index in evenly_spaced(len(files.names), HASHED_FILES):
-        with contextlib.suppress(ValueError):  # of a file that is skipped later
-            start = _read_or_fault(lambda name: files.read(name, HEADER_BYTES), files.names[index])
-            lines.append(hashlib.sha256(start).hexdigest())
-    key = hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()[:16]
-    given = paths.path(files.path)
-    stem = given.stem if files.remote else pathlib.Path(given).resolve().stem
-    return pathlib.Path(cache_dir) / "image_folder" / f"{stem}-{key}"
+    digest = hashlib.sha256("\n".join([settings, *files.signature()]).encode("utf-8", "surrogateescape"))
+    for excerpt in files.excerpts():
+        digest.update(hashlib.sha256(excerpt).digest())
+    return folder_of_copies(cache_dir) / f"{stem(files)}-{digest.hexdigest()[:16]}"
 
 
 def process_files(
-    files: ImageFiles, action: Callable[[str], Any], label: str, skipped: dict[str, str]
+    files: ImageFiles,
+    names: Sequence[str],
+    action: Callable[[str], Any],
+    label: str,
+    skipped: dict[str, str],
+    done: int = 0,
 ) -> Iterator[tuple[str, Any]]:
-    """Yields (name, action(name)) in the order of the names. Threads run ahead, and a progress bar shows `label`.
+    """Yields (name, action(name)) for names[done:], in order. Threads run ahead, and a progress bar shows `label`.
 
     Files for which the action raises ValueError are left out, and added to `skipped`: their names and the reasons.
     Raises Fault for a file that cannot be read.
     """
 
-    pool = concurrent.futures.ThreadPoolExecutor(BUCKET_THREADS if files.remote else os.cpu_count())
+    pool = concurrent.futures.ThreadPoolExecutor(BUCKET_THREADS if files.remote else processes.num_cores())
 
     def futures() -> Iterator[tuple[str, concurrent.futures.Future]]:
         pending: collections.deque = collections.deque()
-        for name in tqdm(files.names, label, unit="img", disable=None):
-            pending.append((name, pool.submit(_read_or_fault, action, name)))
+        for name in tqdm(names[done:], label, len(names), unit="img", initial=done, disable=None):
+            pending.append((name, pool.submit(read_or_fault, action, name)))
             if len(pending) >= WINDOW:
                 yield pending.popleft()
         yield from pending
@@ -232,16 +253,8 @@ def process_files(
         pool.shutdown(cancel_futures=True)
 
 
-def _read_or_fault(action: Callable[[str], Any], name: str) -> Any:
-    """Returns `action(name)`, which reads a file. Raises Fault for errors that do not prove the file itself bad."""
-    try:
-        return action(name)
-    except (OSError, MemoryError) as error:
-        raise Fault(f"{name} cannot be read: {reason_of(error)}; run the same command again") from error
-
-
-def describe_skipped(files: ImageFiles, skipped: dict[str, str]) -> str:
+def describe_skipped(files: ImageFiles, skipped: dict[str, str], num_files: int) -> str:
     """The number of skipped files, and the first with its reason, for a message."""
     name, reason = next(iter(skipped.items()))
-    text = f"{len(skipped)} of {len(files.names)} files in {files.path} were skipped (the first, {name}: {reason})"
+    text = f"{len(skipped)} of {num_files} files in {files.path} were skipped (the first, {name}: {reason})"
     return text.encode("utf-8", "replace").decode()  # names need not be valid Unicode

@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ddgan_jax.config.settings import DataConfig
-from ddgan_jax.data import decoding, digits, folder, prepared, splits, synthetic, tfds
+from ddgan_jax.data import decoding, digits, prepared, splits, synthetic, tfds
 from ddgan_jax.data.batches import evenly_spaced
 from ddgan_jax.devices import processes
 from ddgan_jax.errors import UserError
@@ -114,10 +114,9 @@ def inspect(c: DataConfig) -> DatasetInfo:
     """Describes what `open_data` would open, without decoding it. For a folder, only the headers are read."""
     if c.name not in FOLDERS:
         return open_data(dataclasses.replace(c, in_memory_mib=0)).info
-    with folder.open_files(_folder_path(c)) as files:
-        count, shape = folder.inspect(files, c.image_size, c.channels, paths.cache_dir(directory(c.dir)))
-        classes = files.classes()
-    return DatasetInfo(len(range(count)[_folder_split(c, count)]), shape, len(classes) > 1)
+    found = prepared.inspect(_folder_path(c), c.image_size, c.channels, paths.cache_dir(directory(c.dir)))
+    examples = range(found.num_images)[_folder_split(c, found.num_images)]
+    return DatasetInfo(len(examples), found.shape, len(found.classes) > 1)
 
 
 def directory(dir: str | None = None) -> str:
@@ -147,7 +146,7 @@ def _in_memory(images: Any, limit_mib: int) -> Any:
     decoded = np.empty(images.shape, images.dtype)
     chunks = np.split(np.arange(len(images)), range(256, len(images), 256))
     with (
-        concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool,
+        concurrent.futures.ThreadPoolExecutor(processes.num_cores()) as pool,
         tqdm(total=len(images), desc="decoding", unit="img", leave=False, disable=None) as bar,
     ):
         for chunk, part in zip(chunks, pool.map(images.__getitem__, chunks), strict=True):

@@ -13,6 +13,7 @@ from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.storage import paths
 
 T = TypeVar("T")
+EXAMPLES = 1_024  # read at once for their labels: their encoded images are read with them
 # What the command line of tensorflow-datasets 4.9.10 imports and does not install.
 CLI_NEEDS = "(after `pip install apache-beam mlcroissant`)"
 
@@ -60,9 +61,10 @@ def open_split(
         return images, None, ()
 
     def labels() -> np.ndarray:
-        everything = range(len(source))
-        found = lambda: [int(example["label"]) for example in source.read(everything)]  # noqa: E731
-        return np.array(_read(name, data_dir, found), np.int32)
+        parts = (range(start, min(start + EXAMPLES, len(source))) for start in range(0, len(source), EXAMPLES))
+        read = lambda part: [int(example["label"]) for example in source.read(part)]  # noqa: E731
+        found = [_read(name, data_dir, functools.partial(read, part)) for part in parts]
+        return np.array([label for part in found for label in part], np.int32)
 
     return images, labels, tuple(features["label"].names)
 

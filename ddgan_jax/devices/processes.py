@@ -25,6 +25,11 @@ T = TypeVar("T")
 SHUTDOWN_TIMEOUT = "DDGAN_SHUTDOWN_TIMEOUT"
 
 
+def num_cores() -> int:
+    """The number of processor cores that this process may use, which a scheduler may have restricted."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def initialize() -> None:
     """Joins the other processes that the launcher started, if there are any; see `cluster`.
 

@@ -28,13 +28,17 @@ class TensorBoard:
     def __init__(self, workdir: Path, config: dict[str, Any], step: int):
         with quiet():  # it imports TensorFlow
             from clu import metric_writers
-        self._events = workdir / "tensorboard"
-        # TensorFlow would write to a bucket with credentials of its own, so it writes locally and `flush` uploads.
+        self._writers, self._events = metric_writers, workdir / "tensorboard"
+        # TensorFlow would write to a bucket with credentials of its own, so it writes locally and a thread uploads.
         self._local = tempfile.TemporaryDirectory(prefix="tensorboard") if paths.is_remote(workdir) else None
-        folder = self._local.name if self._local else str(self._events)
-        self._writer = metric_writers.AsyncWriter(metric_writers.SummaryWriter(folder))
+        self._uploads = paths.BackgroundWrites()
+        self._open()
         text = "    " + json.dumps(config, indent=2).replace("\n", "\n    ")  # indented, which Markdown shows as code
         self._writer.write_texts(step, {"config": text})
+
+    def _open(self) -> None:
+        folder = self._local.name if self._local else str(self._events)
+        self._writer = self._writers.AsyncWriter(self._writers.SummaryWriter(folder))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Shows the metrics of a step."""
@@ -45,16 +49,29 @@ class TensorBoard:
         self._writer.write_images(np.int64(step), {name: image[None]})
 
     def flush(self) -> None:
-        """Returns when everything is written. Raises OSError if it cannot be."""
+        """Returns when everything is written, or, for a bucket, on its way. Raises OSError if it cannot be.
+
+        TensorBoard reads any number of files. In a bucket, each flush therefore ends a file, which is uploaded once.
+        """
         self._writer.flush()
+        if self._local:
+            self._writer.close()
+            self._upload()
+            self._open()
+
+    def _upload(self) -> None:
         for name in os.listdir(self._local.name) if self._local else ():
-            with open(os.path.join(self._local.name, name), "rb") as file:  # type: ignore[union-attr]
-                paths.write(self._events / name, file.read())
+            file = os.path.join(self._local.name, name)  # type: ignore[union-attr]
+            with open(file, "rb") as opened:
+                self._uploads.write(self._events / name, opened.read())
+            os.unlink(file)
 
     def close(self) -> None:
-        """Writes pending events and closes."""
-        self.flush()
+        """Writes pending events and closes. Raises OSError if they cannot be written."""
+        self._writer.flush()
         self._writer.close()
+        self._upload()
+        self._uploads.wait()
         if self._local:
             self._local.cleanup()
 

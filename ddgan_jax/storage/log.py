@@ -83,7 +83,7 @@ class Log:
                     ) from error
         if settings.wandb:
             self._dashboards.append(WeightsAndBiases(workdir, config, settings.wandb, start_step))
-        self._uploaded, self._file = time.time(), None
+        self._uploads, self._uploaded, self._file = paths.BackgroundWrites(), time.time(), None
         with self._guard():
             paths.write(self.path, "".join(lines))
             if not paths.is_remote(self.path):
@@ -115,19 +115,23 @@ class Log:
         with self._guard():
             if not self._file:
                 self._upload()
+                self._uploads.wait()
             for dashboard in self._dashboards:
                 dashboard.flush()
 
     def close(self) -> None:
         """Writes pending records and closes. Raises Fault if they cannot be written."""
-        self.flush()
-        if self._file:
-            self._file.close()
-        for dashboard in self._dashboards:
-            dashboard.close()
+        with self._guard():
+            if self._file:
+                self._file.close()
+            else:
+                self._upload()
+                self._uploads.wait()
+            for dashboard in self._dashboards:
+                dashboard.close()
 
     def _upload(self) -> None:
-        paths.write(self.path, "".join(self._lines))
+        self._uploads.write(self.path, "".join(self._lines))
         self._uploaded = time.time()
 
     @contextlib.contextmanager

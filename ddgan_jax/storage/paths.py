@@ -209,6 +209,26 @@ def writing(file: Given, sync: bool = True) -> Iterator[IO[bytes]]:
         raise OSError(f"{target} cannot be written: {reason}") from error
 
 
+class BackgroundWrites:
+    """Writes files in a thread, one after the other."""
+
+    def __init__(self) -> None:
+        self._pool, self._pending = concurrent.futures.ThreadPoolExecutor(1), list[concurrent.futures.Future]()
+
+    def write(self, file: Given, content: str | bytes) -> None:
+        """Begins to write a file. Raises OSError if an earlier one could not be written."""
+        for done in [write for write in self._pending if write.done()]:
+            self._pending.remove(done)
+            done.result()
+        self._pending.append(self._pool.submit(write, file, content))
+
+    def wait(self) -> None:
+        """Returns when all files are written. Raises OSError if one could not be."""
+        pending, self._pending = self._pending, []
+        for begun in pending:
+            begun.result()
+
+
 def remove_unfinished(folder: Given, pattern: str) -> None:
     """Removes what killed writes of files whose names match `pattern` left in a local folder. In a bucket nothing is.
 

@@ -21,8 +21,7 @@ from PIL import Image
 from ddgan_jax.commands import evaluate
 from ddgan_jax.config import presets
 from ddgan_jax.config import settings as config
-from ddgan_jax.data import decoding, prepared
-from ddgan_jax.data import folder as folder_of_images
+from ddgan_jax.data import archives, decoding, prepared
 from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.method import build
 from ddgan_jax.metrics import distances
@@ -70,7 +69,7 @@ def mutated(content: bytes, rng: random.Random) -> bytes:
 
 def look_and_decode(content: bytes, rng: random.Random) -> None:
     try:
-        decoding.read_header(content[: folder_of_images.HEADER_BYTES])
+        decoding.read_header(content[: archives.EXCERPT_BYTES])
     finally:
         assert decoding.fit(decoding.open_image(content), 32, rng.choice((1, 3))).shape[:2] == (32, 32)
 

@@ -135,7 +135,7 @@ KINDS = {
     "dataset's JSON": Kind("/tfds/photos/1.0.0/", ("judge by records",), only=("EIO on open", "503", "drop", "403")),
     "weights": Kind("/inception.npz", ("judge by Inception",), given=True),
     "copy's JSON": Kind("/data/image_folder/", OF_DATA, in_a_bucket=False),
-    "copy's images": Kind("/images.bin", OF_DATA, in_a_bucket=False),
+    "copy's images": Kind("/images.0.bin", OF_DATA, in_a_bucket=False),
     "classifier": Kind("/data/evaluation/classifier", OF_DATA, in_a_bucket=False),
     "features": Kind("/data/evaluation/features", OF_DATA, in_a_bucket=False),
 }

@@ -315,8 +315,8 @@ def test_bad_files_are_skipped_and_listed(tmp_path, capsys):
     (folder / "link.png").symlink_to(secret)
     (folder / "loop").symlink_to(folder)
     (folder / "nowhere.png").symlink_to(folder / "missing.png")
-    with pytest.raises(UserError, match=r"8 of 28 files .* more than data.max_bad_share=0.01 allows"):
-        open_folder(folder, tmp_path / "cache")
+    with pytest.raises(UserError, match=r"7 of 28 files .* more than 10 files and the fraction 0 of them"):
+        open_folder(folder, tmp_path / "cache", max_bad_share=0)
     images, labels, classes = open_folder(folder, tmp_path / "cache", max_bad_share=0.5)
     assert images.shape == (20, 8, 8, 3) and len(labels) == 20 and classes == [""]
     assert "8 of 28 files" in capsys.readouterr().out
@@ -337,6 +337,46 @@ def test_bad_files_are_skipped_and_listed(tmp_path, capsys):
         assert reason in reasons[name], reasons[name]
 
 
+@pytest.mark.parametrize("bad, share, allowed", [(10, 0.01, True), (11, 0.01, False), (11, 0.2, True), (1, 0.0, False)])
+@pytest.mark.parametrize("size", [None, 8])
+def test_how_many_files_may_be_bad(tmp_path, monkeypatch, capsys, bad, share, allowed, size):
+    """Ten, or a fraction. The others are not decoded, whether the headers are read before or not."""
+    for i in range(60):
+        save(tmp_path / "in" / f"z{i:02d}.png", noise(8, 8, i))
+    for i in range(bad):
+        (tmp_path / "in" / f"a{i:02d}.png").write_bytes(b"no image")
+    decoded = count_decoded(monkeypatch)
+    monkeypatch.setattr(folders, "WINDOW", 1)
+    if allowed:
+        assert len(open_folder(tmp_path / "in", tmp_path / "cache", size, 3, share)[0]) == 60
+        assert f"{bad} of {60 + bad} files in {tmp_path}/in were skipped" in capsys.readouterr().out
+        return
+    message = f"{bad} of .* files .*config.data.max_bad_share={0.16 if bad > 10 else 0.02}"
+    with pytest.raises(UserError, match=message) as error:
+        open_folder(tmp_path / "in", tmp_path / "cache", size, 3, share)
+    assert len(decoded) <= bad
+    flag = float(str(error.value).rpartition("=")[2])
+    assert len(open_folder(tmp_path / "in", tmp_path / "cache", size, 3, flag)[0]) == 60
+
+
+@pytest.mark.parametrize("kind", ["heic", "avif"])
+def test_photos_of_phones(tmp_path, monkeypatch, kind):
+    """HEIC is read by pillow-heif, which turns it upright. Without it, the reason names the package."""
+    heif = pytest.importorskip("pillow_heif")
+    heif.register_heif_opener()
+    image = np.zeros((64, 96, 3), np.uint8)
+    image[:, :48], image[:32, 48:] = (200, 30, 30), (30, 30, 200)
+    save(tmp_path / "in" / f"1.{kind}", image, format="HEIF" if kind == "heic" else "AVIF", quality=90)
+    save(tmp_path / "in" / "2.png", image)
+    found, expected = open_folder(tmp_path / "in", tmp_path / "cache", 32, 3)[0].astype(int)
+    assert np.abs(found - expected).mean() < 6
+    assert inspect_files(tmp_path / "in", tmp_path / "cache") == (2, (64, 64, 3), [""])
+    monkeypatch.setattr(decoding, "_readable_formats", lambda: ("JPEG", "PNG"))
+    package = {"heic": "pip install pillow-heif", "avif": "pip install -U pillow"}[kind]
+    with pytest.raises(ValueError, match=package):
+        decoding.decode((tmp_path / "in" / f"1.{kind}").read_bytes(), 32, 3)
+
+
 def test_a_class_that_is_a_link_to_a_folder_is_skipped_and_listed(tmp_path):
     """It is not a class, even if its files are images. A hidden link is ignored, like any hidden folder."""
     save(tmp_path / "elsewhere" / "x.png", noise(8, 8))
@@ -345,7 +385,7 @@ def test_a_class_that_is_a_link_to_a_folder_is_skipped_and_listed(tmp_path):
     for name in ("cat", "bee/deep", ".hidden"):
         (tmp_path / "in" / name).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=r"2 of 4 files .*the first, bee/deep: it is a link to a folder"):
-        open_folder(tmp_path / "in", tmp_path / "cache")
+        open_folder(tmp_path / "in", tmp_path / "cache", max_bad_share=0)
     images, _, classes = open_folder(tmp_path / "in", tmp_path / "cache", max_bad_share=0.5)
     assert len(images) == 2 and classes == ["ant", "bee"]
     assert inspect_files(tmp_path / "in", tmp_path / "cache")[::2] == (2, ["ant", "bee"])
@@ -362,7 +402,7 @@ def test_a_zip(tmp_path):
         for name in ("a/x.png", "a/y.png", "b/z.PNG", "__MACOSX/a/x.png", "a/.hidden.png", "notes.txt", "../evil.png"):
             file.writestr(name, buffer.getvalue())
     with pytest.raises(UserError, match=r"1 of 4 files .* points outside the zip"):
-        open_folder(tmp_path / "in.zip", tmp_path / "cache")
+        open_folder(tmp_path / "in.zip", tmp_path / "cache", max_bad_share=0)
     images, labels, classes = open_folder(tmp_path / "in.zip", tmp_path / "cache", max_bad_share=0.3)
     assert images.shape == (3, 8, 8, 3) and [classes[label] for label in labels] == ["a", "a", "b"]
     assert not list(tmp_path.rglob("evil*"))
@@ -379,7 +419,7 @@ def test_names_in_a_zip(tmp_path):
         for name, png in zip(names, content, strict=True):
             file.writestr(name, png)
     with pytest.raises(UserError, match=r"2 of 6 files .*: its name points outside the zip"):
-        open_folder(tmp_path / "in.zip", tmp_path / "cache")
+        open_folder(tmp_path / "in.zip", tmp_path / "cache", max_bad_share=0)
     assert inspect_files(tmp_path / "in.zip", tmp_path / "cache")[::2] == (4, ["a", "b"])
     images, labels, classes = open_folder(tmp_path / "in.zip", tmp_path / "cache", max_bad_share=0.5)
     assert [classes[label] for label in labels] == ["a", "a", "b", "b"]

@@ -43,7 +43,7 @@ class DataConfig:
     # folder. Networks for images take 8 to 1,024 px, times model.patch_size
     channels: Annotated[Positive, at_most(64)] | None = None  # channels of the images; None: from the dataset
     path: str | None = None  # for 'image_folder' and 'lsun_church': a folder or zip, also at gs://, or a local LMDB
-    max_bad_share: Fraction = 0.01  # fraction of the files in `path` that may be skipped as damaged
+    max_bad_share: Fraction = 0.01  # fraction of the files in `path` that may be damaged; 10 always may, unless it is 0
     in_memory_mib: Count = 2048  # MiB; a larger dataset is decoded while it is read, not at the start
     flip: bool = True  # mirror half of the images (released code)
     scale: Scale = 1.0  # for points: x_0 = scale * data, with unchanged noise

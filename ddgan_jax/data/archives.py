@@ -22,7 +22,7 @@ from ddgan_jax.data.batches import evenly_spaced
 from ddgan_jax.errors import Fault, UserError, reason_of
 from ddgan_jax.storage import paths
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".avif", ".heic", ".heif")
 MAX_BYTES = 2**30  # of one file: a larger one is more likely an attack on the memory than a photograph
 EXCERPTS = 8  # parts of the content that distinguish two datasets with equal names, sizes and times
 EXCERPT_BYTES = 2**16

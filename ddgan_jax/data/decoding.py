@@ -5,6 +5,7 @@ image that can be used.
 """
 
 import contextlib
+import functools
 import io
 import threading
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import numpy as np
 from ddgan_jax.errors import UserError
 
 # The content alone decides about the format. Others are excluded, since Pillow runs programs to read some of them.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "AVIF", "HEIF")
 MIN_SIDE = 2  # px: excludes tracking pixels
 MAX_PIXELS = 100_000_000  # of one file: more are more likely an attack on the memory than a photograph
 LARGE_PIXELS = 25_000_000  # from here on, threads decode one file at a time
@@ -24,20 +25,20 @@ _LARGE_LOCK = threading.Lock()
 
 def read_header(content: bytes) -> tuple[int, bool]:
     """Returns the shorter side and whether the image is grey, from the first bytes of a file."""
-    with _value_errors():
+    with _value_errors(content):
         image = _open(content)
         return min(image.size), image.mode in ("1", "L", "LA", "La") or _is_deep(image)
 
 
 def open_image(content: bytes) -> Any:
     """Returns the first frame of an image file as a Pillow image, upright."""
-    with _value_errors():
+    with _value_errors(content):
         return _load(_open(content))
 
 
 def decode(content: bytes, size: int, channels: int) -> np.ndarray:
     """Returns an image file as uint8 [size, size, channels], as `fit` does, with little memory for a large image."""
-    with _value_errors():
+    with _value_errors(content):
         image = _open(content)
         large, square = image.width * image.height > LARGE_PIXELS, _central_square(image)
         with _LARGE_LOCK if large else contextlib.nullcontext():
@@ -64,7 +65,7 @@ def _draft(image: Any, size: int) -> int:
 
 def decode_mask(content: bytes, size: int) -> np.ndarray:
     """Returns the brightest channel of an image file on black, cropped and resized by `fit`: uint8 [size, size]."""
-    with _value_errors():
+    with _value_errors(content):
         return fit(to_eight_bits(_load(_open(content)), "black"), size, 3).max(axis=-1)
 
 
@@ -151,12 +152,35 @@ def _open(content: bytes) -> Any:
 
     if not content:
         raise ValueError("it is empty")
-    image = Image.open(io.BytesIO(content), formats=FORMATS)
+    image = Image.open(io.BytesIO(content), formats=_readable_formats())
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS:,}")
     if min(image.size) < MIN_SIDE:
         raise ValueError(f"{image.width}x{image.height} pixels are too few")
     return image
+
+
+@functools.cache
+def _readable_formats() -> tuple[str, ...]:
+    """Those of FORMATS that this installation reads: AVIF needs Pillow 11.3, and HEIC photos need pillow-heif."""
+    from PIL import Image
+
+    Image.init()
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _why_not_read(content: bytes) -> str:
+    """Why Pillow cannot read a file that begins with `content`."""
+    if content[4:8] == b"ftyp":  # of the ISO base media file format
+        if content[8:11] in (b"hei", b"hev", b"mif", b"msf") and "HEIF" not in _readable_formats():
+            return "it is a HEIC photo, which `pip install pillow-heif` makes readable"
+        if content[8:11] == b"avi" and "AVIF" not in _readable_formats():
+            return "it is an AVIF image, which `pip install -U pillow` makes readable"
+    return "it is not an image that Pillow can read"
 
 
 def _load(image: Any) -> Any:
@@ -228,8 +252,8 @@ def _is_deep(image: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _value_errors() -> Iterator[None]:
-    """Converts what Pillow raises for a broken file into ValueError with the reason."""
+def _value_errors(content: bytes) -> Iterator[None]:
+    """Converts what Pillow raises for the broken file `content` into ValueError with the reason."""
     from PIL import Image
 
     try:
@@ -237,6 +261,6 @@ def _value_errors() -> Iterator[None]:
     except Image.DecompressionBombError as error:
         raise ValueError(f"it claims more than {MAX_PIXELS:,} pixels") from error
     except Image.UnidentifiedImageError as error:
-        raise ValueError("it is not an image that Pillow can read") from error
+        raise ValueError(_why_not_read(content)) from error
     except (OSError, SyntaxError, EOFError) as error:  # all bytes are in memory, so OSError is about the content
         raise ValueError(f"it is damaged ({error})") from error

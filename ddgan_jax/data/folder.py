@@ -8,6 +8,7 @@ import concurrent.futures
 import contextlib
 import contextvars
 import hashlib
+import math
 import os
 import pathlib
 import stat
@@ -31,6 +32,7 @@ from ddgan_jax.storage import paths
 
 MAX_DEFAULT_SIZE = 256  # px: the paper's largest, unless the user specifies one
 WINDOW = 256  # files that are processed ahead of the one that is returned
+MAX_SKIPPED = 10  # files that may be skipped, however few there are
 BUCKET_THREADS = 32  # they mostly wait for the network
 
 
@@ -224,11 +226,12 @@ def process_files(
     label: str,
     skipped: dict[str, str],
     done: int = 0,
+    check: Callable[[], Any] = lambda: None,
 ) -> Iterator[tuple[str, Any]]:
     """Yields (name, action(name)) for names[done:], in order. Threads run ahead, and a progress bar shows `label`.
 
     Files for which the action raises ValueError are left out, and added to `skipped`: their names and the reasons.
-    Raises Fault for a file that cannot be read.
+    Then `check` is called, which may raise. Raises Fault for a file that cannot be read.
     """
 
     pool = concurrent.futures.ThreadPoolExecutor(BUCKET_THREADS if files.remote else processes.num_cores())
@@ -247,14 +250,30 @@ def process_files(
                 result = future.result()
             except ValueError as error:
                 skipped[name] = str(error) or type(error).__name__
+                check()
             else:
                 yield name, result
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def describe_skipped(files: ImageFiles, skipped: dict[str, str], num_files: int) -> str:
-    """The number of skipped files, and the first with its reason, for a message."""
+def check_skipped(
+    files: ImageFiles, skipped: dict[str, str], num_files: int, max_share: float = 1.0, listed: str = ""
+) -> str:
+    """Returns a note on the skipped files, of `num_files`: their number, and the first with its reason.
+
+    `listed` is where all are listed. Raises UserError if all are skipped, or more than MAX_SKIPPED and the fraction
+    `max_share` of them; a fraction of 0 allows none.
+    """
     name, reason = next(iter(skipped.items()))
-    text = f"{len(skipped)} of {num_files} files in {files.path} were skipped (the first, {name}: {reason})"
-    return text.encode("utf-8", "replace").decode()  # names need not be valid Unicode
+    text = f"{len(skipped)} of {num_files} files in {files.path} were skipped (the first, {name}: {reason}){listed}"
+    text = text.encode("utf-8", "replace").decode()  # names need not be valid Unicode
+    if len(skipped) == num_files:
+        raise UserError(f"{text}. At least one image is needed")
+    if len(skipped) > (max(MAX_SKIPPED, max_share * num_files) if max_share else 0):
+        share = math.ceil(100 * len(skipped) / num_files) / 100
+        raise UserError(
+            f"{text}. That is more than {MAX_SKIPPED} files and the fraction {max_share:g} of them: remove them, or "
+            f"allow it with --config.data.max_bad_share={share:g}"
+        )
+    return text

@@ -9,7 +9,6 @@ import numpy as np
 from ddgan_jax.data import folder, keyed
 from ddgan_jax.data.archives import EXCERPT_BYTES, ImageFiles
 from ddgan_jax.data.decoding import read_header
-from ddgan_jax.errors import UserError
 from ddgan_jax.storage import paths
 
 MAX_DEFAULT_SIZE = 256  # px: the paper's largest, unless the user specifies one
@@ -23,12 +22,14 @@ class Inspection(NamedTuple):
     classes: list[str]
 
 
-def inspect(files: ImageFiles, image_size: int | None, channels: int | None, cache_dir: str) -> Inspection:
+def inspect(
+    files: ImageFiles, image_size: int | None, channels: int | None, cache_dir: str, max_bad_share: float = 1.0
+) -> Inspection:
     """Describes the prepared copy of a set of images, from headers alone.
 
     `image_size` None means the largest power of two that is at most the median shorter side, and at most 256;
     `channels` None means 3, or 1 if all images are grey. The result is kept in `cache_dir`, and so is what the header
-    of each file says. Raises UserError if no file is an image.
+    of each file says. Raises UserError if no file is an image, or too many are not (`folder.check_skipped`).
     """
     kept = folder.cache_path(files, cache_dir, "look 2").with_suffix(".json")
     try:
@@ -36,7 +37,7 @@ def inspect(files: ImageFiles, image_size: int | None, channels: int | None, cac
         count, side, grey = int(found["images"]), float(found["side"]), bool(found["grey"])
         classes = [str(name) for name in found["classes"]]
     except (OSError, ValueError, KeyError, TypeError):  # missing or damaged
-        sides, greys = _headers(files, cache_dir)
+        sides, greys = _headers(files, cache_dir, max_bad_share)
         count, side, grey, classes = len(sides), float(np.median(sides)), bool(np.all(greys)), files.classes()
         about = {"images": count, "side": side, "grey": grey, "classes": classes}
         with contextlib.suppress(OSError):  # without the file, the next start reads the headers again
@@ -45,7 +46,7 @@ def inspect(files: ImageFiles, image_size: int | None, channels: int | None, cac
     return Inspection(count, (size, size, channels or (1 if grey else 3)), classes)
 
 
-def _headers(files: ImageFiles, cache_dir: str) -> tuple[np.ndarray, np.ndarray]:
+def _headers(files: ImageFiles, cache_dir: str, max_bad_share: float) -> tuple[np.ndarray, np.ndarray]:
     """Returns the shorter side of each image, and whether it is grey. Only headers of new or changed files are read."""
 
     def header(name: str) -> tuple[int, bool]:
@@ -64,8 +65,6 @@ def _headers(files: ImageFiles, cache_dir: str) -> tuple[np.ndarray, np.ndarray]
     skipped: dict[str, str] = {}
     new = [name for name, at in zip(names, place, strict=True) if at < 0]
     found = dict(folder.process_files(files, new, header, "reading headers", skipped))
-    if not found and len(new) == len(names):
-        raise UserError(f"{folder.describe_skipped(files, skipped, len(names))}. At least one image is needed")
     read = [keys[i] for i, name in enumerate(names) if name in found]
     sides, greys = (np.array([value[i] for value in found.values()]) for i in (0, 1))
     at = place[place >= 0]
@@ -77,4 +76,6 @@ def _headers(files: ImageFiles, cache_dir: str) -> tuple[np.ndarray, np.ndarray]
     if found:
         with contextlib.suppress(OSError):  # as above
             keyed.write(kept, merged)
+    if skipped:
+        folder.check_skipped(files, skipped, len(names), max_bad_share)
     return merged["sides"], merged["greys"]

@@ -100,7 +100,9 @@ class Copy(NamedTuple):
     skipped: dict[str, str]  # the files that are no images, with the reason
 
 
-def inspect(path: str, image_size: int | None, channels: int | None, cache_dir: str) -> headers.Inspection:
+def inspect(
+    path: str, image_size: int | None, channels: int | None, cache_dir: str, max_bad_share: float = 0.01
+) -> headers.Inspection:
     """What `open_folder` would open, from headers alone. Raises as `open_folder` and `headers.inspect`."""
     with _os_errors(path):
         if is_copy(path):
@@ -108,7 +110,7 @@ def inspect(path: str, image_size: int | None, channels: int | None, cache_dir: 
             size, _, depth = found.images.shape[1:]
             return headers.Inspection(len(found.images), (size, size, depth), found.classes)
     with folder.open_files(path) as files:
-        return headers.inspect(files, image_size, channels, cache_dir)
+        return headers.inspect(files, image_size, channels, cache_dir, max_bad_share)
 
 
 def open_folder(
@@ -120,29 +122,25 @@ def open_folder(
     names of the classes. For `image_size` and `channels` of None see `headers.inspect`. The classes are the top-level
     folders in alphabetical order; a flat folder has the one class ''.
 
-    Raises UserError if there is no image, if more than the fraction `max_bad_share` of the files are bad, or if
-    `cache_dir` is no place for the copy. Raises Fault if something cannot be read, or if the disk fails.
+    Raises UserError if there is no image, if too many files are bad (`folder.check_skipped`), or if `cache_dir` is no
+    place for the copy. Raises Fault if something cannot be read, or if the disk fails.
     """
     with _os_errors(path):
         if is_copy(path):
             return _open_named(path, image_size, channels)[:3]
     with folder.open_files(path) as files:
         if image_size is None or channels is None:
-            _, (image_size, _, channels), _ = headers.inspect(files, image_size, channels, cache_dir)
+            _, (image_size, _, channels), _ = headers.inspect(files, image_size, channels, cache_dir, max_bad_share)
         copy = preparing.copy_path(files, cache_dir, image_size, channels)
         if not paths.exists(copy / "dataset.json"):
             folder.names_of(files)  # an LMDB is opened here
-            preparing.prepare(files, copy, image_size, channels)
+            preparing.prepare(files, copy, image_size, channels, max_bad_share)
         found = read_copy(copy)
         with contextlib.suppress(OSError):  # `python -m ddgan_jax.data.copies` shows when a copy was last used
             os.utime(copy / "dataset.json")
         if found.skipped:
-            count = len(found.images) + len(found.skipped)
-            listed = f"all are listed in {copy / 'skipped.json'}"
-            text = f"{folder.describe_skipped(files, found.skipped, count)}; {listed}"
-            if not len(found.images) or len(found.skipped) > max_bad_share * count:
-                raise UserError(f"{text}. That is more than data.max_bad_share={max_bad_share:g} allows")
-            print(text, flush=True)
+            count, listed = len(found.images) + len(found.skipped), f"; all are listed in {copy / 'skipped.json'}"
+            print(folder.check_skipped(files, found.skipped, count, max_bad_share, listed), flush=True)
         return found[:3]
 
 

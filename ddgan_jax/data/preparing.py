@@ -40,11 +40,12 @@ def copy_path(files: ImageFiles, cache_dir: str, size: int, channels: int) -> pa
     return folder.cache_path(files, cache_dir, f"{FORMAT} {size} {channels}")
 
 
-def prepare(files: ImageFiles, copy: pathlib.Path, size: int, channels: int) -> None:
+def prepare(files: ImageFiles, copy: pathlib.Path, size: int, channels: int, max_bad_share: float) -> None:
     """Writes a copy into a temporary folder, which becomes `copy` when it is complete.
 
     The lock makes a second process wait for the copy of the first. A process that ends loses its lock, and the next
-    one continues. Raises UserError if there is no image, no room, or no such place; Fault for a failed read or write.
+    one continues. Raises UserError if there is no image, no room or no such place, and as soon as too many files are
+    bad (`folder.check_skipped`); Fault for a failed read or write.
     """
     aside, shape = copy.with_name(f"incomplete.{copy.name}"), (size, size, channels)
     with of_a_folder(f"the copy of {files.path} cannot be written to {copy.parent}", "set data.dir to another folder"):
@@ -66,7 +67,7 @@ def prepare(files: ImageFiles, copy: pathlib.Path, size: int, channels: int) -> 
                 f"preparing the {len(names):,} files of {files.path} at {size} px in {copy}, once{shared}{before}",
                 flush=True,
             )
-            work.decode(files, done)
+            work.decode(files, done, max_bad_share)
             _describe(files, work, earlier, keys, place)
             shutil.rmtree(copy, ignore_errors=True)  # a copy that has lost its dataset.json
             aside.rename(copy)
@@ -187,33 +188,36 @@ class Work:
             self.pixels.write_bytes(b"")
         return self._names.index(last) + 1 if last else 0
 
-    def decode(self, files: ImageFiles, done: int) -> None:
-        """Decodes all files but the first `done`."""
-        skipped: dict[str, str] = {}
+    def decode(self, files: ImageFiles, done: int, max_bad_share: float) -> None:
+        """Decodes all files but the first `done`. Raises UserError as soon as too many are bad."""
         block: list[int] = []
-        since = time.monotonic()
+        logged, since = len(self.skipped), time.monotonic()
         with self.pixels.open("r+b") as pixels, self.log.open("a") as log:
 
             def finish(last: str) -> None:
                 pixels.flush()
                 os.fsync(pixels.fileno())
+                skipped = dict(list(self.skipped.items())[logged:])
                 about = {"last": last, "first": len(self.checksums), "checksums": block, "skipped": skipped}
                 log.write(json.dumps(about) + "\n")
                 log.flush()
                 self.checksums += block
-                self.skipped |= skipped
                 block.clear()
-                skipped.clear()
+
+            def check() -> None:
+                if len(self.skipped) > folder.MAX_SKIPPED or not max_bad_share:
+                    folder.check_skipped(files, self.skipped, len(files.names), max_bad_share)
 
             pixels.truncate(len(self.checksums) * math.prod(self.shape))
             pixels.seek(0, os.SEEK_END)
             action = functools.partial(_pixels, files, self.shape)
-            for name, image in folder.process_files(files, self._names, action, "decoding", skipped, done):
+            images = folder.process_files(files, self._names, action, "decoding", self.skipped, done, check)
+            for name, image in images:
                 pixels.write(image)
                 block.append(zlib.crc32(image))
                 if time.monotonic() - since >= BLOCK_SECONDS:
                     finish(name)
-                    since = time.monotonic()
+                    logged, since = len(self.skipped), time.monotonic()
             if done < len(self._names):
                 finish(self._names[-1])
 

@@ -114,7 +114,8 @@ def inspect(c: DataConfig) -> DatasetInfo:
     """Describes what `open_data` would open, without decoding it. For a folder, only the headers are read."""
     if c.name not in FOLDERS:
         return open_data(dataclasses.replace(c, in_memory_mib=0)).info
-    found = prepared.inspect(_folder_path(c), c.image_size, c.channels, paths.cache_dir(directory(c.dir)))
+    cache_dir = paths.cache_dir(directory(c.dir))
+    found = prepared.inspect(_folder_path(c), c.image_size, c.channels, cache_dir, c.max_bad_share)
     examples = range(found.num_images)[_folder_split(c, found.num_images)]
     return DatasetInfo(len(examples), found.shape, len(found.classes) > 1)
 

@@ -236,6 +236,23 @@ def test_the_best_is_kept_where_its_mark_cannot_be_read(loss, tmp_path, monkeypa
     assert again.steps() == [1, 3]
 
 
+def test_a_best_checkpoint_that_was_deleted_is_found_again_among_the_others(tmp_path):
+    checkpoints = manager.Checkpoints(str(tmp_path), keep=9)
+    for step, value in ((1, 2.0), (2, 1.0), (3, 3.0)):
+        checkpoints.save(step, tiny_state(step), CONFIG)
+        checkpoints.update_best(step, "fid", value)
+    checkpoints.close()
+    shutil.rmtree(tmp_path / "checkpoints" / "2")
+    records = [{"step": 1, "fid": 2.0}, {"step": 2, "fid": 1.0}, {"step": 3, "fid": 3.0}]
+    for deleted, best in ((None, "1"), ("1", "3")):
+        if deleted:
+            shutil.rmtree(tmp_path / "checkpoints" / deleted)
+        again = manager.Checkpoints(str(tmp_path), keep=9)
+        again.find_best("fid", "", lambda: records)
+        again.close()
+        assert checkpoint.find(f"{tmp_path}/best").name == best
+
+
 def test_distances_by_another_yardstick_do_not_compare(tmp_path):
     """Such as those of a classifier that was trained anew, on more images."""
     checkpoints = manager.Checkpoints(str(tmp_path), keep=9)

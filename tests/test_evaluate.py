@@ -18,7 +18,7 @@ from commands import POINTS, ROOT, SMOKE, python, run
 from conftest import GOLDEN
 from PIL import Image
 
-from ddgan_jax.commands import evaluate, figures, generate
+from ddgan_jax.commands import evaluate, figures, generate, outputs, sample_files
 from ddgan_jax.commands.train import train
 from ddgan_jax.config import presets
 from ddgan_jax.config.settings import DataConfig, as_dict, read
@@ -254,7 +254,7 @@ def test_a_folder_of_pictures(digits, tmp_path):
     evaluate.evaluate(c, "", str(tmp_path / "in"), str(tmp_path / "out"), num_samples=30)
     with pytest.raises(UserError, match=r"name the real images that .*in is compared with"):
         evaluate.evaluate(None, "", str(tmp_path / "in"))
-    with pytest.raises(UserError, match=r"--out=.*in is the folder of the samples"):
+    with pytest.raises(UserError, match=r"--out=.*in is in the folder of the samples"):
         evaluate.evaluate(c, "", str(tmp_path / "in"), str(tmp_path / "in"))
     shutil.copytree(tmp_path / "in", tmp_path / "in" / "more")
     (tmp_path / "out" / "results.json").unlink()
@@ -271,10 +271,47 @@ def test_a_folder_of_pictures(digits, tmp_path):
 
 
 def test_some_of_the_samples_of_a_file_are_from_all_of_it(tmp_path):
-    """A file may be sorted by class, whose first samples are of one."""
-    np.savez(tmp_path / "x.npz", np.arange(1_000, dtype=np.float32)[:, None])
-    chunks, count, _, _ = evaluate.file_samples(str(tmp_path / "x.npz"), 334)
-    assert count == 334 and np.concatenate(list(chunks)).ravel().tolist() == [3.0 * i for i in range(334)]
+    """Whether the file is sorted by class, or has the classes in turn."""
+    for labels in (np.repeat(np.arange(10), 400), np.tile(np.arange(10), 400)):
+        np.savez(tmp_path / "x.npz", labels.astype(np.float32)[:, None])
+        for num in (2_000, 800, 400):
+            chunks, count, _, _ = sample_files.file_samples(str(tmp_path / "x.npz"), num)
+            found = np.bincount(np.concatenate(list(chunks)).ravel().astype(int), minlength=10)
+            assert count == num == found.sum() and np.abs(found / num - 0.1).max() < 0.05
+
+
+def test_another_evaluation_of_a_step_has_a_folder_of_its_own(gaussians_run):
+    """A quick look does not replace the results of many samples; the same command replaces its own."""
+    folder, c = gaussians_run / "evaluation", str(gaussians_run)
+    for num, made in ((500, "8"), (100, "8-2"), (500, "8"), (100, "8-2"), (200, "8-3")):
+        evaluate.evaluate(None, c, num_samples=num)
+        assert json.loads((folder / made / "results.json").read_text())["num_samples"] == num
+    assert sorted(path.name for path in folder.iterdir()) == ["8", "8-2", "8-3"]
+
+
+@pytest.fixture
+def gaussians_run(tmp_path):
+    train(presets.get("gaussians:smoke"), str(tmp_path / "run"))
+    return tmp_path / "run"
+
+
+def test_a_directory_of_samples_that_was_not_completed(digits, tmp_path):
+    """It may hold samples of two models. The command that writes them, run again, completes it."""
+    (c, images), out = digits, str(tmp_path / "x")
+    outputs.save(images[:9], out)
+    with pytest.raises(KeyError), outputs.into_directory(out) as add:
+        add(images[9:12])
+        raise KeyError
+    with pytest.raises(UserError, match=r"--samples=.*x is not complete: .*Run it again, or remove .*x/.unfinished"):
+        evaluate.evaluate(c, "", out, str(tmp_path / "out"))
+    outputs.save(images[:9], out)
+    assert evaluate.evaluate(c, "", out, str(tmp_path / "out"))["num_samples"] == 9
+    with pytest.raises(UserError, match=r"--out=.*x/e is in the folder of the samples"):
+        evaluate.evaluate(c, "", out, f"{out}/e")
+    outputs.check_out(out, "", num=9)
+    outputs.save(images[:9], f"{out}/old")
+    with pytest.raises(UserError, match=r"holds other images, such as old/000000.png: name an empty directory"):
+        outputs.check_out(out, "", num=9)
 
 
 def test_a_folder_of_samples_is_evaluated_as_their_checkpoint(digits, tmp_path):
@@ -639,9 +676,9 @@ def test_a_read_that_fails_is_no_damage(tmp_path, monkeypatch, error, message):
     for path, read_ in (
         (file, npz.read_npz),
         (file, evaluator.distances.load_moments),
-        (file, lambda path: evaluate.file_samples(path, 0)),
+        (file, lambda path: sample_files.file_samples(path, 0)),
         (published, lambda path: feature_networks._read_weights(path, inception)),
-        (tmp_path / "in" / "1.png", lambda path: list(evaluate.file_samples(os.path.dirname(path), 0)[0])),
+        (tmp_path / "in" / "1.png", lambda path: list(sample_files.file_samples(os.path.dirname(path), 0)[0])),
     ):
         with monkeypatch.context() as patch:
             failing(patch, error, path.name)

@@ -757,6 +757,10 @@ def test_a_read_that_fails_is_neither_damage_nor_the_users_error(monkeypatch, mo
     "arguments, message",
     [
         (["--mode=export", "--out=x.pt"], "must end in .safetensors (the generator in one file), in .bin"),
+        (
+            ["--mode=export", "--out=x.safetensors", "--posterior=deterministic"],
+            "--posterior=deterministic does nothing",
+        ),
         (["--mode=export", "--out=x.onnx"], "written by jax2onnx: pip install 'ddgan_jax[onnx]'"),
         (["--mode=edit"], "name an image with --image=PATH"),
         (["--mode=edit", "--image=nothing.png"], "--image=nothing.png cannot be read"),

@@ -122,6 +122,33 @@ def test_a_run_begins_with_the_networks_of_another(tmp_path):
     assert deeper.returncode == 2 and "of train.init_from is of another architecture" in deeper.stderr
 
 
+def test_networks_of_another_function_are_refused(points_run, tmp_path):
+    """Fields of the networks that leave the shapes of their parameters as they are."""
+    config = presets.get("gaussians:smoke")
+    config.train.init_from = str(points_run)
+    config.model.data_std = 9.0
+    with pytest.raises(UserError, match=r"was trained with generator.levels=.*, and this configuration has"):
+        train(config, str(tmp_path / "points"))
+    config = presets.get("digits")
+    config.train.init_from = "digits"
+    config.generator.skip_rescale = False
+    with pytest.raises(UserError, match=r"skip_rescale=True, and .* False: set --config.generator.skip_rescale=True"):
+        train(config, str(tmp_path / "digits"))
+    assert not [file for file in tmp_path.rglob("*") if file.is_file()]
+
+
+@pytest.mark.parametrize(
+    "name, content", [("config.json", "{}"), ("config.json", "x"), ("metrics.jsonl", '{"step": 1}')]
+)
+def test_files_of_another_program_stay(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=f"has a {name} that is not of a run: name another --workdir"):
+        train(presets.get("gaussians:smoke"), str(tmp_path))
+    assert (tmp_path / name).read_text() == content
+    train(presets.get("gaussians:smoke"), str(tmp_path), restart=True)
+    assert (tmp_path / "before-1" / name).read_text() == content
+
+
 def test_it_says_what_it_does(tmp_path, capsys, monkeypatch):
     """What comes and where the pictures are, what it waits for, what to try next; curves with every grid of samples."""
     drawn = []

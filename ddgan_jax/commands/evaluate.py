@@ -1,10 +1,11 @@
 """The command `evaluate`: measures of a checkpoint, or of samples in a file or folder; see metrics/evaluator.py."""
 
 import contextlib
+import itertools
+import json
 import os
 import statistics
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -12,17 +13,15 @@ import jax
 import numpy as np
 
 from ddgan_jax.commands import figures
+from ddgan_jax.commands.sample_files import Samples, as_grey, file_samples
 from ddgan_jax.config.settings import Config, read
-from ddgan_jax.data import decoding
-from ddgan_jax.data.archives import is_image_name
-from ddgan_jax.data.batches import evenly_spaced, match_label_frequencies
+from ddgan_jax.data.batches import match_label_frequencies
 from ddgan_jax.data.folder import listed_once
 from ddgan_jax.data.resolve import facts, labels_of
 from ddgan_jax.data.sketch import difference, sketch_of
 from ddgan_jax.data.sources import Data, open_data
 from ddgan_jax.devices import parallel, processes
 from ddgan_jax.errors import UserError
-from ddgan_jax.metrics import npz
 from ddgan_jax.metrics.evaluator import EvaluationResult, Evaluator, Results, measure, open_evaluator
 from ddgan_jax.metrics.features import open_real_images
 from ddgan_jax.model.loading import default_output, file_of, load
@@ -31,8 +30,6 @@ from ddgan_jax.model.sampler import Sampler
 from ddgan_jax.storage import checkpoint, paths
 from ddgan_jax.storage.log import as_json
 from ddgan_jax.storage.paths import Path
-
-Samples = tuple[Iterator[np.ndarray], int, np.ndarray | None, Results]  # chunks [n, ...], count, labels, about
 
 
 @listed_once()
@@ -69,7 +66,7 @@ def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_sampl
         about = {"checkpoint": found} | about
         if other := processes.broadcast_from_primary(lambda: _other_data(c, model, data)):
             about |= {"trained_on_other_data": other}
-    target = paths.path(out or folder)
+    target = paths.path(out or processes.broadcast_from_primary(lambda: _without_other_results(folder, c, count)))
     processes.run_on_all(lambda: _check_target(target, samples))
     evaluator = open_evaluator(c, data, count)
     if evaluator.data.images.shape[-1] == 1:
@@ -109,6 +106,21 @@ def _find(path: str, seed: int) -> tuple[str, str, str]:
     return str(found), str(workdir), str(workdir / "evaluation" / f"{found.name}{suffix}")
 
 
+def _without_other_results(folder: str, c: Config, count: int) -> str:
+    """`folder`, or the first of folder-2, folder-3, ... that does not hold the results of another evaluation."""
+    ours = {"num_samples": count, "features": c.eval.features, "data": f"{c.data.name} {c.data.split}"}
+    ours |= {"reference_statistics": c.eval.reference_statistics} if c.eval.reference_statistics else {}
+    for number in itertools.count(1):
+        found = folder if number == 1 else f"{folder}-{number}"
+        if not paths.exists(file := paths.path(found) / "results.json"):
+            return found
+        with contextlib.suppress(ValueError):  # of a file that is no JSON: it is not ours
+            theirs = json.loads(paths.read(file))
+            if all(theirs.get(name, value) == value for name, value in ours.items()):
+                return found
+    raise AssertionError("unreachable")
+
+
 def _without_code(c: Config, path: str) -> Config:
     """The configuration of a checkpoint. Raises UserError if its evaluation would run a Python function."""
     if ":" in (code := c.eval.features):
@@ -146,8 +158,8 @@ def _other_data(c: Config, model: Model, data: Data | None) -> str:
 
 def _check_target(folder: Path, samples: str) -> None:
     """Raises UserError if the folder of the results is a workdir, which has a results.json, or that of the samples."""
-    if samples and checkpoint.absolute(folder) == checkpoint.absolute(paths.path(samples)):
-        raise UserError(f"--out={folder} is the folder of the samples, and figures are no samples: name another")
+    if samples and checkpoint.absolute(folder).is_relative_to(checkpoint.absolute(paths.path(samples))):
+        raise UserError(f"--out={folder} is in the folder of the samples, and figures are no samples: name another")
     if paths.exists(folder / "metrics.jsonl"):
         raise UserError(f"--out={folder} is the workdir of a run, whose results.json stays: name another folder")
 
@@ -191,69 +203,6 @@ def time_sampling(draw: Sampler, params: Any, seed: int, batch: int, num_steps: 
         "batch": batch,
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }
-
-
-def file_samples(path: str, num_samples: int) -> Samples:
-    """`num_samples` samples, evenly spaced (0: all), of an npz with one array, or of all images below a folder.
-
-    Evenly spaced, because files may be sorted by class.
-
-    Raises UserError if there are too few, or if they are damaged or of different sizes; Fault if they cannot be read.
-    """
-    given = paths.path(path)
-    folder = paths.is_dir(given)
-    if folder:
-        files = [given / name for name in sorted(paths.files_below(given)) if is_image_name(name)]
-        total = len(files)
-    else:
-        arrays = npz.read_npz(path)
-        if len(arrays) != 1:
-            raise UserError(f"{path} holds {len(arrays)} arrays, {', '.join(arrays) or 'none'}: it needs to be one")
-        (array,) = arrays.values()
-        if array.dtype.kind not in "uif":
-            raise UserError(f"{path} holds {array.dtype} numbers: images are uint8, and points float32")
-        total = len(array) if array.ndim else 0
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise UserError(f"{path} holds NaN or infinity")
-    count = num_samples or total
-    if total < max(count, 2):
-        raise UserError(
-            f"{path} holds {total} samples, but {max(count, 2)} are needed: lower --num_samples or add samples"
-        )
-    chosen = evenly_spaced(total, count)
-    if folder:
-        return _decoded([files[i] for i in chosen]), count, None, {"samples": path}
-    return (array[chosen[i : i + 256]] for i in range(0, count, 256)), count, None, {"samples": path}
-
-
-def _decoded(files: list[Path]) -> Iterator[np.ndarray]:
-    """Images in chunks uint8 [n, H, W, C]."""
-    first = None
-    for start in range(0, len(files), 64):
-        chunk = []
-        for file in files[start : start + 64]:
-            content = npz.read_bytes(file)
-            try:
-                image = decoding.to_eight_bits(decoding.open_image(content))
-            except ValueError as error:
-                raise UserError(f"sample {file} cannot be read: {error}") from error
-            chunk.append(decoding.pixels(image))
-            first = first or chunk[0].shape
-            if chunk[-1].shape != first:
-                raise UserError(f"the samples are of different sizes: {file} is {chunk[-1].shape}, the first {first}")
-        yield np.stack(chunk)
-
-
-def as_grey(chunks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    """Chunks [n, H, W, 3] of grey images as [n, H, W, 1]; others unchanged. UserError for images in colour."""
-    for chunk in chunks:
-        if chunk.ndim == 4 and chunk.shape[-1] == 3:
-            if (chunk != chunk[..., :1]).any():
-                raise UserError(
-                    "the samples are in colour, but the real images are grey: name samples of the same data"
-                )
-            chunk = chunk[..., :1]
-        yield chunk
 
 
 def draw_figures(evaluator: Evaluator, result: EvaluationResult, folder: Path, workdir: str) -> None:

@@ -137,6 +137,8 @@ def interpolate(model: Model, out: str, num: int, samples: Sequence[str], **opti
 def export(model: Model, out: str, posterior: str = "gaussian") -> None:
     """Write the generator (.safetensors, .pth for the reference) or the sampler (.bin for jax, .onnx) as one file."""
     check_out(out, ".safetensors", ".bin", ".onnx", ".pth")
+    if posterior != "gaussian" and out.endswith((".safetensors", ".pth")):
+        raise UserError(f"--posterior={posterior} does nothing for weights, --out={out}: it is for .bin and .onnx")
     if out.endswith(".bin"):
         paths.write(paths.path(out), model.export(posterior))
         print(f"written by jax {jax.__version__}; this and later versions read it, older ones may not")

@@ -18,6 +18,7 @@ from ddgan_jax.devices import processes
 from ddgan_jax.errors import UserError
 from ddgan_jax.storage import paths
 
+UNFINISHED = ".unfinished"  # a file in a directory to which samples are being written
 KINDS = {
     ".png": "a grid",
     ".gif": "an animation",
@@ -44,7 +45,7 @@ def check_out(out: str, *kinds: str, num: int = 0) -> None:
 
 def _check_directory(out: str, num: int) -> None:
     """Refuses a directory with images that `num` new ones would not replace: an evaluation would count them."""
-    for name in [] if paths.path(out).suffix else paths.names(paths.path(out)):
+    for name in {} if paths.path(out).suffix else paths.files_below(paths.path(out)):
         stem = name.removesuffix(".png")
         replaced = stem.isdecimal() and int(stem) < num and name == file_name(int(stem))
         if name.lower().endswith(SUFFIXES) and not replaced:
@@ -95,9 +96,13 @@ def into_npz(out: str, shape: Sequence[int], dtype: Any) -> Iterator[Callable[[n
 
 @contextlib.contextmanager
 def into_directory(out: str) -> Iterator[Callable[[np.ndarray], Any]]:
-    """A function that writes uint8 images [n, H, W, C] as the next numbered files, in threads."""
+    """A function that writes uint8 images [n, H, W, C] as the next numbered files, in threads.
+
+    Until all are written, a file UNFINISHED in the directory says that it may hold samples of two models.
+    """
     pending: collections.deque[list[concurrent.futures.Future]] = collections.deque()
-    count = itertools.count()
+    count, mark = itertools.count(), paths.path(out) / UNFINISHED
+    paths.write(mark, "")
     with concurrent.futures.ThreadPoolExecutor(processes.num_cores()) as pool:
 
         def add(images: np.ndarray) -> None:
@@ -120,6 +125,7 @@ def into_directory(out: str) -> Iterator[Callable[[np.ndarray], Any]]:
             raise
     if not paths.is_remote(out):
         os.sync()
+    mark.unlink()
 
 
 def _save_sample(image: np.ndarray, path: paths.Path) -> None:

@@ -109,16 +109,14 @@ def set_up(
 def say_where(run: Run) -> None:
     """Reports the step that the run resumes from, and where its images appear."""
     if run.step >= run.num_steps:
-        say(f"{run.path} has already finished its {run.num_steps} steps")
+        say(f"{run.path} is at step {run.step}, and train.num_steps is {run.num_steps}: nothing is left to train")
         return
     if run.step:
         say(f"resuming from step {run.step}")
     every = run.config.log.samples_every
     when = f"every {every:,} steps" if every else "at the end"
-    say(
-        f"{run.num_steps - run.step:,} steps to train; images {when}: {run.path / 'samples'} and "
-        f"{run.path / 'curves.png'}"
-    )
+    files = f"{run.path / 'samples'} and {run.path / 'curves.png'}"
+    say(f"{run.num_steps - run.step:,} steps to train; images {when}: {files}")
 
 
 # --- Settings, data and memory --------------------------------------------------------------------------------------
@@ -251,6 +249,8 @@ def restore(checkpoints: manager.Checkpoints, shapes: Any, path: Path, c: Config
             f"the checkpoints of the run in {path} are gone, though {evidence}: put them back into "
             f"{checkpoints.directory}, or start from step 0 with --restart"
         )
+    if restored is None:
+        workdir.check_files(path)
     return restored, saved or {}
 
 

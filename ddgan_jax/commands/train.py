@@ -277,7 +277,7 @@ def finish(run: Run, then: list[str]) -> None:
             write_results(run, then)
         run.files.log.close()
     processes.barrier()  # no process exits while process 0 still writes
-    say(f"finished {run.num_steps} steps in {clock(time.time() - run.started)}: see {final}")
+    say(f"finished {run.step} steps in {clock(time.time() - run.started)}: see {final}")
     say("next: " + "\n      ".join(then))
 
 

@@ -102,12 +102,26 @@ def load_initial_networks(c: Config, like: Any) -> tuple[str, Any, Any]:
     file = file_of(path)
     if not file:
         folder = checkpoint.find(path)
-        state = checkpoint.unflatten(checkpoint.read(folder)[0], like, f"the checkpoint {folder} of train.init_from")
+        arrays, metadata = checkpoint.read_with_metadata(folder)
+        state = checkpoint.unflatten(arrays, like, f"the checkpoint {folder} of train.init_from")
+        _check_fields(c, read(metadata["config"]), str(folder), ("generator.", "discriminator."))
         return str(folder), state.ema_params, state.disc_params
     if file.endswith(".pth"):
         found = files.read(path, c)
         disc_params = convert.from_state_dict(found.disc_arrays, like.disc_params) if found.disc_arrays else None
         return path, found.ema_params or found.gen_params, disc_params
-    params = load(path).params
-    checkpoint.check_like(params, like.gen_params, f"{path} of train.init_from")
-    return file, params, None
+    model = load(path)
+    checkpoint.check_like(model.params, like.gen_params, f"{path} of train.init_from")
+    _check_fields(c, model.config, file, ("generator.",))
+    return file, model.params, None
+
+
+def _check_fields(c: Config, trained: Config, path: str, networks: tuple[str, ...]) -> None:
+    """Raises UserError if the networks in `path` were trained with other fields, which their shapes need not show."""
+    ours, theirs = build.network_fields(c), build.network_fields(trained)
+    for name, value in ours.items():
+        if name.startswith(networks) and value != theirs[name]:
+            raise UserError(
+                f"train.init_from={path} was trained with {name}={theirs[name]}, and this configuration has {value}: "
+                f"set --config.{name}={theirs[name]}"
+            )

@@ -167,10 +167,13 @@ class Checkpoints:
             self._best.marked = None
 
     def find_best(self, measure: str, yardstick: str, read_records: Callable[[], list[dict[str, Any]]]) -> None:
-        """Marks the best again from the records of the run, if best.json is missing, damaged or forgotten."""
-        if self._best.marked is not None:
+        """Marks the best again from the records of the run, if best.json is missing, damaged or forgotten.
+
+        So it does if the best checkpoint was deleted.
+        """
+        steps, marked = set(self.steps()), self._best.marked
+        if marked == {} or (marked and marked["step"] in steps):
             return
-        steps = set(self.steps())
         records = [record for record in read_records() if _one_yardstick(record, yardstick)]
         values = [(record[measure], record["step"]) for record in records if record.get(measure) is not None]
         for value, step in sorted(values):

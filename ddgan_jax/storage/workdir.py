@@ -95,6 +95,22 @@ def had_checkpoints(path: Path, every: int) -> str:
     return f"metrics.jsonl has step {last}" if last > 2 * every else ""
 
 
+def check_files(path: Path) -> None:
+    """Raises UserError if a workdir without checkpoints has a config.json or metrics.jsonl that no run wrote."""
+    config = paths.read(path / "config.json") if paths.exists(path / "config.json") else None
+    log = paths.exists(path / "metrics.jsonl") and paths.read(path / "metrics.jsonl")
+    try:
+        ours = config is not None and {"data", "train", "diffusion"} <= {*json.loads(config)}
+    except (ValueError, TypeError):
+        ours = False
+    if not ours and (log or config is not None):
+        name = "metrics.jsonl" if config is None else "config.json"
+        raise UserError(
+            f"--workdir={path} has a {name} that is not of a run: name another --workdir, or move it aside with "
+            "--restart"
+        )
+
+
 def remove_unfinished(path: Path) -> None:
     """Removes the files that a kill of an earlier part of the run left half-written."""
     paths.remove_unfinished(path, "|".join(map(re.escape, WRITTEN)))

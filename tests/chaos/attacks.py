@@ -18,7 +18,7 @@ import zipfile
 import numpy as np
 from PIL import Image
 
-from ddgan_jax.commands import evaluate
+from ddgan_jax.commands import sample_files
 from ddgan_jax.config import presets
 from ddgan_jax.config import settings as config
 from ddgan_jax.data import archives, decoding, prepared
@@ -97,7 +97,7 @@ def npz(rng: random.Random, folder: pathlib.Path) -> None:
 
 
 def samples_of(path: str) -> None:
-    for _ in evaluate.file_samples(path, 0)[0]:
+    for _ in sample_files.file_samples(path, 0)[0]:
         pass
 
 

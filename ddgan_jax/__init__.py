@@ -3,7 +3,8 @@
 model = ddgan_jax.load("runs/digits")  # or the name of a bundled model: see ddgan_jax.models()
 images = model.sample(64, seed=0)
 
-state = ddgan_jax.train(ddgan_jax.presets.get("digits"), "runs/digits")
+model = ddgan_jax.train(images, labels, workdir="runs/mine")
+measures = ddgan_jax.evaluate(model, images, labels)
 """
 
 import importlib
@@ -13,8 +14,8 @@ _PUBLIC = {  # name: the module that defines it
     "load": "model.loading",
     "models": "model.loading",
     "Model": "model.model",
-    "train": "commands.train",
-    "evaluate": "commands.evaluate",
+    "train": "commands.api",
+    "evaluate": "commands.api",
     "Data": "data.sources",
 }
 _MODULES = {"presets": "config.presets", "figures": "commands.figures"}

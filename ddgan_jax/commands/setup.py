@@ -53,6 +53,7 @@ def set_up(
     lock: contextlib.ExitStack,
     data: Data | None = None,
     restart: bool = False,
+    refuse_other_data: bool = False,
 ) -> Run:
     """Sets up a run in the workdir `path`, or resumes the one there. Raises as `train.train`.
 
@@ -79,7 +80,7 @@ def set_up(
             checkpoints = None if restart else open_checkpoints(path, c)
             restored, saved = restore(checkpoints, shapes, path, c) if checkpoints else (None, {})
             same_path = bool(c.data.path) and before is not None and before["data"]["path"] == c.data.path
-            check_data(saved.get("data"), sketch, path, refuse=not given and not same_path)
+            check_data(saved.get("data"), sketch, path, refuse=refuse_other_data or not (given or same_path))
         state = new_state(c, method, shapes) if restored is None else restored  # may be refused, so before any change
         with interrupt.deferred():
             with moved_aside(path) if restart else contextlib.nullcontext():

@@ -39,11 +39,14 @@ from ddgan_jax.storage.log import read_metrics
 TIMED = 20  # steps from which the duration of a run is estimated
 
 
-def train(config: Any, workdir: str, data: Data | None = None, restart: bool = False) -> Any:
+def train(
+    config: Any, workdir: str, data: Data | None = None, restart: bool = False, refuse_other_data: bool = False
+) -> Any:
     """Trains by `config` in `workdir`, from its newest checkpoint if there is one, and returns the last state.
 
     `data` replaces what `config.data` names, for instance `Data(images)` of an array in memory. `restart` moves the
     files of an earlier run in `workdir` to `workdir`/before-1, or -2, and so on, and starts from step 0.
+    If `data` is not that of the run, there is a note, or a UserError if `refuse_other_data`.
 
     Writes checkpoints/, config.json, metrics.jsonl, results.json, curves.png, samples/ and tensorboard/.
 
@@ -56,7 +59,7 @@ def train(config: Any, workdir: str, data: Data | None = None, restart: bool = F
         raise UserError(f"data is a {type(data).__name__}: wrap the array, Data(images) or Data(images, labels)")
     with Interrupt() as interrupt, contextlib.ExitStack() as lock:
         with listed_once():
-            run = set_up(config, paths.path(workdir), interrupt, lock, data, restart)
+            run = set_up(config, paths.path(workdir), interrupt, lock, data, restart, refuse_other_data)
         with closed_after_a_fault(run):
             with interrupt.held():
                 outcome = loop(run, interrupt)

@@ -23,6 +23,7 @@ from ddgan_jax.storage import paths
 from ddgan_jax.storage.dashboards import quiet
 
 FOLDERS = ("image_folder", "lsun_church")
+IN_PYTHON = "python"  # data.name of a run whose images were passed from Python
 SAMPLED = 256  # examples that represent a dataset where not all are read
 MAX_HASHED = 2**31  # bytes: a dataset on disk of up to this size is hashed completely, which takes a few seconds
 
@@ -80,6 +81,11 @@ def open_data(c: DataConfig) -> Data:
     Datasets of up to `in_memory_mib` MiB are decoded into memory, larger ones image by image as they are read. Raises
     UserError if the data is missing, is not stored as array_record, or has another shape.
     """
+    if c.name == IN_PYTHON:
+        raise UserError(
+            "the images of this run were passed from Python, and are in no file: to resume it, run the same program "
+            "again; to evaluate it, call ddgan_jax.evaluate(ddgan_jax.load(WORKDIR), images)"
+        )
     if c.path and c.name not in FOLDERS:
         raise UserError(
             f"data.path={c.path} is not read by data.name={c.name}: for images of your own use "

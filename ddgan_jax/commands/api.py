@@ -1,0 +1,163 @@
+"""Training and evaluation from Python, on the arrays, files and labels that a program has."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from ddgan_jax.commands import train as training
+from ddgan_jax.config import presets
+from ddgan_jax.config.settings import Config, as_dict, read
+from ddgan_jax.data.arrays import Range, as_data
+from ddgan_jax.data.batches import match_label_frequencies
+from ddgan_jax.data.resolve import labels_of
+from ddgan_jax.data.sources import IN_PYTHON, Data
+from ddgan_jax.devices.processes import say
+from ddgan_jax.errors import UserError
+from ddgan_jax.metrics.evaluator import Results, measure, open_evaluator
+from ddgan_jax.metrics.features import open_real_images
+from ddgan_jax.model.loading import load
+from ddgan_jax.model.model import Model
+
+
+def train(
+    images: Any = None,
+    labels: Any = None,
+    *,
+    workdir: str | os.PathLike,
+    preset: Any = None,
+    classes: Sequence[str] = (),
+    value_range: Range | None = None,
+    image_size: int | None = None,
+    restart: bool = False,
+    **fields: Any,
+) -> Model:
+    """Trains a model, or resumes its training, and returns it.
+
+    Args:
+        images: Images or points in one of the forms of `data.arrays.as_data`; the folder, zip or LMDB that a text
+            names; or None for the dataset of `preset`.
+        labels: Classes of the images, which make the model class-conditional: integers or names.
+        workdir: Folder of the run. The same call again continues an interrupted training there.
+        preset: Name of a configuration, such as "image_folder:small", or a configuration. By default it is chosen for
+            the images and the device, and printed.
+        classes: Names of the classes, where `labels` are integers.
+        value_range: The numbers that stand for black and white, for images that are not uint8, such as (0, 1).
+        image_size: Side in pixels to which images are cropped and resized.
+        restart: Whether an earlier run in `workdir` is moved aside.
+        **fields: Fields of the configuration, with two underscores for the dot: `train__num_steps=5_000`.
+
+    Raises:
+        UserError: the images, labels or fields are invalid, or do not fit together; nothing is written then.
+        Fault: a disk or a device failed, or a loss is not finite.
+    """
+    if isinstance(labels, str | os.PathLike):
+        raise UserError(
+            f"train(config, workdir, data) is now train(data, preset=config, workdir={os.fspath(labels)!r}), or "
+            "ddgan_jax.commands.train.train(config, workdir, data), which returns the state"
+        )
+    data = None
+    if isinstance(images, str | os.PathLike):
+        if labels is not None:
+            raise UserError("the classes of a folder are its subfolders: leave labels out, and set model__num_classes")
+        fields = {"data__path": os.fspath(images)} | ({"data__image_size": image_size} if image_size else {}) | fields
+        shape = None
+    elif images is not None:
+        data = as_data(images, labels, classes, value_range, image_size)
+        shape = tuple(data.images.shape[1:])
+    if preset is None and images is not None:
+        preset = _default_preset(shape)
+        say(f"configuration: preset={preset!r}")
+    config = as_dict(presets.get(preset or "digits") if isinstance(preset or "", str) else preset)
+    if data is not None:
+        config = _for_data(config, data, conditional=labels is not None)
+    training.train(_with_fields(config, fields), os.fspath(workdir), data, restart, refuse_other_data=True)
+    return load(workdir)
+
+
+def _default_preset(shape: tuple[int, ...] | None) -> str:
+    """The configuration for examples of a shape, None for a folder of images, on the present device."""
+    if shape is not None and len(shape) == 1:
+        return "gaussians"
+    side = shape[0] if shape else 32
+    if jax.devices()[0].platform == "cpu":
+        return "image_folder:small" if side >= 16 else "digits"
+    return "image_folder:large" if side >= 128 else "image_folder"
+
+
+def _for_data(config: dict[str, Any], data: Data, conditional: bool) -> dict[str, Any]:
+    """A configuration for examples that a program has."""
+    shape = data.images.shape[1:]
+    size = {"image_size": shape[0], "channels": shape[2]} if len(shape) == 3 else {"channels": shape[0]}
+    config |= {"data": config["data"] | {"name": IN_PYTHON, "path": None, "split": "train", **size}}
+    if conditional:
+        config |= {"model": config["model"] | {"num_classes": len(data.classes)}}
+    if len(shape) == 1:
+        config |= {"model": config["model"] | {"data_std": float(data.images.std())}}
+    evaluates = config["eval"]["features"] != "points" and (data.labels or config["eval"]["features"] != "classifier")
+    if not evaluates:
+        config |= {"eval": config["eval"] | {"every": 0}}
+    return config
+
+
+def _with_fields(config: dict[str, Any], fields: dict[str, Any]) -> Config:
+    """A configuration with other fields: {"train__lr_g": 1e-4}. Raises UserError for unknown or invalid ones."""
+    for name, value in fields.items():
+        group, *rest = name.replace("__", ".").split(".")
+        if rest and not isinstance(config.get(group), dict):
+            raise UserError(f"there is no setting {group}.{'.'.join(rest)}: its group is one of {', '.join(config)}")
+        config = config | {group: config[group] | {".".join(rest): value} if rest else value}
+    return read(config)
+
+
+def evaluate(
+    samples: Any,
+    real: Any = None,
+    labels: Any = None,
+    *,
+    num_samples: int = 0,
+    seed: int = 0,
+    value_range: Range | None = None,
+    image_size: int | None = None,
+    **fields: Any,
+) -> Results:
+    """Measures samples against real images: distances, precision, recall, density, coverage and modes.
+
+    Args:
+        samples: A `Model`, which generates them, or images in one of the forms of `data.arrays.as_data`.
+        real: The real images, in one of these forms; None for the dataset of the model's training.
+        labels: Classes of the real images, which `eval__features="classifier"` needs.
+        num_samples: Number of samples that a model generates; 0 stands for its `config.eval.num_samples`.
+        seed: Seed of a model's samples.
+        value_range: The numbers that stand for black and white in arrays that are not uint8.
+        image_size: Side in pixels to which the images are cropped and resized; by default that of the model.
+        **fields: Fields of the configuration, such as `eval__features="inception"`.
+
+    Returns the measures by name, and what they were measured with. Raises UserError if the images do not compare, or
+    if weights or labels are missing.
+    """
+    model = samples if isinstance(samples, Model) else None
+    config = as_dict(model.config if model else presets.get("digits"))
+    shape = model.denoiser.image_shape if model else ()
+    size = image_size or (shape[0] if len(shape) == 3 else None)
+    data = None
+    if real is not None:
+        data = as_data(real, labels, (), value_range, size)
+        config = _for_data(config, data, conditional=False)
+    elif not model:
+        raise UserError("samples need real images to be compared with: evaluate(samples, real)")
+    c = _with_fields(config, fields)
+    data = data or (None if c.eval.features == "points" else open_real_images(c))
+    if model:
+        count, classes = num_samples or c.eval.num_samples, model.num_classes
+        known = labels_of(data, classes, c.data.name) if data and data.labels else None
+        chosen = match_label_frequencies(known, count) if classes and known is not None else model.labels(None, count)
+        chunks: Any = model.sampler().chunks(model.params, seed, count, chosen)
+    else:
+        images = as_data(samples, None, (), value_range, size).images
+        count, chosen = len(images), None
+        chunks = (images[i : i + 256] for i in range(0, count, 256))
+    evaluator = open_evaluator(c, data, count)
+    result = measure(evaluator, chunks, count, "sampling" if model else "reading", chosen)
+    return {"features": c.eval.features} | evaluator.about | (result.results if result else {})

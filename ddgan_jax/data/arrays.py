@@ -1,0 +1,173 @@
+"""A dataset from what a Python program has: arrays, tensors, lists of files or of images, and labels or their names."""
+
+import concurrent.futures
+import functools
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ddgan_jax.data import decoding
+from ddgan_jax.data.archives import EXCERPT_BYTES
+from ddgan_jax.data.headers import MAX_DEFAULT_SIZE
+from ddgan_jax.data.sources import Data
+from ddgan_jax.devices import processes
+from ddgan_jax.errors import UserError, of_a_file
+from ddgan_jax.storage import paths
+
+Range = tuple[float, float]
+
+
+def as_data(
+    images: Any,
+    labels: Any = None,
+    classes: Sequence[str] = (),
+    value_range: Range | None = None,
+    image_size: int | None = None,
+) -> Data:
+    """A dataset of images and, optionally, labels.
+
+    Args:
+        images: One of
+            - an array or tensor: uint8 or bool [N, H, W], [N, H, W, 1, 3 or 4] or [N, 1, 3 or 4, H, W]; transparent
+              pixels become white;
+            - the same with other numbers, whose black and white are `value_range`;
+            - a list of files, of PIL images, or of uint8 arrays, which may differ in size;
+            - points, float [N, d];
+            - a `Data`.
+        labels: Integers [N] from 0 to K-1, or names of classes, text [N].
+        classes: Names of the K classes. By default those in `labels`, sorted, or '0', '1', ...
+        value_range: The numbers that stand for black and white, such as (0, 1) or (-1, 1).
+        image_size: Side in pixels to which images are cropped and resized. Arrays are square and unchanged without it;
+            for lists, the default is the largest power of two not above the median shorter side, and at most 256.
+
+    Raises:
+        UserError: the images or labels are of another kind, shape or range.
+    """
+    if isinstance(images, Data):
+        if labels is not None:
+            raise UserError("labels are given twice: they belong into Data(images, labels)")
+        return images
+    examples = _from_list(images, image_size) if _is_list(images) else _from_array(images, value_range, image_size)
+    if labels is None:
+        return Data(examples)
+    return Data(examples, *_as_labels(labels, tuple(classes)))
+
+
+def _is_list(images: Any) -> bool:
+    """Whether each image is an object: a file, a PIL image, or an array."""
+    if (dtype := getattr(images, "dtype", None)) is not None:  # also of a column of a table, whose dtype is pandas'
+        return getattr(dtype, "kind", "-") in "OUS" or str(dtype) in ("object", "str", "string")
+    return isinstance(images, Sequence) and not isinstance(images, str) and len(images) > 0 and _is_one(images[0])
+
+
+def _is_one(image: Any) -> bool:
+    return isinstance(image, str | os.PathLike | np.ndarray) or hasattr(image, "getexif")
+
+
+def _from_array(images: Any, value_range: Range | None, size: int | None) -> np.ndarray:
+    """uint8 [N, H, W, C] from an array of images, or float points [N, d]."""
+    if hasattr(images, "detach"):  # a tensor of PyTorch
+        images = images.detach().cpu().numpy()
+    array = np.asarray(images)
+    if array.ndim < 3:
+        return array  # points, which `Data` checks
+    if array.ndim == 4 and array.shape[-1] not in (1, 3, 4) and array.shape[1] in (1, 3, 4):
+        array = array.transpose(0, 2, 3, 1)  # channels first, as in PyTorch
+    array = array[..., None] if array.ndim == 3 else array
+    if array.ndim != 4 or array.shape[-1] not in (1, 3, 4):
+        raise UserError(
+            f"images must be [N, H, W], or [N, H, W, C] with 1, 3 or 4 channels, but these are {list(array.shape)}"
+        )
+    array = _to_uint8(array, value_range)
+    height, width, channels = array.shape[1:]
+    if size is None and height != width:
+        raise UserError(
+            f"the images are {height}x{width}, and networks take squares: image_size={min(height, width)} crops and "
+            "resizes them"
+        )
+    if channels < 4 and size in (None, height) and height == width:
+        return np.ascontiguousarray(array)
+    return np.stack(_in_threads(lambda image: _fitted(image, size or height, 1 if channels == 1 else 3), list(array)))
+
+
+def _to_uint8(array: np.ndarray, value_range: Range | None) -> np.ndarray:
+    """Numbers in `value_range` as 0 to 255. Raises UserError if they are not in it, or if it is needed and missing."""
+    if value_range is None:
+        return array.astype(np.uint8) * 255 if array.dtype == bool else array  # `Data` checks the type
+    low, high = value_range
+    if not low < high:
+        raise UserError(f"value_range={value_range} must be the numbers of black and white, such as (0, 1)")
+    found = float(array.min()), float(array.max())
+    if not (low <= found[0] and found[1] <= high):
+        raise UserError(
+            f"the images have values from {found[0]:.6g} to {found[1]:.6g}, not in value_range={value_range}"
+        )
+    scaled = (array.astype(np.float32) - low) * (255 / (high - low))
+    return np.rint(scaled, out=scaled).astype(np.uint8)
+
+
+def _from_list(images: Any, size: int | None) -> np.ndarray:
+    """uint8 [N, size, size, C] from files, PIL images or arrays; C is 1 if all are grey."""
+    headers = _in_threads(_header, images)
+    sides, greys = zip(*headers, strict=True)
+    size = size or min(2 ** int(np.log2(np.median(sides))), MAX_DEFAULT_SIZE)
+    return np.stack(_in_threads(functools.partial(_fitted, size=size, channels=1 if all(greys) else 3), images))
+
+
+def _header(image: Any) -> tuple[int, bool]:
+    """The shorter side of an image, and whether it is grey."""
+    if isinstance(image, str | os.PathLike):
+        with of_a_file(f"image {image}"):
+            start = paths.read_start(paths.path(image), EXCERPT_BYTES)
+        try:
+            return decoding.read_header(start)
+        except ValueError:
+            image = _opened(image)
+    image = _opened(image)
+    return min(image.size), image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I")
+
+
+def _fitted(image: Any, size: int, channels: int) -> np.ndarray:
+    return decoding.fit(_opened(image), size, channels)
+
+
+def _opened(image: Any) -> Any:
+    """A file, array or PIL image as a PIL image, upright. Raises UserError if it is none."""
+    from PIL import Image, ImageOps
+
+    if isinstance(image, str | os.PathLike):
+        with of_a_file(f"image {image}"):
+            content = paths.read(paths.path(image))
+        try:
+            return decoding.open_image(content)
+        except ValueError as error:
+            raise UserError(f"image {image} cannot be used: {error}") from error
+    if hasattr(image, "getexif"):
+        return ImageOps.exif_transpose(image)
+    array = np.asarray(image)
+    array = array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array
+    if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (3, 4))):
+        raise UserError(
+            f"an image is {array.dtype} {list(array.shape)}: in a list, images must be uint8 [H, W] or [H, W, C] with "
+            "1, 3 or 4 channels"
+        )
+    return Image.fromarray(array)
+
+
+def _in_threads(function: Any, items: Any) -> list[Any]:
+    with concurrent.futures.ThreadPoolExecutor(processes.num_cores()) as pool:
+        return list(pool.map(function, items))
+
+
+def _as_labels(labels: Any, classes: tuple[str, ...]) -> tuple[Any, tuple[str, ...]]:
+    """Labels as integers, and the names of the classes."""
+    found = np.asarray(labels)
+    if found.dtype.kind not in "OUS" or not all(isinstance(name, str) for name in found.ravel().tolist()):
+        return found, classes
+    names = classes or tuple(sorted(set(found.tolist())))
+    if unknown := sorted(set(found.tolist()) - set(names)):
+        raise UserError(f"the label {unknown[0]!r} is none of the classes {', '.join(names)}")
+    index = {name: i for i, name in enumerate(names)}
+    return np.array([index[name] for name in found.tolist()], np.int32), names

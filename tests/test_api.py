@@ -1,0 +1,169 @@
+"""Training and evaluation from Python: arrays, tensors, lists of files and images, labels and their names."""
+
+import pathlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import ddgan_jax
+from ddgan_jax.commands import api
+from ddgan_jax.config import presets
+from ddgan_jax.data import sources
+from ddgan_jax.data.arrays import as_data
+from ddgan_jax.errors import UserError
+
+RNG = np.random.default_rng(0)
+GREY, COLOUR = (RNG.integers(0, 256, (12, 8, 8, channels), np.uint8) for channels in (1, 3))
+SMOKE = dict(preset="digits:smoke", train__num_steps=2, train__batch_size=4, log__tensorboard=False)
+
+
+@pytest.mark.parametrize(
+    "images, options, expected",
+    [
+        (GREY, {}, GREY),
+        (GREY[..., 0], {}, GREY),
+        (COLOUR.transpose(0, 3, 1, 2), {}, COLOUR),
+        (COLOUR / 255, {"value_range": (0, 1)}, COLOUR),
+        (np.float32(COLOUR) / 127.5 - 1, {"value_range": (-1, 1)}, COLOUR),
+        (COLOUR.astype(np.int64), {"value_range": (0, 255)}, COLOUR),
+        (GREY > 127, {}, np.uint8(255) * (GREY > 127)),
+        (GREY.repeat(2, 1).repeat(2, 2), {"image_size": 16}, GREY.repeat(2, 1).repeat(2, 2)),
+        (list(COLOUR), {}, COLOUR),
+        (list(GREY[..., 0]), {}, GREY),
+        ([Image.fromarray(image) for image in COLOUR], {}, COLOUR),
+        (np.concatenate([COLOUR, np.full((12, 8, 8, 1), 255, np.uint8)], -1), {}, COLOUR),
+        (np.concatenate([COLOUR, np.zeros((12, 8, 8, 1), np.uint8)], -1), {}, np.full_like(COLOUR, 255)),
+    ],
+)
+def test_forms_of_images(images, options, expected):
+    found = as_data(images, **options).images
+    assert found.dtype == np.uint8 and found.flags.c_contiguous
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_a_tensor():
+    torch = pytest.importorskip("torch")
+    tensor = torch.from_numpy(COLOUR.transpose(0, 3, 1, 2).copy()).float() / 255
+    np.testing.assert_array_equal(as_data(tensor.requires_grad_(), value_range=(0, 1)).images, COLOUR)
+
+
+def test_a_list_of_files(tmp_path):
+    """Of different sizes and formats, and a table's column of names."""
+    for i, (width, height) in enumerate(((20, 40), (33, 17), (16, 16))):
+        Image.fromarray(RNG.integers(0, 256, (height, width, 3), np.uint8)).save(tmp_path / f"{i}.png")
+    files = sorted(tmp_path.iterdir())
+    images = as_data(files).images
+    assert images.shape == (3, 16, 16, 3)
+    np.testing.assert_array_equal(images[2], Image.open(files[2]))
+    np.testing.assert_array_equal(as_data(np.array(list(map(str, files)), object)).images, images)
+    assert as_data(files, image_size=8).images.shape == (3, 8, 8, 3)
+    files[1].write_text("no image")
+    with pytest.raises(UserError, match=r"image .*1.png cannot be used: it is not an image"):
+        as_data(files)
+    with pytest.raises(UserError, match=r"image .*none.png cannot be read: No such file"):
+        as_data([tmp_path / "none.png"])
+
+
+@pytest.mark.parametrize(
+    "labels, classes, ids, names",
+    [
+        ([0, 1, 2] * 4, (), [0, 1, 2] * 4, ("0", "1", "2")),
+        (["b", "a"] * 6, (), [1, 0] * 6, ("a", "b")),
+        (["b", "a"] * 6, ("b", "c", "a"), [0, 2] * 6, ("b", "c", "a")),
+        (np.array(["b", "a"] * 6, object), (), [1, 0] * 6, ("a", "b")),
+        ([1, 0] * 6, ("x", "y"), [1, 0] * 6, ("x", "y")),
+    ],
+)
+def test_labels(labels, classes, ids, names):
+    data = as_data(GREY, labels, classes)
+    assert data.labels().tolist() == ids and data.classes == names
+
+
+@pytest.mark.parametrize(
+    "images, options, message",
+    [
+        (COLOUR / 255, {}, r"convert them with np.round\(images \* 255\)"),
+        (COLOUR, {"value_range": (0, 1)}, r"from 0 to 255, not in value_range=\(0, 1\)"),
+        (COLOUR, {"value_range": (1, 0)}, "must be the numbers of black and white"),
+        (COLOUR[:, :4], {}, "the images are 4x8, and networks take squares: image_size=4 crops"),
+        (COLOUR[..., :2], {}, r"1, 3 or 4 channels, but these are \[12, 8, 8, 2\]"),
+        ([COLOUR[0] / 255], {}, r"an image is float64 \[8, 8, 3\]"),
+        (GREY, {"labels": ["a"] * 12, "classes": ("b",)}, "the label 'a' is none of the classes b"),
+        (GREY, {"labels": [0]}, "labels must be integers"),
+        (sources.Data(GREY), {"labels": [0]}, "labels are given twice"),
+    ],
+)
+def test_what_is_refused(images, options, message):
+    with pytest.raises(UserError, match=message):
+        as_data(images, **options)
+
+
+def test_a_model_is_trained_sampled_and_evaluated(tmp_path, monkeypatch):
+    """Class-conditional, by the names of classes; the same call continues; other images are refused."""
+    monkeypatch.setattr(api.training, "next_commands", lambda *_, **__: [])
+    labels = ["b", "a", "c"] * 4
+    model = ddgan_jax.train(COLOUR, labels, workdir=tmp_path / "run", **SMOKE)
+    assert model.step == 2 and model.num_classes == 3 and model.denoiser.image_shape == (8, 8, 3)
+    assert model.sample(4).shape == (4, 8, 8, 3)
+    assert ddgan_jax.train(COLOUR, labels, workdir=tmp_path / "run", **SMOKE | {"train__num_steps": 3}).step == 3
+    with pytest.raises(UserError, match="holds a run on other data"):
+        ddgan_jax.train(255 - COLOUR, labels, workdir=tmp_path / "run", **SMOKE)
+    found = ddgan_jax.evaluate(model, COLOUR, num_samples=12, eval__features=f"{__name__}:means", eval__k=2)
+    assert found["num_samples"] == 12 and found["frechet_distance"] > 0 and 0 <= found["recall"] <= 1
+    same = ddgan_jax.evaluate(COLOUR, COLOUR, eval__features=f"{__name__}:means", eval__k=2)
+    assert abs(same["frechet_distance"]) < 1e-6 and same["precision"] == same["recall"] == 1
+
+
+def means(images):
+    return images.reshape(len(images), -1)[:, :6].astype(np.float32)
+
+
+def test_points(tmp_path):
+    points = RNG.normal(0, 3, (200, 2))
+    fields = {"train__num_steps": 2, "log__tensorboard": False}
+    model = ddgan_jax.train(points, workdir=tmp_path, preset="gaussians:smoke", **fields)
+    assert model.sample(5).shape == (5, 2) and abs(model.config.model.data_std - points.std()) < 1e-3
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(images=COLOUR, preset="digit"), "there is no configuration 'digit'"),
+        (dict(images=COLOUR, preset="digits:smoke", train__num_step=3), "did you mean train.num_steps"),
+        (dict(images=COLOUR, preset="digits:smoke", training__num_steps=3), "there is no setting training.num_steps"),
+        (dict(images="photos", labels=[1]), "the classes of a folder are its subfolders"),
+        (dict(images="nowhere", preset="image_folder:small"), "data.path='nowhere' does not exist"),
+        (dict(images=COLOUR[:, :6, :6], preset="digits:smoke", generator__ch_mult=(1, 2, 2)), "image_size=6 does not"),
+        (dict(images=COLOUR / 255), "convert them with"),
+    ],
+)
+def test_errors_come_before_anything_is_written(tmp_path, arguments, message):
+    with pytest.raises(UserError, match=message):
+        ddgan_jax.train(**arguments, workdir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_older_form_names_the_new_one(tmp_path):
+    config = presets.get("digits:smoke")
+    with pytest.raises(UserError, match=r"is now train\(data, preset=config, workdir='x'\)"):
+        ddgan_jax.train(config, "x", workdir="y")
+    with pytest.raises(UserError, match=r"samples need real images"):
+        ddgan_jax.evaluate(COLOUR)
+
+
+def test_a_preset_for_the_images():
+    assert api._default_preset((2,)) == "gaussians"
+    assert api._default_preset((8, 8, 1)) == "digits"
+    assert api._default_preset(None) == api._default_preset((64, 64, 3)) == "image_folder:small"
+
+
+def test_a_folder(tmp_path):
+    for i in range(12):
+        file = pathlib.Path(tmp_path / "photos" / f"{i}.png")
+        file.parent.mkdir(exist_ok=True)
+        Image.fromarray(COLOUR[i]).save(file)
+    fields = {"data__dir": str(tmp_path / "copies"), "train__num_steps": 2, "train__batch_size": 4}
+    fields |= {"data__name": "image_folder", "log__tensorboard": False}
+    model = ddgan_jax.train(tmp_path / "photos", workdir=tmp_path / "run", preset="image_folder:smoke", **fields)
+    assert model.denoiser.image_shape == (8, 8, 3)

@@ -1,6 +1,8 @@
 """Class-conditional models: labels from the data through networks, step and sampler to the evaluation."""
 
 import dataclasses
+import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ from test_model import grow, workdir_of
 from test_parallel import run_with_devices
 
 import ddgan_jax
-from ddgan_jax.commands import generate
+from ddgan_jax.commands import demo_page, figures, generate
 from ddgan_jax.config import presets
 from ddgan_jax.config.settings import DataConfig, as_dict
 from ddgan_jax.data.batches import batches, match_label_frequencies
@@ -20,9 +22,10 @@ from ddgan_jax.data.sources import Data, open_data
 from ddgan_jax.errors import UserError
 from ddgan_jax.method import train_step
 from ddgan_jax.method.build import build, init_state
+from ddgan_jax.model.classes import index_of, parse_label
 from ddgan_jax.networks.discriminator import Discriminator, preset
 from ddgan_jax.networks.generator import Generator
-from ddgan_jax.storage import manager
+from ddgan_jax.storage import checkpoint, manager, safetensors
 
 CONDITIONAL = ("--config=configs/digits.py:smoke", "--config.data.name=digits", "--config.model.num_classes=10")
 
@@ -246,6 +249,99 @@ np.save({str(tmp_path / "x.npy")!r}, images)
     )
 
 
+NAMES = ("ant", "Zebra", "1", "\udce9", "ant hill")  # the fourth as the name of a folder that is not UTF-8
+
+
+def test_a_class_by_its_name(model):
+    """Everywhere, alone and in lists and arrays; an integer remains an index."""
+    named = dataclasses.replace(model, classes=("ant", "Zebra", "1"))
+    assert model.classes == ("0", "1", "2") and model.num_classes == 3
+    image, known = np.full((8, 8, 1), 99, np.uint8), np.zeros((8, 8))
+    for call in (
+        lambda c: named.sample(2, label=c),
+        lambda c: named.trajectory(2, label=c).x_t[0],
+        lambda c: named.vary(2, 3, label=c)[1],
+        lambda c: named.edit(image, 4, 2, label=c),
+        lambda c: named.inpaint(image, known, 2, label=c),
+        lambda c: named.interpolate(2, label=c),
+    ):
+        expected = call(1)
+        for label in ("Zebra", np.str_("Zebra"), ["Zebra", 1], np.array(["Zebra", "Zebra"]), np.array("Zebra")):
+            np.testing.assert_array_equal(call(label), expected)
+    np.testing.assert_array_equal(named.sample(3, label=["1", "ant", "Zebra"]), named.sample(3, label=[2, 0, 1]))
+    for label, message in (
+        ("zebra", "label='zebra' is no class of this model: did you mean 'Zebra'?"),
+        (["ant", "bee"], "label='bee' is no class of this model: they are 'ant', 'Zebra', '1'"),
+        ([["ant"]], "must be a class of this model, 0 to 2, or 2 of them"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            named.sample(2, label=label)
+    many = dataclasses.replace(model, classes=[f"class {i}" for i in range(4)])  # of another number of classes
+    assert many.classes == ("0", "1", "2")
+
+
+def test_a_label_as_text():
+    """A name before an index; what is neither is an error of the model."""
+    texts = {"ant": 0, "1": 2, "4": 4, "0": 0, "-1": -1, "12": 12, "ants": "ants", "": "", "9" * 5000: "9" * 5000}
+    assert {text: parse_label(text, NAMES) for text in texts} == texts
+    assert parse_label("", ("", "cat")) == 0
+    with pytest.raises(UserError, match=r"they are 'c0', .*, 'c19', \.\.\.$"):
+        index_of("x" * 5000, [f"c{i}" for i in range(30)])
+
+
+def test_names_of_classes_belong_to_the_model(tmp_path):
+    """From the record beside a checkpoint into a file and back; without them the names are numbers."""
+    model = ddgan_jax.load(str(workdir_of(tmp_path / "run", num_classes=5, of_job={"classes": NAMES})))
+    assert model.classes == NAMES
+    model.save(tmp_path / "x.safetensors", about={"summary": "insects"})
+    again = ddgan_jax.load(tmp_path / "x.safetensors")
+    assert again.classes == NAMES and again.about == {"summary": "insects"}
+    assert json.loads(safetensors.metadata(tmp_path / "x.safetensors")["classes"]) == list(NAMES)
+    assert demo_page.class_choices(again)[2:4] == [("1", "2"), ("\\udce9", "3")]
+    assert demo_page.class_choices(dataclasses.replace(again, classes=("", *NAMES[1:])))[0] == ("0", "0")
+    plain = ddgan_jax.load(str(workdir_of(tmp_path / "plain", of_job={"log": 0})))
+    assert plain.classes == ()
+    plain.save(tmp_path / "x.safetensors")
+    assert "classes" not in safetensors.metadata(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("classes", [None, "ants and bees", "[" * 100_000, '{"a": 1}', "[1, 2, 3]", '["ant"]'])
+def test_a_file_without_names_of_classes(model, tmp_path, classes):
+    """As earlier versions wrote them, with any text as further metadata."""
+    about = {} if classes is None else {"classes": classes}
+    arrays = checkpoint.flatten(model.params)
+    safetensors.write(tmp_path / "old.safetensors", arrays, as_dict(model.config), 7, about)
+    old = ddgan_jax.load(tmp_path / "old.safetensors")
+    assert old.classes == ("0", "1", "2")
+    np.testing.assert_array_equal(old.sample(3, label="2"), model.sample(3, label=2))
+
+
+def test_a_checkpoint_has_the_names_of_the_classes_of_its_data(tmp_path):
+    """The run also resumes where the data has other names."""
+    config = presets.get("digits:smoke")
+    config.model.num_classes, config.train.num_steps, config.train.r1_every = 3, 1, 1
+    images, labels = np.random.default_rng(0).integers(0, 256, (96, 8, 8, 1), np.uint8), np.arange(96) % 3
+    for names in (("ant", "bee", "Zebra"), ("ant", "wasp", "Zebra")):
+        ddgan_jax.train(config, str(tmp_path), Data(images, labels, names))
+        model = ddgan_jax.load(str(tmp_path))
+        assert (model.step, model.classes) == (1, ("ant", "bee", "Zebra"))
+
+
+def test_a_histogram_shows_the_names_of_classes(tmp_path, monkeypatch):
+    shown, save_figure = [], figures.save_figure
+
+    def saved(figure, path):
+        figure.canvas.draw()
+        shown.append([text.get_text() for text in figure.axes[0].get_xticklabels()])
+        save_figure(figure, path)
+
+    monkeypatch.setattr(figures, "save_figure", saved)
+    figures.histogram(np.arange(5), tmp_path / "modes.png", names=(*NAMES[:4], "a$b$c"))
+    figures.histogram(np.arange(3), tmp_path / "modes.png", names=NAMES)  # of other classes
+    figures.histogram(np.arange(60), tmp_path / "modes.png", names=tuple(map(str, range(60))))
+    assert shown == [["ant", "Zebra", "1", "\\udce9", r"a\$b\$c"], ["0", "1", "2"], []]
+
+
 def test_as_commands(tmp_path):
     """Trained, evaluated while and after, resumed, and sampled with --label; wrong labels are one sentence."""
     options = (*CONDITIONAL, f"--workdir={tmp_path}")
@@ -258,5 +354,9 @@ def test_as_commands(tmp_path):
     assert result.returncode == 0, result.stderr
     images = ddgan_jax.load(str(tmp_path)).sample(5, label=3)
     assert np.abs(np.load(tmp_path / "x.npz")["images"].astype(int) - images).max() <= 1
-    result = run(*options, "--mode=edit", "--label=12", "--image=docs/stroke.png")
-    assert result.returncode == 2 and "label=12 must be a class of this model, 0 to 9" in result.stderr
+    for label, message in (
+        ("12", "label=12 must be a class of this model, 0 to 9"),
+        ("ten", "label='ten' is no class"),
+    ):
+        result = run(*options, "--mode=edit", f"--label={label}", "--image=docs/stroke.png")
+        assert result.returncode == 2 and message in result.stderr

@@ -1,6 +1,7 @@
 """The page to play with: every tab used in a real browser; what it refuses; what of this machine can be reached."""
 
 import io
+import json
 import shutil
 import subprocess
 import time
@@ -43,7 +44,8 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    page = Served(workdir_of(tmp_path_factory.mktemp("demo") / "tens", num_classes=10))
+    of_job = {"classes": [*"012345678", "nine"]}
+    page = Served(workdir_of(tmp_path_factory.mktemp("demo") / "tens", num_classes=10, of_job=of_job))
     yield page
     page.close()
 
@@ -307,6 +309,13 @@ def test_no_other_file_is_served(served, path):
     for route in ("gradio_api/file=", "file=", "gradio_api/file/", "static/", "assets/", ""):
         status, content = answer(f"{served.url}/{route}{path}")
         assert status >= 400 or b"<!doctype html>" in content[:200].lower(), f"{route}{path}: {content[:100]}"
+
+
+def test_classes_are_chosen_by_name(served):
+    components = json.loads(answer(f"{served.url}/config")[1])["components"]
+    choices = [part["props"]["choices"] for part in components if part["type"] == "dropdown"]
+    classes = [[str(i), str(i)] for i in range(9)] + [["nine", "9"]]
+    assert choices == [[["all in turn", "all in turn"], *classes]] * 3 + [classes]  # for images between two, one class
 
 
 def test_uploads_are_bounded(served):

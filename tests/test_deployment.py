@@ -94,6 +94,8 @@ def test_for_onnx(model, environment, posterior):
     if found.num_classes:  # whose sampler has an input that is no noise
         code = code.replace("sampler.get_inputs()", "sampler.get_inputs()[:-1]")
         code = code.replace("(images,)", "noise['labels'] = np.arange(16, dtype=np.int32) % 3\n(images,)")
+        names = "json.loads(sampler.get_modelmeta().custom_metadata_map['classes'])"
+        code += f"\nimport json\nassert {names} == ['0', '1', '2']"
     last = """
 assert images.dtype == np.float32 and images.shape[0] == 16 and np.abs(images).max() <= 1, images.shape
 np.save("images.npy", sampler.run(None, dict(np.load("draws.npz")))[0])"""

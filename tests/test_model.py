@@ -39,7 +39,7 @@ def grow(params):
     return jax.tree.unflatten(tree, [0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
 
 
-def workdir_of(folder, num_steps=4, name="digits", num_classes=0):
+def workdir_of(folder, num_steps=4, name="digits", num_classes=0, of_job=None):
     """A workdir of a tiny generator with weights that matter."""
 
     c = as_dict(presets.get(f"{name}:smoke"))
@@ -48,7 +48,7 @@ def workdir_of(folder, num_steps=4, name="digits", num_classes=0):
     state = jax.jit(lambda: init_state(build(c), 0))()
     checkpoints = manager.Checkpoints(str(folder))
     params = state.ema_params if c["model"]["network"] == "mlp" else grow(state.ema_params)  # an MLP's matter at once
-    checkpoints.save(7, state.replace(ema_params=params), c)
+    checkpoints.save(7, state.replace(ema_params=params), c, of_job)
     checkpoints.close()
     return folder
 
@@ -263,6 +263,7 @@ def test_draws_of_equal_length_are_mixed_as_shoemake_does():
         (lambda m, x: m.sample(1, posterior=["gaussian"]), r"posterior=\['gaussian'\] is not supported"),
         (lambda m, x: m.save("x.safetensors", about={"step": "1"}), "about has 'step': '1', and must be text by names"),
         (lambda m, x: m.save("x.safetensors", about={"fid": 1.0}), "about has 'fid': 1.0, and must be text"),
+        (lambda m, x: m.save("x.safetensors", about={"classes": "[]"}), "about has 'classes': .*, and must be text by"),
         (lambda m, x: m.sample(1, seed=-1), "seed=-1 must be an integer from 0 to 4294967295"),
         (lambda m, x: m.edit(x, 1, seed=2**32), "seed=4294967296 must be an integer from 0 to 4294967295"),
         (lambda m, x: m.interpolate(2, seed=0.5), "seed=0.5 must be an integer from 0 to 4294967295"),
@@ -327,7 +328,7 @@ def test_samples_are_written_while_they_are_generated(model, tmp_path, monkeypat
 
 
 def test_more_than_the_memory_holds_is_refused_before_the_work(model, image, monkeypatch, tmp_path):
-    monkeypatch.setattr("ddgan_jax.model.model.free_memory", lambda: 1_000_000)
+    monkeypatch.setattr("ddgan_jax.model.checks.free_memory", lambda: 1_000_000)
     with pytest.raises(UserError, match=r"num=10000 needs at least 0.0 GiB .* are free: ask for at most 7812"):
         model.sample(10_000)
     assert len(model.edit(image, 0, 7_812)) == 7_812

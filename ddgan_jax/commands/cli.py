@@ -47,7 +47,7 @@ flags.DEFINE_string("samples", None, "evaluate: measure these images, an .npz wi
 flags.DEFINE_string("out", None, "Where to write the result; docs/editing.md lists what each mode writes.")
 flags.DEFINE_integer("num_samples", None, "Number of images to sample (64) or to evaluate (config.eval.num_samples).")
 flags.DEFINE_integer("sample_seed", 0, "Seed of all samples; image i depends on the seed and on i alone.")
-flags.DEFINE_integer("label", None, "Class of the images of a class-conditional model; default: all classes in turn.")
+flags.DEFINE_string("label", None, "Class of the images of a class-conditional model, by name or index; default: all.")
 flags.DEFINE_enum("posterior", "gaussian", ["gaussian", "deterministic"], "How x_t follows from x_{t+1} and x_0.")
 flags.DEFINE_string("trajectory", None, "sample: also draw the denoising of the first samples into this .png or .gif.")
 flags.DEFINE_integer("num_variants", 15, "vary, edit, inpaint, interpolate: number of images.")
@@ -151,11 +151,14 @@ def generate(config: Any, path: str) -> None:
     """Run --mode with the model in `path`."""
     from ddgan_jax.commands import generate
     from ddgan_jax.model import loading
+    from ddgan_jax.model.classes import parse_label
 
     FLAGS = flags.FLAGS
     num, image = FLAGS.num_variants, FLAGS.image or ""
     name = "model.safetensors" if FLAGS.mode == "export" else f"{FLAGS.mode}.png"
-    seed_label = dict(seed=FLAGS.sample_seed, label=FLAGS.label)
+    found = loading.load(path, config if FLAGS["config"].present else None)
+    label = None if FLAGS.label is None else parse_label(FLAGS.label, found.classes)
+    seed_label = dict(seed=FLAGS.sample_seed, label=label)
     common = dict(posterior=FLAGS.posterior) | seed_label
     options = {
         "sample": dict(num=FLAGS.num_samples or 64, trajectory=FLAGS.trajectory or "", **common),
@@ -165,7 +168,6 @@ def generate(config: Any, path: str) -> None:
         "interpolate": dict(num=num, samples=FLAGS.between, **common),
         "export": dict(posterior=FLAGS.posterior),
     }
-    found = loading.load(path, config if FLAGS["config"].present else None)
     generate.generate(FLAGS.mode, found, FLAGS.out or loading.default_output(path, name), **options[FLAGS.mode])
 
 

@@ -69,6 +69,11 @@ def image_and_hole(model: Model, drawn: dict[str, Any] | None) -> tuple[np.ndarr
     return drawing(model, {"composite": drawn["background"]}), painted
 
 
+def class_choices(model: Model) -> list[tuple[str, str]]:
+    """The classes of a model as (name, index); the index also stands for an empty name."""
+    return [(figures.printable(name) or str(i), str(i)) for i, name in enumerate(model.classes)]
+
+
 def contents(image: np.ndarray) -> dict[str, Any]:
     """The value of an editor that contains an image, with nothing drawn on it."""
     return {"background": image, "layers": [], "composite": image}
@@ -133,8 +138,8 @@ class Page:
 
     def label(self, all_in_turn: bool = True) -> Any:
         """A choice of the class, hidden for an unconditional model."""
-        choices = [ALL_CLASSES] * all_in_turn + [str(i) for i in range(self.model.num_classes)]
-        first = choices[0] if choices else None
+        choices = [(ALL_CLASSES, ALL_CLASSES)] * all_in_turn + class_choices(self.model)
+        first = choices[0][1] if self.model.num_classes else None
         field = self.gr.Dropdown(choices, value=first, label="Class", visible=self.model.num_classes > 0)
         self.parsers[id(field)] = lambda choice: int(choice) if choice and choice != ALL_CLASSES else None
         return field

@@ -211,7 +211,8 @@ def draw_figures(evaluator: Evaluator, result: EvaluationResult, folder: Path, w
     if workdir and paths.exists(metrics := paths.path(workdir) / "metrics.jsonl"):
         figures.curves(metrics, folder / "curves.png")
     if result.histogram is not None:
-        figures.histogram(result.histogram, folder / "modes.png", grid=not evaluator.networks)
+        names = evaluator.data.classes if evaluator.networks else ()
+        figures.histogram(result.histogram, folder / "modes.png", grid=not evaluator.networks, names=names)
     if found := result.manifolds:
         real = evaluator.real[-1].features[evaluator.manifold_indices]
         fake = result.features[-1].features

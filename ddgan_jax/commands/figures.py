@@ -49,8 +49,16 @@ def scatter(points: np.ndarray) -> np.ndarray:
     return image
 
 
-def histogram(counts: np.ndarray, path: Given, grid: bool = False) -> None:
-    """Draw the number of samples of each mode, int [K]: as bars, sorted if K > 50, or as a square if `grid`."""
+def printable(name: str) -> str:
+    """A name of a file or class, which need not be UTF-8, with escapes in place of what cannot be encoded."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def histogram(counts: np.ndarray, path: Given, grid: bool = False, names: Sequence[str] = ()) -> None:
+    """Draw the number of samples of each mode, int [K]: as bars, sorted if K > 50, or as a square if `grid`.
+
+    Up to 50 bars have the `names` [K] of the classes, or else their indices.
+    """
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(6, 5) if grid else (9, 4), constrained_layout=True)
     present = f"{int((counts > 0).sum())} of {len(counts)} modes"
@@ -68,7 +76,10 @@ def histogram(counts: np.ndarray, path: Given, grid: bool = False) -> None:
         many = len(counts) > 50
         values = np.sort(counts)[::-1] if many else counts
         axis.bar(np.arange(len(counts)), values, width=1 if many else 0.8)
-        axis.set_xticks([] if many else range(len(counts)))
+        ticks = [] if many else list(names) if len(names) == len(counts) else [str(i) for i in range(len(counts))]
+        # A dollar sign would start a formula; long names overlap unless they are upright.
+        axis.set_xticks(range(len(ticks)), [printable(name[:24]).replace("$", r"\$") for name in ticks])
+        axis.tick_params("x", rotation=90 if max(map(len, ticks), default=0) > 4 else 0)
         axis.axhline(counts.mean(), color="black", linewidth=1, linestyle="--", label="equal fractions")
         axis.set(title=present, xlabel="modes, the most frequent first" if many else "class", ylabel="samples")
         axis.legend()

@@ -5,6 +5,7 @@ import operator
 import os
 import pathlib
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from ddgan_jax.config.types import MAX_SEED
 from ddgan_jax.errors import UserError
 from ddgan_jax.model.sampler import POSTERIORS
+from ddgan_jax.storage import safetensors
 
 
 def as_integer(name: str, value: Any, low: int, high: int, text: str = "") -> int:
@@ -49,6 +51,29 @@ def as_half(name: str, array: np.ndarray) -> np.ndarray:
     if not np.isfinite(half).all():
         raise UserError(f"half=True: {name} has numbers that float16 cannot hold: save them in full")
     return half
+
+
+def as_count(name: str, value: Any, least: int, most: int, bytes_each: int) -> int:
+    """A number of images as a Python integer.
+
+    Raises UserError unless it is one from `least` to `most`, and that many times `bytes_each` fit into the free memory.
+    """
+    num = as_integer(name, value, least, most)
+    need, free = num * bytes_each, free_memory()
+    if need > free:
+        raise UserError(
+            f"{name}={num} needs at least {need / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free: "
+            f"ask for at most {num * free // need}"
+        )
+    return num
+
+
+def check_about(about: Mapping[str, str]) -> None:
+    """Raises UserError unless further metadata of a file are text, by names that the file does not use itself."""
+    for name, text in about.items():
+        if not isinstance(name, str) or not isinstance(text, str) or name in safetensors.RESERVED:
+            own = ", ".join(safetensors.RESERVED)
+            raise UserError(f"about has {name!r}: {text!r}, and must be text by names other than {own}")
 
 
 def free_memory() -> int:

@@ -1,6 +1,8 @@
 """Samplers that need neither this package nor Flax: weights and all T steps in one file, for jax or for ONNX."""
 
+import json
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -35,12 +37,12 @@ def for_jax(denoiser: Denoiser, params: Any, posterior: str = "gaussian") -> byt
     return bytes(export(*arguments).serialize())
 
 
-def for_onnx(denoiser: Denoiser, params: Any, posterior: str = "gaussian") -> bytes:
+def for_onnx(denoiser: Denoiser, params: Any, posterior: str = "gaussian", classes: Sequence[str] = ()) -> bytes:
     """The sampler as an ONNX model, whose inputs are its noise, each from N(0, 1), with any batch size B.
 
     Inputs: `x_T` float32 [B, H, W, C] (points: [B, d]), `z` [T, B, nz] if G has a latent, `noise` [T, B, H, W, C] of
     the Gaussian posterior, and for a class-conditional model `labels` int32 [B]. Output: `x_0` float32 [B, H, W, C] in
-    [-1, 1], or points.
+    [-1, 1], or points. The metadata `classes` are a JSON list of the names of the `classes`, if there are any.
 
     Raises:
         UserError: jax2onnx is not installed.
@@ -78,6 +80,8 @@ def for_onnx(denoiser: Denoiser, params: Any, posterior: str = "gaussian") -> by
         model = to_onnx(
             sampler, list(inputs.values()), model_name="sampler", input_names=list(inputs), output_names=["x_0"]
         )
+    if classes:
+        model.metadata_props.add(key="classes", value=json.dumps(classes))
     return bytes(model.SerializeToString())
 
 

@@ -10,6 +10,7 @@ from ddgan_jax.config.settings import Config, read
 from ddgan_jax.devices import processes
 from ddgan_jax.errors import UserError
 from ddgan_jax.method import build
+from ddgan_jax.model.classes import names_of, read_names
 from ddgan_jax.model.model import Model
 from ddgan_jax.storage import checkpoint, paths, safetensors
 from ddgan_jax.storage.torch import arguments, convert, files
@@ -67,7 +68,7 @@ def load(path: str | os.PathLike, config: Any = None, **hints: Any) -> Model:
         UserError: there is no model, or hints are missing or contradict the weights.
         Fault: the model is damaged or cannot be read.
     """
-    path, about, trained_on = os.fspath(path), dict[str, str](), None
+    path, about, of_job, classes = os.fspath(path), dict[str, str](), dict[str, Any](), None
     if path.endswith(".pth"):
         given = None if config is None else read(config)
         found = processes.broadcast_from_primary(lambda: files.read(path, given, **hints))
@@ -79,14 +80,15 @@ def load(path: str | os.PathLike, config: Any = None, **hints: Any) -> Model:
         return Model(found.ema_params or found.gen_params, build.denoiser(found.config), found.config, 0)
     if file := file_of(path):
         arrays, saved_config, step, about = processes.broadcast_from_primary(lambda: safetensors.read(file))
-        params = checkpoint.nested(arrays)
+        params, classes = checkpoint.nested(arrays), read_names(about)
     else:
         params, metadata, step = processes.broadcast_from_primary(lambda: checkpoint.restore_ema(path))
-        saved_config, trained_on = metadata["config"], (metadata.get("of_job") or {}).get("data")
+        saved_config, of_job = metadata["config"], metadata.get("of_job") or {}
+        classes = of_job.get("classes")
     c = read(saved_config)
     denoiser = build.denoiser(c)
     checkpoint.check_like(params, jax.eval_shape(denoiser.init_gen, jax.random.key(0)), f"the checkpoint in {path}")
-    return Model(params, denoiser, c, step, about, trained_on)
+    return Model(params, denoiser, c, step, about, of_job.get("data"), names_of(classes, denoiser.num_classes))
 
 
 def load_initial_networks(c: Config, like: Any) -> tuple[str, Any, Any]:

@@ -6,6 +6,7 @@ by default sample i has class i modulo the number of classes. Nothing here reads
 """
 
 import dataclasses
+import json
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -23,8 +24,9 @@ from ddgan_jax.method.diffusion import q_sample
 from ddgan_jax.method.sampling import Denoiser, bind
 from ddgan_jax.method.train_step import to_x0
 from ddgan_jax.model import export
-from ddgan_jax.model.checks import as_array, as_half, as_integer, as_posterior, as_seed, free_memory
-from ddgan_jax.model.sampler import POSTERIORS, Sampler, default_labels, in_batches, noise_of, rows, to_images
+from ddgan_jax.model.checks import as_array, as_count, as_half, as_integer, as_posterior, as_seed, check_about
+from ddgan_jax.model.classes import labels_of, names_of
+from ddgan_jax.model.sampler import POSTERIORS, Sampler, in_batches, noise_of, rows, to_images
 from ddgan_jax.storage import checkpoint, paths, safetensors
 
 MAX_INDEX = 2**31 - 1  # of a sample: indices are int32
@@ -64,8 +66,9 @@ class Model:
     """A generator's moving average, with the configuration of its training.
 
     In all methods, `posterior` is 'gaussian' (the paper's) or 'deterministic', which gives the same image for the same
-    x_T and z. `label`, for class-conditional models only, is a class for all images, or one for each. Methods raise
-    UserError for an invalid argument, or if their result does not fit into memory.
+    x_T and z. `label`, for class-conditional models only, is a class for all images, or a list of one for each: a name
+    of `classes`, such as "cat", or an index, such as 1. Methods raise UserError for an invalid argument, or if their
+    result does not fit into memory.
     """
 
     params: Any
@@ -74,6 +77,10 @@ class Model:
     step: int
     about: Mapping[str, str] = dataclasses.field(default_factory=dict)  # further metadata of a .safetensors file
     trained_on: dict[str, Any] | None = None  # a sketch of the training data; None for files and old checkpoints
+    classes: tuple[str, ...] = ()  # names, by index: '0', '1', ... if they are unknown; () if it is unconditional
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "classes", names_of(self.classes, self.num_classes))
 
     @property
     def num_steps(self) -> int:
@@ -82,7 +89,7 @@ class Model:
 
     @property
     def num_classes(self) -> int:
-        """The number of classes that `label` may name; 0 if the model is unconditional."""
+        """The number of `classes`; 0 if the model is unconditional."""
         return self.denoiser.num_classes
 
     def sampler(self, posterior: str = "gaussian") -> Sampler:
@@ -110,7 +117,7 @@ class Model:
         return in_batches(run, num, self.config.sample.batch_size, axis=1)
 
     def vary(
-        self, num: int, t: int, image: Any = None, seed: int = 0, label: int | None = None, index: int = 0
+        self, num: int, t: int, image: Any = None, seed: int = 0, label: int | str | None = None, index: int = 0
     ) -> tuple[np.ndarray, np.ndarray]:
         """Images that the generator sees in one x_{t+1}, which differ only in z: Figure 8 of the paper.
 
@@ -121,6 +128,7 @@ class Model:
         index = as_integer("index", index, 0, MAX_INDEX)
         y = self.labels(label, num, one=True)
         if image is None:
+            label = None if y is None else y[0]  # `y` may have a class for each image
             x_tp1 = self.trajectory(1, seed, label=label, first=index).x_tp1[t, 0]
         else:
             x0, noise = self._to_x0(self._checked_image(image)[None]), self._noise(seed, np.arange(1)).x_T
@@ -193,7 +201,7 @@ class Model:
         last: int = 1,
         seed: int = 0,
         posterior: str = "gaussian",
-        label: int | None = None,
+        label: int | str | None = None,
     ) -> np.ndarray:
         """`num` images from sample `first` to `last` of `seed`, uint8 [num, ...]: their noise, mixed on a sphere."""
         num = self.check_count("num", num, least=2)  # the two ends
@@ -212,19 +220,26 @@ class Model:
         return to_images(x, self.denoiser.scale)
 
     def export(self, posterior: str = "gaussian") -> bytes:
-        """The sampler, weights included, for jax alone on a CPU, GPU or TPU: see `export.for_jax`."""
+        """The sampler, weights included, for jax alone on a CPU, GPU or TPU: see `export.for_jax`.
+
+        The labels of a class-conditional sampler are indices of `classes`, whose names the file does not contain.
+        """
         return export.for_jax(self.denoiser, self.params, as_posterior(posterior))
 
     def export_onnx(self, posterior: str = "gaussian") -> bytes:
-        """The sampler, weights included, for an ONNX runtime, computing in float32: see `export.for_onnx`."""
+        """The sampler, weights included, for an ONNX runtime, computing in float32: see `export.for_onnx`.
+
+        The labels of a class-conditional sampler are indices of `classes`, whose names the file has as metadata.
+        """
         network = dataclasses.replace(self.config.model, dtype="float32")  # runtimes have few bfloat16 operations
         denoiser = build.denoiser(dataclasses.replace(self.config, model=network))
-        return export.for_onnx(denoiser, self.params, as_posterior(posterior))
+        return export.for_onnx(denoiser, self.params, as_posterior(posterior), self.classes)
 
     def save(self, path: str | os.PathLike, half: bool = False, about: Mapping[str, str] | None = None) -> None:
         """Write a .safetensors file that `load` reads: the weights, as float16 if `half`, and their configuration.
 
-        `about` is further metadata, which `load` returns as `Model.about`.
+        The metadata `classes` of a class-conditional model are a JSON list of their names. `about` is further metadata,
+        which `load` returns as `Model.about`.
 
         Raises:
             UserError: `path` does not end in .safetensors, `about` is not text by name, or float16 is too narrow.
@@ -232,34 +247,19 @@ class Model:
         """
         if not os.fspath(path).endswith(".safetensors"):
             raise UserError(f"{path} must end in .safetensors")
-        for name, text in (about or {}).items():
-            if not isinstance(name, str) or not isinstance(text, str) or name in safetensors.OWN:
-                own = ", ".join(safetensors.OWN)
-                raise UserError(f"about has {name!r}: {text!r}, and must be text by names other than {own}")
+        check_about(about or {})
         arrays = checkpoint.flatten(self.params)
         if half:
             arrays = {name: as_half(name, array) for name, array in arrays.items()}
-        safetensors.write(paths.path(path), arrays, as_dict(self.config), self.step, {**self.about, **(about or {})})
+        further = {**self.about, **(about or {})} | ({"classes": json.dumps(self.classes)} if self.classes else {})
+        safetensors.write(paths.path(path), arrays, as_dict(self.config), self.step, further)
 
     def labels(self, label: Any, num: int, one: bool = False, first: int = 0) -> np.ndarray | None:
         """Labels [num] of the samples from `first` on; None for an unconditional model.
 
         Without `label` the samples take all classes in turn; if `one`, `label` is required.
         """
-        classes = self.num_classes
-        if not classes:
-            if label is not None:
-                raise UserError(f"label={label}: this model is unconditional, it was trained with model.num_classes=0")
-            return None
-        if label is None:
-            if one:
-                raise UserError(f"these images are of one class: choose it, label=0 to {classes - 1}")
-            return default_labels(classes, first + np.arange(num))
-        labels = as_array("label", label)
-        fits = labels.dtype.kind in "iu" and labels.shape in ((), (num,))
-        if not fits or labels.min() < 0 or labels.max() >= classes:
-            raise UserError(f"label={label} must be a class of this model, 0 to {classes - 1}, or {num} of them")
-        return np.broadcast_to(labels, num).astype(np.int32)
+        return labels_of(label, self.classes, num, one, first)
 
     def check_count(self, name: str, value: Any, least: int = 1, each: int = 0) -> int:
         """A number of images as a Python integer; `name` is the argument's or the flag's.
@@ -267,14 +267,9 @@ class Model:
         Raises UserError unless it is an integer of at least `least` whose images fit into the free memory, with at
         least `each` bytes for one: by default its pixels twice, in a batch and in the result.
         """
-        num, shape = as_integer(name, value, least, MAX_INDEX + 1), self.denoiser.image_shape
-        need, free = num * max(each, 2 * math.prod(shape) * (1 if len(shape) == 3 else 4)), free_memory()
-        if need > free:
-            raise UserError(
-                f"{name}={num} needs at least {need / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free: "
-                f"ask for at most {num * free // need}"
-            )
-        return num
+        shape = self.denoiser.image_shape
+        bytes_each = max(each, 2 * math.prod(shape) * (1 if len(shape) == 3 else 4))
+        return as_count(name, value, least, MAX_INDEX + 1, bytes_each)
 
     def _checked_image(self, image: Any) -> np.ndarray:
         array, shape = as_array("image", image), self.denoiser.image_shape

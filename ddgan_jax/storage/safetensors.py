@@ -1,7 +1,8 @@
 """A generator in one .safetensors file: its weights, and as metadata what they are.
 
-The metadata are `config` (the JSON of the training's configuration), `step`, `checksum`, and any further text. Such a
-file contains only numbers and text: reading it runs no code.
+The metadata are `config` (the JSON of the training's configuration), `step`, `checksum`, for a class-conditional model
+`classes` (a JSON list of their names), and any further text. Such a file contains only numbers and text: reading it
+runs no code.
 """
 
 import json
@@ -18,6 +19,7 @@ from ddgan_jax.storage import paths
 
 Arrays = dict[str, np.ndarray]
 OWN = ("config", "step", "checksum")  # the metadata that every file has
+RESERVED = (*OWN, "classes")  # names of the metadata that `Model.save` writes; others are free
 
 
 def write(file: paths.Given, arrays: Arrays, config: Mapping[str, Any], step: int, about: Mapping[str, str]) -> None:

@@ -22,11 +22,13 @@ import ddgan_jax
 from ddgan_jax.commands import cli, figures, generate, outputs
 from ddgan_jax.config import presets
 from ddgan_jax.config.settings import SampleConfig, as_dict
+from ddgan_jax.data import decoding
 from ddgan_jax.devices import processes
 from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.method import editing, sampling
 from ddgan_jax.method.build import build, init_state
 from ddgan_jax.method.diffusion import Schedule, deterministic_posterior, q_sample
+from ddgan_jax.model.inputs import as_image
 from ddgan_jax.model.loading import PRETRAINED, default_output
 from ddgan_jax.model.model import to_images, to_x0
 from ddgan_jax.storage import manager, paths
@@ -270,9 +272,38 @@ def test_draws_of_equal_length_are_mixed_as_shoemake_does():
         (lambda m, x: m.sample(1, posterior="ddim"), "posterior='ddim' is not supported: it is gaussian or deter"),
         (lambda m, x: m.vary(1, 4), "t=4 must be a step of this model, an integer from 0 to 3"),
         (lambda m, x: m.edit(x, 5), "start_step=5 must be a step of this model, an integer from 0 to 4"),
-        (lambda m, x: m.edit(x[:4], 1), r"the image is uint8 \[4, 8, 1\], but the model's are uint8 \[8, 8, 1\]"),
-        (lambda m, x: m.edit(x / 255, 1), "the image is float64"),
-        (lambda m, x: m.inpaint(x, x), r"the mask is \[8, 8, 1\], but the image is \[8, 8\]"),
+        (
+            lambda m, x: m.edit(x[:0], 1),
+            r"the image is uint8 \[0, 8, 1\]: it must be \[H, W\], or \[H, W, C\] with 1, 3 or",
+        ),
+        (lambda m, x: m.edit(x[None], 1), r"the image is uint8 \[1, 8, 8, 1\]: it must be \[H, W\]"),
+        (lambda m, x: m.edit(x.repeat(2, -1), 1), r"the image is uint8 \[8, 8, 2\]: it must be"),
+        (
+            lambda m, x: m.edit(x / 255, 1),
+            r"image is float64 \[8, 8, 1\]: convert .* \(255 \* image\).round\(\).astype",
+        ),
+        (
+            lambda m, x: m.edit(x.tolist(), 1),
+            r"the image is int64 \[8, 8, 1\]: convert .* with image.astype\('uint8'\)",
+        ),
+        (lambda m, x: m.edit("none.png", 1), "image=none.png cannot be read: No such file"),
+        (
+            lambda m, x: m.vary(1, 1, "README.md"),
+            "image=README.md cannot be read: it is not an image that Pillow can read",
+        ),
+        (lambda m, x: m.inpaint(x, x), r"known is \[8, 8, 1\], and must be \[H, W\]: True where the image is kept"),
+        (lambda m, x: m.inpaint(x, "m.png"), "known is an array .*: pass an image, white elsewhere, as mask"),
+        (
+            lambda m, x: m.inpaint(x),
+            "pass either known, which is True where .* is kept, or mask, white where it is filled",
+        ),
+        (lambda m, x: m.inpaint(x, x[..., 0], mask=x), "pass either known"),
+        (
+            lambda m, x: m.inpaint(x, mask=x * 0),
+            r"mask marks nothing: it must be white \(255\) where the image is to be",
+        ),
+        (lambda m, x: m.inpaint(x, mask=x / 255), r"the mask is float64 \[8, 8, 1\]: convert"),
+        (lambda m, x: m.inpaint(x, mask="none.png"), "mask=none.png cannot be read: No such file"),
         (lambda m, x: m.inpaint(x, x[..., 0], rounds=0), "rounds=0 must be an integer from 1"),
         (lambda m, x: m.interpolate(1), "num=1 must be an integer from 2"),
     ],
@@ -361,6 +392,58 @@ def test_masks(model, tmp_path):
     for name, mask in (("nothing", half // 255), ("everything", half * 0 + 255)):
         with pytest.raises(UserError, match=f"marks {name}: it must be white"):
             generate.read_mask(model, save(tmp_path / "m.png", mask))
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory):
+    """A file of 40x32 px that is to be turned by 90 degrees, and its upright pixels [40, 32, 3]."""
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 40, 3), np.uint8)
+    exif, file = Image.Exif(), tmp_path_factory.mktemp("photo") / "photo.png"
+    exif[0x0112] = 8
+    Image.fromarray(pixels).save(file, exif=exif)
+    return file, np.rot90(pixels)
+
+
+def test_an_image_in_any_form_is_the_same(model, photo, tmp_path):
+    """Upright, the central square, resized: as for the command, which decodes as the training data is decoded."""
+    file, pixels = photo
+    generate.generate(
+        "edit", model, str(tmp_path / "x.npz"), image=str(file), start_step=1, num=2, seed=3, posterior="gaussian"
+    )
+    expected, resized = np.load(tmp_path / "x.npz")["images"], generate.read_image(model, str(file))
+    np.testing.assert_array_equal(resized, decoding.fit(Image.fromarray(pixels[4:36]), 8, 1))
+    opaque = np.dstack([pixels, np.full((40, 32), 255, np.uint8)])
+    with Image.open(file) as opened:
+        for image in (str(file), file, opened, pixels, opaque, resized, resized[..., 0], jnp.asarray(pixels)):
+            np.testing.assert_array_equal(model.edit(image, 1, 2, seed=3), expected)
+        np.testing.assert_array_equal(model.vary(2, 1, opened)[1], model.vary(2, 1, resized)[1])
+    assert model.edit(np.zeros((20, 9), np.uint8), 0).max() == 0
+    given = np.random.default_rng(0).integers(0, 256, (8, 8, 1), np.uint8)
+    assert as_image(given, (8, 8, 1)) is given
+    four = np.zeros((8, 8, 4), np.uint8)
+    assert as_image(four, (8, 8, 4)) is four
+    with pytest.raises(UserError, match=r"image must be a uint8 array \[8, 8, 4\]: no image file has the 4 channels"):
+        as_image(file, (8, 8, 4))
+    with pytest.raises(UserError, match="image cannot be read: it is damaged"):  # Pillow decodes it when it is used
+        model.edit(Image.open(io.BytesIO(file.read_bytes()[:2000])), 1)
+
+
+def test_a_mask_in_any_form_is_the_same(model, photo, tmp_path):
+    """White, or True, is filled in; `known` is its complement. Any size, and transparent parts are kept."""
+    hole = np.zeros((40, 32), bool)
+    hole[:22, 10:] = True
+    white = np.uint8(255) * hole
+    layer = np.dstack([np.full((40, 32, 3), 255, np.uint8), white])
+    path = save(tmp_path / "m.png", white)
+    expected = model.inpaint(photo[0], ~generate.read_mask(model, path), 2)
+    assert 0 < (expected != model.edit(photo[0], 0)).mean() < 0.7
+    for mask in (path, tmp_path / "m.png", Image.fromarray(white), white, white[..., None], layer, hole):
+        np.testing.assert_array_equal(model.inpaint(photo[0], mask=mask, num_variants=2), expected)
+    for known in (~hole, 1.0 * ~hole, (~hole).tolist()):
+        np.testing.assert_array_equal(model.inpaint(photo[0], known, 2), expected)
+    small = generate.read_mask(model, path)
+    np.testing.assert_array_equal(model.inpaint(photo[0], mask=small, num_variants=2), expected)
+    np.testing.assert_array_equal(model.inpaint(photo[0], np.ones((40, 32)))[0], model.edit(photo[0], 0)[0])
 
 
 @pytest.mark.parametrize("d", [1, 2, 3])
@@ -607,6 +690,15 @@ def test_points(tmp_path):
     for kind in ("png", "gif", "npz"):
         out = str(tmp_path / f"i.{kind}")
         generate.generate("interpolate", model, out, num=5, samples=["0", "1"], seed=0, posterior="gaussian")
+    for image, message in (
+        ("x.png", "this model makes points, and has no images to work on"),
+        (np.zeros(2), r"the point is float64 \[2\], but the model's are float32 \[2\]"),
+        (np.array([0, np.nan], np.float32), "the point holds NaN or infinity"),
+    ):
+        with pytest.raises(UserError, match=message):
+            model.edit(image, 1)
+    with pytest.raises(UserError, match="this model makes points, and has no images to fill in"):
+        model.inpaint(np.zeros(2, np.float32), mask="m.png")
     with pytest.raises(UserError, match="this model makes points"):
         generate.generate(
             "edit", model, str(tmp_path / "e.png"), num=1, image="x.png", start_step=1, seed=0, posterior=""

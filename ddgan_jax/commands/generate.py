@@ -16,10 +16,10 @@ import numpy as np
 
 from ddgan_jax.commands import figures
 from ddgan_jax.commands.outputs import check_out, into, save, save_with_input
-from ddgan_jax.data import decoding
 from ddgan_jax.devices import processes
-from ddgan_jax.errors import UserError, of_a_file
+from ddgan_jax.errors import UserError
 from ddgan_jax.model.checks import as_seed
+from ddgan_jax.model.inputs import as_hole, as_image
 from ddgan_jax.model.model import MAX_INDEX, Model
 from ddgan_jax.networks.ops import FIR_KERNEL
 from ddgan_jax.storage import paths
@@ -172,36 +172,23 @@ def check_for_the_reference(model: Model, out: str) -> None:
             raise UserError(f"--out={out}: the reference has no {what}; write a .safetensors or a .bin")
 
 
-def read_image(model: Model, path: str, flag: str = "--image") -> np.ndarray:
-    """An image file, cropped and resized to the size of the model's images, uint8 [H, W, C]."""
+def read_image(model: Model, path: str) -> np.ndarray:
+    """The file of --image, cropped and resized to the size of the model's images, uint8 [H, W, C]."""
     if not _has_images(model):
         raise UserError("this model makes points, and has no images to work on")
-    size, _, channels = model.denoiser.image_shape
-    return _decoded(path, flag, lambda content: decoding.decode(content, size, channels))
+    return as_image(_given("--image", path), model.denoiser.image_shape, "--image")
 
 
 def read_mask(model: Model, path: str) -> np.ndarray:
-    """The hole of a mask file, bool [H, W]: what is lighter than 127 of 255 in any channel, and not transparent.
-
-    Raises UserError if the hole is empty, or is the whole image.
-    """
-    hole = _decoded(path, "--mask", lambda content: decoding.decode_mask(content, model.denoiser.image_shape[0])) > 127
-    if hole.all() or not hole.any():
-        found = "everything" if hole.all() else "nothing"
-        raise UserError(f"--mask={path} marks {found}: it must be white (255) where --image is to be filled in")
-    return hole
+    """The hole of the file of --mask, bool [H, W]. Raises UserError if it is empty, or is the whole image."""
+    return as_hole(_given("--mask", path), model.denoiser.image_shape[0], "--mask")
 
 
-def _decoded(path: str, flag: str, decode: Callable[[bytes], np.ndarray]) -> np.ndarray:
-    """The file that a flag names, decoded."""
+def _given(flag: str, path: str) -> str:
+    """The path of a flag. Raises UserError if there is none."""
     if not path:
         raise UserError(f"name an image with {flag}=PATH")
-    with of_a_file(f"{flag}={path}"):
-        content = paths.read(paths.path(path))
-        try:
-            return decode(content)
-        except ValueError as error:
-            raise UserError(f"{flag}={path} cannot be read: {error}") from error
+    return path
 
 
 def _directory(model: Model) -> list[str]:

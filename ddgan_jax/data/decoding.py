@@ -66,7 +66,23 @@ def _draft(image: Any, size: int) -> int:
 def decode_mask(content: bytes, size: int) -> np.ndarray:
     """Returns the brightest channel of an image file on black, cropped and resized by `fit`: uint8 [size, size]."""
     with _value_errors(content):
-        return fit(to_eight_bits(_load(_open(content)), "black"), size, 3).max(axis=-1)
+        return _fit_mask(_load(_open(content)), size)
+
+
+def fit_upright(image: Any, size: int, channels: int) -> np.ndarray:
+    """Returns an open Pillow image, turned upright, as `fit` does. Raises ValueError if its file is damaged."""
+    with _value_errors():
+        return fit(_upright(image, _orientation(image)), size, channels)
+
+
+def fit_mask(image: Any, size: int) -> np.ndarray:
+    """Returns an open Pillow image as `decode_mask` does its file. Raises ValueError if its file is damaged."""
+    with _value_errors():
+        return _fit_mask(_upright(image, _orientation(image)), size)
+
+
+def _fit_mask(image: Any, size: int) -> np.ndarray:
+    return fit(to_eight_bits(image, "black"), size, 3).max(axis=-1)
 
 
 def fit(image: Any, size: int, channels: int, box: tuple[float, ...] | None = None) -> np.ndarray:
@@ -252,8 +268,8 @@ def _is_deep(image: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _value_errors(content: bytes) -> Iterator[None]:
-    """Converts what Pillow raises for the broken file `content` into ValueError with the reason."""
+def _value_errors(content: bytes = b"") -> Iterator[None]:
+    """Converts what Pillow raises for a broken file into ValueError with the reason, which `content` may show."""
     from PIL import Image
 
     try:

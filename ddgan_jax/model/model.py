@@ -24,8 +24,9 @@ from ddgan_jax.method.diffusion import q_sample
 from ddgan_jax.method.sampling import Denoiser, bind
 from ddgan_jax.method.train_step import to_x0
 from ddgan_jax.model import export
-from ddgan_jax.model.checks import as_array, as_count, as_half, as_integer, as_posterior, as_seed, check_about
+from ddgan_jax.model.checks import as_count, as_half, as_integer, as_posterior, as_seed, check_about
 from ddgan_jax.model.classes import labels_of, names_of
+from ddgan_jax.model.inputs import as_input, as_known
 from ddgan_jax.model.sampler import POSTERIORS, Sampler, in_batches, noise_of, rows, to_images
 from ddgan_jax.storage import checkpoint, paths, safetensors
 
@@ -67,8 +68,10 @@ class Model:
 
     In all methods, `posterior` is 'gaussian' (the paper's) or 'deterministic', which gives the same image for the same
     x_T and z. `label`, for class-conditional models only, is a class for all images, or a list of one for each: a name
-    of `classes`, such as "cat", or an index, such as 1. Methods raise UserError for an invalid argument, or if their
-    result does not fit into memory.
+    of `classes`, such as "cat", or an index, such as 1. `image` is a path, a Pillow image, or a uint8 array [H, W] or
+    [H, W, C]; as training data, it is turned upright, cropped to its central square and resized, except for an array of
+    exactly the model's shape. A model of points takes float32 [d]. Methods raise UserError for an invalid argument, or
+    if their result does not fit into memory.
     """
 
     params: Any
@@ -131,7 +134,10 @@ class Model:
             label = None if y is None else y[0]  # `y` may have a class for each image
             x_tp1 = self.trajectory(1, seed, label=label, first=index).x_tp1[t, 0]
         else:
-            x0, noise = self._to_x0(self._checked_image(image)[None]), self._noise(seed, np.arange(1)).x_T
+            x0, noise = (
+                self._to_x0(as_input(image, self.denoiser.image_shape)[None]),
+                self._noise(seed, np.arange(1)).x_T,
+            )
             x_tp1 = q_sample(self.denoiser.schedule, x0, jnp.full(1, t + 1), noise)[0]
 
         def run(i: np.ndarray) -> Any:
@@ -148,13 +154,13 @@ class Model:
         posterior: str = "gaussian",
         label: Any = None,
     ) -> np.ndarray:
-        """`num_variants` of one image [H, W, C]: diffused to x_s, s = `start_step` in 0..T, and denoised again.
+        """`num_variants` of one image: diffused to x_s, s = `start_step` in 0..T, and denoised again.
 
         A stroke painting becomes an image. A larger s changes it more; s = 0 returns the image.
         """
         num = self.check_count("num_variants", num_variants)
         start_step = self._checked_step("start_step", start_step, self.num_steps)
-        image, y = self._checked_image(image), self.labels(label, num)
+        image, y = as_input(image, self.denoiser.image_shape), self.labels(label, num)
         if not start_step:
             return np.repeat(image[None], num, axis=0)
 
@@ -167,24 +173,25 @@ class Model:
     def inpaint(
         self,
         image: Any,
-        known: Any,
+        known: Any = None,
         num_variants: int = 1,
         rounds: int = 1,
         seed: int = 0,
         posterior: str = "gaussian",
         label: Any = None,
+        mask: Any = None,
     ) -> np.ndarray:
-        """`num_variants` of one image [H, W, C], filled in where `known` [H, W] is False and unchanged elsewhere.
+        """`num_variants` of one image, with a part that is filled in.
 
-        More `rounds` per step match the two parts better, and multiply the time.
+        Pass either `known`, an array [H, W] that is True where the image is kept, or `mask`, which is white, or True,
+        where it is filled in: a path, a Pillow image or an array. Both may have any size, and are cropped and resized
+        as the image is. More `rounds` per step match the two parts better, and multiply the time.
         """
         num = self.check_count("num_variants", num_variants)
-        rounds, image = as_integer("rounds", rounds, 1, MAX_ROUNDS), self._checked_image(image)
+        rounds, image = as_integer("rounds", rounds, 1, MAX_ROUNDS), as_input(image, self.denoiser.image_shape)
         if image.ndim != 3:
             raise UserError("this model makes points, and has no images to fill in")
-        known = as_array("known", known).astype(bool)
-        if known.shape != image.shape[:2]:
-            raise UserError(f"the mask is {list(known.shape)}, but the image is {list(image.shape[:2])}")
+        known = as_known(known, mask, image.shape[0])
         y, seed = self.labels(label, num), jnp.uint32(as_seed(seed))
 
         def run(i: np.ndarray) -> Any:
@@ -270,17 +277,6 @@ class Model:
         shape = self.denoiser.image_shape
         bytes_each = max(each, 2 * math.prod(shape) * (1 if len(shape) == 3 else 4))
         return as_count(name, value, least, MAX_INDEX + 1, bytes_each)
-
-    def _checked_image(self, image: Any) -> np.ndarray:
-        array, shape = as_array("image", image), self.denoiser.image_shape
-        wanted = np.uint8 if len(shape) == 3 else np.float32
-        if array.shape != shape or array.dtype != wanted:
-            raise UserError(
-                f"the image is {array.dtype} {list(array.shape)}, but the model's are {np.dtype(wanted)} {list(shape)}"
-            )
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise UserError("the point holds NaN or infinity")
-        return array
 
     def _checked_step(self, name: str, value: Any, high: int) -> int:
         return as_integer(name, value, 0, high, f"a step of this model, an integer from 0 to {high}")

@@ -23,8 +23,23 @@ _MODULES = {"presets": "config.presets", "figures": "commands.figures"}
 
 def __getattr__(name: str) -> Any:
     """Imports a public name when it is first used, so that importing the package is quick."""
+    if name == "__version__":
+        return _version()
     if name in _MODULES:
         return importlib.import_module(f"ddgan_jax.{_MODULES[name]}")
     if name in _PUBLIC:
         return getattr(importlib.import_module(f"ddgan_jax.{_PUBLIC[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _version() -> str:
+    """The version of the installed package, or else of the checkout."""
+    import pathlib
+    import tomllib
+    from importlib import metadata
+
+    try:
+        return metadata.version("ddgan_jax")
+    except metadata.PackageNotFoundError:
+        project = pathlib.Path(__file__).parent.parent / "pyproject.toml"
+        return tomllib.loads(project.read_text())["project"]["version"]

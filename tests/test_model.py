@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import importlib.metadata
 import io
 import json
 import os
@@ -536,6 +537,24 @@ def test_home_is_home(model, tmp_path, monkeypatch):
     assert {"x.png", "t.png", "cache"} <= {file.name for file in tmp_path.iterdir()}
     assert generate.read_image(model, "~/x.png").shape == (8, 8, 1)  # as --image and --mask
     assert not (ROOT / "~").exists()
+
+
+def test_a_model_is_shown_in_one_line(model):
+    size = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+    assert repr(model) == f"Model(synthetic, 8x8x1, T=4, step 7, {size:,} parameters)"
+    assert repr(ddgan_jax.load("gaussians")).startswith("Model(gaussians, points [2], T=4, step 20,000, ")
+    assert ", 8x8x1, 10 classes, T=3, step 7,500, " in repr(ddgan_jax.load("digits_conditional"))
+
+
+def test_the_version_is_that_of_the_package_or_the_checkout(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", {"ddgan_jax": "9.8.7"}.get)
+    assert ddgan_jax.__version__ == "9.8.7"
+
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert f'\nversion = "{ddgan_jax.__version__}"\n' in (ROOT / "pyproject.toml").read_text()
 
 
 def test_results_of_a_numbered_checkpoint_go_into_its_workdir(workdir, tmp_path, monkeypatch):

@@ -62,7 +62,7 @@ def _inpaint(
     return to_images(x, denoiser.scale)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Model:
     """A generator's moving average, with the configuration of its training.
 
@@ -84,6 +84,13 @@ class Model:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", names_of(self.classes, self.num_classes))
+
+    def __repr__(self) -> str:
+        shape, size = self.denoiser.image_shape, sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        kind = "x".join(map(str, shape)) if len(shape) == 3 else f"points {list(shape)}"
+        classes = f", {self.num_classes:,} classes" * (self.num_classes > 0)
+        about = f"{self.config.data.name}, {kind}{classes}, T={self.num_steps}, step {self.step:,}"
+        return f"Model({about}, {size:,} parameters)"
 
     @property
     def num_steps(self) -> int:

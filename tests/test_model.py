@@ -453,6 +453,17 @@ def test_points_of_any_dimension_are_drawn(d):
     assert image.ndim == 3 and image.dtype == np.uint8 and image.std() > 1
 
 
+def test_few_points_are_seen_beside_their_input(tmp_path):
+    """Sixteen cover more than a thousandth of the image, and the input is a mark of another colour."""
+    points = np.random.default_rng(0).standard_normal((16, 2)).astype(np.float32)
+    outputs.save_with_input(points[0], points[1:], str(tmp_path / "x.png"))
+    with Image.open(tmp_path / "x.png") as written:
+        drawn = np.asarray(written).astype(int)
+    blue, red = (((drawn[..., i] - drawn[..., 2 - i]) > 60).mean() for i in (2, 0))
+    assert 0.001 < blue < 0.05 and 0.0002 < red < 0.005
+    assert figures.scatter(np.zeros((9, 1)), np.ones(1)).std() > 1
+
+
 def test_the_jobs_write_what_they_say(model, tmp_path, image):
     """A grid of the input and its variants, arrays of the variants alone, animations."""
     picture = save(tmp_path / "x.png", np.repeat(np.repeat(image, 5, 0), 7, 1))  # not the model's size
@@ -475,6 +486,11 @@ def test_the_jobs_write_what_they_say(model, tmp_path, image):
     with Image.open(tmp_path / "trajectory.gif") as animation:
         assert animation.n_frames in (8, 9)  # x_4, a guess at each step and what came of it; the last two are one
     generate.generate("interpolate", model, str(tmp_path / "i.gif"), **jobs["interpolate"])
+    with Image.open(tmp_path / "i.gif") as animation:
+        assert animation.size == (192, 192) and animation.n_frames == 8
+        small = np.asarray(animation.convert("L"))[::24, ::24]
+        np.testing.assert_array_equal(animation.convert("L"), small.repeat(24, 0).repeat(24, 1))
+        np.testing.assert_array_equal(small, model.interpolate(5, 0, 3)[0, ..., 0])
     generate.generate(
         "sample", model, str(tmp_path / "many"), **(jobs["sample"] | {"trajectory": str(tmp_path / "t.png")})
     )

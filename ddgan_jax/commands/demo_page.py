@@ -19,15 +19,12 @@ from ddgan_jax.errors import UserError
 from ddgan_jax.model.model import Model
 
 CANVAS = 512  # px, side of the drawing area
-MIN_SIDE = 192  # px, of an image on the page
 ALL_CLASSES = "all in turn"
 
 
 def enlarged(images: np.ndarray) -> list[np.ndarray]:
-    """uint8 [N, H, W, C] as RGB images, each pixel repeated until a side has at least MIN_SIDE px."""
-    zoom = max(1, -(-MIN_SIDE // images.shape[1]))
-    large = images.repeat(zoom, axis=1).repeat(zoom, axis=2)
-    return list(large.repeat(3, axis=-1) if large.shape[-1] == 1 else large)
+    """uint8 [N, H, W, C] as RGB images, which are enlarged as in an animation."""
+    return list(figures.enlarged(images))
 
 
 def captioned_frames(

@@ -13,17 +13,16 @@ from ddgan_jax.storage.paths import Given
 
 MAX_POINTS = 500  # of a curve; a panel has no more pixels, and the memory does not grow with the run
 MIN_SIDE = 64  # px, of an image in a grid
+LARGE_SIDE = 192  # px, of an image that is shown alone: in an animation, or on the page
 
 
 def grid(images: np.ndarray, columns: int | None = None, min_side: int = MIN_SIDE, gap: int = 2) -> np.ndarray:
     """uint8 [N, H, W, C] -> one image [H', W', 3]: each enlarged by an integer to at least `min_side` px, with gaps."""
-    n, height, width, channels = images.shape
-    scale = max(1, -(-min_side // max(height, width)))
-    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
-    images = images[..., :3] if channels >= 3 else images[..., :1].repeat(3, axis=-1)
+    before, images = images.shape[1], enlarged(images, min_side)
+    n, height, width, _ = images.shape
     columns = columns or int(np.ceil(np.sqrt(n)))
-    rows, gap = -(-n // columns), gap * max(1, scale // 2)
-    h, w = height * scale + gap, width * scale + gap
+    rows, gap = -(-n // columns), gap * max(1, height // before // 2)
+    h, w = height + gap, width + gap
     canvas = np.full((rows * h + gap, columns * w + gap, 3), 64, np.uint8)
     for i, image in enumerate(images):
         y, x = divmod(i, columns)
@@ -31,16 +30,30 @@ def grid(images: np.ndarray, columns: int | None = None, min_side: int = MIN_SID
     return canvas
 
 
-def scatter(points: np.ndarray) -> np.ndarray:
-    """A plot of points [N, d], uint8 [H, W, 3]: the first two coordinates, or a histogram for d = 1."""
+def enlarged(images: np.ndarray, min_side: int = LARGE_SIDE) -> np.ndarray:
+    """uint8 [N, H, W, C] as RGB, each pixel repeated until a side has at least `min_side` px, without gaps."""
+    scale = max(1, -(-min_side // max(images.shape[1:3])))
+    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    return images[..., :3] if images.shape[-1] >= 3 else images[..., :1].repeat(3, axis=-1)
+
+
+def scatter(points: np.ndarray, given: np.ndarray | None = None) -> np.ndarray:
+    """A plot of points [N, d], uint8 [H, W, 3]: the first two coordinates, or a histogram for d = 1.
+
+    The point `given` [d] is marked as the input. Fewer points are drawn larger, so that they are seen.
+    """
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(6, 6), constrained_layout=True)
     d = points.shape[1]
     if d == 1:
         axis.hist(points[:, 0], bins=100)
     else:
-        axis.plot(points[:, 0], points[:, 1], ".", markersize=2, alpha=0.5)
+        size = np.clip(40 / np.sqrt(len(points)), 2, 12)
+        axis.plot(points[:, 0], points[:, 1], ".", markersize=size, alpha=0.5)
         axis.set_aspect("equal")
+    if given is not None:
+        axis.plot(given[0], given[1] if d > 1 else 0, "x", color="tab:red", markersize=10, label="the input")
+        axis.legend()
     axis.set(title=f"{len(points):,} points" + (f", coordinates 1 and 2 of {d}" if d > 2 else ""))
     axis.grid(alpha=0.3)
     figure.canvas.draw()

@@ -66,15 +66,19 @@ def save(images: np.ndarray, out: str | os.PathLike) -> None:
     if path.suffix == ".png":
         figures.save_image(path, figures.as_image(images))
     elif path.suffix == ".gif":
-        figures.save_gif(path, [figures.as_image(image[None]) for image in images])
+        frames = figures.enlarged(images) if images.ndim == 4 else [figures.scatter(point[None]) for point in images]
+        figures.save_gif(path, list(frames))
     else:
         with into(os.fspath(out), images.shape, images.dtype) as add:
             add(images)
 
 
 def save_with_input(given: np.ndarray, images: np.ndarray, out: str) -> None:
-    """`save`, with the input image [H, W, C] first if the result is a grid."""
-    save(np.concatenate([given[None], images]) if out.endswith(".png") else images, out)
+    """`save`, with the input image [H, W, C] first in a grid, or the input point [d] marked in a scatter plot."""
+    if out.endswith(".png") and images.ndim == 2:
+        figures.save_image(paths.path(out), figures.scatter(images, given))
+    else:
+        save(np.concatenate([given[None], images]) if out.endswith(".png") else images, out)
 
 
 def into(out: str, shape: Sequence[int], dtype: Any) -> AbstractContextManager[Callable[[np.ndarray], Any]]:

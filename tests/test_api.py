@@ -147,7 +147,9 @@ def test_errors_come_before_anything_is_written(tmp_path, arguments, message):
 def test_the_older_form_names_the_new_one(tmp_path):
     config = presets.get("digits:smoke")
     with pytest.raises(UserError, match=r"is now train\(data, preset=config, workdir='x'\)"):
-        ddgan_jax.train(config, "x", workdir="y")
+        ddgan_jax.train(config, "x", sources.Data(GREY))
+    with pytest.raises(UserError, match="name the folder of the run"):
+        ddgan_jax.train(COLOUR)
     with pytest.raises(UserError, match=r"samples need real images"):
         ddgan_jax.evaluate(COLOUR)
 

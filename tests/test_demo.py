@@ -44,7 +44,7 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    of_job = {"classes": [*"012345678", "nine"]}
+    of_job = {"data": {"classes": [*"012345678", "nine"]}}
     page = Served(workdir_of(tmp_path_factory.mktemp("demo") / "tens", num_classes=10, of_job=of_job))
     yield page
     page.close()

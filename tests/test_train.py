@@ -15,7 +15,7 @@ import pytest
 from commands import POINTS, ROOT, SMOKE, command, ends, python, run, start_group
 from PIL import Image
 
-from ddgan_jax.commands import figures, progress, setup
+from ddgan_jax.commands import checks, figures, progress, setup
 from ddgan_jax.commands import train as train_module
 from ddgan_jax.commands.signals import Interrupt
 from ddgan_jax.commands.train import train
@@ -694,11 +694,16 @@ def test_other_labels_in_a_workdir(tmp_path, capsys):
         with (
             pytest.raises(UserError, match=r"other data \(the labels differ\)") if refused else contextlib.nullcontext()
         ):
-            setup.check_data(before, now, tmp_path, refuse=True)
-        setup.check_data(before, now, tmp_path, refuse=False)
+            checks.check_data(before, now, tmp_path, refuse=True)
+        checks.check_data(before, now, tmp_path, refuse=False)
         assert ("the labels differ" in capsys.readouterr().out) == refused
-    setup.check_data({k: v for k, v in before.items() if k != "labels"}, before, tmp_path, refuse=True)
+    checks.check_data({k: v for k, v in before.items() if k != "labels"}, before, tmp_path, refuse=True)
     assert "labels" not in sketch_of(data, None)
+    renamed = sketch_of(Data(data.images, data.labels(), ("b", "c")), data.labels())
+    for refuse in (True, False):
+        with pytest.raises(UserError, match=r"holds a run on the classes 0, 1, and those of the data are b, c"):
+            checks.check_data(before, renamed, tmp_path, refuse)
+    checks.check_data({k: v for k, v in before.items() if k != "classes"}, renamed, tmp_path, refuse=True)
 
 
 def test_a_refused_restart_moves_nothing(points_run, tmp_path, monkeypatch):

@@ -24,8 +24,8 @@ from ddgan_jax.model.model import Model
 def train(
     images: Any = None,
     labels: Any = None,
-    *,
-    workdir: str | os.PathLike,
+    *former: Any,
+    workdir: str | os.PathLike = "",
     preset: Any = None,
     classes: Sequence[str] = (),
     value_range: Range | None = None,
@@ -39,6 +39,7 @@ def train(
         images: Images or points in one of the forms of `data.arrays.as_data`; the folder, zip or LMDB that a text
             names; or None for the dataset of `preset`.
         labels: Classes of the images, which make the model class-conditional: integers or names.
+        *former: Nothing: a former version took (config, workdir, data), for which an error names the present form.
         workdir: Folder of the run. The same call again continues an interrupted training there.
         preset: Name of a configuration, such as "image_folder:small", or a configuration. By default it is chosen for
             the images and the device, and printed.
@@ -57,6 +58,8 @@ def train(
             f"train(config, workdir, data) is now train(data, preset=config, workdir={os.fspath(labels)!r}), or "
             "ddgan_jax.commands.train.train(config, workdir, data), which returns the state"
         )
+    if former or not os.fspath(workdir):
+        raise UserError("name the folder of the run, and other arguments: train(images, labels, workdir='runs/mine')")
     data = None
     if isinstance(images, str | os.PathLike):
         if labels is not None:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import math
 import os
 import time
 from collections.abc import Iterator
@@ -11,18 +10,18 @@ from typing import Any
 
 import jax
 
+from ddgan_jax.commands.checks import check_data, check_memory
 from ddgan_jax.commands.progress import overview
 from ddgan_jax.commands.run import Files, Run, ranked_by
 from ddgan_jax.commands.signals import Interrupt
 from ddgan_jax.config.settings import Config, as_dict, flat, read
 from ddgan_jax.data.resolve import check_batch, facts, labels_of, resolve_from_data
-from ddgan_jax.data.sketch import difference, sketch_of
+from ddgan_jax.data.sketch import sketch_of
 from ddgan_jax.data.sources import Data, open_data
 from ddgan_jax.devices import compiler, parallel, processes
 from ddgan_jax.devices.processes import say
 from ddgan_jax.errors import Fault, UserError, of_a_folder
 from ddgan_jax.method.build import build, init_state, missed_attention, network_fields
-from ddgan_jax.method.state import num_bytes
 from ddgan_jax.method.train_step import Method
 from ddgan_jax.metrics.evaluator import open_evaluator
 from ddgan_jax.model.loading import load_initial_networks
@@ -177,37 +176,6 @@ def _open(config: Any, data: Data | None, before: dict[str, Any] | None, path: P
             f"{c.model.network} is built for {list(method.denoiser.image_shape)}: choose another network or dataset"
         )
     return c, method, data
-
-
-def check_data(before: dict[str, Any] | None, now: dict[str, Any], path: Path, refuse: bool) -> None:
-    """Compares the sketch of the data with that of the checkpoint.
-
-    Where they differ, raises UserError if `refuse`, else prints a note.
-    """
-    found = difference(before, now)
-    if found and refuse:
-        raise UserError(
-            f"--workdir={path} holds a run on other data ({found}): name another --workdir "
-            f"(--config.train.init_from={path} starts it from the networks of this run), or pass --restart"
-        )
-    if found:
-        say(f"note: the data is not that of the start of the run: {found}")
-
-
-def check_memory(method: Method, shapes: Any) -> None:
-    """Raises UserError if the state, or a batch, is larger than the memory of a device."""
-    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    memory = limit or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    batch = 4 * math.prod((method.batch_size // jax.device_count(), *method.denoiser.image_shape))
-    widths = "generator.nf and discriminator.ngf, or width and depth"
-    for size, what, lower in (
-        (num_bytes(shapes), "the state of networks of this size", widths),
-        (batch, f"a batch of {method.batch_size:,}", "train.batch_size"),
-    ):
-        if size > memory:
-            raise UserError(
-                f"{what} takes {size / 2**30:,.0f} GiB, of {memory / 2**30:,.0f} GiB of memory: lower {lower}"
-            )
 
 
 # --- The files and the state, in process 0 --------------------------------------------------------------------------

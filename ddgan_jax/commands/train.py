@@ -195,8 +195,6 @@ def save(run: Run, meter: Meter) -> None:
     if run.files:
         run.files.log.flush()
         of_job = {"unlogged": meter.unlogged(), "log": run.files.log.checksum, "data": run.files.sketch}
-        if run.labels is not None:
-            of_job["classes"] = [str(name) for name in run.data.classes]
         run.files.checkpoints.save(run.step, run.state, as_dict(run.config), of_job)
 
 

@@ -14,14 +14,19 @@ COMPARED = 64  # examples whose means are compared
 def sketch_of(data: Data, labels: np.ndarray | None = None) -> dict[str, Any]:
     """The number of examples, and the means of up to COMPARED of them, which distinguish two datasets.
 
-    Another version of an image decoder hardly changes them. `labels` [N], of a class-conditional run, add a checksum.
+    Another version of an image decoder hardly changes them. `labels` [N], of a class-conditional run, add a checksum,
+    and the names of the classes.
     """
     count = len(data.images)
     some = data.images[evenly_spaced(count, COMPARED)]
     means = some.reshape(len(some), -1).mean(axis=1, dtype=np.float64)
     close = 2.0 if data.images.dtype == np.uint8 else 1e-3
     sketch = {"count": count, "means": [round(float(mean), 4) for mean in means], "close": close}
-    return sketch if labels is None else sketch | {"labels": zlib.crc32(labels.tobytes())}
+    return (
+        sketch
+        if labels is None
+        else sketch | {"labels": zlib.crc32(labels.tobytes()), "classes": [*map(str, data.classes)]}
+    )
 
 
 def difference(before: dict[str, Any] | None, now: dict[str, Any]) -> str:

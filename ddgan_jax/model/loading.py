@@ -68,7 +68,7 @@ def load(path: str | os.PathLike, config: Any = None, **hints: Any) -> Model:
         UserError: there is no model, or hints are missing or contradict the weights.
         Fault: the model is damaged or cannot be read.
     """
-    path, about, of_job, classes = os.fspath(path), dict[str, str](), dict[str, Any](), None
+    path, about, trained_on, classes = os.fspath(path), dict[str, str](), None, None
     if path.endswith(".pth"):
         given = None if config is None else read(config)
         found = processes.broadcast_from_primary(lambda: files.read(path, given, **hints))
@@ -83,12 +83,12 @@ def load(path: str | os.PathLike, config: Any = None, **hints: Any) -> Model:
         params, classes = checkpoint.nested(arrays), read_names(about)
     else:
         params, metadata, step = processes.broadcast_from_primary(lambda: checkpoint.restore_ema(path))
-        saved_config, of_job = metadata["config"], metadata.get("of_job") or {}
-        classes = of_job.get("classes")
+        saved_config, trained_on = metadata["config"], (metadata.get("of_job") or {}).get("data")
+        classes = (trained_on or {}).get("classes")
     c = read(saved_config)
     denoiser = build.denoiser(c)
     checkpoint.check_like(params, jax.eval_shape(denoiser.init_gen, jax.random.key(0)), f"the checkpoint in {path}")
-    return Model(params, denoiser, c, step, about, of_job.get("data"), names_of(classes, denoiser.num_classes))
+    return Model(params, denoiser, c, step, about, trained_on, names_of(classes, denoiser.num_classes))
 
 
 def load_initial_networks(c: Config, like: Any) -> tuple[str, Any, Any]:

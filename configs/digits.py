@@ -7,6 +7,7 @@ the ten classes, for `--label`), 'paper' (the paper's losses and noise), 'smoke'
 from ml_collections import ConfigDict
 
 from ddgan_jax.config import presets
+from ddgan_jax.errors import UserError
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -46,5 +47,5 @@ def get_config(variant: str = "") -> ConfigDict:
     elif variant == "smoke":
         presets.smoke(config)
     elif variant not in ("", "paper"):
-        raise ValueError(f"unknown variant {variant!r}: digits has '', 'long', 'conditional', 'paper' and 'smoke'")
+        raise UserError(f"unknown variant {variant!r}: digits has '', 'long', 'conditional', 'paper' and 'smoke'")
     return config

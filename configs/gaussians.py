@@ -6,6 +6,7 @@ Variants: '' (the mixture), 'smoke' (a few steps).
 from ml_collections import ConfigDict
 
 from ddgan_jax.config import presets
+from ddgan_jax.errors import UserError
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -38,5 +39,5 @@ def get_config(variant: str = "") -> ConfigDict:
         config.checkpoint.update(every=4, keep=2)
         config.log.update(every=2, samples_every=4)
     elif variant:
-        raise ValueError(f"unknown variant {variant!r}: gaussians has '' and 'smoke'")
+        raise UserError(f"unknown variant {variant!r}: gaussians has '' and 'smoke'")
     return config

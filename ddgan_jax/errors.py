@@ -1,6 +1,7 @@
 """The exceptions that a command reports in one line instead of a traceback."""
 
 import contextlib
+import difflib
 import errno
 import re
 from collections.abc import Iterator
@@ -27,18 +28,27 @@ class Interrupted(BaseException):
     """
 
 
+# What absl and Python say of a flag's value, as patterns, and what the value must be.
+_EXPECTED = {
+    "invalid literal for int": " must be an integer",
+    "could not convert string to float": " must be a number",
+    r"\('Non-boolean argument to boolean flag'": " must be True or False",
+}
+
+
 @contextlib.contextmanager
 def of_flags() -> Iterator[None]:
-    """Turns what absl's flags, and the configuration files that they read, raise into a UserError."""
+    """Turns what absl's flags raise into a UserError."""
     try:
         yield
+    except flags.UnrecognizedFlagError as error:
+        near = difflib.get_close_matches(error.flagname, list(flags.FLAGS), 1)
+        hint = f"did you mean --{near[0]}?" if near else "--help lists the flags"
+        raise UserError(f"there is no flag --{error.flagname}: {hint}") from error
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OverflowError, OSError) as error:
-        # The message may hold a traceback, whose last line is the error that a configuration raised.
-        text = " ".join(str(error).split("Error: ")[-1].replace("\\n", " ").split())
-        if name := re.fullmatch(r"[\"']*(\w+)[\"']*", text):  # the whole message of a KeyError
-            text = f"this configuration has no field {name[1]!r}: a flag sets an existing field; add others in its file"
-        if "Did you mean" in text:
-            text = "unknown field of the configuration: did you mean" + text.split("Did you mean")[1].rstrip("'")
+        text = str(error).removeprefix("flag ")
+        for said, right in _EXPECTED.items():
+            text = re.sub(f": {said}.*", right, text, flags=re.DOTALL)
         raise UserError(text) from error
 
 

@@ -107,7 +107,7 @@ def test_operations_run_in_their_plain_form_one_by_one():
 
 def test_a_mistake_is_one_sentence():
     for mistake, right in (
-        ("--batch=x", "invalid literal for int"),
+        ("--batch=x", "--batch=x must be an integer"),
         ("--config.model.dtype=half", "it is float32 or bfloat16"),
         ("--reference=cov", "no operation cov"),
     ):

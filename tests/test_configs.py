@@ -158,5 +158,6 @@ def test_a_folder_of_the_same_name_hides_no_preset(tmp_path, monkeypatch):
     (tmp_path / "digits").mkdir()
     assert presets.get("digits:long").train.num_steps == 30_000
     (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / "digits.py").write_text("def get_config():\n    return 'mine'\n")
-    assert presets.get("configs/digits.py") == "mine"
+    mine = "from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({'mine': True})\n"
+    (tmp_path / "configs" / "digits.py").write_text(mine)
+    assert presets.get("configs/digits.py").mine

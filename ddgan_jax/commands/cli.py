@@ -5,6 +5,7 @@
 
 import contextlib
 import os
+import pathlib
 import signal
 import sys
 import traceback
@@ -41,7 +42,7 @@ flags.DEFINE_string("workdir", None, "Folder of checkpoints, metrics and images;
 flags.DEFINE_bool("restart", False, "train: move an earlier run in --workdir aside, and start from step 0.")
 flags.DEFINE_string("mode", "train", f"What to do: {', '.join(MODES)}.")
 flags.DEFINE_string(
-    "checkpoint", None, "Use this model instead of that in --workdir: a workdir, checkpoint, file or bundled model."
+    "checkpoint", None, "Use this model: a workdir, checkpoint, file or bundled model; best: the best one of --workdir."
 )
 flags.DEFINE_string("samples", None, "evaluate: measure these images, an .npz with one array or a folder.")
 flags.DEFINE_string("out", None, "Where to write the result; docs/editing.md lists what each mode writes.")
@@ -72,13 +73,16 @@ def run(argv: list[str]) -> None:
         if hasattr(signal, "SIGPIPE"):
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as for `--help | head`
         print(f"{__doc__}\n{FLAGS.module_help(__name__)}\n  --config: A preset or a file, with :VARIANT.")
-        print(f"    <{'|'.join(presets.names())}|FILE.py>\n    (default: 'digits')")
+        print(f"    <{'|'.join(presets.names())}|FILE.py|RUN/config.json>\n    (default: 'digits')")
         return
-    rest, config = presets.read_flags(argv, "digits"), FLAGS.config
+    named = presets.value_of("config", argv)
+    of_run = None if named else config_of_run(argv)
+    rest, config = presets.read_flags(argv, of_run or "digits"), FLAGS.config
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}: every option is a flag, --name=value")
-    workdir = FLAGS.workdir or f"runs/{presets.name_of_flag()}"
+    workdir = FLAGS.workdir or f"runs/{presets.name_of(named or 'digits')}"
     check_flags()
+    check_features(named or of_run or "", config, argv)
     for number in (
         (signal.SIGTERM, signal.SIGUSR1) if FLAGS.mode == "train" else ()
     ):  # of a scheduler, during the imports
@@ -98,13 +102,18 @@ def run(argv: list[str]) -> None:
         train(config, workdir, restart=FLAGS.restart)
         return
     path = FLAGS.checkpoint or workdir
+    if path == "best" and (FLAGS.workdir or not os.path.exists(path)):
+        path = str(paths.path(workdir) / "best")
     if FLAGS.mode == "evaluate":
         from ddgan_jax.commands.evaluate import evaluate
 
         # A checkpoint contains its configuration, unless the user explicitly passes another one.
-        explicit = any(flag.startswith(("--config", "-config")) for flag in argv)
+        explicit = any(flag.startswith(("--config", "-config", "--noconfig")) for flag in argv)
+        has_model = FLAGS.workdir or FLAGS.checkpoint
+        if FLAGS.samples and has_model and explicit and not (named or of_run):
+            raise UserError(f"there is no config.json in {path}: name the configuration of the samples, --config=NAME")
         evaluate(
-            config if explicit or FLAGS.samples or path.endswith(".pth") else None,
+            config if explicit or path.endswith(".pth") or (FLAGS.samples and not has_model) else None,
             path,
             FLAGS.samples or "",
             FLAGS.out or "",
@@ -114,9 +123,35 @@ def run(argv: list[str]) -> None:
     elif FLAGS.mode == "demo":
         processes.run_on_primary(lambda: demo(path))
     elif FLAGS.mode == "sample":
-        generate(config, path)
+        generate(config if named else None, path)
     else:
-        processes.run_on_primary(lambda: generate(config, path))
+        processes.run_on_primary(lambda: generate(config if named else None, path))
+
+
+def config_of_run(argv: list[str]) -> str | None:
+    """The config.json of the run that --checkpoint or --workdir names in --mode=evaluate; None without one.
+
+    Flags such as --config.eval.num_samples=100 then change the configuration of that run.
+    """
+    given = presets.value_of("checkpoint", argv)
+    given = presets.value_of("workdir", argv) if given in (None, "best") else given
+    if presets.value_of("mode", argv) != "evaluate" or not given:
+        return None
+    path = pathlib.Path(given).expanduser()
+    folder = path.parent if path.name == "best" else path.parent.parent if path.parent.name == "checkpoints" else path
+    file = folder / "config.json"
+    return str(file) if file.is_file() else None
+
+
+def check_features(file: str, config: Any, argv: list[str]) -> None:
+    """Raises UserError if the settings in a .json file would run a Python function that no flag names."""
+    code = str(config.get("eval", {}).get("features"))
+    named = any(flag.startswith("--config.eval.features") for flag in argv)
+    if file.endswith(".json") and ":" in code and not named and flags.FLAGS.mode in ("train", "evaluate"):
+        raise UserError(
+            f"{file} names the Python function {code}, and a .json file cannot run code: "
+            f"add --config.eval.features={code}"
+        )
 
 
 def check_flags() -> None:
@@ -156,7 +191,7 @@ def generate(config: Any, path: str) -> None:
     FLAGS = flags.FLAGS
     num, image = FLAGS.num_variants, FLAGS.image or ""
     name = "model.safetensors" if FLAGS.mode == "export" else f"{FLAGS.mode}.png"
-    found = loading.load(path, config if FLAGS["config"].present else None)
+    found = loading.load(path, config)
     label = None if FLAGS.label is None else parse_label(FLAGS.label, found.classes)
     seed_label = dict(seed=FLAGS.sample_seed, label=label)
     common = dict(posterior=FLAGS.posterior) | seed_label

@@ -24,7 +24,7 @@ from ddgan_jax.devices import parallel, processes
 from ddgan_jax.errors import UserError
 from ddgan_jax.metrics.evaluator import EvaluationResult, Evaluator, Results, measure, open_evaluator
 from ddgan_jax.metrics.features import open_real_images
-from ddgan_jax.model.loading import default_output, file_of, load
+from ddgan_jax.model.loading import config_of, default_output, file_of, load
 from ddgan_jax.model.model import Model
 from ddgan_jax.model.sampler import Sampler
 from ddgan_jax.storage import checkpoint, paths
@@ -36,13 +36,13 @@ from ddgan_jax.storage.paths import Path
 def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_samples: int = 0, seed: int = 0) -> Results:
     """Evaluate the checkpoint or workdir `path`, or the `samples` of a file or folder, against `config.data`.
 
-    Without a `config`, the configuration of the checkpoint's training is used. `num_samples` 0 stands for
+    Without a `config`, that of the training of `path` is used, also for `samples`. `num_samples` 0 stands for
     `config.eval.num_samples`, or for all `samples`. Writes results.json and figures into the folder `out`; the default
     is WORKDIR/evaluation/STEP, with -seed-N for another `seed` than 0, or a folder beside the file of a model or of
     samples. Returns the results; {} in all processes except the first, which alone evaluates `samples`.
 
-    Raises UserError where `config` is of other data than the checkpoint or is missing for `samples`, or where a
-    checkpoint's own configuration would run a Python function of `eval.features`.
+    Raises UserError where `config` is of other data than the checkpoint, or where a checkpoint's own configuration
+    would run a Python function of `eval.features`.
     """
     path, samples, out = map(os.fspath, (path, samples, out))
     if samples and processes.num_processes() > 1:
@@ -50,9 +50,8 @@ def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_sampl
     start, explicit = time.time(), None if config is None else read(config)
     timing: Results = {}
     if samples:
-        if explicit is None:
-            raise UserError(f"name the real images that {samples} is compared with: config=presets.get('cifar10')")
-        c, folder, workdir = explicit, f"{samples.rstrip('/')}.evaluation", ""
+        c = explicit or _without_code(config_of(path), path)
+        folder, workdir = f"{samples.rstrip('/')}.evaluation", ""
         chunks, count, labels, about = file_samples(samples, num_samples)
         data = _open_data(c, count, seed)
     else:

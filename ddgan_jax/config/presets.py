@@ -7,11 +7,17 @@
 """
 
 import dataclasses
+import difflib
 import importlib.util
+import inspect
+import itertools
+import json
 import os
 import pathlib
-import sys
+import re
+import traceback
 import typing
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from absl import flags
@@ -19,7 +25,7 @@ from ml_collections import ConfigDict, FieldReference, config_flags
 
 from ddgan_jax import errors
 from ddgan_jax.config.check import optional
-from ddgan_jax.config.settings import RENAMED, Config, beta_max_for
+from ddgan_jax.config.settings import RENAMED, Config, beta_max_for, flat, read
 from ddgan_jax.errors import UserError
 
 _HERE = pathlib.Path(__file__).parent.parent
@@ -37,27 +43,74 @@ def find(name: str) -> str:
     A file configs/digits.py in the working directory takes precedence over the preset.
     """
     path, colon, variant = name.partition(":")
-    preset = FOLDER / pathlib.Path(path).with_suffix(".py").name
+    preset = FOLDER / f"{pathlib.Path(path).stem}.py"
     ours = path == preset.stem or (path == f"configs/{preset.name}" and not os.path.exists(path))
     return f"{preset}{colon}{variant}" if ours and preset.exists() else name
 
 
-def _existing(name: str) -> str:
-    """`find(name)`. Raises UserError if there is no such file."""
-    found = find(name)
-    path = found.partition(":")[0]
-    if not path.endswith(".py") or not os.path.exists(path):
-        raise UserError(f"there is no configuration {name!r}: it is one of {', '.join(names())}, or a file")
-    return found
-
-
 def get(name: str) -> ConfigDict:
-    """The configuration that `--config=NAME` selects. Raises UserError if there is none."""
-    path, _, variant = _existing(name).partition(":")
+    """The configuration that `--config=NAME` selects: of a preset, a Python file, or the config.json of a run.
+
+    Raises UserError if there is none, or if the file cannot be used.
+    """
+    path, colon, variant = find(name).partition(":")
+    if not path.endswith((".py", ".json")) or not os.path.isfile(path):
+        raise UserError(f"there is no configuration {name!r}: it is one of {', '.join(names())}, a .py or a .json file")
+    try:
+        if path.endswith(".json"):
+            given = json.loads(pathlib.Path(path).read_bytes())
+            if colon:
+                raise UserError(f"a .json has no variants: leave :{variant} out")
+            return _config_dict(read(given))
+        return _from_python(path, *([variant] if colon and variant else []))
+    except UserError as error:
+        raise UserError(f"configuration {name}: {error}") from error
+    except Exception as error:  # whatever the file raises
+        raise UserError(f"configuration {name} cannot be used: {_described(error, path)}") from error
+
+
+def _from_python(path: str, *variant: str) -> ConfigDict:
+    """What `get_config` of a Python file returns. Raises UserError if that is no configuration, and what it raises."""
     spec = importlib.util.spec_from_file_location(f"_config_{pathlib.Path(path).stem}", path)
     module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
     spec.loader.exec_module(module)  # type: ignore[union-attr]
-    return module.get_config(*([variant] if variant else []))
+    get_config = getattr(module, "get_config", None)
+    if not callable(get_config):
+        raise UserError(
+            "the file has no function get_config: define one that starts from presets.get('digits') and returns it"
+        )
+    try:
+        inspect.signature(get_config).bind(*variant)
+    except TypeError:
+        raise UserError(
+            f"get_config takes no variant: leave :{variant[0]} out, or define get_config(variant='')"
+            if variant
+            else "get_config needs a variant: write --config=FILE.py:VARIANT"
+        ) from None
+    config = get_config(*variant)
+    if not isinstance(config, ConfigDict):
+        found = type(config).__name__
+        raise UserError(f"get_config returns a value of type {found}, not a ConfigDict such as presets.get('digits')")
+    return config
+
+
+def _described(error: Exception, path: str) -> str:
+    """An error that a configuration file raised, with the line of the file if it is known."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == os.path.abspath(path)]
+    line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+    what = error.msg if isinstance(error, SyntaxError) else str(error)
+    return f"{type(error).__name__}: {what}" + (f" (line {line})" if line else "")
+
+
+def value_of(flag: str, argv: Sequence[str]) -> str | None:
+    """The last value of a flag in a command line, as --flag=value or --flag value; None without one."""
+    found = None
+    for argument, after in itertools.zip_longest(argv, argv[1:]):
+        name, equals, value = argument.partition("=")
+        if name in (f"--{flag}", f"-{flag}"):
+            found = value if equals else after or ""
+    return found
 
 
 def read_flags(argv: list[str], default: str) -> list[str]:
@@ -66,19 +119,43 @@ def read_flags(argv: list[str], default: str) -> list[str]:
 
     `--config=digits:long` means `--config=configs/digits.py:long`. Raises UserError for invalid flags.
     """
-    argv = with_current_names([_with_preset(*pair) for pair in zip(["", *argv], argv, strict=False)])
-    sys.argv = argv  # config_flags looks there for the flags of the configuration's fields
     with errors.of_flags():
-        config_flags.DEFINE_config_file("config", find(default), "A preset or a file, with :VARIANT.")
-        rest = flags.FLAGS(argv)
-        flags.FLAGS.config.lock()  # the file runs at this first use, and its exceptions belong here
-    return rest
+        argv = with_current_names(flags.FLAGS.read_flags_from_files(argv, force_gnu=False))
+    name = value_of("config", argv)
+    config = get(default if name is None else name)
+    rest, is_value = [], False
+    for argument in argv:
+        of_config = argument.partition("=")[0] in ("--config", "-config")
+        if not of_config and not is_value:
+            rest.append(argument)
+        is_value = of_config and "=" not in argument
+    for argument in rest:
+        if found := re.match(r"--?(?:no)?config\.([^=]*)", argument):
+            _check_field(found[1], config)
+    with errors.of_flags():
+        config_flags.DEFINE_config_dict("config", config, "The configuration.", sys_argv=rest)
+        return flags.FLAGS(rest)
 
 
-def name_of_flag() -> str:
-    """Name of the configuration that `read_flags` read: 'digits', or 'digits-long' for a variant."""
-    path, _, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
-    return f"{pathlib.Path(path).stem}-{variant}" if variant else pathlib.Path(path).stem
+def _check_field(path: str, config: ConfigDict) -> None:
+    """Raises UserError unless the configuration has a field such as 'train.batch_size'."""
+    fields = list(flat(config.to_dict()))
+    if path in fields:
+        return
+    if of_group := [name for name in fields if name.startswith(f"{path}.")]:
+        raise UserError(f"--config.{path} is a group of fields: set each of them, as with --config.{of_group[0]}=VALUE")
+    near = difflib.get_close_matches(path, fields, 1, 0.75)
+    hint = f"did you mean --config.{near[0]}?" if near else "docs/configuration.md lists them; set others in a file"
+    raise UserError(f"there is no flag --config.{path}: {hint}")
+
+
+def name_of(config: str) -> str:
+    """The name of the run of a `--config`: 'digits', 'digits-long' with a variant, 'a' for runs/a/config.json."""
+    path, _, variant = config.partition(":")
+    file = pathlib.Path(path)
+    if file.name == "config.json":
+        return file.absolute().parent.name or "config"
+    return f"{file.stem}-{variant}" if variant else file.stem
 
 
 def with_current_names(argv: list[str]) -> list[str]:
@@ -86,14 +163,6 @@ def with_current_names(argv: list[str]) -> list[str]:
     present = {f"--config.{old}": f"--config.{new}" for old, new in RENAMED.items()}
     parts = (argument.partition("=") for argument in argv)
     return ["".join((present.get(name, name), equals, value)) for name, equals, value in parts]
-
-
-def _with_preset(before: str, argument: str) -> str:
-    """The argument with the file of a preset, if it is the value of `--config`; `before` is the one before it."""
-    name, equals, value = argument.partition("=")
-    if name in ("--config", "-config") and equals:
-        return f"{name}={_existing(value)}"
-    return _existing(argument) if before in ("--config", "-config") else argument
 
 
 def defaults() -> ConfigDict:
@@ -128,7 +197,7 @@ def apply_variant(config: ConfigDict, variant: str, *own: str) -> ConfigDict:
     elif variant == "fast":
         fast(config)
     elif variant != "paper":
-        raise ValueError(f"unknown variant {variant!r}: it is one of {', '.join(('paper', *own, 'fast', 'smoke'))}")
+        raise UserError(f"unknown variant {variant!r}: it is one of {', '.join(('paper', *own, 'fast', 'smoke'))}")
     return config
 
 

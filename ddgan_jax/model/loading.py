@@ -91,6 +91,22 @@ def load(path: str | os.PathLike, config: Any = None, **hints: Any) -> Model:
     return Model(params, denoiser, c, step, about, trained_on, names_of(classes, denoiser.num_classes))
 
 
+def config_of(path: str) -> Config:
+    """The configuration of the training of a workdir, a checkpoint, a .safetensors file or a bundled model.
+
+    Raises:
+        UserError: there is no model.
+        Fault: the model is damaged or cannot be read.
+    """
+    if file := file_of(path):
+        return read(safetensors.read(file)[1])
+    found = checkpoint.find(path)
+    try:
+        return read(checkpoint.metadata_of(found)["config"])
+    except (ValueError, KeyError) as error:
+        raise checkpoint.Damaged(f"the checkpoint {found} is damaged: {error}") from error
+
+
 def load_initial_networks(c: Config, like: Any) -> tuple[str, Any, Any]:
     """The networks that `train.init_from` of `c` names, in the tree of the state `like`.
 

@@ -241,6 +241,11 @@ def find(path: str | os.PathLike) -> Path:
             return folder / str(steps[-1])
     if _is_step(given.name) and int(given.name) in finished(given.parent):
         return given
+    if given.name == "best" and finished(given.parent / "checkpoints"):
+        raise UserError(
+            f"there is no best checkpoint in {given.parent}: training marks it with --config.eval.every=N; "
+            f"name the latest instead, {given.parent}"
+        )
     raise UserError(f"there is no checkpoint in {path}: train there first, or name another workdir or checkpoint")
 
 

@@ -1,0 +1,139 @@
+"""The command line: configurations, flags, which run a command uses, and what it prints."""
+
+import json
+
+import numpy as np
+import pytest
+from commands import POINTS, run
+
+from ddgan_jax.config import presets
+from ddgan_jax.config.settings import as_dict
+
+
+@pytest.fixture(scope="module")
+def points_run(tmp_path_factory):
+    """The workdir of a short run on points, with a best checkpoint."""
+    workdir = tmp_path_factory.mktemp("runs") / "points"
+    done = run(POINTS, f"--workdir={workdir}", "--config.train.num_steps=4", "--config.eval.every=4")
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+def test_samples_are_compared_with_the_data_of_the_run(points_run, tmp_path):
+    """Not with the default digits, with which these would be compared in silence."""
+    np.savez(tmp_path / "x.npz", np.zeros((70, 2), np.float32))
+    for named in ([f"--workdir={points_run}"], ["--checkpoint=gaussians"], [f"--checkpoint={points_run}/best"]):
+        done = run("--mode=evaluate", f"--samples={tmp_path / 'x.npz'}", *named, "--num_samples=50")
+        assert done.returncode == 0, done.stderr
+        assert json.loads((tmp_path / "x.npz.evaluation" / "results.json").read_text())["features"] == "points"
+    changed = run("--mode=evaluate", f"--samples={tmp_path / 'x.npz'}", named[0], "--config.eval.features=classifier")
+    assert "gaussians" in changed.stderr and changed.returncode == 2
+    nowhere = run("--mode=evaluate", f"--samples={tmp_path / 'x.npz'}", "--checkpoint=gaussians", "--config.eval.k=2")
+    assert "there is no config.json in gaussians: name the configuration" in nowhere.stderr
+
+
+def test_flags_change_the_configuration_of_the_evaluated_run(points_run, tmp_path):
+    for checkpoint in (points_run, points_run / "best", points_run / "checkpoints" / "4"):
+        named = f"--checkpoint={checkpoint}", f"--out={tmp_path / 'of'}"
+        done = run("--mode=evaluate", *named, "--config.eval.num_samples=40")
+        assert done.returncode == 0, done.stderr
+        assert json.loads((tmp_path / "of" / "results.json").read_text())["num_samples"] == 40
+
+
+def test_the_configuration_that_a_run_writes(points_run, tmp_path):
+    """It is accepted by every mode, and is the configuration of that run."""
+    file = points_run / "config.json"
+    assert as_dict(presets.get(str(file))) == json.loads(file.read_text())
+    again = tmp_path / "again"
+    for arguments in (
+        [f"--workdir={again}", "--config.train.lr_g=0.001", "--config.data.scale=2"],
+        [f"--workdir={points_run}", "--mode=evaluate"],
+        [f"--workdir={points_run}", "--mode=sample"],
+    ):
+        done = run(f"--config={file}", *arguments)
+        assert done.returncode == 0, done.stderr
+    found, before = json.loads((again / "config.json").read_text()), json.loads(file.read_text())
+    before["train"]["lr_g"], before["data"]["scale"] = 0.001, 2.0
+    assert found == before
+
+
+@pytest.mark.parametrize("mode", ["train", "evaluate"])
+def test_a_file_of_settings_runs_no_code(mode, tmp_path):
+    settings = as_dict(presets.get("digits:smoke"))
+    settings["eval"]["features"] = "os:abort"
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    named = {"train": f"--config={tmp_path / 'config.json'}", "evaluate": "--config.eval.k=2"}[mode]
+    done = run(f"--mode={mode}", f"--workdir={tmp_path}", named)
+    assert "a .json file cannot run code: add --config.eval.features=os:abort" in done.stderr
+    assert done.returncode == 2
+
+
+def test_the_best_checkpoint(points_run, tmp_path):
+    for arguments in (["--checkpoint=best", f"--workdir={points_run}"], [f"--checkpoint={points_run}/best"]):
+        done = run("--mode=evaluate", *arguments, "--num_samples=40")
+        assert done.returncode == 0 and f"written to {points_run}/evaluation/4" in done.stdout, done.stderr
+    (points_run / "best.json").rename(points_run / "elsewhere")
+    done = run("--mode=sample", "--checkpoint=best", f"--workdir={points_run}")
+    (points_run / "elsewhere").rename(points_run / "best.json")
+    assert f"there is no best checkpoint in {points_run}: training marks it with --config.eval.every=N" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("x = 1", "FILE: the file has no function get_config: define one"),
+        ("\ndef get_config(:", "FILE cannot be used: SyntaxError: invalid syntax (line 2)"),
+        ("def get_config():\n    return 1 / 0", "FILE cannot be used: ZeroDivisionError: division by zero (line 2)"),
+        ("import nothing_of_this_name", "FILE cannot be used: ModuleNotFoundError: No module named 'nothing_of_this"),
+        ("def get_config():\n    return 3", "FILE: get_config returns a value of type int, not a ConfigDict"),
+        ("def get_config(variant):\n    return 3", "FILE: get_config needs a variant: write --config=FILE.py:VARIANT"),
+    ],
+)
+def test_configuration_files_that_cannot_be_used(content, message, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(content)
+    done = run(f"--config={file}")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.startswith(f"error: configuration {message.replace('FILE', str(file), 1)}"), done.stderr
+
+
+def test_a_file_without_variants(tmp_path):
+    (tmp_path / "mine.py").write_text("def get_config():\n    return 3")
+    done = run(f"--config={tmp_path / 'mine.py'}:small")
+    assert "get_config takes no variant: leave :small out, or define get_config(variant='')" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ('{"train"', "cannot be used: JSONDecodeError: Expecting"),
+        ('{"train": {"lr": 3}}', "there is no setting train.lr: did you mean train.lr_g?"),
+        ("[]", "the configuration is (), and must be a group of settings"),
+    ],
+)
+def test_settings_in_json_that_cannot_be_used(content, message, tmp_path):
+    (tmp_path / "mine.json").write_text(content)
+    done = run(f"--config={tmp_path / 'mine.json'}")
+    assert message in done.stderr and done.returncode == 2 and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "flag, message",
+    [
+        ("--num_sample=3", "there is no flag --num_sample: did you mean --num_samples?"),
+        ("--num_samples=x", "--num_samples=x must be an integer"),
+        ("--restart=x", "--restart=x must be True or False"),
+        ("--config.train.lr_g=x", "--config.train.lr_g=x must be a number"),
+        ("--config.train.batch_siz=3", "--config.train.batch_siz: did you mean --config.train.batch_size?"),
+        ("--config.generator.foo=3", "there is no flag --config.generator.foo: "),
+        (
+            "--config.generator.skip_rescale=True",
+            "there is no flag --config.generator.skip_rescale: docs/configuration",
+        ),
+        ("--config.train=3", "--config.train is a group of fields: set each of them"),
+        ("--config", "there is no configuration ''"),
+    ],
+)
+def test_flags_that_do_not_exist_or_have_another_type(flag, message):
+    done = run(flag)
+    assert done.stderr.startswith("error: ") and message in done.stderr and done.returncode == 2, done.stderr

@@ -1,13 +1,19 @@
 """The command line: configurations, flags, which run a command uses, and what it prints."""
 
 import json
+import shlex
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from commands import POINTS, run
+from commands import POINTS, ROOT, run
 
+from ddgan_jax.commands.progress import next_commands
 from ddgan_jax.config import presets
-from ddgan_jax.config.settings import as_dict
+from ddgan_jax.config.settings import as_dict, read
+from ddgan_jax.data.sources import Data
 
 
 @pytest.fixture(scope="module")
@@ -137,3 +143,46 @@ def test_settings_in_json_that_cannot_be_used(content, message, tmp_path):
 def test_flags_that_do_not_exist_or_have_another_type(flag, message):
     done = run(flag)
     assert done.stderr.startswith("error: ") and message in done.stderr and done.returncode == 2, done.stderr
+
+
+def test_the_commands_that_a_training_prints_run_as_printed(tmp_path):
+    """Also from another directory; an evaluation that lacks weights or labels is not among them."""
+    command = [sys.executable, str(ROOT / "main.py"), "--config=gaussians:smoke", "--config.train.num_steps=2"]
+    done = subprocess.run([*command, "--workdir=a run"], cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    printed = [line.removeprefix("next:").strip() for line in done.stdout.splitlines() if "--mode=" in line]
+    assert [shlex.split(line)[2] for line in printed] == ["--mode=sample", "--mode=evaluate", "--mode=demo"]
+    for line in printed[:2]:
+        done = subprocess.run(shlex.split(line), cwd=tmp_path, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "features, evaluates, note",
+    [
+        ("inception", False, "evaluate cannot run yet: evaluation needs pt_inception-2015-12-05-6726825d.pth"),
+        ("classifier", False, "evaluate cannot run yet: eval.features=classifier needs labels, and data.name=synth"),
+        ("my_features:thumbnails", True, ""),
+    ],
+)
+def test_an_evaluation_that_cannot_run_is_not_suggested(features, evaluates, note, tmp_path):
+    config = presets.get("digits:smoke")
+    config.eval.features, config.data.dir = features, str(tmp_path)
+    commands, found = next_commands("runs/x", read(config), Data(np.zeros((64, 8, 8, 1), np.uint8)))
+    assert [line for line in commands if line.endswith(f"--config.eval.features={features}")] == commands[
+        1:2
+    ] * evaluates
+    assert len(commands) == 2 + evaluates and (note in found if note else not found)
+
+
+def test_the_time_to_go_does_not_count_compilation(points_run, tmp_path):
+    """Also after a resume, nor the grid of samples that the interrupted run did not write."""
+    workdir = tmp_path / "run"
+    shutil.copytree(points_run, workdir)
+    flags = "--config.train.num_steps=10000", "--config.log.every=2", "--config.eval.every=0"
+    with subprocess.Popen(
+        [sys.executable, "main.py", POINTS, f"--workdir={workdir}", *flags],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    ) as process:  # fmt: skip
+        line = next(line for line in process.stdout if line.startswith("step 6/10000"))
+        process.kill()
+    assert float(line.split(" images/s")[0].split()[-1]) > 20, line

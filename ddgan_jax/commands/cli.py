@@ -83,10 +83,9 @@ def run(argv: list[str]) -> None:
     workdir = FLAGS.workdir or f"runs/{presets.name_of(named or 'digits')}"
     check_flags()
     check_features(named or of_run or "", config, argv)
-    for number in (
-        (signal.SIGTERM, signal.SIGUSR1) if FLAGS.mode == "train" else ()
-    ):  # of a scheduler, during the imports
-        signal.signal(number, exit_on_signal)
+    if FLAGS.mode == "train":
+        for number in (signal.SIGTERM, signal.SIGUSR1):  # of a scheduler, during the imports
+            signal.signal(number, exit_on_signal)
     from ddgan_jax.devices import compiler, processes  # imports jax, which takes a second: after --help and the checks
     from ddgan_jax.storage import paths
 

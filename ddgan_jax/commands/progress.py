@@ -12,12 +12,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from ddgan_jax.config.settings import Config
 from ddgan_jax.data.sources import Data
 from ddgan_jax.devices import cluster, processes
 from ddgan_jax.devices.processes import say
-from ddgan_jax.errors import Fault
+from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.method.state import num_bytes
 from ddgan_jax.method.train_step import Method
+from ddgan_jax.metrics.feature_networks import check_can_evaluate
 
 Metrics = dict[str, Any]
 
@@ -31,13 +33,24 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{int(seconds):02d}" if hours else f"{minutes}:{int(seconds):02d}"
 
 
-def next_commands(workdir: str, evaluates: bool) -> list[str]:
-    """Commands to try with a finished run, in the form in which this program was called."""
-    program = {"main.py": "python main.py", "__main__.py": "python -m ddgan_jax"}.get(
-        os.path.basename(sys.argv[0]), "ddgan-jax"
-    )
-    modes = ("sample", *(["evaluate"] if evaluates else []), "demo")
-    return [f"{program} --mode={mode} --workdir={shlex.quote(workdir)}" for mode in modes]
+def next_commands(workdir: str, c: Config, data: Data | None) -> tuple[list[str], str]:
+    """Commands to try with a finished run, in the form in which this program was called, and a note of what they lack.
+
+    The command that evaluates is left out without `data`, and where it cannot run: a note then says why.
+    """
+    script = {"main.py": shlex.quote(sys.argv[0]), "__main__.py": "-m ddgan_jax"}.get(os.path.basename(sys.argv[0]))
+    program = f"{shlex.quote(sys.orig_argv[0])} {script}" if script else "ddgan-jax"
+    modes, note = {"sample": "", "evaluate": "", "demo": ""}, ""
+    if ":" in c.eval.features:  # a function of the user's runs only where a flag names it
+        modes["evaluate"] = f" --config.eval.features={shlex.quote(c.eval.features)}"
+    try:
+        if data is not None:
+            check_can_evaluate(c, data)
+    except UserError as error:
+        data, note = None, f"\nnote: --mode=evaluate cannot run yet: {error}"
+    if data is None:
+        del modes["evaluate"]
+    return [f"{program} --mode={mode} --workdir={shlex.quote(workdir)}{flag}" for mode, flag in modes.items()], note
 
 
 def overview(method: Method, shapes: Any, per_device: int, data: Data) -> None:
@@ -121,11 +134,15 @@ class Meter:
         yield
         self._mark += time.time() - since
 
-    def check(self, last_complete: Callable[[], int | None], last: Metrics | None = None) -> None:
-        """Waits for the steps. Raises Fault if a metric, or one of `last`, is not finite; see `check_finite`."""
+    def check(self, last_complete: Callable[[], int | None], last: Callable[[], Metrics] = dict) -> None:
+        """Waits for the steps. Raises Fault if a metric, or one that `last` returns, is not finite.
+
+        The time that `last` takes does not count as training time.
+        """
         self._window = jax.device_get(self._window)
         check_finite(self._from, self._window, last_complete)
-        check_finite(self._from + len(self._window) - 1, [jax.device_get(last or {})], last_complete)
+        with self.paused():
+            check_finite(self._from + len(self._window) - 1, [jax.device_get(last())], last_complete)
 
     def values(self, last: Metrics, last_complete: Callable[[], int | None]) -> tuple[dict[str, float], float]:
         """The means since the last record with the metrics `last`, and the seconds per step; resets the meter.

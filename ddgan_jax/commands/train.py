@@ -68,7 +68,7 @@ def train(
                 # No process leaves this exchange before the checkpoint is complete.
                 signals = [name for name in processes.exchange(interrupt.signal) if name]
             if outcome is DONE:
-                finish(run, next_commands(workdir, evaluates=data is None))
+                finish(run, *next_commands(workdir, run.config, run.data if data is None else None))
             elif run.files:
                 run.files.log.close()
         if outcome is STOPPED:
@@ -100,9 +100,10 @@ def loop(run: Run, interrupt: Interrupt) -> Outcome:
     if run.step >= run.num_steps:
         return DONE
     stream, stop = parallel.prefetch(batches_of(run)), parallel.Stop()
-    first = next(stream)
     r1_every = run.config.train.r1_every
-    steps = CompiledSteps(run.method, noise_seed(run.config), r1_every, stop, run.state, first)
+    with meter.paused():  # compilation begins here
+        first = next(stream)
+        steps = CompiledSteps(run.method, noise_seed(run.config), r1_every, stop, run.state, first)
     hidden = None if processes.is_primary() else True
     with tqdm(
         total=run.num_steps, initial=run.step, desc="compiling", unit="step", disable=hidden, file=sys.stdout
@@ -166,7 +167,8 @@ def finish_interrupted_step(run: Run, meter: Meter, interrupt: Interrupt) -> Out
     if run.files and run.files.log.last.get("step") == run.step:
         update_best(run, run.files.log.last)
     if lacks_samples:
-        save_samples(run, run.samples_file)
+        with meter.paused():
+            save_samples(run, run.samples_file)
     return DONE
 
 
@@ -191,7 +193,7 @@ def save(run: Run, meter: Meter) -> None:
 
     Raises Fault, and saves nothing, if the state is not finite.
     """
-    meter.check(run.last_complete_step, norms_of(run))
+    meter.check(run.last_complete_step, lambda: norms_of(run))
     if run.files:
         run.files.log.flush()
         of_job = {"unlogged": meter.unlogged(), "log": run.files.log.checksum, "data": run.files.sketch}
@@ -213,7 +215,9 @@ def record(run: Run, meter: Meter, interrupt: Interrupt, stopping: bool = False,
                 measured = evaluate_samples(run, interrupt)
         except Interrupted:
             return STOPPED
-    values, seconds_per_step = meter.values(norms_of(run), run.last_complete_step)
+    with meter.paused():  # the first time, their operations are compiled
+        last = jax.device_get(norms_of(run))
+    values, seconds_per_step = meter.values(last, run.last_complete_step)
     values |= measured
     if run.files:
         about = {"yardstick": run.evaluator.yardstick} if measured and run.evaluator else {}
@@ -270,7 +274,7 @@ def save_samples(run: Run, file: paths.Path) -> None:
 # --- The end ------------------------------------------------------------------------------------------------------
 
 
-def finish(run: Run, then: list[str]) -> None:
+def finish(run: Run, then: list[str], note: str) -> None:
     """Writes the last samples and results.json, and prints the commands to try next."""
     final = run.path / "samples" / "final.png"
     save_samples(run, final)
@@ -281,7 +285,7 @@ def finish(run: Run, then: list[str]) -> None:
         run.files.log.close()
     processes.barrier()  # no process exits while process 0 still writes
     say(f"finished {run.step} steps in {clock(time.time() - run.started)}: see {final}")
-    say("next: " + "\n      ".join(then))
+    say("next: " + "\n      ".join(then) + note)
 
 
 def write_results(run: Run, then: list[str]) -> None:

@@ -36,10 +36,11 @@ def checked_fields(cls: type, given: Mapping[str, Any], prefix: str, exclude: Se
     """
     annotations = typing.get_type_hints(cls, include_extras=True)
     known = [f.name for f in dataclasses.fields(cls) if f.name not in exclude]
+    group = prefix.rstrip(".") or "the configuration"
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, 1)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"{prefix or 'it '}has {', '.join(known)}"
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"{group} has {', '.join(known)}"
             raise UserError(f"there is no setting {prefix}{name}: {hint}")
     return {name: checked(value, annotations[name], prefix + name) for name, value in given.items()}
 

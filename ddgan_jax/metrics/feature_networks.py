@@ -15,11 +15,25 @@ from ddgan_jax.data.batches import epoch_permutation
 from ddgan_jax.devices import processes
 from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.metrics import classifier, inception, npz, vgg
+from ddgan_jax.metrics.checks import check_gaussians, check_settings, check_sizes
 from ddgan_jax.metrics.features import Network, cache_path, on_devices, read_cached, write_cached
 from ddgan_jax.storage import checkpoint, paths
 from ddgan_jax.storage.torch import files
 
 MIN_ACCURACY = {"mnist": 0.985, "mnist_5k": 0.97}  # on test images; a worse classifier miscounts modes
+
+
+def check_can_evaluate(c: Config, data: sources.Data) -> None:
+    """Raises UserError if `--mode=evaluate` cannot compare with `data`: weights, labels or images are missing."""
+    check_settings(c)
+    if c.eval.features == "points":
+        check_gaussians(c, data)
+        return
+    if c.eval.features == "inception":
+        _weights_file(c, "inception_weights", inception)
+    elif c.eval.features == "classifier" and not c.data.name.startswith("stacked_"):
+        _check_labels(c, data)
+    check_sizes(c, len(data.images), c.eval.num_samples, manifolds=c.eval.features != "inception")
 
 
 def published_networks(c: Config, manifolds: bool = True) -> list[Network]:
@@ -126,11 +140,17 @@ def _classifier_data(c: Config, data: sources.Data) -> tuple[Any, np.ndarray, An
         assert train.labels and test.labels
         size = data.images.shape[1]
         return digits.pad(train.images, size), train.labels(), digits.pad(test.images, size), test.labels(), 10
-    if data.labels is None:
-        raise UserError(
-            f"eval.features=classifier needs labels, and {c.data.name} has none: choose eval.features=inception"
-        )
+    _check_labels(c, data)
+    assert data.labels
     labels, shuffled = data.labels(), epoch_permutation(len(data.images), 0, 0)
     held_out, rest = np.split(shuffled, [len(shuffled) // 5])
     count = len(data.classes) or int(labels.max()) + 1
     return data.images[rest], labels[rest], data.images[held_out], labels[held_out], count
+
+
+def _check_labels(c: Config, data: sources.Data) -> None:
+    if data.labels is None:
+        raise UserError(
+            f"eval.features=classifier needs labels, and data.name={c.data.name} has none: "
+            "set --config.eval.features=inception"
+        )

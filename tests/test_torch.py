@@ -150,7 +150,7 @@ def test_fir_is_asked_for_where_no_array_shows_it(tmp_path):
         str(tmp_path / "netG.pth"),
         convert.to_state_dict(jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)),
     )
-    with pytest.raises(UserError, match="do not show fir: pass hints, for instance fir=True"):
+    with pytest.raises(UserError, match="do not show fir: add the hints of their training, such as fir=True"):
         files.read(str(tmp_path / "netG.pth"), **small)
     assert not files.read(str(tmp_path / "netG.pth"), fir=False, **small).config.generator["fir"]
 
@@ -160,7 +160,7 @@ def test_hints_may_not_contradict_the_arguments_of_a_run(checkpoint):
     path = str(checkpoint / "content.pth")
     assert files.read(path, **HINTS).config == files.read(path).config
     for name in HINTS:
-        with pytest.raises(UserError, match=f"was trained with .*{name}=.*: a hint says"):
+        with pytest.raises(UserError, match=f"was trained with .*{name}=.*, but a hint is"):
             files.read(path, **(HINTS | {name: 8 if name == "image_size" else False}))
 
 
@@ -182,7 +182,7 @@ def test_a_configuration_may_not_contradict_a_run(checkpoint):
         ddgan_jax.load(path, c | {"generator": c["generator"] | {"nf": 16}})
     with pytest.raises(UserError, match=r"was trained with diffusion\.num_steps=8, not 4"):
         ddgan_jax.load(str(checkpoint / "netG_1.pth"), c, num_steps=8)
-    with pytest.raises(UserError, match=r"was trained with diffusion\.num_steps=4: a hint says 8"):
+    with pytest.raises(UserError, match=r"was trained with diffusion\.num_steps=4, but a hint is 8"):
         ddgan_jax.load(path, num_steps=8)
 
 
@@ -320,7 +320,7 @@ def test_command(checkpoint):
     assert result.returncode == 0 and "ngf=2, " in result.stdout and "a moving average" in result.stdout
     for argv, message in (
         ([], "usage"),
-        ([checkpoint / "netG_1.pth"], "do not show"),
+        ([checkpoint / "netG_1.pth"], "such as skip_rescale=True tanh=True centered=True image_size=32; main.py takes"),
         (["x.pth"], "no file x.pth|cannot be read"),
     ):
         result = run(*argv)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pathlib
 import re
 import shutil
 import signal
@@ -188,8 +189,10 @@ for step in (0, 2):
 def test_weights_and_biases(tmp_path):
     """Offline: a run that was resumed is the same one there, with its pictures; without wandb it is one sentence."""
     child = python(WITH_WANDB, tmp_path, env={"WANDB_MODE": "offline"})
-    _, err = child.communicate(timeout=240)
+    out, err = child.communicate(timeout=240)
     assert child.returncode == 0, err
+    synced = re.findall("W&B was offline: `wandb sync (.*)` uploads the run", out)
+    assert len(synced) == 2 and all(list(pathlib.Path(folder).glob("run-*.wandb")) for folder in synced), out
     name = (tmp_path / "wandb_id.txt").read_text()
     found = list((tmp_path / "wandb").glob(f"offline-run-*/run-{name}.wandb"))
     assert found and all(b"d_loss" in file.read_bytes() for file in found)

@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import os
+import shlex
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -88,6 +89,11 @@ class WeightsAndBiases:
         name = workdir / "wandb_id.txt"
         if step == 0 or not paths.exists(name):
             paths.write(name, uuid.uuid4().hex[:8])
+        if os.environ.get("WANDB_MODE") == "offline" and paths.is_remote(workdir):
+            raise UserError(
+                f"WANDB_MODE=offline keeps the run of log.wandb={project} in a local workdir, not in {workdir}: "
+                "unset one of the two, or name a local --workdir"
+            )
         self._local = tempfile.TemporaryDirectory(prefix="wandb") if paths.is_remote(workdir) else None
         try:
             self._run = wandb.init(
@@ -100,7 +106,10 @@ class WeightsAndBiases:
                 settings=wandb.Settings(silent=True),
             )
         except wandb.errors.Error as error:  # for instance without an account or a network
-            raise UserError(f"log.wandb={project}: {error}; WANDB_MODE=offline keeps the run here") from error
+            raise UserError(
+                f"log.wandb={project}: {error}; log in with `wandb login`, or set WANDB_MODE=offline, which keeps the "
+                "run in the workdir"
+            ) from error
         self._image = wandb.Image
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
@@ -117,6 +126,8 @@ class WeightsAndBiases:
     def close(self) -> None:
         """Sends pending data and closes."""
         self._run.finish()
+        if self._run.offline and not self._local:
+            print(f"W&B was offline: `wandb sync {shlex.quote(os.path.dirname(self._run.dir))}` uploads the run")
         if self._local:
             self._local.cleanup()
 

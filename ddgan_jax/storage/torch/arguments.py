@@ -41,7 +41,10 @@ def settings_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
         UserError: the arguments ask for the Fourier time embedding.
     """
     if arguments.get("embedding_type", "positional") != "positional":
-        raise UserError("the Fourier time embedding is not supported: the reference cannot train it (log 0 at t = 0)")
+        raise UserError(
+            f"embedding_type={arguments['embedding_type']!r} is not supported: only 'positional' is, "
+            "because the reference cannot train the Fourier time embedding (log 0 at t = 0)"
+        )
     settings = {SETTINGS[name]: value for name, value in arguments.items() if name in SETTINGS}
     if "not_use_tanh" in arguments:
         settings["generator.tanh"] = not arguments["not_use_tanh"]
@@ -78,10 +81,10 @@ def config_of(settings: Mapping[str, Any], name: str = "") -> Config:
 def require(hints: Collection[str], settings: Mapping[str, Any]) -> None:
     """Raises UserError unless the settings of these hints are given."""
     if missing := [hint for hint in hints if SETTINGS[hint] not in settings]:
-        example = ", ".join(f"{hint}={GENERATOR.get(hint, 32)}" for hint in missing)
+        example = " ".join(f"{hint}={GENERATOR.get(hint, 32)}" for hint in missing)
         raise UserError(
-            f"the weights do not show {', '.join(missing)}: pass hints, for instance {example}, or the --config of "
-            "their training"
+            f"the weights do not show {', '.join(missing)}: add the hints of their training, such as {example}; "
+            "main.py takes --config=NAME instead"
         )
 
 

@@ -95,7 +95,7 @@ def _plain(value: Any, path: str) -> Any:
         return [_plain(item, path) for item in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise UserError(f"{path} is refused: it holds a {type(value).__name__}, neither a tensor nor a plain value")
+    raise UserError(f"{path} is refused: it holds a {type(value).__name__}, but only tensors and plain values are read")
 
 
 def save(path: str, state_dict: StateDict) -> None:
@@ -132,11 +132,13 @@ def read(path: str, /, config: Config | None = None, **hints: Any) -> Reference:
         run.get(name, {}) for name in ("args", "netG_dict", "netD_dict", "optimizerG")
     )
     if not all(isinstance(part, dict) for part in (args, gen_arrays, disc_arrays, optimizer)):
-        raise UserError(f"{path} is damaged: a part of the run is no dict")
+        raise UserError(f"{path} is damaged: a part of the run is no dict; copy or download the file again")
     settings, hinted = arguments.settings_of(args), arguments.settings_of_hints(hints)
     for name in settings.keys() & hinted.keys():
         if settings[name] != hinted[name]:
-            raise UserError(f"{path} was trained with {name}={settings[name]!r}: a hint says {hinted[name]!r}")
+            raise UserError(
+                f"{path} was trained with {name}={settings[name]!r}, but a hint is {hinted[name]!r}: leave the hint out"
+            )
     settings |= hinted
     if config is not None:
         arguments.check_equal(settings, config, ("data", "generator"), path)

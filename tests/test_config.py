@@ -161,7 +161,9 @@ def test_placeholders_that_nothing_filled(name, required):
     group = given[group[0]] if group else given
     del group[field]
     group[field] = placeholder(str if name == "eval.features" else int)
-    with pytest.raises(UserError, match=f"^{name}( has no value|=None (must be|is not supported)| is not set).*"):
+    with pytest.raises(
+        UserError, match=f"^{name}( has no value .*: set --config|=None (must be|is not supported)| is not set).*"
+    ):
         build(given)
     group[field] = "points" if name == "eval.features" else 4
     build(given)

@@ -727,7 +727,7 @@ def test_files_that_cannot_be(digits, tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         evaluate.evaluate(c, "", str(tmp_path / "none.npz"))
     np.savez(tmp_path / "two.npz", a=images, b=images)
-    with pytest.raises(UserError, match="holds 2 arrays, a, b: it needs to be one"):
+    with pytest.raises(UserError, match="holds 2 arrays, a, b: it must be one"):
         evaluate.evaluate(c, "", str(tmp_path / "two.npz"))
     with pytest.raises(UserError, match="holds 1797 samples, but 2000 are needed"):
         of_samples(c, images, tmp_path, num_samples=2000)
@@ -735,7 +735,7 @@ def test_files_that_cannot_be(digits, tmp_path):
         UserError, match=r"eval.features='fid' must be inception, classifier, points, or module:function"
     ):
         evaluator.open_evaluator(c | {"eval": c["eval"] | {"features": "fid"}})
-    with pytest.raises(UserError, match="needs labels, and synthetic has none"):
+    with pytest.raises(UserError, match=r"needs labels, and data.name=synthetic has none"):
         evaluator.open_evaluator(config(variant="smoke"), Data(np.zeros((9, 8, 8, 1), np.uint8)))
 
 

@@ -768,7 +768,7 @@ def test_a_flat_folder_cannot_be_evaluated_by_its_classes(tmp_path, variant):
     resolved, notes = resolve_from_data(config)
     assert resolved.eval.every == 0
     assert notes[-1].startswith("no evaluation while training: eval.features=classifier learns the classes")
-    with pytest.raises(UserError, match=r"eval.features=classifier needs labels, and image_folder has none"):
+    with pytest.raises(UserError, match=r"eval.features=classifier needs labels, and data.name=image_folder has none"):
         open_evaluator(resolved)
     (tmp_path / "in" / "ant").mkdir()
     (tmp_path / "in" / "0.png").rename(tmp_path / "in" / "ant" / "0.png")

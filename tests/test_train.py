@@ -782,7 +782,9 @@ def test_names_that_cannot_be_a_workdir(name, message, tmp_path):
 def test_a_workdir_that_is_the_folder_of_the_images_is_refused(tmp_path):
     config = presets.get("image_folder:smoke")
     config.data.update(name="image_folder", path=str(tmp_path))
-    with pytest.raises(UserError, match=r"--workdir=.* is data.path, and samples are no data: name another folder"):
+    with pytest.raises(
+        UserError, match=r"--workdir=.* is also data.path, the folder of the images: name another --workdir"
+    ):
         train(config, tmp_path)
 
 

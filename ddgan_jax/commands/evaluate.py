@@ -50,6 +50,8 @@ def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_sampl
     start, explicit = time.time(), None if config is None else read(config)
     timing: Results = {}
     if samples:
+        if not (explicit or path):
+            raise UserError(f"name the real images that {samples} is compared with: config=presets.get('cifar10')")
         c = explicit or _without_code(config_of(path), path)
         folder, workdir = f"{samples.rstrip('/')}.evaluation", ""
         chunks, count, labels, about = file_samples(samples, num_samples)
@@ -125,7 +127,7 @@ def _without_code(c: Config, path: str) -> Config:
     if ":" in (code := c.eval.features):
         raise UserError(
             f"the configuration in {path} names the Python function {code}, and a checkpoint cannot run code: "
-            f"give the --config of the training, and add --config.eval.features={code}"
+            f"add --config=NAME of the training and --config.eval.features={code}"
         )
     return c
 
@@ -137,7 +139,9 @@ def _match_data(c: Config, trained: Config, path: str) -> Config:
     if ours.name != theirs.name or any(mine not in (None, other) for mine, other in sizes):
         sets = (f"{data.name} {data.image_size} px, {data.channels} channels" for data in (theirs, ours))
         raise UserError(
-            "the checkpoint in {} is of {}, but --config is of {}: name the one of its training".format(path, *sets)
+            "the checkpoint in {} is of {}, but --config is of {}: name the --config of its training".format(
+                path, *sets
+            )
         )
     return replace(c, data=replace(ours, image_size=theirs.image_size, channels=theirs.channels))
 

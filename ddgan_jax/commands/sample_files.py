@@ -38,17 +38,19 @@ def file_samples(path: str, num_samples: int) -> Samples:
     else:
         arrays = npz.read_npz(path)
         if len(arrays) != 1:
-            raise UserError(f"{path} holds {len(arrays)} arrays, {', '.join(arrays) or 'none'}: it needs to be one")
+            raise UserError(
+                f"--samples={path} holds {len(arrays)} arrays, {', '.join(arrays) or 'none'}: it must be one"
+            )
         (array,) = arrays.values()
         if array.dtype.kind not in "uif":
-            raise UserError(f"{path} holds {array.dtype} numbers: images are uint8, and points float32")
+            raise UserError(f"--samples={path} holds {array.dtype} numbers: save images as uint8, or points as float32")
         total = len(array) if array.ndim else 0
         if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise UserError(f"{path} holds NaN or infinity")
+            raise UserError(f"--samples={path} holds NaN or infinity: save finite numbers alone")
     count = num_samples or total
     if total < max(count, 2):
         raise UserError(
-            f"{path} holds {total} samples, but {max(count, 2)} are needed: lower --num_samples or add samples"
+            f"--samples={path} holds {total} samples, but {max(count, 2)} are needed: lower --num_samples or add some"
         )
     chosen = np.sort(epoch_permutation(total, 0, 0)[:count])
     if folder:
@@ -70,7 +72,9 @@ def _decoded(files: list[Path]) -> Iterator[np.ndarray]:
             chunk.append(decoding.pixels(image))
             first = first or chunk[0].shape
             if chunk[-1].shape != first:
-                raise UserError(f"the samples are of different sizes: {file} is {chunk[-1].shape}, the first {first}")
+                raise UserError(
+                    f"the samples are of different sizes, {file} {chunk[-1].shape} and the first {first}: resize them"
+                )
         yield np.stack(chunk)
 
 

@@ -163,7 +163,7 @@ def _open(config: Any, data: Data | None, before: dict[str, Any] | None, path: P
     """The settings, method and data of a run. The data is decoded after everything else is known to fit."""
     c = as_begun(read(config), before, path)
     if data is None and c.data.path and checkpoint.absolute(paths.path(c.data.path)) == checkpoint.absolute(path):
-        raise UserError(f"--workdir={path} is data.path, and samples are no data: name another folder")
+        raise UserError(f"--workdir={path} is also data.path, the folder of the images: name another --workdir")
     c, chosen = resolve_from_data(c, data)
     method = build(c)
     check_batch(method.batch_size, c.train.accumulate)

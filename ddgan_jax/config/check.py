@@ -103,7 +103,7 @@ def to_plain(value: Any, name: str = "") -> Any:
         try:
             value = value.get()
         except Exception as error:  # whatever the operations of the reference raise
-            raise UserError(f"{name} has no value: {error}") from error
+            raise UserError(f"{name} has no value ({error}): set --config.{name}=VALUE") from error
     if hasattr(value, "items"):
         items = value.items(preserve_field_references=True) if hasattr(value, "get_ref") else value.items()
         return {key: to_plain(item, f"{name}.{key}".lstrip(".")) for key, item in items}

@@ -247,7 +247,7 @@ def required(value: Number | None, name: str) -> Number:
     `data.resolve.resolve_from_data` sets the fields that depend on the dataset.
     """
     if value is None:
-        raise UserError(f"{name} is not set, and nothing chose it for the data: name a number")
+        raise UserError(f"{name} is not set, and nothing chose it for the data: set --config.{name}=NUMBER")
     return value
 
 

@@ -14,7 +14,7 @@ def check_settings(c: Config) -> None:
     if c.eval.reference_statistics and c.eval.features != "inception":
         raise UserError(
             f"eval.reference_statistics={c.eval.reference_statistics} is for eval.features=inception, not "
-            f"{c.eval.features}: set it to None"
+            f"{c.eval.features}: leave it out (--config.eval.reference_statistics=)"
         )
 
 

@@ -130,13 +130,17 @@ def load_moments(path: str | os.PathLike, width: int | None = None, network: str
         )
     mu, sigma = mu.astype(np.float64), sigma.astype(np.float64)
     if width is not None and len(mu) != width:
-        raise UserError(f"{path} is of features of width {len(mu)}, and {width} is needed")
+        raise UserError(
+            f"{path} is of features of width {len(mu)}, and {width} is needed: name statistics of that network"
+        )
     if network and made_by not in ("", network):
         raise UserError(f"{path} is of features of the network {made_by[:40]}, and those of {network} are needed")
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise UserError(f"{path} holds NaN or infinity")
+        raise UserError(f"{path} holds NaN or infinity: compute the statistics again")
     if np.abs(sigma - sigma.T).max(initial=0) > 1e-4 * np.abs(sigma).max(initial=0):
-        raise UserError(f"{path} holds a sigma that is not symmetric, so it is no covariance")
+        raise UserError(
+            f"{path} holds a sigma that is not symmetric, so it is no covariance: compute the statistics again"
+        )
     return Moments(mu, sigma)
 
 

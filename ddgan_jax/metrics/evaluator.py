@@ -188,7 +188,7 @@ def measure(
             if chunk.dtype != np.uint8 or chunk.shape[1:] != shape:
                 raise UserError(
                     f"the samples are {chunk.dtype} {list(chunk.shape[1:])}, but the real images of "
-                    f"{evaluator.config.data.name} are uint8 {list(shape)}"
+                    f"{evaluator.config.data.name} are uint8 {list(shape)}: name their data with --config=NAME"
                 )
             if sum(map(len, kept)) < MAX_NEIGHBOURS:
                 kept.append(processes.gather_rows(chunk))

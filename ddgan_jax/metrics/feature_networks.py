@@ -66,8 +66,8 @@ def _weights_file(c: Config, setting: str, module: Any) -> str:
     if not processes.broadcast_from_primary(lambda: paths.exists(paths.path(path))):
         raise UserError(
             f"evaluation needs {module.FILE} (SHA-256 {module.SHA256}; its source is named in "
-            f"{module.__name__.replace('.', '/')}.py): put it in {folder}, or name it with eval.{setting}; "
-            f"{path} does not exist"
+            f"{module.__name__.replace('.', '/')}.py): put it in {folder}, or name it with "
+            f"--config.eval.{setting}=FILE; {path} does not exist"
         )
     return path
 
@@ -80,7 +80,7 @@ def _read_weights(path: str, module: Any) -> dict[str, np.ndarray]:
         if os.path.basename(path).endswith(f"-{module.SHA256[:8]}.pth"):
             digest = hashlib.sha256(content).hexdigest()
             if digest != module.SHA256:
-                raise UserError(f"{path} is damaged: its SHA-256 is {digest}, not {module.SHA256}")
+                raise UserError(f"{path} is damaged: its SHA-256 is {digest}, not {module.SHA256}; download it again")
         return npz.parse_npz(content, path) if path.endswith(".npz") else files.parse(content, path)
 
     return processes.broadcast_from_primary(read)

@@ -32,4 +32,6 @@ def parse_npz(content: bytes, path: str | os.PathLike, names: Container[str] | N
     except MemoryError as error:  # which is no evidence of damage
         raise Fault(f"{path} cannot be read: not enough memory") from error
     except Exception as error:  # no file is read here; damaged archives fail in many ways in zipfile, zlib and numpy
-        raise UserError(f"{path} is damaged, or no .npz file of plain arrays ({type(error).__name__})") from error
+        raise UserError(
+            f"{path} is damaged, or no .npz file of plain arrays, as np.savez writes ({type(error).__name__})"
+        ) from error

@@ -45,7 +45,7 @@ def preset(image_size: int) -> dict:
     image size. Raises UserError for another size.
     """
     if not 8 <= image_size <= 1024:
-        raise UserError(f"there is a discriminator for images of 8 to 1024 px, not {image_size}")
+        raise UserError(f"there is a discriminator for images of 8 to 1024 px, not {image_size}: set data.image_size")
     halvings = int(np.log2(image_size / 4))
     if image_size <= 64:
         widths = [2.0, 4.0, 8.0, 8.0, 8.0][: halvings + 1]

@@ -47,9 +47,9 @@ def read(file: paths.Given) -> tuple[Arrays, dict[str, Any], int, dict[str, str]
         except KeyError as error:  # a type that NumPy lacks
             raise UserError(f"{file} was not written by ddgan_jax: it contains numbers of type {error}") from error
     if not found.keys() >= set(OWN):
-        raise UserError(f"{file} was not written by ddgan_jax: it does not contain a configuration")
+        raise UserError(f"{file} was not written by ddgan_jax: it has no configuration; name a file of --mode=export")
     if _checksum(arrays, found) != found["checksum"]:
-        raise Fault(f"{file} is damaged: its checksum is wrong")
+        raise Fault(f"{file} is damaged: its checksum is wrong; copy or export it again")
     weights = {name: array.astype(np.float32) for name, array in arrays.items()}
     further = {name: text for name, text in found.items() if name not in OWN}
     return weights, json.loads(found["config"]), int(found["step"]), further

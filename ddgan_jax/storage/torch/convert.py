@@ -71,7 +71,7 @@ def _transposed(key: str, array: np.ndarray, axes: tuple[int, ...]) -> np.ndarra
 def _arrays(state_dict: Any) -> dict[str, np.ndarray]:
     """A state dict without the 'module.' that DistributedDataParallel puts before its keys."""
     if not isinstance(state_dict, Mapping):
-        raise UserError(f"a state dict holds arrays by name, but this is a {type(state_dict).__name__}")
+        raise UserError(f"a state dict must hold arrays by name, but this is a {type(state_dict).__name__}")
     for key, value in state_dict.items():
         if not isinstance(value, np.ndarray):
             raise UserError(f"a state dict holds only arrays, but {key!r} is a {type(value).__name__}")
@@ -84,7 +84,7 @@ def _keys(params: Params) -> dict[str, str]:
     """{key in the reference: path here} of all arrays of a network, in the order of the reference's state dicts."""
     layers = list(_generator_layers(params) if "z_0" in params else _discriminator_layers(params))
     if other := sorted(params.keys() - {name for name, _, _ in layers}):
-        raise UserError(f"the reference's networks have no layer {other[0]}")
+        raise UserError(f"the reference's networks have no layer {other[0]}: write a .safetensors instead")
     keys = {}
     for name, prefix, parts in layers:
         found = [path.rpartition("/") for path in traverse_util.flatten_dict(params.get(name, {}), sep="/")]

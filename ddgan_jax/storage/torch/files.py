@@ -71,9 +71,11 @@ def parse(data: bytes, path: str) -> dict[str, Any]:
         except Exception as error:  # damaged archives fail in many ways inside torch; the bytes have been read
             if "allocate memory" in str(error):  # torch has no type for this error
                 raise MemoryError from error
-            raise UserError(f"{path} is damaged, or no PyTorch file ({type(error).__name__})") from None
+            raise UserError(f"{path} is damaged, or no PyTorch file ({type(error).__name__}): copy it again") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a state dict or a run of the reference")
+        raise UserError(
+            f"{path} holds a {type(content).__name__}, not a state dict or a run: name a netG_*.pth or content.pth"
+        )
     return content
 
 

@@ -111,14 +111,8 @@ def run(argv: list[str]) -> None:
         has_model = FLAGS.workdir or FLAGS.checkpoint
         if FLAGS.samples and has_model and explicit and not (named or of_run):
             raise UserError(f"there is no config.json in {path}: name the configuration of the samples, --config=NAME")
-        evaluate(
-            config if explicit or path.endswith(".pth") or (FLAGS.samples and not has_model) else None,
-            path,
-            FLAGS.samples or "",
-            FLAGS.out or "",
-            FLAGS.num_samples or 0,
-            FLAGS.sample_seed,
-        )
+        given = config if explicit or path.endswith(".pth") or (FLAGS.samples and not has_model) else None
+        evaluate(given, path, FLAGS.samples or "", FLAGS.out or "", FLAGS.num_samples or 0, FLAGS.sample_seed)
     elif FLAGS.mode == "demo":
         processes.run_on_primary(lambda: demo(path))
     elif FLAGS.mode == "sample":

@@ -144,15 +144,18 @@ class Meter:
         with self.paused():
             check_finite(self._from + len(self._window) - 1, [jax.device_get(last())], last_complete)
 
-    def values(self, last: Metrics, last_complete: Callable[[], int | None]) -> tuple[dict[str, float], float]:
-        """The means since the last record with the metrics `last`, and the seconds per step; resets the meter.
+    def values(
+        self, last: Callable[[], Metrics], last_complete: Callable[[], int | None]
+    ) -> tuple[dict[str, float], float]:
+        """The means since the last record with the metrics of `last`, and the seconds per step; resets the meter.
 
-        Call it after `check`. Raises Fault if `last` is not finite.
+        Call it after `check`. Raises Fault if one of `last` is not finite.
         """
-        steps, seconds, last = len(self._window), time.time() - self._mark, jax.device_get(last)
-        check_finite(self._from + steps - 1, [last], last_complete)
+        steps, seconds = len(self._window), time.time() - self._mark  # without `last`, which compiles at first
+        final = jax.device_get(last())
+        check_finite(self._from + steps - 1, [final], last_complete)
         speed = {"images_per_second": steps * self._batch_size / max(seconds, 1e-9)}
-        values = summarise(self._window) | summarise([last]) | speed
+        values = summarise(self._window) | summarise([final]) | speed
         self._window, self._from, self._mark = [], self._from + steps, time.time()
         return values, seconds / max(steps, 1)
 

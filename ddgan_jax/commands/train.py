@@ -99,8 +99,7 @@ def loop(run: Run, interrupt: Interrupt) -> Outcome:
         return STOPPED
     if run.step >= run.num_steps:
         return DONE
-    stream, stop = parallel.prefetch(batches_of(run)), parallel.Stop()
-    r1_every = run.config.train.r1_every
+    stream, stop, r1_every = parallel.prefetch(batches_of(run)), parallel.Stop(), run.config.train.r1_every
     with meter.paused():  # compilation begins here
         first = next(stream)
         steps = CompiledSteps(run.method, noise_seed(run.config), r1_every, stop, run.state, first)
@@ -215,9 +214,7 @@ def record(run: Run, meter: Meter, interrupt: Interrupt, stopping: bool = False,
                 measured = evaluate_samples(run, interrupt)
         except Interrupted:
             return STOPPED
-    with meter.paused():  # the first time, their operations are compiled
-        last = jax.device_get(norms_of(run))
-    values, seconds_per_step = meter.values(last, run.last_complete_step)
+    values, seconds_per_step = meter.values(lambda: norms_of(run), run.last_complete_step)
     values |= measured
     if run.files:
         about = {"yardstick": run.evaluator.yardstick} if measured and run.evaluator else {}
@@ -265,8 +262,7 @@ def save_samples(run: Run, file: paths.Path) -> None:
     """Samples a grid on all devices; process 0 writes it, and the curves up to this step."""
     images = run.sampler(jax.device_get(run.state.ema_params), 0, run.config.sample.grid)
     if run.files:
-        grid = figures.as_image(images)
-        figures.save_image(file, grid)
+        figures.save_image(file, grid := figures.as_image(images))
         run.files.log.image(run.step, "samples", grid)
         figures.curves(run.path / "metrics.jsonl", run.path / "curves.png")
 

@@ -46,6 +46,17 @@ def test_flags_change_the_configuration_of_the_evaluated_run(points_run, tmp_pat
         assert json.loads((tmp_path / "of" / "results.json").read_text())["num_samples"] == 40
 
 
+def test_fields_that_have_no_effect_on_a_model_are_noted(points_run, tmp_path):
+    """A model has the configuration of its training. The size of a batch may be chosen."""
+    fields = ["--config.diffusion.num_steps=8", "--config.train.lr_g=0.5", "--config.sample.batch_size=3"]
+    done = run(POINTS, f"--workdir={points_run}", "--mode=sample", f"--out={tmp_path / 'x.npz'}", *fields)
+    assert done.returncode == 0, done.stderr
+    assert "note: --config.diffusion.num_steps=8 has no effect: the model has 4" in done.stdout
+    assert "note: --config.train.lr_g=0.5 has no effect" in done.stdout and "batch_size" not in done.stdout
+    same = run(POINTS, f"--workdir={points_run}", "--mode=sample", f"--out={tmp_path / 'x.npz'}", "--config.seed=0")
+    assert same.returncode == 0 and "note" not in same.stdout
+
+
 def test_the_configuration_that_a_run_writes(points_run, tmp_path):
     """It is accepted by every mode, and is the configuration of that run."""
     file = points_run / "config.json"

@@ -185,6 +185,9 @@ def generate(config: Any, path: str) -> None:
     num, image = FLAGS.num_variants, FLAGS.image or ""
     name = "model.safetensors" if FLAGS.mode == "export" else f"{FLAGS.mode}.png"
     found = loading.load(path, config)
+    if not path.endswith(".pth"):
+        fields = [flag.partition("=")[0].partition(".")[2] for flag in sys.argv if flag.startswith("--config.")]
+        found = generate.with_flags(found, FLAGS.config, fields)
     label = None if FLAGS.label is None else parse_label(FLAGS.label, found.classes)
     seed_label = dict(seed=FLAGS.sample_seed, label=label)
     common = dict(posterior=FLAGS.posterior) | seed_label

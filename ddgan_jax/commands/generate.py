@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import dataclasses
 import functools
 import os
 import re
@@ -16,6 +17,7 @@ import numpy as np
 
 from ddgan_jax.commands import figures
 from ddgan_jax.commands.outputs import check_out, into, save, save_with_input
+from ddgan_jax.config.settings import as_dict, flat, read
 from ddgan_jax.devices import processes
 from ddgan_jax.errors import UserError
 from ddgan_jax.model.checks import as_seed
@@ -198,6 +200,21 @@ def _directory(model: Model) -> list[str]:
 
 def _has_images(model: Model) -> bool:
     return len(model.denoiser.image_shape) == 3
+
+
+def with_flags(model: Model, config: Any, names: Sequence[str]) -> Model:
+    """The model with the fields `names` of `config` that samples depend on; a note for others that differ from its own.
+
+    A model has the configuration of its training. The size of a batch may be chosen.
+    """
+    c = read(config)
+    given, own = flat(as_dict(c)), flat(as_dict(model.config))
+    for name in names:
+        if name != "sample.batch_size" and given.get(name) != own.get(name):
+            processes.say(f"note: --config.{name}={given.get(name)} has no effect: the model has {own.get(name)}")
+    chosen = c.sample if "sample.batch_size" in names else model.config.sample
+    own_sample = dataclasses.replace(model.config.sample, batch_size=chosen.batch_size)
+    return dataclasses.replace(model, config=dataclasses.replace(model.config, sample=own_sample))
 
 
 def generate(mode: str, model: Model, out: str, **options: Any) -> None:

@@ -935,3 +935,13 @@ def test_a_checkpoint_of_the_reference(tmp_path):
     np.testing.assert_array_equal(run.sample(3, seed=2), weights.sample(3, seed=2))  # netG_1 holds the moving average
     with pytest.raises(UserError, match="the weights do not show"):
         ddgan_jax.load(str(tmp_path / "netG_1.pth"))
+
+
+def test_a_folder_of_samples_does_not_hide_a_bundled_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()
+    assert ddgan_jax.load("digits").step > 0
+    assert "note: digits is the bundled model: the folder of this name has no checkpoints" in capsys.readouterr().out
+    (tmp_path / "digits" / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="no checkpoint in"):
+        ddgan_jax.load("digits")

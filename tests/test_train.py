@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from commands import POINTS, ROOT, SMOKE, command, ends, python, run, start_group
@@ -25,7 +26,7 @@ from ddgan_jax.config.settings import LogConfig, as_dict, read
 from ddgan_jax.data.sketch import sketch_of
 from ddgan_jax.data.sources import Data, open_data
 from ddgan_jax.errors import Fault, Interrupted, UserError
-from ddgan_jax.method.build import noise_seed
+from ddgan_jax.method.build import build, init_state, noise_seed
 from ddgan_jax.networks.generator import Generator
 from ddgan_jax.storage import checkpoint, log, paths
 from ddgan_jax.storage.workdir import lock as lock_workdir
@@ -171,6 +172,19 @@ def test_it_says_what_it_does(tmp_path, capsys, monkeypatch):
     assert [line.split(": ")[-1].strip() for line in lines[places[-1] :]] == commands
     modes = ("sample", "evaluate", "demo")
     assert [command.partition(" --")[2] for command in commands] == [f"mode={m} --workdir={tmp_path}" for m in modes]
+
+
+def test_large_networks_on_a_cpu_are_noted(capsys):
+    config = presets.get("image_folder")
+    config.data.update(image_size=32, channels=3)
+    config.train.update(num_steps=1, batch_size=4, steps_per_epoch=1)
+    data = Data(np.zeros((4, 32, 32, 3), np.uint8))
+    for name, noted in (("image_folder", True), ("image_folder:small", False)):
+        config.generator = presets.get(name).generator
+        config.model.patch_size = presets.get(name).model.patch_size
+        method = build(config)
+        progress.overview(method, jax.eval_shape(lambda method=method: init_state(method, 0)), 4, data)
+        assert ("train for days on a CPU; configs/image_folder.py:small" in capsys.readouterr().out) == noted
 
 
 WITH_WANDB = """

@@ -23,6 +23,7 @@ from ddgan_jax.metrics.feature_networks import check_can_evaluate
 
 Metrics = dict[str, Any]
 
+LARGE_ON_A_CPU = 5_000_000  # parameters of a generator
 MAX_CURVES = 16  # with more denoising steps T, losses are not recorded for each t
 
 
@@ -67,6 +68,8 @@ def overview(method: Method, shapes: Any, per_device: int, data: Data) -> None:
     )
     if device.platform == "cpu" and cluster.visible_gpus(os.environ):
         say("note: JAX does not see this machine's NVIDIA GPUs: `pip install -U 'jax[cuda13]'`, or jax[cuda12]")
+    if device.platform == "cpu" and count(shapes.gen_params) > LARGE_ON_A_CPU:
+        say("note: networks of this size train for days on a CPU; configs/image_folder.py:small takes about an hour")
     if method.denoiser.num_classes:
         named = [f"{i} {name}" for i, name in enumerate(data.classes) if name != str(i)]
         names = f": {', '.join(named[:20])}{', ...' * (len(named) > 20)}" if named else ""

@@ -36,9 +36,11 @@ def file_of(path: str) -> str | None:
     path = os.path.expanduser(path)
     if path.endswith((".pth", ".safetensors")):
         return path
-    if "/" in path or paths.exists(path):
-        return None
     bundled = _bundled()
+    # `--mode=sample --out=digits` makes a folder of images, which has the name of a bundled model.
+    is_folder = paths.exists(path) and (path not in bundled or paths.exists(f"{path}/checkpoints"))
+    if "/" in path or is_folder:
+        return None
     if path not in bundled:
         raise UserError(f"there is no {path}: name a workdir, a checkpoint, a file, or one of {', '.join(bundled)}")
     return str(bundled[path])
@@ -79,6 +81,8 @@ def load(path: str | os.PathLike, config: Any = None, **hints: Any) -> Model:
             processes.say(f"note: {path} holds no diffusion: the reference's defaults are assumed, {values}")
         return Model(found.ema_params or found.gen_params, build.denoiser(found.config), found.config, 0)
     if file := file_of(path):
+        if file != path and paths.exists(path):
+            processes.say(f"note: {path} is the bundled model: the folder of this name has no checkpoints")
         arrays, saved_config, step, about = processes.broadcast_from_primary(lambda: safetensors.read(file))
         params, classes = checkpoint.nested(arrays), read_names(about)
     else:

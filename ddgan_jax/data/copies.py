@@ -68,7 +68,6 @@ def remove(copy: Found) -> bool:
             shutil.rmtree(copy.path)
     except BlockingIOError:
         return False
-    copy.path.with_name(f"{name}.lock").unlink(missing_ok=True)
     return True
 
 

@@ -49,6 +49,11 @@ class PreparedImages:
                 with contextlib.suppress(OSError):
                     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
 
+    @property
+    def checksum(self) -> str:
+        """A hash of the checksums of all images."""
+        return f"{zlib.crc32(np.ascontiguousarray(self._index.checksums).data):08x}"
+
     def __len__(self) -> int:
         return self.shape[0]
 

@@ -2,7 +2,6 @@
 
 import collections
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -161,9 +160,9 @@ def _of_images(c: Config, data: sources.Data, indices: np.ndarray, network: Netw
 
 def _cache_of_images(c: Config, kind: str, data: sources.Data, network: Network, count: int) -> Path:
     """The cache file for `count` images of a dataset in a network."""
-    # The name of a folder's copy depends on the size and time of every file, even where not every image is hashed.
-    copy = os.path.basename(os.path.dirname(getattr(data.images, "filename", None) or ""))
-    images = hashlib.sha256(f"{c.data.name} {copy} {c.data.split} {data.fingerprint}".encode()).hexdigest()[:16]
+    # The fingerprint of a large dataset is of some images only; a folder's copy has a checksum of each.
+    every = getattr(data.images, "checksum", "")
+    images = hashlib.sha256(f"{c.data.name} {every} {c.data.split} {data.fingerprint}".encode()).hexdigest()[:16]
     return cache_path(c, kind, images, network.fingerprint, f"{count}.npz")
 
 

@@ -83,7 +83,7 @@ def test_labels(labels, classes, ids, names):
 @pytest.mark.parametrize(
     "images, options, message",
     [
-        (COLOUR / 255, {}, r"convert them with np.round\(images \* 255\)"),
+        (COLOUR / 255, {}, r"convert them with np.round\(images \* 255\).*, or pass value_range"),
         (COLOUR, {"value_range": (0, 1)}, r"from 0 to 255, not in value_range=\(0, 1\)"),
         (COLOUR, {"value_range": (1, 0)}, "must be the numbers of black and white"),
         (COLOUR[:, :4], {}, "the images are 4x8, and networks take squares: image_size=4 crops"),
@@ -109,6 +109,7 @@ def test_a_model_is_trained_sampled_and_evaluated(tmp_path):
     with pytest.raises(UserError, match="holds a run on other data"):
         ddgan_jax.train(255 - COLOUR, labels, workdir=tmp_path / "run", **SMOKE)
     found = ddgan_jax.evaluate(model, COLOUR, num_samples=12, eval__features=f"{__name__}:means", eval__k=2)
+    assert all(type(value) in (int, float, str, list) for value in found.values())
     assert found["num_samples"] == 12 and found["frechet_distance"] > 0 and 0 <= found["recall"] <= 1
     same = ddgan_jax.evaluate(COLOUR, COLOUR, eval__features=f"{__name__}:means", eval__k=2)
     assert abs(same["frechet_distance"]) < 1e-6 and same["precision"] == same["recall"] == 1

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from ddgan_jax.commands import train as training
 from ddgan_jax.config import presets
@@ -163,4 +164,5 @@ def evaluate(
         chunks = (images[i : i + 256] for i in range(0, count, 256))
     evaluator = open_evaluator(c, data, count)
     result = measure(evaluator, chunks, count, "sampling" if model else "reading", chosen)
-    return {"features": c.eval.features} | evaluator.about | (result.results if result else {})
+    found = {"features": c.eval.features} | evaluator.about | (result.results if result else {})
+    return {name: value.item() if isinstance(value, np.generic) else value for name, value in found.items()}

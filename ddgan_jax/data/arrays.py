@@ -95,7 +95,12 @@ def _from_array(images: Any, value_range: Range | None, size: int | None) -> np.
 def _to_uint8(array: np.ndarray, value_range: Range | None) -> np.ndarray:
     """Numbers in `value_range` as 0 to 255. Raises UserError if they are not in it, or if it is needed and missing."""
     if value_range is None:
-        return array.astype(np.uint8) * 255 if array.dtype == bool else array  # `Data` checks the type
+        array = array.astype(np.uint8) * 255 if array.dtype == bool else array
+        try:
+            Data(array[..., :3])  # which checks the type
+        except UserError as error:
+            raise UserError(f"{error}, or pass value_range, the numbers of black and white") from error
+        return array
     low, high = value_range
     if not low < high:
         raise UserError(f"value_range={value_range} must be the numbers of black and white, such as (0, 1)")

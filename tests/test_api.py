@@ -49,7 +49,7 @@ def test_a_tensor():
 
 
 def test_a_list_of_files(tmp_path):
-    """Of different sizes and formats, and a table's column of names."""
+    """Files may differ in size, and may be a column of a table."""
     for i, (width, height) in enumerate(((20, 40), (33, 17), (16, 16))):
         Image.fromarray(RNG.integers(0, 256, (height, width, 3), np.uint8)).save(tmp_path / f"{i}.png")
     files = sorted(tmp_path.iterdir())

@@ -308,7 +308,7 @@ def test_names_of_classes_belong_to_the_model(tmp_path):
 
 @pytest.mark.parametrize("classes", [None, "ants and bees", "[" * 100_000, '{"a": 1}', "[1, 2, 3]", '["ant"]'])
 def test_a_file_without_names_of_classes(model, tmp_path, classes):
-    """As earlier versions wrote them, with any text as further metadata."""
+    """Such files are of earlier versions, and may hold any text as further metadata."""
     about = {} if classes is None else {"classes": classes}
     arrays = checkpoint.flatten(model.params)
     safetensors.write(tmp_path / "old.safetensors", arrays, as_dict(model.config), 7, about)

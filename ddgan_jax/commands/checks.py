@@ -1,4 +1,4 @@
-"""What must hold before a training begins or resumes: the data is that of the run, and the memory is large enough."""
+"""Checks before a training starts or resumes: the run's own data, and enough memory."""
 
 import math
 import os

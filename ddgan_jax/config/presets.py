@@ -70,7 +70,10 @@ def get(name: str) -> ConfigDict:
 
 
 def _from_python(path: str, *variant: str) -> ConfigDict:
-    """What `get_config` of a Python file returns. Raises UserError if that is no configuration, and what it raises."""
+    """The configuration from `get_config` of a Python file.
+
+    Raises UserError if there is no such function or it returns another type, and whatever the file itself raises.
+    """
     spec = importlib.util.spec_from_file_location(f"_config_{pathlib.Path(path).stem}", path)
     module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
     spec.loader.exec_module(module)  # type: ignore[union-attr]

@@ -3,7 +3,7 @@
 import concurrent.futures
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -123,34 +123,48 @@ def _from_list(images: Any, size: int | None) -> np.ndarray:
 
 def _header(image: Any) -> tuple[int, bool]:
     """The shorter side of an image, and whether it is grey."""
-    if isinstance(image, str | os.PathLike):
-        with of_a_file(f"image {image}"):
-            start = paths.read_start(paths.path(image), EXCERPT_BYTES)
-        try:
-            return decoding.read_header(start)
-        except ValueError:
-            image = _opened(image)
-    image = _opened(image)
-    return min(image.size), image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I")
+    if not _is_path(image):
+        return decoding.describe(_as_pillow(image))
+    with of_a_file(f"image {image}"):
+        start = paths.read_start(paths.path(image), EXCERPT_BYTES)
+    try:
+        return decoding.read_header(start)
+    except ValueError:  # a header that is longer, or no image
+        return _usable(image, lambda: decoding.read_header(_content(image)))
 
 
 def _fitted(image: Any, size: int, channels: int) -> np.ndarray:
-    return decoding.fit(_opened(image), size, channels)
+    """An image as uint8 [size, size, channels], decoded as those of a folder are."""
+    if _is_path(image):
+        return _usable(image, lambda: decoding.decode(_content(image), size, channels))
+    return _usable("in the list", lambda: decoding.fit_upright(_as_pillow(image), size, channels))
 
 
-def _opened(image: Any) -> Any:
-    """A file, array or PIL image as a PIL image, upright. Raises UserError if it is none."""
-    from PIL import Image, ImageOps
+def _is_path(image: Any) -> bool:
+    return isinstance(image, str | os.PathLike)
 
-    if isinstance(image, str | os.PathLike):
-        with of_a_file(f"image {image}"):
-            content = paths.read(paths.path(image))
-        try:
-            return decoding.open_image(content)
-        except ValueError as error:
-            raise UserError(f"image {image} cannot be used: {error}") from error
+
+def _content(path: Any) -> bytes:
+    with of_a_file(f"image {path}"):
+        return paths.read(paths.path(path))
+
+
+def _usable(image: Any, decode: Callable[[], Any]) -> Any:
+    """`decode()`. Raises UserError where that raises ValueError."""
+    try:
+        return decode()
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"image {image} cannot be used: {error}") from error
+
+
+def _as_pillow(image: Any) -> Any:
+    """An array or a Pillow image as a Pillow image. Raises UserError for other arrays."""
+    from PIL import Image
+
     if hasattr(image, "getexif"):
-        return ImageOps.exif_transpose(image)
+        return image
     array = np.asarray(image)
     array = array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array
     if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (3, 4))):

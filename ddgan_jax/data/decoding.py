@@ -26,8 +26,12 @@ _LARGE_LOCK = threading.Lock()
 def read_header(content: bytes) -> tuple[int, bool]:
     """Returns the shorter side and whether the image is grey, from the first bytes of a file."""
     with _value_errors(content):
-        image = _open(content)
-        return min(image.size), image.mode in ("1", "L", "LA", "La") or _is_deep(image)
+        return describe(_open(content))
+
+
+def describe(image: Any) -> tuple[int, bool]:
+    """Returns the shorter side of a Pillow image, and whether it is grey."""
+    return min(image.size), image.mode in ("1", "L", "LA", "La") or _is_deep(image)
 
 
 def open_image(content: bytes) -> Any:

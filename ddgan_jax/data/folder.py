@@ -152,13 +152,22 @@ def listed_once() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def os_errors(path: str) -> Iterator[None]:
+    """Turns an OSError of reading `path` into a Fault that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise Fault(f"data.path={path} cannot be read: {error}; run the same command again") from error
+
+
+@contextlib.contextmanager
 def open_files(path: str) -> Iterator[ImageFiles]:
     """Opens the folder, zip or LMDB at `path`.
 
     Raises UserError if it does not exist, and Fault for any OSError in the body of the `with`.
     """
     listed = _LISTED.get()
-    try:
+    with os_errors(path):
         if listed is not None and path in listed:
             yield listed[path]
             return
@@ -168,8 +177,6 @@ def open_files(path: str) -> Iterator[ImageFiles]:
             if listed is not None:
                 listed[path] = files
             yield files
-    except OSError as error:
-        raise Fault(f"data.path={path} cannot be read: {error}; run the same command again") from error
 
 
 def names_of(files: ImageFiles) -> Sequence[str]:

@@ -1,4 +1,4 @@
-"""What the headers of a set of images say: the number of images, their size, and whether they are grey."""
+"""Inspection of a set of images by their headers: how many there are, their size, and whether they are grey."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ MAX_DEFAULT_SIZE = 256  # px: the paper's largest, unless the user specifies one
 
 
 class Inspection(NamedTuple):
-    """What the headers of a set of images say."""
+    """Facts about a set of images, read from their headers."""
 
     num_images: int  # the files with the header of an image; some may be damaged
     shape: tuple[int, int, int]  # (S, S, C) of each in the prepared copy

@@ -108,8 +108,8 @@ class Copy(NamedTuple):
 def inspect(
     path: str, image_size: int | None, channels: int | None, cache_dir: str, max_bad_share: float = 0.01
 ) -> headers.Inspection:
-    """What `open_folder` would open, from headers alone. Raises as `open_folder` and `headers.inspect`."""
-    with _os_errors(path):
+    """Describes the copy that `open_folder` would open, from headers alone. Raises UserError and Fault as it does."""
+    with folder.os_errors(path):
         if is_copy(path):
             found = _open_named(path, image_size, channels)
             size, _, depth = found.images.shape[1:]
@@ -130,7 +130,7 @@ def open_folder(
     Raises UserError if there is no image, if too many files are bad (`folder.check_skipped`), or if `cache_dir` is no
     place for the copy. Raises Fault if something cannot be read, or if the disk fails.
     """
-    with _os_errors(path):
+    with folder.os_errors(path):
         if is_copy(path):
             return _open_named(path, image_size, channels)[:3]
     with folder.open_files(path) as files:
@@ -183,12 +183,3 @@ def _open_named(path: str, image_size: int | None, channels: int | None) -> Copy
             f"and data.channels={channels}: leave these out, or name the folder of the original images"
         )
     return found
-
-
-@contextlib.contextmanager
-def _os_errors(path: str) -> Any:
-    """Turns an OSError into a Fault."""
-    try:
-        yield
-    except OSError as error:
-        raise Fault(f"data.path={path} cannot be read: {error}; run the same command again") from error

@@ -371,10 +371,25 @@ def test_photos_of_phones(tmp_path, monkeypatch, kind):
     found, expected = open_folder(tmp_path / "in", tmp_path / "cache", 32, 3)[0].astype(int)
     assert np.abs(found - expected).mean() < 6
     assert inspect_files(tmp_path / "in", tmp_path / "cache") == (2, (64, 64, 3), [""])
-    monkeypatch.setattr(decoding, "_readable_formats", lambda: ("JPEG", "PNG"))
+    monkeypatch.setattr(decoding, "readable_formats", lambda: ("JPEG", "PNG"))
     package = {"heic": "pip install pillow-heif", "avif": "pip install -U pillow"}[kind]
     with pytest.raises(ValueError, match=package):
         decoding.decode((tmp_path / "in" / f"1.{kind}").read_bytes(), 32, 3)
+
+
+def test_a_format_that_becomes_readable(tmp_path, monkeypatch):
+    """Photos that a missing package had made unreadable are read once it is installed."""
+    for i in range(12):
+        save(tmp_path / "in" / f"{i}.png", noise(8, 8, i))
+        save(tmp_path / "in" / f"{i}.webp", noise(8, 8, i), lossless=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding, "readable_formats", lambda: ("PNG",))
+        patch.setattr(folders, "readable_formats", lambda: ("PNG",))
+        with pytest.raises(UserError, match="11 of 24 files"):
+            open_folder(tmp_path / "in", tmp_path / "cache", 8, 3)
+        assert len(open_folder(tmp_path / "in", tmp_path / "cache", 8, 3, 0.5)[0]) == 12
+    assert len(open_folder(tmp_path / "in", tmp_path / "cache", 8, 3)[0]) == 24
+    assert inspect_files(tmp_path / "in", tmp_path / "cache")[0] == 24
 
 
 def test_a_class_that_is_a_link_to_a_folder_is_skipped_and_listed(tmp_path):
@@ -1167,8 +1182,8 @@ def test_a_folder_that_grows_costs_what_is_new(tmp_path, monkeypatch, capsys, li
     save(path / "b" / "09.png", noise(9, 9, 9))  # another size, so that its key differs
     capsys.readouterr()
     images, labels, classes = open_folder(path, cache, max_bad_share=0.5)
-    assert len(decoded) == 4 + 2 and len(read_headers) == 2 + 1  # those compared, and what is new; bad.png again
-    assert "preparing the 41 files" in (out := capsys.readouterr().out) and ", 39 of them shared with in-" in out
+    assert len(decoded) == 4 + 2 + 1 and len(read_headers) == 2 + 1  # those compared, what is new, bad.png again
+    assert "preparing the 41 files" in (out := capsys.readouterr().out) and ", 38 of them shared with in-" in out
     expected = [99, *range(7), 8, *range(10, 40)]
     np.testing.assert_array_equal(np.delete(images, 9, axis=0), [noise(8, 8, i) for i in expected])
     assert classes == ["a", "b"] and list(labels) == [0] + [1] * 39

@@ -172,7 +172,7 @@ def _open(content: bytes) -> Any:
 
     if not content:
         raise ValueError("it is empty")
-    image = Image.open(io.BytesIO(content), formats=_readable_formats())
+    image = Image.open(io.BytesIO(content), formats=readable_formats())
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS:,}")
     if min(image.size) < MIN_SIDE:
@@ -181,7 +181,7 @@ def _open(content: bytes) -> Any:
 
 
 @functools.cache
-def _readable_formats() -> tuple[str, ...]:
+def readable_formats() -> tuple[str, ...]:
     """Those of FORMATS that this installation reads: AVIF needs Pillow 11.3, and HEIC photos need pillow-heif."""
     from PIL import Image
 
@@ -196,9 +196,9 @@ def _readable_formats() -> tuple[str, ...]:
 def _why_not_read(content: bytes) -> str:
     """Why Pillow cannot read a file that begins with `content`."""
     if content[4:8] == b"ftyp":  # of the ISO base media file format
-        if content[8:11] in (b"hei", b"hev", b"mif", b"msf") and "HEIF" not in _readable_formats():
+        if content[8:11] in (b"hei", b"hev", b"mif", b"msf") and "HEIF" not in readable_formats():
             return "it is a HEIC photo, which `pip install pillow-heif` makes readable"
-        if content[8:11] == b"avi" and "AVIF" not in _readable_formats():
+        if content[8:11] == b"avi" and "AVIF" not in readable_formats():
             return "it is an AVIF image, which `pip install -U pillow` makes readable"
     return "it is not an image that Pillow can read"
 

@@ -26,6 +26,7 @@ from ddgan_jax.data.archives import (
     is_image_name,
     read_or_fault,
 )
+from ddgan_jax.data.decoding import readable_formats
 from ddgan_jax.devices import processes
 from ddgan_jax.errors import Fault, UserError, is_missing
 from ddgan_jax.storage import paths
@@ -219,8 +220,9 @@ def folder_of_copies(cache_dir: str) -> pathlib.Path:
 
 
 def cache_path(files: ImageFiles, cache_dir: str, settings: str) -> pathlib.Path:
-    """The path for a result that depends on these files, unchanged, and on `settings`."""
-    digest = hashlib.sha256("\n".join([settings, *files.signature()]).encode("utf-8", "surrogateescape"))
+    """The path for a result that depends on these files, unchanged, on `settings`, and on the formats that are read."""
+    formats = " ".join(readable_formats())
+    digest = hashlib.sha256("\n".join([settings, formats, *files.signature()]).encode("utf-8", "surrogateescape"))
     for excerpt in files.excerpts():
         digest.update(hashlib.sha256(excerpt).digest())
     return folder_of_copies(cache_dir) / f"{stem(files)}-{digest.hexdigest()[:16]}"

@@ -55,7 +55,7 @@ def prepare(files: ImageFiles, copy: pathlib.Path, size: int, channels: int, max
                 return
             names, keys = folder.names_of(files), keyed.digests(files.keys)
             earlier = find_earlier(files, keys, copy, shape)
-            place = keyed.find(earlier.table["keys"], keys)
+            place = earlier.place(keys)
             new = [name for name, at in zip(names, place, strict=True) if at < 0]
             aside.mkdir(exist_ok=True)
             work = Work(aside, earlier.parts, new, shape)
@@ -104,16 +104,21 @@ class Earlier(NamedTuple):
 
     path: pathlib.Path
     table: dict[str, np.ndarray]
-    skipped: dict[str, str]
     parts: int
+
+    def place(self, keys: np.ndarray) -> np.ndarray:
+        """The row of each file in the table; -1 for new ones, and for skipped ones, which may be readable now."""
+        place = keyed.find(self.table["keys"], keys)
+        place[place >= 0] = np.where(self.table["rows"][place[place >= 0]] >= 0, place[place >= 0], -1)
+        return place
 
 
 def find_earlier(files: ImageFiles, keys: np.ndarray, copy: pathlib.Path, shape: tuple[int, int, int]) -> Earlier:
     """The copy of this folder, at this size, that has the most of its files unchanged.
 
-    A copy is not used if less than half of its pixels would be, or if an image in it is not what its file decodes to.
+    A copy is not used if less than half of its pixels would be, or if an image in it differs from its decoded file.
     """
-    best, most = Earlier(copy, keyed.empty(COLUMNS), {}, 0), 0
+    best, most = Earlier(copy, keyed.empty(COLUMNS), 0), 0
     for path in sorted(copy.parent.glob(f"{glob.escape(folder.stem(files))}-*")):
         with contextlib.suppress(OSError, *keyed.DAMAGE):  # a copy that is damaged, or cannot be read, is not shared
             about = json.loads(paths.read(path / "dataset.json"))
@@ -121,13 +126,12 @@ def find_earlier(files: ImageFiles, keys: np.ndarray, copy: pathlib.Path, shape:
                 continue
             if tuple(about["shape"]) != shape or about["parts"] >= MAX_PARTS:
                 continue
-            table = keyed.parse(paths.read(path / "index.npz"), COLUMNS)
-            place = keyed.find(table["keys"], keys)
-            used = int((table["rows"][place[place >= 0]] >= 0).sum())
+            found = Earlier(path, keyed.parse(paths.read(path / "index.npz"), COLUMNS), about["parts"])
+            place = found.place(keys)
+            used = int((place >= 0).sum())
             stored = sum(os.stat(path / f"images.{i}.bin").st_size for i in range(about["parts"]))
             if used <= most or 2 * used * math.prod(shape) < stored:
                 continue
-            found = Earlier(path, table, json.loads(paths.read(path / "skipped.json")), about["parts"])
             if _same_pixels(files, place, found, shape):
                 best, most = found, used
     return best
@@ -137,15 +141,12 @@ def _same_pixels(files: ImageFiles, place: np.ndarray, earlier: Earlier, shape: 
     """Whether some files decode to what a copy has for them: the content of a file may change, and its time not."""
     shared = np.flatnonzero(place >= 0)
     for i in shared[evenly_spaced(len(shared), COMPARED)]:
-        kept = earlier.table["rows"][place[i]] >= 0
         try:
             checksum = zlib.crc32(_pixels(files, shape, files.names[i]))
         except ValueError:
-            if kept:
-                return False
-        else:
-            if not kept or checksum != earlier.table["checksums"][place[i]]:
-                return False
+            return False
+        if checksum != earlier.table["checksums"][place[i]]:
+            return False
     return True
 
 
@@ -228,13 +229,7 @@ def _describe(files: ImageFiles, work: Work, earlier: Earlier, keys: np.ndarray,
     `place` is that of each file in the earlier copy, or -1.
     """
     names, old = files.names, place >= 0
-    before = earlier.table["rows"]
-    skipped = work.skipped | {
-        name: earlier.skipped[name]
-        for name, at in zip(names, place.tolist(), strict=True)
-        if at >= 0 and before[at] < 0
-    }
-    good = np.array([name not in skipped for name in names], bool)
+    good = np.array([name not in work.skipped for name in names], bool)
     table = {name: np.zeros(len(names), dtype) for name, dtype in COLUMNS.items()}
     for name in ("parts", "rows", "checksums"):
         table[name][old] = earlier.table[name][place[old]]
@@ -248,7 +243,7 @@ def _describe(files: ImageFiles, work: Work, earlier: Earlier, keys: np.ndarray,
     for i in range(earlier.parts):
         _share(earlier.path / f"images.{i}.bin", work.aside / f"images.{i}.bin")
     keyed.write(work.aside / "index.npz", {"keys": keys} | table)
-    paths.write(work.aside / "skipped.json", json.dumps(skipped, indent=1, sort_keys=True))
+    paths.write(work.aside / "skipped.json", json.dumps(work.skipped, indent=1, sort_keys=True))
     about = {"format": FORMAT, "source": folder.source(files), "shape": work.shape, "classes": classes}
     paths.write(
         work.aside / "dataset.json", json.dumps(about | {"images": int(good.sum()), "parts": earlier.parts + 1})

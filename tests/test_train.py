@@ -814,6 +814,24 @@ def test_results_of_an_earlier_end_are_removed_when_the_run_goes_on(points_run, 
     assert not (tmp_path / "results.json").exists()
 
 
+def test_a_kill_at_the_last_step_leaves_no_old_checkpoint(tmp_path):
+    """Orbax deletes an old checkpoint after a new one is complete, and the process may be killed between the two."""
+    config = presets.get("gaussians:smoke")
+    config.eval.every = 0
+    config.checkpoint.update(every=2, keep=1)
+    checkpoints, copied = tmp_path / "run" / "checkpoints", tmp_path / "2"
+    for config.train.num_steps in (2, 4):
+        train(config, tmp_path / "run")
+        if not copied.exists():
+            shutil.copytree(checkpoints / "2", copied)
+    shutil.copytree(copied, checkpoints / "2")
+    train(config, tmp_path / "run")
+    assert checkpoint.finished(checkpoints) == [2, 4]  # a finished run stays as it is
+    (tmp_path / "run" / "results.json").unlink()
+    train(config, tmp_path / "run")
+    assert checkpoint.finished(checkpoints) == [4]
+
+
 @pytest.mark.parametrize("field", ["skip_rescale", "tanh", "centered"])
 def test_other_networks_of_the_same_shapes_in_a_workdir(field):
     """Parameters of the same shapes, and another function of them."""

@@ -261,7 +261,7 @@ def open_files(
         checkpoints.set_damaged_aside(say)
     checkpoints.forget_best_after(step)
     checkpoints.find_best(ranked_by(c), yardstick, functools.partial(read_metrics, log.path))
-    if trains:
+    if trains or not paths.exists(path / "results.json"):  # a kill at the last step may have left an old checkpoint
         checkpoints.prune()
     if saved and saved["log"] not in (log.checksum, log.checksum_before):
         say(f"note: {log.path} is damaged, or was changed: its records differ from those at the last checkpoint")

@@ -54,7 +54,7 @@ def rows(
 
     What `describe` says of a compiled program is added to its row.
     """
-    make = compiler.jit_once(partial(init_state, method, 0))
+    _, make = compiler.trace_once(partial(init_state, method, 0))
     images = jax.device_put(measure.examples(method, method.batch_size))
     plain.seconds()
     found: dict[str, dict] = {}

@@ -84,7 +84,7 @@ def measured() -> dict[str, float]:
         config = presets.get("digits:paper")
         config.update_from_flattened_dict(RECIPES[recipe])
         method, r1_every[recipe] = build(config), config.train.r1_every
-        make = compiler.jit_once(functools.partial(init_state, method, 0))
+        _, make = compiler.trace_once(functools.partial(init_state, method, 0))
         images = measure.examples(method, method.batch_size)
         for with_r1 in (False, True):
             step = measure.compiled(make_train_step(method, 0, with_r1), make(), jax.device_put(images), keeps=True)

@@ -50,7 +50,10 @@ from ddgan_jax.storage.workdir import lock as lock_workdir
         ([SMOKE, "--config.diffusion.kind=geometric"], "not a diffusion"),
         ([SMOKE, "--config.model.dtype=float16"], "float32 or bfloat16"),
         ([SMOKE, "--config.model.network=gpt"], "model.network='gpt' is not supported: it is unet or mlp"),
-        ([SMOKE, "--config.data.name=gaussians"], "examples of [2], but model.network=unet is built for [8, 8, 1]"),
+        (
+            [SMOKE, "--config.data.name=gaussians"],
+            "examples of [2], but --config.model.network=unet is built for [8, 8, 1]",
+        ),
         ([POINTS, "--config.data.flip=True"], "data.flip=True mirrors images"),
         ([SMOKE, "--mode=sample"], "no checkpoint in"),
         ([POINTS, "--config.train.init_from=runs/nothing"], "no checkpoint in runs/nothing"),
@@ -121,7 +124,7 @@ def test_a_run_begins_with_the_networks_of_another(tmp_path):
     deeper = run(
         POINTS, f"--workdir={tmp_path}/c", f"--config.train.init_from={tmp_path}/a", "--config.generator.depth=9"
     )
-    assert deeper.returncode == 2 and "of train.init_from is of another architecture" in deeper.stderr
+    assert deeper.returncode == 2 and "of --config.train.init_from is of another architecture" in deeper.stderr
 
 
 def test_networks_of_another_function_are_refused(points_run, tmp_path):
@@ -261,6 +264,37 @@ for step in range(1, 1001):
 run.close()
 print(blocks[1] - blocks[0])
 """
+
+
+def test_tensorflow_is_not_imported_before_the_first_record(tmp_path):
+    """Its import takes as long as all else before the first step, if programs are cached."""
+    pytest.importorskip("clu")
+    script = (
+        "import pathlib, sys\n"
+        "from ddgan_jax.config.settings import LogConfig\n"
+        "from ddgan_jax.storage.log import Log\n"
+        "log = Log(pathlib.Path(sys.argv[1]), {}, LogConfig(), 0)\n"
+        "assert not {'clu', 'tensorflow', 'tensorboard'} & set(sys.modules)\n"
+        "log.scalars(2, {'d_loss': 1.0})\n"
+        "log.close()"
+    )
+    _, errors = python(script, tmp_path).communicate(timeout=300)
+    assert not errors, errors
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_broken_tensorflow_ends_no_training(tmp_path, monkeypatch, capsys):
+    def broken(*arguments):
+        raise ImportError("libtensorflow is of another version")
+
+    pytest.importorskip("clu")
+    monkeypatch.setattr("ddgan_jax.storage.log.TensorBoard", broken)
+    of_run = log.Log(tmp_path, {}, LogConfig(), 0)
+    for step in (2, 4):
+        of_run.scalars(step, {"d_loss": 1.0})
+    of_run.close()
+    assert capsys.readouterr().out.count("no events for TensorBoard are written: libtensorflow") == 1
+    assert len(log.read_metrics(tmp_path / "metrics.jsonl")) == 2
 
 
 def test_tensorboard_keeps_no_numbers_in_memory(tmp_path):

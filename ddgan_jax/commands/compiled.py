@@ -10,6 +10,8 @@ from ddgan_jax.devices import parallel, processes
 from ddgan_jax.devices.processes import say
 from ddgan_jax.method.train_step import Method, make_train_step
 
+FROM_CACHE = 8  # seconds that a step takes at most, from the start of tracing, if its program is in the cache
+
 
 class CompiledSteps:
     """The training steps with and without R1, compiled in the background."""
@@ -29,10 +31,15 @@ class CompiledSteps:
                 self.get(kind)
             processes.barrier()
 
-    def wait(self, with_r1: bool, check: Callable[[], None]) -> None:
-        """Returns when the step is compiled. Until then, calls `check`, which may raise."""
+    def wait(self, with_r1: bool, check: Callable[[], None], meanwhile: Callable[[], None]) -> None:
+        """Returns when the step is compiled. Until then, calls `check`, which may raise.
+
+        Calls `meanwhile` if that takes longer than a program from the cache.
+        """
         while not self._futures[self._kind(with_r1)].done():
             check()
+            if time.time() - self._start > FROM_CACHE:
+                meanwhile()
             time.sleep(0.05)
 
     def get(self, with_r1: bool) -> Any:

@@ -3,12 +3,14 @@
 import dataclasses
 import enum
 import time
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
 
 from ddgan_jax.config.settings import Config
 from ddgan_jax.data.sources import Data
+from ddgan_jax.devices import parallel
 from ddgan_jax.method.train_step import Method
 from ddgan_jax.metrics.evaluator import Evaluator, ranking_measure
 from ddgan_jax.model.sampler import Sampler
@@ -46,17 +48,28 @@ class Run:
     data: Data
     labels: np.ndarray | None  # [N], of a class-conditional model
     path: Path
-    state: Any  # on every device
+    state: Any  # on every device; its shapes while it is `initial`
     step: int
     files: Files | None  # None in all processes except the first
     sampler: Sampler
     started: float  # time.time()
     evaluator: Evaluator | None = None  # None without evaluations while training
+    initial: Future | None = None  # the state at step 0, on the host, while it is computed
 
     def __post_init__(self) -> None:
         self.first_step = self.step
         self.warm = self.started  # time.time() after the first steps
         self._seconds_before = self.files.log.last.get("seconds", 0.0) if self.files else 0.0
+
+    def open_dashboards(self) -> None:
+        """Opens the dashboards of the log, in process 0."""
+        if self.files:
+            self.files.log.open_dashboards()
+
+    def place_initial_state(self) -> None:
+        """Waits for the state of a new run, and copies it to every device."""
+        if self.initial:
+            self.state, self.initial = parallel.replicate(self.initial.result()), None
 
     @property
     def num_steps(self) -> int:

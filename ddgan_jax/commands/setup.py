@@ -5,7 +5,8 @@ import dataclasses
 import functools
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -67,11 +68,11 @@ def set_up(
     if jax.process_count() > 1:
         processes.assert_equal_across_processes(facts(c, data))
     labels = labels_of(data, method.denoiser.num_classes, c.data.name)
-    shapes = jax.eval_shape(functools.partial(init_state, method, c.seed))
+    shapes, initialize = compiler.trace_once(functools.partial(init_state, method, c.seed))
     check_memory(method, shapes)
     evaluator = open_evaluator(c, data) if c.eval.every else None  # refuses an evaluation that cannot work
 
-    def open_all() -> tuple[Files, Any]:
+    def open_all() -> tuple[Files, Any, Future | None]:
         with interrupt.deferred():
             workdir.lock(path, lock)
             overview(method, shapes, method.batch_size // jax.device_count(), data)
@@ -80,24 +81,29 @@ def set_up(
             restored, saved = restore(checkpoints, shapes, path, c) if checkpoints else (None, {})
             same_path = bool(c.data.path) and before is not None and before["data"]["path"] == c.data.path
             check_data(saved.get("data"), sketch, path, refuse=refuse_other_data or not (given or same_path))
-        state = new_state(c, method, shapes) if restored is None else restored  # may be refused, so before any change
+        # May be refused, so before any change
+        initial = begin_new_state(c, shapes, initialize) if restored is None else None
+        step = 0 if restored is None else int(restored.step)
         with interrupt.deferred():
             with moved_aside(path) if restart else contextlib.nullcontext():
                 checkpoints = checkpoints or open_checkpoints(path, c)
                 yardstick = evaluator.yardstick if evaluator else ""
-                return open_files(path, c, before, int(state.step), checkpoints, sketch, saved, yardstick), state
+                return open_files(path, c, before, step, checkpoints, sketch, saved, yardstick), restored, initial
 
-    opened = processes.run_on_primary(open_all)
-    state = processes.broadcast_from_primary(lambda: opened[1])  # type: ignore[index]
+    files, state, initial = processes.run_on_primary(open_all) or (None, None, None)
+    if jax.process_count() > 1:
+        state = processes.broadcast_from_primary(lambda: initial.result() if initial else state)
+        initial = None
     run = Run(
         config=c,
         method=method,
         data=data,
         labels=labels,
         path=path,
-        state=parallel.replicate(state),
-        step=int(state.step),
-        files=opened[0] if opened else None,
+        state=parallel.replicated_shapes(shapes) if initial else parallel.replicate(state),
+        initial=initial,
+        step=0 if initial else int(state.step),  # type: ignore[union-attr]
+        files=files,
         sampler=Sampler(method.denoiser, c.sample.batch_size),
         started=started,
         evaluator=evaluator,
@@ -223,20 +229,25 @@ def restore(checkpoints: manager.Checkpoints, shapes: Any, path: Path, c: Config
     return restored, saved or {}
 
 
-def new_state(c: Config, method: Method, shapes: Any) -> Any:
-    """The state at step 0, on the host. Raises as `loading.load_initial_networks`, before any work.
+def begin_new_state(c: Config, shapes: Any, initialize: Callable[[], Any]) -> Future:
+    """Begins to compute the state at step 0, on the host. Raises as `loading.load_initial_networks`, before any work.
 
     With `train.init_from`, the generator starts from the moving average of another one, which is what that one samples
     with; the discriminator starts from the other's if there is one.
     """
     named = load_initial_networks(c, shapes) if c.train.init_from else None
-    state = jax.device_get(compiler.jit_once(functools.partial(init_state, method, c.seed))())
     if named is None:
-        return state
+        return compiler.in_background(lambda: jax.device_get(initialize()))
     where, gen_params, disc_params = named
     lacks = "" if disc_params else ", which holds no discriminator: a new one is initialized"
     say(f"the networks are those of {where}{lacks}")
-    return state.replace(gen_params=gen_params, ema_params=gen_params, disc_params=disc_params or state.disc_params)
+
+    def initialize_the_rest() -> Any:
+        state = jax.device_get(initialize())
+        discriminator = disc_params or state.disc_params
+        return state.replace(gen_params=gen_params, ema_params=gen_params, disc_params=discriminator)
+
+    return compiler.in_background(initialize_the_rest)
 
 
 def open_files(

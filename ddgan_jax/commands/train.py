@@ -111,7 +111,8 @@ def loop(run: Run, interrupt: Interrupt) -> Outcome:
             with_r1 = run.step % r1_every == 0
             with meter.paused():  # the meter and the time to go count steps, not compilation
                 if run.step == run.first_step and jax.process_count() == 1:
-                    steps.wait(with_r1, interrupt.check)
+                    steps.wait(with_r1, interrupt.check, run.open_dashboards)
+                    run.place_initial_state()
                 step = steps.get(with_r1)
             run.state, metrics = stop.step(step, run.state, batch, lambda: bool(interrupt.signal))
             meter.add(metrics)

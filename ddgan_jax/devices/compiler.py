@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import functools
 import gc
 import importlib.util
 import os
@@ -13,6 +14,7 @@ import re
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -36,23 +38,35 @@ def compiler_options(arguments: Any = ()) -> dict[str, Any]:
     return options
 
 
-def jit_once(function: Callable[..., Any]) -> Callable[..., Any]:
-    """jax.jit for a function that runs once, such as the initialization of a state. It runs on the host's CPU.
+def trace_once(function: Callable[[], Any]) -> tuple[Any, Callable[[], Any]]:
+    """Traces a function that runs once, such as the initialization of a state.
 
-    The random bits of every layer take an accelerator's compiler as long as a training step. Here they are compiled
-    without optimization.
+    Returns the shapes of its result, and the function, which is compiled when it is first called and runs on the host's
+    CPU. The random bits of every layer take an accelerator's compiler as long as a training step. Here they are
+    compiled without optimization.
     """
-    compiled = jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+    options: dict[str, Any] | None = {"xla_backend_optimization_level": 0}
     try:
         cpu = jax.local_devices(backend="cpu")[0]
     except RuntimeError:  # JAX_PLATFORMS names another platform alone
-        return jax.jit(function)
+        cpu = options = None
+    with jax.default_device(cpu):
+        traced = jax.jit(function, compiler_options=options).trace()
+    compiled = functools.cache(lambda: traced.lower().compile())
 
-    def run(*arguments: Any) -> Any:
+    def run() -> Any:
         with jax.default_device(cpu):
-            return compiled(*arguments)
+            return compiled()()
 
-    return run
+    return traced.out_info, run
+
+
+def in_background(function: Callable[[], Any]) -> Future:
+    """A future of what `function` returns, which a thread computes."""
+    threads = ThreadPoolExecutor(1)
+    future = threads.submit(function)
+    threads.shutdown(wait=False)
+    return future
 
 
 def compiler_for(arguments: Any) -> Callable[[Any], Any]:

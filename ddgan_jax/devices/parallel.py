@@ -73,8 +73,9 @@ class Stop:
 def compile_steps(steps: Iterable[Callable], state: Any, batch: Any) -> list[Future]:
     """Futures of the mapped and compiled steps, for a state of `replicate` and a batch of `split`.
 
-    Tracing needs these arrays: shapes alone fail with several processes. Each program is compiled in the background as
-    soon as it is traced, in parallel with the others, since XLA does much of its work in one thread per program.
+    With several processes, tracing needs these arrays; with one, `replicated_shapes` of the state are enough. Each
+    program is compiled in the background as soon as it is traced, in parallel with the others, since XLA does much of
+    its work in one thread per program.
     """
     compile_, threads = compiler.compiler_for(state), ThreadPoolExecutor()
     with compiler.collector_paused():
@@ -97,6 +98,11 @@ def replicate(tree: Any) -> Any:
     if jax.process_count() == 1:
         return jax.device_put(tree, _sharding())
     return jax.tree.map(lambda x: jax.make_array_from_callback(np.shape(x), _sharding(), lambda _: x), tree)
+
+
+def replicated_shapes(shapes: Any) -> Any:
+    """The shapes of a tree that `replicate` places, for `compile_steps` before there is one. For one process."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_sharding()), shapes)
 
 
 def split(batch: Any) -> Any:

@@ -1,17 +1,19 @@
 """The log of a run: metrics.jsonl, one record per line, and the dashboards that are enabled."""
 
 import contextlib
+import functools
 import importlib.util
 import json
 import math
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
 from ddgan_jax.config.settings import LogConfig
+from ddgan_jax.devices.processes import say
 from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.storage import paths
 from ddgan_jax.storage.dashboards import TensorBoard, WeightsAndBiases
@@ -70,17 +72,9 @@ class Log:
         earlier = lines[:-1] if self.last.get("step") == start_step else lines
         self.checksum_before = _checksum("".join(earlier))  # over those before `start_step`
         self._dashboards: list[TensorBoard | WeightsAndBiases] = []
+        self._open_tensorboard = self._tensorboard(workdir, config, settings.tensorboard, start_step)
         if settings.wandb and importlib.util.find_spec("wandb") is None:
             raise UserError(f"log.wandb={settings.wandb} needs wandb: run `pip install wandb`")
-        if settings.tensorboard is not False:
-            try:
-                self._dashboards.append(TensorBoard(workdir, config, start_step))
-            except ModuleNotFoundError as error:
-                if settings.tensorboard:
-                    raise UserError(
-                        f"log.tensorboard=True needs {error.name}: run `pip install clu tensorflow tensorboard`, "
-                        "or set it to False"
-                    ) from error
         if settings.wandb:
             self._dashboards.append(WeightsAndBiases(workdir, config, settings.wandb, start_step))
         self._uploads, self._uploaded, self._file = paths.BackgroundWrites(), time.time(), None
@@ -89,6 +83,19 @@ class Log:
             if not paths.is_remote(self.path):
                 self._file = open(self.path, "a")
         self._lines = lines if self._file is None else []  # the content of the file, where it is in a bucket
+
+    def open_dashboards(self) -> None:
+        """Opens TensorBoard, if it is not open. Raises Fault if it cannot be written.
+
+        It is otherwise opened at the first record, because it imports TensorFlow, which takes seconds.
+        """
+        if opening := self._open_tensorboard:
+            self._open_tensorboard = None
+            try:
+                with self._guard():
+                    self._dashboards.append(opening())
+            except ImportError as error:  # of an installation that is broken
+                say(f"note: no events for TensorBoard are written: {error}")
 
     def scalars(self, step: int, values: dict[str, float], about: dict[str, str] | None = None) -> None:
         """Appends one record, with texts `about` it. Raises Fault if it cannot be written."""
@@ -102,11 +109,13 @@ class Log:
                 self._lines.append(line)
                 if time.time() - self._uploaded > SECONDS_BETWEEN_UPLOADS:
                     self._upload()
+        self.open_dashboards()
         for dashboard in self._dashboards:
             dashboard.scalars(step, values)
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """Shows an image, uint8 [H, W, 3], in the dashboards."""
+        self.open_dashboards()
         for dashboard in self._dashboards:
             dashboard.image(step, name, image)
 
@@ -129,6 +138,17 @@ class Log:
                 self._uploads.wait()
             for dashboard in self._dashboards:
                 dashboard.close()
+
+    @staticmethod
+    def _tensorboard(workdir: Path, config: dict, wanted: bool | None, step: int) -> Callable[[], TensorBoard] | None:
+        """A function that opens TensorBoard, or None. Raises UserError if it is `wanted` and not installed."""
+        missing = [name for name in ("clu", "tensorflow", "tensorboard") if importlib.util.find_spec(name) is None]
+        if missing and wanted:
+            raise UserError(
+                f"log.tensorboard=True needs {missing[0]}: run `pip install clu tensorflow tensorboard`, "
+                "or set it to False"
+            )
+        return None if missing or wanted is False else functools.partial(TensorBoard, workdir, config, step)
 
     def _upload(self) -> None:
         self._uploads.write(self.path, "".join(self._lines))

@@ -156,6 +156,31 @@ def test_flags_that_do_not_exist_or_have_another_type(flag, message):
     assert done.stderr.startswith("error: ") and message in done.stderr and done.returncode == 2, done.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            ["--mode=sample", "--checkpoint=digits_conditional", "--label=77"],
+            "--label=77 must be a class of this model",
+        ),
+        (["--mode=vary", "--checkpoint=digits", "--t=9"], "--t=9 must be "),
+        (["--config=digits:smoke", "--config.train.accumulate=3"], "--config.train.accumulate=3 does not cut the"),
+        (["--config=digits:smoke", "--config.data.path=x"], "leave --config.data.path out"),
+    ],
+)
+def test_an_error_names_the_flag_to_change(arguments, message, tmp_path):
+    done = run(*arguments, f"--workdir={tmp_path}") if "--mode" not in arguments[0] else run(*arguments)
+    assert done.stderr.startswith("error: ") and message in done.stderr and done.returncode == 2, done.stderr
+
+
+def test_names_in_a_message_become_flags():
+    text = "data.path=x: set data.dir, not config.data.dir; runs/data.path, data.paths and label=3; t=2"
+    assert presets.as_flags(text) == (
+        "--config.data.path=x: set --config.data.dir, not config.data.dir; runs/data.path, data.paths and --label=3; "
+        "--t=2"
+    )
+
+
 def test_the_commands_that_a_training_prints_run_as_printed(tmp_path):
     """Also from another directory; an evaluation that lacks weights or labels is not among them."""
     command = [sys.executable, str(ROOT / "main.py"), "--config=gaussians:smoke", "--config.train.num_steps=2"]

@@ -229,7 +229,7 @@ def test_data_that_differs_or_is_missing_in_one_stops_all(cache, tmp_path):
     for code, output in ends(start_group(2, *folder, own={1: [f"--config.data.path={tmp_path / 'b'}"]})):
         assert code == 2 and "the processes do not run the same command: the data is 20 examples" in output, output
     for code, output in ends(start_group(2, *folder, own={1: [f"--config.data.path={tmp_path / 'nothing'}"]})):
-        assert code == 2 and "process 1: data.path=" in output and "does not exist" in output, output
+        assert code == 2 and "process 1: --config.data.path=" in output and "does not exist" in output, output
 
 
 @pytest.mark.parametrize(

@@ -271,7 +271,7 @@ def main() -> int:
     try:
         run(sys.argv)
     except UserError as error:
-        print(f"error: {one_line(str(error))}", file=sys.stderr)
+        print(f"error: {one_line(presets.as_flags(str(error)))}", file=sys.stderr)
         code = 2
     except (Fault, OSError) as error:
         print(f"stopped: {one_line(str(error))}", file=sys.stderr)

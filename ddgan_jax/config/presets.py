@@ -25,7 +25,7 @@ from ml_collections import ConfigDict, FieldReference, config_flags
 
 from ddgan_jax import errors
 from ddgan_jax.config.check import optional
-from ddgan_jax.config.settings import RENAMED, Config, beta_max_for, flat, read
+from ddgan_jax.config.settings import RENAMED, Config, as_dict, beta_max_for, flat, read
 from ddgan_jax.errors import UserError
 
 _HERE = pathlib.Path(__file__).parent.parent
@@ -150,6 +150,13 @@ def _check_field(path: str, config: ConfigDict) -> None:
     near = difflib.get_close_matches(path, fields, 1, 0.75)
     hint = f"did you mean --config.{near[0]}?" if near else "docs/configuration.md lists them; set others in a file"
     raise UserError(f"there is no flag --config.{path}: {hint}")
+
+
+def as_flags(message: str) -> str:
+    """A message of Python code as one of a command: --config.data.path for data.path, and --label for label."""
+    fields = "|".join(re.escape(name) for name in flat(as_dict(Config())) if "." in name)
+    message = re.sub(rf"(?<![\w./-])({fields})(?![\w.])", r"--config.\1", message)
+    return re.sub(r"(?<![\w./-])(label|posterior|rounds|start_step|t)=", r"--\1=", message)
 
 
 def name_of(config: str) -> str:

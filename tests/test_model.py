@@ -453,6 +453,15 @@ def test_points_of_any_dimension_are_drawn(d):
     assert image.ndim == 3 and image.dtype == np.uint8 and image.std() > 1
 
 
+@pytest.mark.parametrize("d", [1, 2, 3])
+def test_points_of_an_animation_have_the_same_axes(d):
+    """A point that moves is drawn at another place, also in frames that hold nothing else."""
+    frames = figures.as_frames(np.linspace(0, 1, 3)[:, None, None] * np.ones((3, 1, d)))
+    assert len({frame.tobytes() for frame in frames}) == 3 and len({frame.shape for frame in frames}) == 1
+    blue = [(frame[..., 2].astype(int) - frame[..., 0] > 60).nonzero()[1].mean() for frame in frames]
+    assert blue[0] < blue[1] - 100 and blue[1] < blue[2] - 100
+
+
 def test_few_points_are_seen_beside_their_input(tmp_path):
     """Sixteen cover more than a thousandth of the image, and the input is a mark of another colour."""
     points = np.random.default_rng(0).standard_normal((16, 2)).astype(np.float32)

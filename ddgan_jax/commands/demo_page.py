@@ -35,7 +35,7 @@ def captioned_frames(
         name for t in generate.shown_steps(model) for name in (f"x_{t + 1}", f"x_0 as predicted from x_{t + 1}")
     ]
     frames = generate.denoising_frames(model, num, seed=seed, label=label, first=first)
-    images = [enlarged(frame)[0] if frame.ndim == 4 else figures.as_image(frame) for frame in frames]
+    images = [enlarged(frame)[0] for frame in frames] if frames[0].ndim == 4 else figures.as_frames(frames)
     return list(zip(images, [*captions, "x_0"], strict=True))
 
 

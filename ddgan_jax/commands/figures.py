@@ -37,10 +37,11 @@ def enlarged(images: np.ndarray, min_side: int = LARGE_SIDE) -> np.ndarray:
     return images[..., :3] if images.shape[-1] >= 3 else images[..., :1].repeat(3, axis=-1)
 
 
-def scatter(points: np.ndarray, given: np.ndarray | None = None) -> np.ndarray:
+def scatter(points: np.ndarray, given: np.ndarray | None = None, among: np.ndarray | None = None) -> np.ndarray:
     """A plot of points [N, d], uint8 [H, W, 3]: the first two coordinates, or a histogram for d = 1.
 
-    The point `given` [d] is marked as the input. Fewer points are drawn larger, so that they are seen.
+    The point `given` [d] is marked as the input. Fewer points are drawn larger, so that they are seen. The axes are
+    those of all points `among` which these are, [M, d].
     """
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(6, 6), constrained_layout=True)
@@ -55,6 +56,12 @@ def scatter(points: np.ndarray, given: np.ndarray | None = None) -> np.ndarray:
         axis.plot(given[0], given[1] if d > 1 else 0, "x", color="tab:red", markersize=10, label="the input")
         axis.legend()
     axis.set(title=f"{len(points):,} points" + (f", coordinates 1 and 2 of {d}" if d > 2 else ""))
+    if among is not None:
+        low, high = among.min(axis=0), among.max(axis=0)
+        margin = 0.05 * (high - low).max() + 1e-6
+        axis.set_xlim(low[0] - margin, high[0] + margin)
+        if d > 1:
+            axis.set_ylim(low[1] - margin, high[1] + margin)
     axis.grid(alpha=0.3)
     figure.canvas.draw()
     image = np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
@@ -154,6 +161,12 @@ def as_image(samples: np.ndarray) -> np.ndarray:
     return scatter(samples) if samples.ndim == 2 else grid(samples)
 
 
+def as_frames(frames: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Images or points as in `as_image`, as frames of an animation or panels: all points have the same axes."""
+    among = np.concatenate(frames) if frames[0].ndim == 2 else None
+    return [grid(frame) if among is None else scatter(frame, among=among) for frame in frames]
+
+
 def pyplot() -> Any:
     """Matplotlib without a screen."""
     import matplotlib
@@ -200,12 +213,13 @@ def trajectory(x: np.ndarray, x0_hat: np.ndarray, names: Sequence[str], path: Gi
     plt = pyplot()
     height = 1.0 if x.ndim == 3 else -(-x.shape[1] // 2) * x.shape[2] / (2 * x.shape[3])  # of a panel, by its width
     figure, panels = plt.subplots(2, len(x), figsize=(2.2 * len(x), 4.4 * height + 0.8), constrained_layout=True)
+    drawn = as_frames([*x, *x0_hat]) if x.ndim == 3 else [grid(images, columns=2) for images in (*x, *x0_hat)]
     for i, name in enumerate(names):
-        for row, many, title in ((0, x, name), (1, x0_hat, f"$\\hat x_0$ from {name}")):
+        for row, many, title in ((0, drawn[: len(x)], name), (1, drawn[len(x) :], f"$\\hat x_0$ from {name}")):
             axis = panels[row, i]
             axis.axis("off")
             if i < len(many):
-                axis.imshow(as_image(many[i]) if many.ndim == 3 else grid(many[i], columns=2))
+                axis.imshow(many[i])
                 axis.set_title(title)
     save_figure(figure, path)
 

@@ -71,7 +71,7 @@ def draw_trajectory(model: Model, out: str, num: int, **options: Any) -> None:
     """Write the denoising of the samples 0..num-1 into a .png or .gif."""
     frames = denoising_frames(model, num, **options)
     if out.endswith(".gif"):
-        figures.save_gif(paths.path(out), [figures.as_image(frame) for frame in frames])
+        figures.save_gif(paths.path(out), figures.as_frames(frames))
     else:
         names = [f"$x_{{{t + 1}}}$" for t in shown_steps(model)] + ["$x_0$"]
         figures.trajectory(np.array(frames[::2]), np.array(frames[1::2]), names, paths.path(out))

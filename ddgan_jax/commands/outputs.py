@@ -66,7 +66,7 @@ def save(images: np.ndarray, out: str | os.PathLike) -> None:
     if path.suffix == ".png":
         figures.save_image(path, figures.as_image(images))
     elif path.suffix == ".gif":
-        frames = figures.enlarged(images) if images.ndim == 4 else [figures.scatter(point[None]) for point in images]
+        frames = figures.enlarged(images) if images.ndim == 4 else figures.as_frames(list(images[:, None]))
         figures.save_gif(path, list(frames))
     else:
         with into(os.fspath(out), images.shape, images.dtype) as add:

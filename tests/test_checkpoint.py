@@ -262,20 +262,41 @@ def test_distances_by_another_yardstick_do_not_compare(tmp_path):
         (3, "b", 4.0, 3),
         (4, "c", 6.0, 4),
         (5, "c", 6.5, 4),
+        (6, "b", 4.5, 3),  # which is still the best by this one
+        (7, "c", 5.5, 7),
     ):
         checkpoints.save(step, tiny_state(step), CONFIG)
         checkpoints.update_best(step, "fid", value, yardstick)
         assert checkpoint.find(f"{tmp_path}/best").name == str(best), step
     checkpoints.close()
-    assert checkpoint.best(tmp_path)["earlier"] == [3]
+    b = {"step": 3, "measure": "fid", "value": 4.0, "yardstick": "b"}
+    assert checkpoint.best(tmp_path)["earlier"] == [b]
+    checkpoints = manager.Checkpoints(str(tmp_path), keep=9)
+    checkpoints.save(8, tiny_state(8), CONFIG)
+    checkpoints.close()
     again = manager.Checkpoints(str(tmp_path), keep=1)
     again.prune()
-    assert again.steps() == [3, 4, 5]  # the best by an earlier yardstick, the best, and the last
+    assert again.steps() == [3, 7, 8]  # the best by an earlier yardstick, the best, and the last
     again.forget_best_after(3)
-    again.find_best("fid", "c", lambda: [{"step": 5, "fid": 6.5, "yardstick": "c"}])
+    again.find_best("fid", "c", lambda: [{"step": 8, "fid": 6.5, "yardstick": "c"}])
     again.prune()
     again.close()
-    assert again.steps() == [3, 5] and checkpoint.best(tmp_path)["earlier"] == [3]
+    assert again.steps() == [3, 8] and checkpoint.best(tmp_path)["earlier"] == [b]
+
+
+def test_an_older_best_json_keeps_the_best_by_earlier_yardsticks(tmp_path):
+    """It names their steps alone."""
+    checkpoints = manager.Checkpoints(str(tmp_path), keep=9)
+    for step in (1, 2, 3):
+        checkpoints.save(step, tiny_state(step), CONFIG)
+    checkpoints.close()
+    older = {"step": 2, "measure": "fid", "value": 5.0, "yardstick": "b", "earlier": [1]}
+    (tmp_path / "best.json").write_text(json.dumps(checkpoint.sealed(older)))
+    again = manager.Checkpoints(str(tmp_path), keep=1)
+    assert not again.update_best(3, "fid", 6.0, "b")
+    assert again.update_best(3, "fid", 4.0, "b")
+    again.close()
+    assert again.steps() == [1, 3] and checkpoint.best(tmp_path)["earlier"] == [{"step": 1}]
 
 
 def test_another_architecture_is_told(workdir):

@@ -289,6 +289,18 @@ def test_another_evaluation_of_a_step_has_a_folder_of_its_own(gaussians_run):
     assert sorted(path.name for path in folder.iterdir()) == ["8", "8-2", "8-3"]
 
 
+def test_an_evaluation_on_other_images_of_the_same_name_has_a_folder_of_its_own(tmp_path):
+    """Two folders of images have the same data.name and split."""
+    c, folder = read(presets.get("image_folder:smoke")), str(tmp_path / "8")
+    one, other = (Data(np.full((9, 8, 8, 3), value, np.uint8)) for value in (1, 2))
+    results = {"num_samples": 5, "features": c.eval.features, "data": f"{c.data.name} {c.data.split}"}
+    for fingerprint, data, number in ((one, one, ""), (one, other, "-2"), (None, other, "")):
+        known = {"data_fingerprint": fingerprint.fingerprint} if fingerprint else {}  # older results have none
+        (tmp_path / "8").mkdir(exist_ok=True)
+        (tmp_path / "8" / "results.json").write_text(json.dumps(results | known))
+        assert evaluate._without_other_results(folder, c, 5, data) == folder + number
+
+
 @pytest.fixture
 def gaussians_run(tmp_path):
     train(presets.get("gaussians:smoke"), str(tmp_path / "run"))

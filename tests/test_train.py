@@ -23,7 +23,7 @@ from ddgan_jax.commands.signals import Interrupt
 from ddgan_jax.commands.train import train
 from ddgan_jax.config import presets
 from ddgan_jax.config.settings import LogConfig, as_dict, read
-from ddgan_jax.data.sketch import sketch_of
+from ddgan_jax.data.sketch import difference, sketch_of
 from ddgan_jax.data.sources import Data, open_data
 from ddgan_jax.errors import Fault, Interrupted, UserError
 from ddgan_jax.method.build import build, init_state, noise_seed
@@ -737,6 +737,26 @@ def test_other_data_or_noise_in_a_workdir(points_run, tmp_path):
     assert contents(tmp_path) == before
 
 
+def test_images_that_are_turned_or_recoloured_are_other_data():
+    """Their means are the same, and older sketches hold nothing else. Another decoder changes quarters a little."""
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(20, 236, (100, 4, 4, 3)).repeat(4, 1).repeat(4, 2)
+    images = np.uint8(coarse + rng.integers(-9, 10, coarse.shape))
+    before = sketch_of(Data(images))
+    others = [images[:, ::-1], images[:, :, ::-1], images.swapaxes(1, 2), images[..., ::-1], np.roll(images, 8, (1, 2))]
+    for other in others:
+        assert "of 64 examples that are compared differ" in difference(
+            before, sketch_of(Data(np.ascontiguousarray(other)))
+        )
+    again = np.uint8(images.astype(int) + rng.integers(-2, 3, images.shape))
+    assert difference(before, sketch_of(Data(again))) == ""
+    older = {name: value for name, value in before.items() if name != "quarters"}
+    assert difference(older, sketch_of(Data(images[:, ::-1].copy()))) == ""
+    points = rng.standard_normal((100, 2)).astype(np.float32)
+    assert difference(sketch_of(Data(points)), sketch_of(Data(points))) == ""
+    assert difference(sketch_of(Data(points)), sketch_of(Data(points[:, ::-1].copy()))) != ""
+
+
 def test_other_labels_in_a_workdir(tmp_path, capsys):
     """With other labels of the same images, networks would learn swapped classes. Older sketches hold no labels."""
     data = Data(np.zeros((6, 8, 8, 1), np.uint8), np.array([0, 0, 0, 1, 1, 1]))
@@ -799,9 +819,19 @@ def test_a_resumed_run_keeps_what_it_was_started_to_keep(tmp_path, capsys):
     config.checkpoint.update(keep=1, keep_period=0)
     train(config, tmp_path)
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"4", "8", "12", "16", "18"}
-    assert "note: checkpoint.keep_period=4 stays, as " in capsys.readouterr().out
+    assert "note: checkpoint.keep_period is 4, as " in capsys.readouterr().out
     assert json.loads((tmp_path / "config.json").read_text())["checkpoint"]["keep_period"] == 4
     assert json.loads((tmp_path / "results.json").read_text())["step"] == 18
+
+
+def test_another_period_keeps_what_the_first_one_kept():
+    """Also where it is the default of a preset, which a command leaves out."""
+    config = presets.get("cifar10:smoke")
+    config.checkpoint.keep_period = 20_000
+    before = as_dict(read(config))
+    for period, kept in ((50_000, 10_000), (40_000, 20_000), (10_000, 10_000), (0, 20_000)):
+        config.checkpoint.keep_period = period
+        assert setup.as_begun(read(config), before, "runs/x").checkpoint.keep_period == kept
 
 
 @pytest.mark.parametrize("every", [1, 1_000])

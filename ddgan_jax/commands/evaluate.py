@@ -67,7 +67,9 @@ def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_sampl
         about = {"checkpoint": found} | about
         if other := processes.broadcast_from_primary(lambda: _other_data(c, model, data)):
             about |= {"trained_on_other_data": other}
-    target = paths.path(out or processes.broadcast_from_primary(lambda: _without_other_results(folder, c, count)))
+    if data:
+        about |= {"data_fingerprint": data.fingerprint}
+    target = paths.path(out or processes.broadcast_from_primary(lambda: _without_other_results(folder, c, count, data)))
     processes.run_on_all(lambda: _check_target(target, samples))
     evaluator = open_evaluator(c, data, count)
     if evaluator.data.images.shape[-1] == 1:
@@ -107,10 +109,11 @@ def _find(path: str, seed: int) -> tuple[str, str, str]:
     return str(found), str(workdir), str(workdir / "evaluation" / f"{found.name}{suffix}")
 
 
-def _without_other_results(folder: str, c: Config, count: int) -> str:
+def _without_other_results(folder: str, c: Config, count: int, data: Data | None) -> str:
     """`folder`, or the first of folder-2, folder-3, ... that does not hold the results of another evaluation."""
     ours = {"num_samples": count, "features": c.eval.features, "data": f"{c.data.name} {c.data.split}"}
     ours |= {"reference_statistics": c.eval.reference_statistics} if c.eval.reference_statistics else {}
+    ours |= {"data_fingerprint": data.fingerprint} if data else {}
     for number in itertools.count(1):
         found = folder if number == 1 else f"{folder}-{number}"
         if not paths.exists(file := paths.path(found) / "results.json"):

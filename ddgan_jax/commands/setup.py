@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -142,12 +143,11 @@ def as_begun(c: Config, before: dict[str, Any] | None, path: paths.Given) -> Con
         groups[group] = dataclasses.replace(mine, **taken)
     # A command that leaves these out must not delete what an earlier one asked to keep.
     kept, then = groups["checkpoint"], old.checkpoint
-    groups["checkpoint"] = dataclasses.replace(
-        kept, keep=max(kept.keep, then.keep), keep_period=kept.keep_period or then.keep_period
-    )
+    period = math.gcd(kept.keep_period, then.keep_period)  # whose multiples include those of both; gcd(0, n) = n
+    groups["checkpoint"] = dataclasses.replace(kept, keep=max(kept.keep, then.keep), keep_period=period)
     for name in ("keep", "keep_period"):
         if getattr(kept, name) != (value := getattr(groups["checkpoint"], name)):
-            say(f"note: checkpoint.{name}={value} stays, as {path} was started with: delete what you do not need")
+            say(f"note: checkpoint.{name} is {value}, as {path} was started to keep: delete what you do not need")
     c = dataclasses.replace(c, **groups)
     now = flat(as_dict(c))
     _check_same({name: now[name] for name in FIXED}, flat(as_dict(old)), path)

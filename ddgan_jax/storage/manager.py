@@ -45,11 +45,16 @@ class _Best(managers.PreservationPolicy):
 
     def __init__(self) -> None:
         self.marked: dict[str, Any] | None = {}
-        self.earlier: list[int] = []  # the steps of the best by earlier yardsticks
+        self.earlier: list[dict[str, Any]] = []  # the best by each of the earlier yardsticks, as in best.json
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        best = [*self.earlier, (self.marked or {}).get("step")]
+        best = [mark.get("step") for mark in (*self.earlier, self.marked or {})]
         return [self.marked is None or checkpoint.step in best for checkpoint in checkpoints]
+
+
+def _compares(mark: dict[str, Any], measure: str, yardstick: str) -> bool:
+    """Whether a value of `measure` by `yardstick` compares with that of a mark."""
+    return mark.get("measure") == measure and _one_yardstick(mark, yardstick)
 
 
 def _one_yardstick(before: dict[str, Any], yardstick: str) -> bool:
@@ -82,7 +87,8 @@ class Checkpoints:
         try:
             # Without best.json, an earlier part of the run may have had a best checkpoint: `find_best` knows.
             self._best.marked = best(self.directory.parent) or (None if self.steps() else {})
-            self._best.earlier = list((self._best.marked or {}).get("earlier", []))
+            earlier = (self._best.marked or {}).get("earlier", [])  # steps alone in an older best.json
+            self._best.earlier = [mark if isinstance(mark, dict) else {"step": mark} for mark in earlier]
         except Damaged:
             self._best.marked = None
 
@@ -140,18 +146,27 @@ class Checkpoints:
 
         It is then `workdir`/best for `find`, and is kept. NaN is never the best. Values compare only if they are of one
         measure and `yardstick`, such as the networks and images that samples are compared with; '' stands for any. With
-        another one, this checkpoint is the best, and the best one so far is kept. Waits until the save is complete.
+        another one, the best by that one is marked, and the best one so far is kept. Waits until the save is complete.
         """
         value = float(f"{value:.6g}")  # rounded as in metrics.jsonl, from which a resumed run takes it
-        before = self._best.marked or {}
-        compares = before.get("measure") == measure and _one_yardstick(before, yardstick)
-        if not value < (before["value"] if compares else math.inf):
+        if math.isnan(value):
             return False
-        if before and not compares:
-            self._best.earlier.append(before["step"])
-        self._mark_best(step, measure, value, yardstick)
+        before, steps = self._best.marked or {}, self.steps()
+        known = [mark for mark in (before, *self._best.earlier) if mark.get("step") in steps]
+        compared = min(
+            (mark for mark in known if _compares(mark, measure, yardstick)), key=lambda mark: mark["value"], default={}
+        )
+        is_best = value < compared.get("value", math.inf)
+        if not is_best and compared is before:
+            return False
+        others = [mark for mark in known if mark is not compared and not _compares(mark, measure, yardstick)]
+        self._best.earlier = [{k: v for k, v in mark.items() if k not in ("earlier", "checksum")} for mark in others]
+        if is_best:
+            self._mark_best(step, measure, value, yardstick)
+        else:
+            self._mark_best(compared["step"], measure, compared["value"], compared.get("yardstick", ""))
         self.prune()
-        return True
+        return is_best
 
     def _mark_best(self, step: int, measure: str, value: float, yardstick: str) -> None:
         self.wait()

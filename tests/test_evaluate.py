@@ -287,6 +287,9 @@ def test_another_evaluation_of_a_step_has_a_folder_of_its_own(gaussians_run):
         evaluate.evaluate(None, c, num_samples=num)
         assert json.loads((folder / made / "results.json").read_text())["num_samples"] == num
     assert sorted(path.name for path in folder.iterdir()) == ["8", "8-2", "8-3"]
+    (folder / "8" / "results.json").write_text("[1]")
+    evaluate.evaluate(None, c, num_samples=500)
+    assert (folder / "8" / "results.json").read_text() == "[1]" and (folder / "8-4" / "results.json").exists()
 
 
 def test_an_evaluation_on_other_images_of_the_same_name_has_a_folder_of_its_own(tmp_path):

@@ -118,9 +118,9 @@ def _without_other_results(folder: str, c: Config, count: int, data: Data | None
         found = folder if number == 1 else f"{folder}-{number}"
         if not paths.exists(file := paths.path(found) / "results.json"):
             return found
-        with contextlib.suppress(ValueError):  # of a file that is no JSON: it is not ours
+        with contextlib.suppress(ValueError):  # of a file that is not JSON: it is not of this evaluation
             theirs = json.loads(paths.read(file))
-            if all(theirs.get(name, value) == value for name, value in ours.items()):
+            if isinstance(theirs, dict) and all(theirs.get(name, value) == value for name, value in ours.items()):
                 return found
     raise AssertionError("unreachable")
 

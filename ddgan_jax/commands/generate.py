@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import pathlib
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -35,8 +36,9 @@ def sample(model: Model, out: str, num: int, trajectory: str = "", **options: An
     check_out(out, ".png", ".npz", *_directory(model), num=num)
     if trajectory:
         check_out(trajectory, ".png", ".gif")
-        if os.path.abspath(trajectory) == os.path.abspath(out):
-            raise UserError(f"--trajectory={trajectory} is also --out: name another file")
+        target, folder = (os.path.realpath(paths.path(path)) for path in (trajectory, out))
+        if pathlib.Path(target).is_relative_to(folder):
+            raise UserError(f"--trajectory={trajectory} is --out, or a file in it: name another file")
     size = model.denoiser.image_shape[0] if _has_images(model) else 0
     each = 3 * 3 * max(size, figures.MIN_SIDE) ** 2 if size else 0  # of a grid
     each = each if out.endswith(".png") else 16  # of a file, which is written in chunks: an index and a label

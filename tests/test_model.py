@@ -885,9 +885,32 @@ def test_a_read_that_fails_is_neither_damage_nor_the_users_error(monkeypatch, mo
         raise error
 
     monkeypatch.setattr(generate.paths, "read", fail)
+    monkeypatch.setattr(generate.paths, "size_of", lambda file: 9)
     for read in (lambda: ddgan_jax.load("x.safetensors"), lambda: generate.read_image(model, "x.png")):
         with pytest.raises(kind, match=message):
             read()
+
+
+@pytest.mark.parametrize(
+    "kind, message", [("pipe", "not a regular file"), ("device", "not a regular file"), ("large", "larger than 1 GiB")]
+)
+def test_an_image_that_is_no_file_of_a_bounded_size(model, tmp_path, kind, message):
+    """It is refused unread: a pipe blocks, and the memory would hold a device or zeros behind an image."""
+    file, link = tmp_path / "x.png", tmp_path / "link.png"
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "device":
+        file.symlink_to("/dev/zero")
+    else:
+        file.write_bytes((ROOT / "docs" / "digits.png").read_bytes())
+        os.truncate(file, 3 * 2**30)
+    link.symlink_to(file)
+    for read, flag in ((generate.read_image, "--image"), (generate.read_mask, "--mask")):
+        with pytest.raises(UserError, match=f"^{flag}=.*link.png cannot be read: it is {message}"):
+            read(model, str(link))
+    link.unlink()
+    link.symlink_to(ROOT / "docs" / "digits.png")
+    assert generate.read_image(model, str(link)).shape == model.denoiser.image_shape
 
 
 @pytest.mark.parametrize(

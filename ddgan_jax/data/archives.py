@@ -93,6 +93,16 @@ def check_size(size: int) -> None:
         raise ValueError("it is larger than 1 GiB")
 
 
+def read_file(file: pathlib.Path | paths.Path, size: int | None = None) -> bytes:
+    """The content of an image file, with links followed. A `size` is that of a regular file which the caller found.
+
+    Raises ValueError unless it is a regular file of at most `MAX_BYTES`, and OSError if it cannot be read.
+    """
+    size = paths.size_of(file) if size is None else size
+    check_size(size)
+    return paths.read_exactly(file, size)
+
+
 class Zip(ImageFiles):
     """The image files in a zip, which may be in a bucket. Nothing is extracted to the disk."""
 

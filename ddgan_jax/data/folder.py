@@ -22,8 +22,8 @@ from ddgan_jax.data.archives import (
     ImageFiles,
     Lmdb,
     Zip,
-    check_size,
     is_image_name,
+    read_file,
     read_or_fault,
 )
 from ddgan_jax.data.decoding import readable_formats
@@ -64,8 +64,7 @@ class Folder(ImageFiles):
         file, whole = (self._root / name, self._files[name][0]) if self.remote else self._resolve(name)
         if size is not None:
             return paths.read_start(file, min(size, whole)) if whole else b""
-        check_size(whole)
-        return paths.read_exactly(file, whole)
+        return read_file(file, whole)
 
     def _resolve(self, name: str) -> tuple[pathlib.Path, int]:
         """Returns the local file of a name, with links followed, and its size.
@@ -77,14 +76,11 @@ class Folder(ImageFiles):
             target = link.resolve()
             if not target.is_relative_to(self._root):
                 raise ValueError("it is a link to a file outside the folder")
-            found = os.stat(target)
+            return target, paths.size_of(target)
         except (OSError, RuntimeError) as error:  # RuntimeError before Python 3.13, for a link to itself
             if link.is_symlink() and (isinstance(error, RuntimeError) or is_missing(error)):
                 raise ValueError(f"it is a link that leads nowhere ({error})") from error
             raise
-        if not stat.S_ISREG(found.st_mode):  # reading a pipe would block, and a device may have no end
-            raise ValueError("it is not a regular file")
-        return target, found.st_size
 
 
 def _stat(file: str) -> tuple[int, str]:

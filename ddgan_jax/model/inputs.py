@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ddgan_jax.data import decoding
+from ddgan_jax.data import archives, decoding
 from ddgan_jax.errors import UserError, of_a_file
 from ddgan_jax.model.checks import as_array
 from ddgan_jax.storage import paths
@@ -117,8 +117,8 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
 def _read(path: str | os.PathLike, name: str, decode: Callable[[bytes], np.ndarray]) -> np.ndarray:
     """The image file that an argument or a flag names, decoded."""
     with of_a_file(_named(path, name)):
-        content = paths.read(paths.path(path))
-        return _decoded(_named(path, name), lambda: decode(content))
+        file = paths.path(path)
+        return _decoded(_named(path, name), lambda: decode(archives.read_file(file)))
 
 
 def _decoded(what: str, decode: Callable[[], np.ndarray]) -> np.ndarray:

@@ -62,6 +62,16 @@ def read_exactly(file: Given, size: int) -> bytes:
     return content
 
 
+def size_of(file: Given) -> int:
+    """The size of a file in bytes. Raises ValueError unless it is a regular file, and OSError as `read`."""
+    if is_remote(file):
+        return int(retry(file, lambda: bucket_reader().info(os.fspath(file)))["size"])
+    found = retry(file, lambda: os.stat(file))
+    if not stat.S_ISREG(found.st_mode):  # reading a pipe would block, and a device may have no end
+        raise ValueError("it is not a regular file")
+    return found.st_size
+
+
 def _mode(file: Given) -> int:
     """The mode bits of a local file or folder, 0 if there is none. pathlib reports some failures as absence."""
     try:

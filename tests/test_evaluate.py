@@ -329,6 +329,50 @@ def test_a_directory_of_samples_that_was_not_completed(digits, tmp_path):
         outputs.check_out(out, "", num=9)
 
 
+def test_a_folder_of_several_sets_of_samples(digits, tmp_path):
+    """The figures of an evaluation of one set are no samples; a set that was not completed is refused here too."""
+    (c, images), sets = digits, str(tmp_path / "sets")
+    for name in ("a", "b"):
+        outputs.save(images[:9], f"{sets}/{name}")
+    evaluate.evaluate(c, "", f"{sets}/a")
+    assert (tmp_path / "sets" / "a.evaluation" / "samples.png").exists()
+    outputs.check_out(f"{sets}/a", "", num=9)
+    assert sample_files.file_samples(sets, 0)[1] == 18
+    (tmp_path / "sets" / "b" / outputs.UNFINISHED).touch()
+    with pytest.raises(UserError, match=r"--samples=.*sets is not complete: .*or remove .*sets/b/\.unfinished"):
+        sample_files.file_samples(sets, 0)
+    assert sample_files.file_samples(f"{sets}/a", 0)[1] == 9
+
+
+@pytest.mark.parametrize(
+    "name, target, message",
+    [
+        ("2.png", "../outside.png", "2.png cannot be read: it is a link to a file outside the folder"),
+        ("2.png", "/dev/zero", "2.png cannot be read: it is a link to a file outside the folder"),
+        ("2.png", "nothing.png", "2.png cannot be read: it is a link that leads nowhere"),
+        ("2.png", "2.png", "2.png cannot be read: it is a link that leads nowhere"),
+        ("2.png", "pipe", "2.png cannot be read: it is not a regular file"),
+        ("2.png", "large", "2.png cannot be read: it is larger than 1 GiB"),
+        ("loop", ".", "loop cannot be read: it is a link to a folder, which is not followed"),
+    ],
+)
+def test_links_and_pipes_among_samples(tmp_path, name, target, message):
+    """They are refused as in data.path. A link to an image inside the folder is a sample."""
+    folder = tmp_path / "in"
+    for i in range(2):
+        figures.save_image(folder / f"{i}.png", np.zeros((8, 8), np.uint8))
+    shutil.copy(folder / "0.png", tmp_path / "outside.png")
+    shutil.copy(folder / "0.png", folder / "large")
+    os.truncate(folder / "large", 3 * 2**30)
+    os.mkfifo(folder / "pipe")
+    (folder / "3.png").symlink_to("0.png")
+    (folder / "notes").symlink_to("nothing")
+    assert len(next(sample_files.file_samples(str(folder), 0)[0])) == 3
+    (folder / name).symlink_to(target)
+    with pytest.raises(UserError, match=f"^sample {folder}/{message}"):
+        next(sample_files.file_samples(str(folder), 0)[0])
+
+
 def test_a_folder_of_samples_is_evaluated_as_their_checkpoint(digits, tmp_path):
     """Also of the fewest that have neighbours. The pictures of grey digits may be in RGB."""
     (c, _), num = digits, 4

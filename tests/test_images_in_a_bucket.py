@@ -80,3 +80,28 @@ def test_with_data_dir_in_a_bucket_copies_are_local(bucket, tmp_path):
 def test_what_cannot_be_read_in_a_bucket(bucket, tmp_path, name, message):
     fill(bucket, **{"notes/a.txt": b"text", "lmdb/data.mdb": b"database", "lmdb/lock.mdb": b""})
     assert message in bucket.python(IN_A_BUCKET, f"{bucket.url}/{name}", tmp_path / "cache")
+
+
+SAMPLES = """
+import sys
+from ddgan_jax.commands.sample_files import file_samples
+from ddgan_jax.data.archives import read_file
+from ddgan_jax.errors import UserError
+from ddgan_jax.storage import paths
+print(*next(file_samples(sys.argv[1], 0)[0]).shape, len(read_file(paths.path(sys.argv[1] + "/a/0.png"))))
+paths.write(sys.argv[1] + "/b/.unfinished", "")
+try:
+    file_samples(sys.argv[1], 0)
+except UserError as error:
+    print("error:", error)
+"""
+
+
+def test_samples_in_a_bucket(bucket):
+    """Those of all subfolders without the figures of evaluations, unless a set was not completed."""
+    content, url = encoded(noise(8, 8), "PNG"), f"{bucket.url}/sets"
+    names = ("a/0.png", "b/0.png", "a.evaluation/results.json", "a.evaluation/samples.png")
+    fill(bucket, **{f"sets/{name}": content for name in names})
+    shape, refused = bucket.python(SAMPLES, url).splitlines()
+    assert shape == f"2 8 8 3 {len(content)}"
+    assert refused.startswith(f"error: --samples={url} is not complete") and refused.endswith(f"{url}/b/.unfinished")

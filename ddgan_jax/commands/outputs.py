@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 
 from ddgan_jax.commands import figures
-from ddgan_jax.data.archives import SUFFIXES
+from ddgan_jax.data.folder import UNFINISHED, Folder
 from ddgan_jax.devices import processes
 from ddgan_jax.errors import UserError
 from ddgan_jax.storage import paths
 
-UNFINISHED = ".unfinished"  # a file in a directory to which samples are being written
 KINDS = {
     ".png": "a grid",
     ".gif": "an animation",
@@ -45,10 +44,12 @@ def check_out(out: str, *kinds: str, num: int = 0) -> None:
 
 def _check_directory(out: str, num: int) -> None:
     """Refuses a directory with images that `num` new ones would not replace: an evaluation would count them."""
-    for name in {} if paths.path(out).suffix else paths.files_below(paths.path(out)):
+    path = paths.path(out)
+    if path.suffix or not paths.is_dir(path):
+        return
+    for name in paths.retry(path, lambda: Folder(path)).names:
         stem = name.removesuffix(".png")
-        replaced = stem.isdecimal() and int(stem) < num and name == file_name(int(stem))
-        if name.lower().endswith(SUFFIXES) and not replaced:
+        if not (stem.isdecimal() and int(stem) < num and name == file_name(int(stem))):
             raise UserError(f"--out={out} holds other images, such as {name}: name an empty directory")
 
 

@@ -4,15 +4,13 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ddgan_jax.commands import outputs
 from ddgan_jax.data import decoding
-from ddgan_jax.data.archives import is_image_name
 from ddgan_jax.data.batches import epoch_permutation
-from ddgan_jax.errors import UserError
+from ddgan_jax.data.folder import Folder
+from ddgan_jax.errors import UserError, of_a_file
 from ddgan_jax.metrics import npz
 from ddgan_jax.metrics.evaluator import Results
 from ddgan_jax.storage import paths
-from ddgan_jax.storage.paths import Path
 
 Samples = tuple[Iterator[np.ndarray], int, np.ndarray | None, Results]  # chunks [n, ...], count, labels, about
 
@@ -24,17 +22,9 @@ def file_samples(path: str, num_samples: int) -> Samples:
 
     Raises UserError if there are too few, or if they are damaged or of different sizes; Fault if they cannot be read.
     """
-    given = paths.path(path)
-    folder = paths.is_dir(given)
+    folder = _folder(path) if paths.is_dir(paths.path(path)) else None
     if folder:
-        found = paths.files_below(given)
-        if outputs.UNFINISHED in found:
-            raise UserError(
-                f"--samples={path} is not complete: the command that writes samples there was interrupted, or is "
-                f"running. Run it again, or remove {given / outputs.UNFINISHED}"
-            )
-        files = [given / name for name in sorted(found) if is_image_name(name)]
-        total = len(files)
+        total = len(folder.names)
     else:
         arrays = npz.read_npz(path)
         if len(arrays) != 1:
@@ -54,21 +44,39 @@ def file_samples(path: str, num_samples: int) -> Samples:
         )
     chosen = np.sort(epoch_permutation(total, 0, 0)[:count])
     if folder:
-        return _decoded([files[i] for i in chosen]), count, None, {"samples": path}
+        return _decoded(folder, [folder.names[i] for i in chosen]), count, None, {"samples": path}
     return (array[chosen[i : i + 256]] for i in range(0, count, 256)), count, None, {"samples": path}
 
 
-def _decoded(files: list[Path]) -> Iterator[np.ndarray]:
+def _folder(path: str) -> Folder:
+    """The images below the folder `path`, as for `data.path`. Raises UserError if not all can be read as samples."""
+    given = paths.path(path)
+    with of_a_file(f"--samples={path}"):
+        folder = paths.retry(path, lambda: Folder(given))
+    folder.path = str(given)
+    if folder.unfinished:
+        raise UserError(
+            f"--samples={path} is not complete: the command that writes samples there was interrupted, or is running. "
+            f"Run it again, or remove {given / folder.unfinished[0]}"
+        )
+    if folder.refused:
+        name, reason = next(iter(folder.refused.items()))
+        raise UserError(f"sample {given}/{name} cannot be read: {reason}")
+    return folder
+
+
+def _decoded(folder: Folder, names: list[str]) -> Iterator[np.ndarray]:
     """Images in chunks uint8 [n, H, W, C]."""
     first = None
-    for start in range(0, len(files), 64):
+    for start in range(0, len(names), 64):
         chunk = []
-        for file in files[start : start + 64]:
-            content = npz.read_bytes(file)
-            try:
-                image = decoding.to_eight_bits(decoding.open_image(content))
-            except ValueError as error:
-                raise UserError(f"sample {file} cannot be read: {error}") from error
+        for name in names[start : start + 64]:
+            file = f"{folder.path}/{name}"
+            with of_a_file(file):
+                try:
+                    image = decoding.to_eight_bits(decoding.open_image(folder.read(name)))
+                except ValueError as error:
+                    raise UserError(f"sample {file} cannot be read: {error}") from error
             chunk.append(decoding.pixels(image))
             first = first or chunk[0].shape
             if chunk[-1].shape != first:

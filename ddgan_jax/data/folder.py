@@ -33,12 +33,13 @@ from ddgan_jax.storage import paths
 
 MAX_DEFAULT_SIZE = 256  # px: the paper's largest, unless the user specifies one
 WINDOW = 256  # files that are processed ahead of the one that is returned
+UNFINISHED = ".unfinished"  # a file in a folder to which samples are being written
 MAX_SKIPPED = 10  # files that may be skipped, however few there are
 BUCKET_THREADS = 32  # they mostly wait for the network
 
 
 class Folder(ImageFiles):
-    """The image files below a folder, local or in a bucket."""
+    """The image files below a folder, local or in a bucket. `unfinished` has the names of the files UNFINISHED."""
 
     def __init__(self, path: pathlib.Path | paths.Path):
         self.remote = paths.is_remote(path)
@@ -50,14 +51,15 @@ class Folder(ImageFiles):
                 contents[name.rpartition("/")[0]].add(name.rpartition("/")[2])
             results = [folder for folder, names in contents.items() if folder and has_results(names)]
             inside = [name for name in every if not any(name.startswith(f"{folder}/") for folder in results)]
-            self._files = {name: every[name] for name in inside if is_image_name(name)}
+            self._files = {name: every[name] for name in inside if is_image_name(name) or _is_mark(name)}
             # Joined to the root, a name that begins with a slash would be a path on this host.
             outside = (name for name in self._files if name.startswith(("/", "../")) or "//" in name)
             self.refused = dict.fromkeys(outside, "its name is not a path below the folder")
         else:
             self._files, links = _image_files(os.fspath(self._root))
             self.refused = dict.fromkeys(links, "it is a link to a folder, which is not followed")
-        self.names = sorted(self._files)
+        self.unfinished = sorted(filter(_is_mark, self._files))
+        self.names = sorted(self._files.keys() - {*self.unfinished})
         self.keys = [f"{name}\0{' '.join(map(str, self._files[name]))}" for name in self.names]
 
     def _read(self, name: str, size: int | None) -> bytes:
@@ -101,15 +103,20 @@ def _is_link_to_folder(entry: os.DirEntry) -> bool:
         raise
 
 
+def _is_mark(name: str) -> bool:
+    return name.rpartition("/")[2] == UNFINISHED
+
+
 def has_results(names: Collection[str]) -> bool:
     """Whether the files of a folder are those of a run or of an evaluation, whose grids of samples are not data."""
     return "metrics.jsonl" in names or "first_checkpoint.json" in names or {"results.json", "samples.png"} <= {*names}
 
 
 def _image_files(root: str) -> tuple[dict[str, tuple[int, str]], list[str]]:
-    """Returns {name: (size, time)} of the image files below a folder, and the links to folders, which are not followed.
+    """Returns {name: (size, time)} of the images and marks below a folder, and the links to folders.
 
-    Hidden folders and the results of runs are left out. Raises OSError for a folder that cannot be listed.
+    Links to folders are not followed. Hidden folders and the results of runs are left out. Raises OSError for a folder
+    that cannot be listed.
     """
     files: dict[str, tuple[int, str]] = {}
     links: list[str] = []
@@ -126,7 +133,7 @@ def _image_files(root: str) -> tuple[dict[str, tuple[int, str]], list[str]]:
                 pending += [f"{name}/"] * (not entry.name.startswith("."))
             elif _is_link_to_folder(entry):
                 links += [name] * (not entry.name.startswith("."))
-            elif is_image_name(name):
+            elif is_image_name(name) or _is_mark(name):
                 files[name] = _stat(entry.path)
     return files | {name: _stat(os.path.join(root, name)) for name in links}, links
 

@@ -23,6 +23,13 @@ def run(*arguments, env=None):
     return subprocess.run(argv, **options, capture_output=True, env=os.environ | (env or {}), timeout=1800)
 
 
+def succeed(*arguments, env=None):
+    """Run main.py, which must end with exit code 0."""
+    result = run(*arguments, env=env)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
 def run_module(name, *arguments):
     """Run `python -m name` in the root of the project to its end; never raises for an exit code."""
     command = [sys.executable, "-m", name, *map(str, arguments)]
@@ -33,6 +40,14 @@ def python(script: str, *arguments, env=None) -> subprocess.Popen:
     """Start lines of Python in the root of the project."""
     command, env = [sys.executable, "-c", script, *map(str, arguments)], os.environ | (env or {})
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run_python(script: str, *arguments, env=None) -> str:
+    """Run lines of Python, which must end with exit code 0; returns their standard output."""
+    child = python(script, *arguments, env=env)
+    output, errors = child.communicate(timeout=240)
+    assert child.returncode == 0, output + errors
+    return output
 
 
 def free_port() -> int:

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from forks import forks  # noqa: F401  a fixture
 
 from ddgan_jax.method import build
 from ddgan_jax.networks import ops
@@ -113,6 +114,18 @@ def form(request):
     """Runs the test twice, with the fast operations and with the reference ones."""
     with ops.use_reference() if request.param == "reference" else contextlib.nullcontext():
         yield request.param
+
+
+@pytest.fixture
+def refused(forks):  # noqa: F811
+    """A function that runs main.py, which must end with exit code 2 and a one-line error, and returns this line."""
+
+    def line(*arguments) -> str:
+        ended = forks.run(*arguments)
+        assert ended.code == 2 and ended.errors.startswith("error: ") and ended.errors.count("\n") == 1, ended
+        return ended.errors
+
+    return line
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 from buckets import bucket  # noqa: F401
-from commands import POINTS, ROOT, command, ends, python, run, start_group
+from commands import POINTS, ROOT, command, ends, run, run_python, start_group, succeed
 from test_data import PHOTOS
 
 from ddgan_jax.errors import UserError
@@ -23,8 +23,8 @@ NO_TENSORFLOW = "--config.log.tensorboard=False"
 def trained(bucket, cache):  # noqa: F811
     """A run of 8 steps in the bucket, and the same one in a folder."""
     workdir = f"{bucket.url}/run"
-    result = run(POINTS, f"--workdir={workdir}", NO_TENSORFLOW, cache, env=bucket.env)
-    assert result.returncode == 0 and f"see {workdir}/samples/final.png" in result.stdout, result.stderr
+    result = succeed(POINTS, f"--workdir={workdir}", NO_TENSORFLOW, cache, env=bucket.env)
+    assert f"see {workdir}/samples/final.png" in result.stdout
     return workdir
 
 
@@ -53,7 +53,7 @@ def test_what_a_run_leaves(bucket, trained, cache, tmp_path):  # noqa: F811
     names = {name.removeprefix(f"{trained}/") for name in bucket.files("run")}
     assert {"config.json", "metrics.jsonl", "results.json", "curves.png", "samples/final.png"} <= names
     assert any(name.startswith("checkpoints/8/") for name in names) and not (ROOT / "gs:").exists()
-    assert run(POINTS, f"--workdir={tmp_path}/run", NO_TENSORFLOW, cache).returncode == 0
+    succeed(POINTS, f"--workdir={tmp_path}/run", NO_TENSORFLOW, cache)
     theirs = arrays_of(bucket, f"{tmp_path}/run", tmp_path / "theirs.npz")
     assert_same(arrays_of(bucket, trained, tmp_path / "ours.npz"), theirs)
     lines = bucket.python("print(epath.Path(sys.argv[1]).read_text())", f"{trained}/metrics.jsonl").split("\n")
@@ -80,8 +80,10 @@ sys.exit(main.main())
     ):
         bucket.python(script, POINTS, f"--workdir={trained}", cache, *arguments)
         assert f"{bucket.url}/{made}" in bucket.files(made.rpartition("/")[0]), arguments
-    result = run(POINTS, f"--config.train.init_from={trained}", f"--workdir={tmp_path}", NO_TENSORFLOW, env=bucket.env)
-    assert result.returncode == 0 and f"the networks are those of {trained}/checkpoints/8" in result.stdout
+    result = succeed(
+        POINTS, f"--config.train.init_from={trained}", f"--workdir={tmp_path}", NO_TENSORFLOW, env=bucket.env
+    )
+    assert f"the networks are those of {trained}/checkpoints/8" in result.stdout
 
 
 def test_programs_are_kept_there(bucket, tmp_path):  # noqa: F811
@@ -89,8 +91,7 @@ def test_programs_are_kept_there(bucket, tmp_path):  # noqa: F811
     env = bucket.env | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_DEBUG_LOG_MODULES": "jax._src.compiler"}
     arguments = POINTS, NO_TENSORFLOW, "--config.train.num_steps=1", f"--compilation_cache={bucket.url}/programs"
     for start, hits in ((0, False), (1, True)):
-        result = run(*arguments, f"--workdir={tmp_path / str(start)}", env=env)
-        assert result.returncode == 0, result.stderr
+        result = succeed(*arguments, f"--workdir={tmp_path / str(start)}", env=env)
         assert ("Persistent compilation cache hit" in result.stderr) == hits, result.stderr[-2000:]
     assert any(name.endswith("-cache") for name in bucket.contents("programs/"))
 
@@ -118,8 +119,7 @@ def test_a_save_that_is_killed_is_no_checkpoint(bucket, trained, cache, tmp_path
     assert bucket.python(
         "from ddgan_jax.storage import checkpoint; print(checkpoint.find(sys.argv[1]))", workdir
     ).split() == [f"{workdir}/checkpoints/4"]
-    result = run(*arguments, env=bucket.env)
-    assert result.returncode == 0 and "resuming from step 4" in result.stdout, result.stdout + result.stderr
+    assert "resuming from step 4" in succeed(*arguments, env=bucket.env).stdout
     assert_same(arrays_of(bucket, workdir, tmp_path / "a.npz"), arrays_of(bucket, trained, tmp_path / "b.npz"))
 
 
@@ -127,13 +127,13 @@ def test_a_damaged_checkpoint_is_set_aside(bucket, trained, cache, tmp_path):  #
     """It is moved to `damaged`, file by file, and the run goes on from the one before, to the same end."""
     workdir = f"{bucket.url}/damaged"
     arguments = POINTS, f"--workdir={workdir}", NO_TENSORFLOW, cache
-    assert run(*arguments, env=bucket.env).returncode == 0
+    succeed(*arguments, env=bucket.env)
     bucket.python(
         "[epath.Path(sys.argv[1], name).write_bytes(b'') for name in ('ema/manifest.ocdbt', 'ema/_METADATA')]",
         f"{workdir}/checkpoints/8",
     )
-    result = run(*arguments, env=bucket.env)
-    assert result.returncode == 0 and f"it is moved to {workdir}/damaged/8" in result.stdout, result.stdout
+    result = succeed(*arguments, env=bucket.env)
+    assert f"it is moved to {workdir}/damaged/8" in result.stdout
     assert "resuming from step 4" in result.stdout and f"{workdir}/damaged/8/_CHECKPOINT_METADATA" in bucket.files(
         "damaged"
     )
@@ -155,20 +155,18 @@ there = sources.open_data(DataConfig("photos", dir=sys.argv[2], image_size=16))
 assert (here.images == there.images).all() and (here.labels() == there.labels()).all()
 print(len(there.images), "tensorflow" in sys.modules)
 """
-    child = python(PHOTOS, tmp_path / "data", "array_record")
-    _, err = child.communicate(timeout=60)
-    assert child.returncode == 0, err
+    run_python(PHOTOS, tmp_path / "data", "array_record")
     assert bucket.python(script, tmp_path / "data", f"{bucket.url}/data").split()[-2:] == ["12", "False"]
 
 
 def test_the_best_is_found_there(bucket, cache, tmp_path):  # noqa: F811
     workdir = f"{bucket.url}/best"
     every = ["--config.eval.every=4", "--config.checkpoint.keep=1"]
-    result = run(POINTS, f"--workdir={workdir}", NO_TENSORFLOW, cache, *every, env=bucket.env)
-    assert result.returncode == 0 and "step 4 is the best so far" in result.stdout, result.stdout + result.stderr
+    result = succeed(POINTS, f"--workdir={workdir}", NO_TENSORFLOW, cache, *every, env=bucket.env)
+    assert "step 4 is the best so far" in result.stdout
     out = f"--out={tmp_path}/x.npz"
-    result = run(POINTS, "--mode=sample", f"--checkpoint={workdir}/best", out, cache, env=bucket.env)
-    assert result.returncode == 0 and "sample of step" in result.stdout, result.stderr
+    result = succeed(POINTS, "--mode=sample", f"--checkpoint={workdir}/best", out, cache, env=bucket.env)
+    assert "sample of step" in result.stdout
 
 
 def test_a_bucket_that_refuses_writes_loses_nothing(bucket, trained, cache, tmp_path):  # noqa: F811
@@ -203,8 +201,8 @@ def test_a_bucket_that_refuses_writes_loses_nothing(bucket, trained, cache, tmp_
     found = bucket.python("from ddgan_jax.storage import checkpoint; print(checkpoint.find(sys.argv[1]))", workdir)
     step = int(found.strip().rpartition("/")[2])
     assert step >= 100
-    result = run(*arguments, f"--config.train.num_steps={step + 4}", env=bucket.env)
-    assert result.returncode == 0 and f"resuming from step {step}" in result.stdout, result.stdout + result.stderr
+    result = succeed(*arguments, f"--config.train.num_steps={step + 4}", env=bucket.env)
+    assert f"resuming from step {step}" in result.stdout
 
 
 def test_a_fault_waits_for_the_save_before_it(bucket, cache):  # noqa: F811

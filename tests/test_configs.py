@@ -5,7 +5,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from commands import run
+from commands import succeed
 
 from ddgan_jax.config import presets
 from ddgan_jax.config.settings import as_dict, read
@@ -146,8 +146,7 @@ def test_options_that_do_not_go_together_are_refused(objective, options, message
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_smoke(name, tmp_path):
-    result = run(f"--config=configs/{name}.py:smoke", f"--workdir={tmp_path}")
-    assert result.returncode == 0, result.stderr
+    succeed(f"--config=configs/{name}.py:smoke", f"--workdir={tmp_path}")
     assert (tmp_path / "checkpoints" / "8").exists() and (tmp_path / "samples" / "final.png").exists()
 
 

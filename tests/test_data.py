@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 import pytest
-from commands import python
+from commands import python, run_python
 
 from ddgan_jax.commands.train import train
 from ddgan_jax.config import presets
@@ -118,9 +118,7 @@ one = dict(seed=0, start_step=0, process_index=0, process_count=1)
 assert next(batches.batches(images, global_batch=8, **one)).shape == (8, 4, 4, 1)
 assert "tensorflow" not in sys.modules
 """
-    child = python(script)
-    _, err = child.communicate(timeout=60)
-    assert child.returncode == 0, err
+    run_python(script)
 
 
 # --- Arrays of a user -------------------------------------------------------------------------------------------------
@@ -345,9 +343,7 @@ Photos(data_dir=sys.argv[1]).download_and_prepare(file_format=sys.argv[2])
 @pytest.fixture(scope="module")
 def photos_dir(tmp_path_factory) -> str:
     folder = str(tmp_path_factory.mktemp("tfds"))
-    child = python(PHOTOS, folder, "array_record")  # in another process, so that this one only reads
-    _, err = child.communicate(timeout=60)
-    assert child.returncode == 0, err
+    run_python(PHOTOS, folder, "array_record")  # in another process, so that this one only reads
     return folder
 
 
@@ -385,9 +381,7 @@ def test_no_such_split(photos_dir):
 
 
 def test_tfrecord_names_the_conversion(tmp_path):
-    child = python(PHOTOS, str(tmp_path), "tfrecord")
-    _, err = child.communicate(timeout=60)
-    assert child.returncode == 0, err
+    run_python(PHOTOS, tmp_path, "tfrecord")
     folder = tmp_path / "photos" / "1.0.0"
     command = f"`tfds convert_format --dataset_version_dir={folder} --out_file_format=array_record`"
     with pytest.raises(UserError, match="stored as tfrecord, not array_record") as error:

@@ -5,7 +5,7 @@ import warnings
 
 import numpy as np
 import pytest
-from commands import run
+from commands import succeed
 
 
 def frechet_distance(a, b):
@@ -58,12 +58,10 @@ def test_frechet_distance_in_closed_form():
 @pytest.mark.slow
 def test_the_main_job_draws_digits(tmp_path):
     """All ten digits, each at least 5 %, and a Frechet distance of at most 2 (two halves of the real data: 0.58)."""
-    result = run(f"--workdir={tmp_path}")
-    assert result.returncode == 0, result.stderr
+    succeed(f"--workdir={tmp_path}")
     for name in ("config.json", "metrics.jsonl", "results.json", "curves.png", "samples/final.png"):
         assert (tmp_path / name).exists(), name
-    result = run("--mode=sample", f"--workdir={tmp_path}", "--num_samples=1797", f"--out={tmp_path / 'samples.npz'}")
-    assert result.returncode == 0, result.stderr
+    succeed("--mode=sample", f"--workdir={tmp_path}", "--num_samples=1797", f"--out={tmp_path / 'samples.npz'}")
     images, judge = np.load(tmp_path / "samples.npz")["images"], Judge()
     assert images.shape == (1797, 8, 8, 1)
     distance, shares = judge.distance(images), judge.shares(images)
@@ -77,13 +75,11 @@ def test_the_main_job_draws_digits(tmp_path):
 @pytest.mark.slow
 def test_a_digit_that_is_asked_for_is_drawn(tmp_path):
     """digits:conditional: scikit-learn's classifier agrees with the label for at least 95 % of the samples."""
-    result = run("--config=configs/digits.py:conditional", f"--workdir={tmp_path}")
-    assert result.returncode == 0, result.stderr
+    succeed("--config=configs/digits.py:conditional", f"--workdir={tmp_path}")
     judge, agreement = Judge(), []
     for label in range(10):
         out = tmp_path / f"{label}.npz"
-        result = run("--mode=sample", f"--workdir={tmp_path}", f"--label={label}", "--num_samples=200", f"--out={out}")
-        assert result.returncode == 0, result.stderr
+        succeed("--mode=sample", f"--workdir={tmp_path}", f"--label={label}", "--num_samples=200", f"--out={out}")
         agreement.append(np.mean(judge.network.predict(judge.inputs(np.load(out)["images"])) == label))
     print(f"agreement {np.mean(agreement):.3f}, by digit {np.round(agreement, 2)}")
     assert np.mean(agreement) >= 0.95

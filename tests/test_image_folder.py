@@ -15,7 +15,7 @@ import zlib
 
 import numpy as np
 import pytest
-from commands import python, run
+from commands import python, succeed
 from etils import epath
 from PIL import Image, ImageFile, ImageOps
 from test_configs import get_config
@@ -800,8 +800,7 @@ def test_every_variant_trains_on_a_flat_folder(tmp_path, variant):
     where = [f"data.path={tmp_path}/in", f"data.dir={tmp_path}/cache"]
     flags = [f"--config.{flag}" for flag in (*small, *some, *where)]
     for _ in range(2):
-        result = run(f"--config=configs/image_folder.py:{variant}", f"--workdir={tmp_path}/run", *flags)
-        assert result.returncode == 0, result.stderr
+        result = succeed(f"--config=configs/image_folder.py:{variant}", f"--workdir={tmp_path}/run", *flags)
         assert ("no evaluation while training" in result.stdout) == (variant == "small")
     assert (
         "is at step 4, and train.num_steps is 4: nothing is left to train" in result.stdout

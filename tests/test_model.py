@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from commands import ROOT, python, run
+from commands import ROOT, python, run_python, succeed
 from conftest import GOLDEN
 from PIL import Image
 
@@ -557,8 +557,7 @@ def test_home_is_home(model, tmp_path, monkeypatch):
     assert (tmp_path / "own.safetensors").exists()
     assert ddgan_jax.load("~/own.safetensors").step == model.step
     names = dict(checkpoint="own.safetensors", out="x.png", trajectory="t.png", compilation_cache="cache")
-    result = run("--mode=sample", "--num_samples=2", *(f"--{flag}=~/{name}" for flag, name in names.items()))
-    assert result.returncode == 0, result.stderr
+    succeed("--mode=sample", "--num_samples=2", *(f"--{flag}=~/{name}" for flag, name in names.items()))
     assert {"x.png", "t.png", "cache"} <= {file.name for file in tmp_path.iterdir()}
     assert generate.read_image(model, "~/x.png").shape == (8, 8, 1)  # as --image and --mask
     assert not (ROOT / "~").exists()
@@ -767,8 +766,7 @@ def test_points_of_another_scale(tmp_path):
 
 def test_an_exported_sampler_needs_jax_alone(model, workdir, tmp_path):
     """In a process that cannot import this package, nor flax; any number of samples, by their indices."""
-    result = run("--mode=export", f"--workdir={workdir}", f"--out={tmp_path}/sampler.bin")
-    assert result.returncode == 0, result.stderr
+    result = succeed("--mode=export", f"--workdir={workdir}", f"--out={tmp_path}/sampler.bin")
     assert f"written by jax {jax.__version__}" in result.stdout
     script = f"""
 import sys
@@ -781,9 +779,7 @@ for count in (5, 3):
     images = sampler.call(np.uint32(4), np.arange(count, dtype=np.int32))
     np.save({str(tmp_path)!r} + f"/{{count}}.npy", images)
 """
-    child = python(script)
-    _, err = child.communicate(timeout=120)
-    assert child.returncode == 0, err
+    run_python(script)
     expected = model.trajectory(5, seed=4).x_t[0]
     for count in (5, 3):
         np.testing.assert_allclose(np.load(tmp_path / f"{count}.npy"), expected[:count], atol=1e-5)
@@ -791,8 +787,7 @@ for count in (5, 3):
 
 def test_weights_for_the_reference(model, workdir, tmp_path):
     """A .pth written here holds the reference's names and, read again, the same bits."""
-    result = run("--mode=export", f"--workdir={workdir}", f"--out={tmp_path}/netG.pth")
-    assert result.returncode == 0, result.stderr
+    succeed("--mode=export", f"--workdir={workdir}", f"--out={tmp_path}/netG.pth")
     again = ddgan_jax.load(str(tmp_path / "netG.pth"), model.config)
     jax.tree.map(np.testing.assert_array_equal, again.params, jax.tree.map(np.asarray, model.params))
     np.testing.assert_array_equal(again.sample(3), model.sample(3))
@@ -800,13 +795,12 @@ def test_weights_for_the_reference(model, workdir, tmp_path):
 
 def test_one_file(model, workdir, tmp_path):
     """Written by the command and read again, from Python and by commands: the same bits; results go beside it."""
-    result = run("--mode=export", f"--workdir={workdir}", f"--out={tmp_path}/own.safetensors")
-    assert result.returncode == 0, result.stderr
+    succeed("--mode=export", f"--workdir={workdir}", f"--out={tmp_path}/own.safetensors")
     again = ddgan_jax.load(tmp_path / "own.safetensors")
     assert (again.step, again.config) == (model.step, model.config)
     jax.tree.map(np.testing.assert_array_equal, again.params, jax.tree.map(np.asarray, model.params))
-    result = run("--mode=sample", f"--checkpoint={tmp_path}/own.safetensors", "--num_samples=3")
-    assert result.returncode == 0 and (tmp_path / "own.sample.png").exists(), result.stderr
+    succeed("--mode=sample", f"--checkpoint={tmp_path}/own.safetensors", "--num_samples=3")
+    assert (tmp_path / "own.sample.png").exists()
     model.save(tmp_path / "half.safetensors", half=True, about={"summary": "eights"})
     half = ddgan_jax.load(tmp_path / "half.safetensors")
     assert half.about == {"summary": "eights"}
@@ -917,10 +911,7 @@ def test_an_image_that_is_no_file_of_a_bounded_size(model, tmp_path, kind, messa
     "arguments, message",
     [
         (["--mode=export", "--out=x.pt"], "must end in .safetensors (the generator in one file), in .bin"),
-        (
-            ["--mode=export", "--out=x.safetensors", "--posterior=deterministic"],
-            "--posterior=deterministic does nothing",
-        ),
+        (["--mode=export", "--out=x.safetensors", "--posterior=deterministic"], "=deterministic does nothing"),
         (["--mode=export", "--out=x.onnx"], "written by jax2onnx: pip install 'ddgan_jax[onnx]'"),
         (["--mode=edit"], "name an image with --image=PATH"),
         (["--mode=edit", "--image=nothing.png"], "--image=nothing.png cannot be read"),
@@ -931,27 +922,18 @@ def test_an_image_that_is_no_file_of_a_bounded_size(model, tmp_path, kind, messa
         (["--mode=interpolate", "--between=²,1"], "--between=²,1 must be two samples, such as 0,1, each from 0 to"),
         (["--mode=interpolate", "--between=3000000000,1"], "--between=3000000000,1 must be two samples"),
         (["--mode=sample", "--num_samples=2000000000"], "--num_samples=2000000000 needs at least"),
-        (
-            ["--mode=sample", "--num_samples=3000000000", "--out=x.npz"],
-            "--num_samples=3000000000 must be an integer from 1",
-        ),
+        (["--mode=sample", "--num_samples=3000000000", "--out=x.npz"], "=3000000000 must be an integer from 1"),
         (["--mode=demo", "--port=99999"], "--port=99999 must be an integer from 1 to 65535"),
         (["--mode=sample", "--trajectory=x.mp4"], "must end in .png (a grid), in .gif (an animation)"),
         (["--mode=sample", "--out=x.gif"], "must end in .png (a grid), in .npz (an array) or name a directory"),
         (["--mode=sample", "--posterior=mean"], "gaussian"),
         (["--mode=sample", "--out=x.png", "--trajectory=x.png"], "--trajectory=x.png is --out, or a file in it: name"),
         (["--mode=sample", "--out=x", "--trajectory=y/../x/000000.png"], "000000.png is --out, or a file in it: name"),
-        (["--workdir="], "--workdir= is empty: name a path, or leave it out"),
-        (["--mode=evaluate", "--posterior=deterministic"], "--posterior does nothing in --mode=evaluate: it is for"),
-        (["--mode=evaluate", "--label=3"], "--label does nothing in --mode=evaluate"),
-        (["--mode=sample", "--start_step=1"], "--start_step does nothing in --mode=sample: it is for edit; leave it"),
-        (["--checkpoint=digits"], "--checkpoint does nothing in --mode=train"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_wrong_commands_are_one_sentence(workdir, arguments, message):
-    result = run(f"--workdir={workdir}", *arguments)
-    assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr, result.stderr
+def test_wrong_commands_are_one_sentence(refused, workdir, arguments, message):
+    assert message in refused(f"--workdir={workdir}", *arguments)
 
 
 def test_a_checkpoint_of_the_reference(tmp_path):

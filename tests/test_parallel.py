@@ -9,7 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from commands import POINTS, run
+from commands import POINTS, run, succeed
 
 from ddgan_jax.config import presets
 from ddgan_jax.data import resolve
@@ -209,8 +209,8 @@ def test_entries_of_the_compilation_cache_that_were_cut_short_are_replaced(tmp_p
     list(sizes)[1].write_bytes(b"")
     (cache / "gone-cache").symlink_to(cache / "nothing")  # as an entry that is removed while all are checked
     for start, notes in (1, len(sizes) - 1), (2, 0):
-        result = run(*arguments, f"--workdir={tmp_path / str(start)}", env=env)
-        assert result.returncode == 0 and "Error reading" not in result.stderr, result.stderr
+        result = succeed(*arguments, f"--workdir={tmp_path / str(start)}", env=env)
+        assert "Error reading" not in result.stderr
         assert result.stdout.count("is truncated, and is removed") == notes
         assert sizes.keys() == set(cache.glob("*-cache")) - {cache / "gone-cache"} and all(
             file.stat().st_size > 0.9 * sizes[file] for file in sizes
@@ -243,8 +243,7 @@ def test_commands_keep_their_programs(tmp_path):
     env = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "XDG_CACHE_HOME": str(tmp_path / "home")}
     for flag, kept in (("--compilation_cache=", False), (f"--compilation_cache={tmp_path / 'own'}", False), ("", True)):
         arguments = POINTS, "--config.train.num_steps=1", "--config.log.tensorboard=False", *filter(None, [flag])
-        result = run(*arguments, f"--workdir={tmp_path / str(kept)}", "--restart", env=env)
-        assert result.returncode == 0, result.stderr
+        succeed(*arguments, f"--workdir={tmp_path / str(kept)}", "--restart", env=env)
         assert bool(list((tmp_path / "home").rglob("*-cache"))) == kept
     assert list((tmp_path / "own").glob("*-cache"))
 

@@ -23,8 +23,7 @@ QUIET = "--config.log.tensorboard=False"
 def alone(tmp_path_factory, cache):
     """The workdir of a run of one process and one device that evaluates on the way."""
     workdir = tmp_path_factory.mktemp("alone")
-    result = run(POINTS, f"--workdir={workdir}", QUIET, "--config.eval.every=4", cache)
-    assert result.returncode == 0, result.stderr
+    succeed(POINTS, f"--workdir={workdir}", QUIET, "--config.eval.every=4", cache)
     return workdir
 
 
@@ -142,8 +141,7 @@ def test_a_batch_in_parts_trains_as_the_whole_one(cache, tmp_path):
     for parts in (1, 4):
         arguments = "--config.train.batch_size=32", f"--config.train.accumulate={parts}", QUIET, cache
         workdir = tmp_path / str(parts)
-        result = run("--config=configs/cifar10.py:smoke", f"--workdir={workdir}", *arguments)
-        assert result.returncode == 0, result.stderr
+        succeed("--config=configs/cifar10.py:smoke", f"--workdir={workdir}", *arguments)
         found.append(checkpoint.read(checkpoint.find(str(workdir)))[0])
     for name, array in found[1].items():
         largest = np.abs(found[0][name]).max() if "_opt/" in name else 0

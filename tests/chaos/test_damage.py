@@ -13,7 +13,7 @@ import shutil
 import numpy as np
 import pytest
 from commands import PARTS, POINTS
-from forks import SIGTERM, at_step, forks  # noqa: F401
+from forks import SIGTERM, at_step
 from test_killed import OFTEN, outcome
 
 FLAGS = [POINTS, *OFTEN, "--config.checkpoint.keep=2", "--config.checkpoint.keep_period=4"]
@@ -23,7 +23,7 @@ EVALUATE = ["--mode=evaluate", "--num_samples=200"]
 
 
 @pytest.fixture(scope="module")
-def run(forks, cache):  # noqa: F811
+def run(forks, cache):
     """Runs main.py on a workdir."""
 
     def start(workdir, *arguments, before=""):

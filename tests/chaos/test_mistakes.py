@@ -5,7 +5,7 @@ A mistake ends with exit code 2, in one sentence that names the field or the fla
 
 import hypothesis
 import pytest
-from forks import SIGTERM, at_step, forks  # noqa: F401
+from forks import SIGTERM, at_step
 from hypothesis import strategies as st
 
 from ddgan_jax.config import presets
@@ -67,7 +67,7 @@ def failures_of(case, number: int, seed: int, check) -> list[str]:
 
 
 @pytest.mark.lives(1, 14)
-def test_settings(life, forks, full, count, tmp_path, cache):  # noqa: F811
+def test_settings(life, forks, full, count, tmp_path, cache):
     seen = {"trained": 0, "refused": 0}
 
     def check(told):
@@ -83,7 +83,7 @@ def test_settings(life, forks, full, count, tmp_path, cache):  # noqa: F811
 
 
 @pytest.mark.lives(1, 8)
-def test_flags(life, forks, full, count, tmp_path, cache):  # noqa: F811
+def test_flags(life, forks, full, count, tmp_path, cache):
     """With a model of the digits, and without one."""
     seen = {"done": 0, "refused": 0}
 

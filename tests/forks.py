@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parent.parent.parent
+ROOT = pathlib.Path(__file__).parent.parent
 
 MOST_MEMORY = 8 * 2**30  # bytes that a case may allocate
 

@@ -1,10 +1,14 @@
-"""main.py, a module, or a few lines of Python, in a process of its own."""
+"""main.py, a module, or a few lines of Python, in a process of its own; and comparisons of what runs leave."""
 
 import os
 import pathlib
 import socket
 import subprocess
 import sys
+
+import numpy as np
+
+from ddgan_jax.storage import checkpoint
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMOKE = "--config=configs/digits.py:smoke"
@@ -50,6 +54,33 @@ def run_python(script: str, *arguments, env=None) -> str:
     return output
 
 
+def contents(folder) -> dict[str, bytes]:
+    """{path below the folder: content} of all its files."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def final(workdir):
+    """The arrays of the last checkpoint."""
+    return checkpoint.read(checkpoint.find(str(workdir)))[0]
+
+
+def assert_same(workdir, other):
+    """The last checkpoints are equal to the bit."""
+    ours, theirs = final(workdir), final(other)
+    assert ours.keys() == theirs.keys()
+    for path, array in ours.items():
+        np.testing.assert_array_equal(array, theirs[path], err_msg=path)
+
+
+def assert_close(workdir, other):
+    """Parameters are equal to 1e-5, and moments of gradients, which can be large, to 1e-5 of the largest."""
+    ours, theirs = final(workdir), final(other)
+    assert ours.keys() == theirs.keys() and ours["step"] == theirs["step"]
+    for path, array in ours.items():
+        largest = np.abs(theirs[path]).max() if "_opt/" in path else 0
+        np.testing.assert_allclose(array, theirs[path], rtol=0, atol=1e-5 * max(1, largest), err_msg=path)
+
+
 def free_port() -> int:
     """A port of loopback that nothing listens on."""
     with socket.socket() as free:
@@ -85,6 +116,13 @@ def ends(processes, timeout=900):
         for process in processes:
             process.kill()
     return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
+
+
+def all_succeed(processes):
+    """The outputs of started processes, which must end with exit code 0."""
+    codes, outputs = zip(*ends(processes), strict=True)
+    assert not any(codes), "\n\n".join(outputs)
+    return outputs
 
 
 def read_until(process, text):

@@ -24,6 +24,8 @@ import numpy as np
 import pytest
 from forks import forks  # noqa: F401  a fixture
 
+from ddgan_jax.config import presets
+from ddgan_jax.errors import UserError
 from ddgan_jax.method import build
 from ddgan_jax.networks import ops
 from ddgan_jax.networks.discriminator import Discriminator
@@ -68,8 +70,36 @@ class Golden(dict):
         return disc, convert.from_state_dict(self.below(prefix), like)
 
 
+def preset_with(name: str, **fields: Any) -> Any:
+    """The configuration of a preset, with fields such as train__num_steps=8 changed."""
+    config = presets.get(name)
+    for field, value in fields.items():
+        *group, last = field.split("__")
+        (config[group[0]] if group else config)[last] = value
+    return config
+
+
+@contextlib.contextmanager
+def refuses(message: str, kind: type[Exception] = UserError):
+    """The block must raise an error whose text matches `message`, has one line, and has no full stop at its end."""
+    with pytest.raises(kind, match=message) as error:
+        yield
+    assert "\n" not in str(error.value) and not str(error.value).endswith("."), error.value
+
+
 def golden_inventory(name: str) -> dict:
     return json.loads(lzma.decompress((GOLDEN / f"inventory_{name}.json.xz").read_bytes()))
+
+
+def assert_spread(arrays: dict, expected: dict) -> None:
+    """Assert that first weights have the mean, the standard deviation and the largest number of an inventory."""
+    for key, stats in expected.items():
+        mean, std, largest = (stats[k] for k in ("mean", "std", "absmax")) if isinstance(stats, dict) else stats
+        spread = 6 / np.sqrt(arrays[key].size)  # of two independent draws
+        np.testing.assert_allclose(arrays[key].std(), std, rtol=spread, atol=1e-12, err_msg=key)
+        np.testing.assert_allclose(arrays[key].mean(), mean, atol=spread * max(std, 1e-12), err_msg=key)
+        if arrays[key].size > 1000:
+            np.testing.assert_allclose(np.abs(arrays[key]).max(), largest, rtol=0.02, err_msg=key)
 
 
 def close_to_largest(actual, expected, rtol: float, what: str = "") -> None:

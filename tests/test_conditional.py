@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import run_python, succeed
+from conftest import preset_with
 from test_model import grow, workdir_of
 from test_parallel import run_with_devices
 
@@ -147,14 +148,6 @@ def test_the_number_of_classes_is_that_of_the_data(refused, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             labels_of(data, count, "digits" if data is digits else "x")
-    config = as_dict(presets.get("gaussians:smoke"))
-    for changes, message in (
-        ({"num_classes": 2}, "networks for points are unconditional"),
-        ({"patch_size": 2}, "points have no pixels"),
-        ({"num_classes": -1}, "at least 0"),
-    ):
-        with pytest.raises(UserError, match=message):
-            build(config | {"model": config["model"] | changes})
     assert "has no labels" in refused(*CONDITIONAL, "--config.data.name=synthetic", f"--workdir={tmp_path}")
 
 
@@ -185,19 +178,26 @@ def test_a_label_for_all_for_each_or_for_none(model):
     np.testing.assert_array_equal(whole[:7], model.sample(7, seed=2, label=np.arange(7) % 2))
 
 
-def test_every_job_knows_the_label(model):
-    image, known = np.full((8, 8, 1), 99, np.uint8), np.zeros((8, 8))
-    calls = [
-        lambda c: model.trajectory(2, label=c).x_t[0],
-        lambda c: model.vary(2, 3, label=c)[1],
-        lambda c: model.vary(2, 3, image, label=c)[1],
-        lambda c: model.edit(image, 4, 2, label=c),
-        lambda c: model.inpaint(image, known, 2, label=c),
-        lambda c: model.interpolate(2, label=c),
-    ]
-    for call in calls:
-        np.testing.assert_array_equal(call(1), call(1))
-        assert not np.array_equal(call(1), call(2))
+GREY = np.full((8, 8, 1), 99, np.uint8)
+JOBS = [
+    lambda m, c: m.sample(2, label=c),
+    lambda m, c: m.trajectory(2, label=c).x_t[0],
+    lambda m, c: m.vary(2, 3, label=c)[1],
+    lambda m, c: m.vary(2, 3, GREY, label=c)[1],
+    lambda m, c: m.edit(GREY, 4, 2, label=c),
+    lambda m, c: m.inpaint(GREY, np.zeros((8, 8)), 2, label=c),
+    lambda m, c: m.interpolate(2, label=c),
+]
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_every_job_knows_the_label_and_its_name(model, job):
+    """A name may stand alone, and in lists and arrays; an integer remains an index."""
+    named, expected = dataclasses.replace(model, classes=("ant", "Zebra", "1")), job(model, 1)
+    np.testing.assert_array_equal(job(model, 1), expected)
+    assert not np.array_equal(job(model, 2), expected)
+    for label in (1, "Zebra", np.str_("Zebra"), ["Zebra", 1], np.array(["Zebra", "Zebra"]), np.array("Zebra")):
+        np.testing.assert_array_equal(job(named, label), expected)
 
 
 @pytest.mark.parametrize(
@@ -251,21 +251,9 @@ NAMES = ("ant", "Zebra", "1", "\udce9", "ant hill")  # the fourth as the name of
 
 
 def test_a_class_by_its_name(model):
-    """Everywhere, alone and in lists and arrays; an integer remains an index."""
+    """What is no name of a class, and no index, is an error that lists the names."""
     named = dataclasses.replace(model, classes=("ant", "Zebra", "1"))
     assert model.classes == ("0", "1", "2") and model.num_classes == 3
-    image, known = np.full((8, 8, 1), 99, np.uint8), np.zeros((8, 8))
-    for call in (
-        lambda c: named.sample(2, label=c),
-        lambda c: named.trajectory(2, label=c).x_t[0],
-        lambda c: named.vary(2, 3, label=c)[1],
-        lambda c: named.edit(image, 4, 2, label=c),
-        lambda c: named.inpaint(image, known, 2, label=c),
-        lambda c: named.interpolate(2, label=c),
-    ):
-        expected = call(1)
-        for label in ("Zebra", np.str_("Zebra"), ["Zebra", 1], np.array(["Zebra", "Zebra"]), np.array("Zebra")):
-            np.testing.assert_array_equal(call(label), expected)
     np.testing.assert_array_equal(named.sample(3, label=["1", "ant", "Zebra"]), named.sample(3, label=[2, 0, 1]))
     for label, message in (
         ("zebra", "label='zebra' is no class of this model: did you mean 'Zebra'?"),
@@ -315,8 +303,7 @@ def test_a_file_without_names_of_classes(model, tmp_path, classes):
 
 
 def test_a_checkpoint_has_the_names_of_the_classes_of_its_data(tmp_path):
-    config = presets.get("digits:smoke")
-    config.model.num_classes, config.train.num_steps, config.train.r1_every = 3, 1, 1
+    config = preset_with("digits:smoke", model__num_classes=3, train__num_steps=1, train__r1_every=1)
     images, labels = np.random.default_rng(0).integers(0, 256, (96, 8, 8, 1), np.uint8), np.arange(96) % 3
     train(config, str(tmp_path), Data(images, labels, ("ant", "bee", "Zebra")))
     model = ddgan_jax.load(str(tmp_path))

@@ -8,6 +8,7 @@ import warnings
 
 import numpy as np
 import pytest
+from conftest import preset_with
 from ml_collections import config_dict
 from test_configs import CONFIGS, get_config
 
@@ -132,6 +133,7 @@ def test_every_field_refuses_what_it_cannot_be(name):
         ("discriminator.ngf", -8, "discriminator.ngf=-8 must be an integer of at least 1"),
         ("discriminator.stages", ((2,),), "discriminator.stages=.* must be pairs of a width and True or False"),
         ("discriminator.stages", (1, 2), "discriminator.stages=.1, 2. must be pairs of a width and True or False"),
+        ("model.num_classes", -1, "at least 0"),
     ],
 )
 def test_errors_say_what_would_be_right(name, value, message):
@@ -143,13 +145,32 @@ def test_errors_say_what_would_be_right(name, value, message):
 
 
 @pytest.mark.parametrize(
-    "name, value, message",
-    [("depth", 0, "an integer of at least 1"), ("octaves", 32, "an integer of at most 31")],
+    "name, fields, message",
+    [
+        ("gaussians", {"generator__depth": 0}, "generator.depth=0 must be an integer of at least 1"),
+        (
+            "gaussians",
+            {"generator__octaves": 32},
+            "generator.octaves=32 must be an integer of at most 31",
+        ),  # 2^31 waves
+        ("gaussians", {"model__num_classes": 2}, "networks for points are unconditional"),
+        ("gaussians", {"model__patch_size": 2}, "points have no pixels"),
+        ("gaussians", {"diffusion__beta_max": None}, "diffusion.beta_max=None is chosen for an image size"),
+        (
+            "cifar10",
+            {"objective": "gaussian", "loss__reconstruction": 1.0},
+            "loss.reconstruction is for objective='adversarial', not 'gaussian'",
+        ),
+        (
+            "cifar10",
+            {"objective": "one_shot", "loss__discriminator_input": "x_0"},
+            "loss.discriminator_input is for objective='adversarial', not 'one_shot': set it to 'x_t'",
+        ),
+    ],
 )
-def test_the_generator_of_points_refuses_what_it_cannot_be(name, value, message):
-    """More octaves are more than 2^31 waves; without layers it could not be sampled."""
-    with pytest.raises(UserError, match=f"generator.{name}={value} must be {message}"):
-        denoiser(config.as_dict(get_config("gaussians")) | {"generator": {name: value}})
+def test_fields_that_do_not_go_together_are_refused(name, fields, message):
+    with pytest.raises(UserError, match=message):
+        build(preset_with(f"{name}:smoke", **fields))
 
 
 @pytest.mark.parametrize("name", ["seed", "train.num_steps", "train.r1_every", "generator.nf", "eval.features"])

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import preset_with
 
 from ddgan_jax.config import presets
 from ddgan_jax.method.build import build, init_state
@@ -129,10 +130,10 @@ def test_the_weight_of_the_reconstruction_is_that_of_the_step():
 
 
 def gaussians(reconstruction, end, **train):
-    config = presets.get("gaussians:smoke")
-    config.loss.update(reconstruction=reconstruction, reconstruction_end=end)
-    config.train.update(num_steps=8, **train)
-    return build(config)
+    fields = {f"train__{name}": value for name, value in ({"num_steps": 8} | train).items()}
+    return build(
+        preset_with("gaussians:smoke", loss__reconstruction=reconstruction, loss__reconstruction_end=end, **fields)
+    )
 
 
 @pytest.mark.parametrize("train", [{}, {"lr_min": 5e-4}, {"lr_decay": False}, {"lr_g": 0.0}])
@@ -159,10 +160,7 @@ def test_the_weight_of_stacked_mnist_is_the_one_that_was_measured():
 
 def test_a_generator_that_does_not_learn_keeps_its_numbers():
     """With a learning rate of 0 and a reconstruction."""
-    config = presets.get("gaussians:smoke")
-    config.loss.reconstruction = 2.5
-    config.train.lr_g = 0.0
-    method = build(config)
+    method = build(preset_with("gaussians:smoke", loss__reconstruction=2.5, train__lr_g=0.0))
     start = jax.jit(lambda: init_state(method, 0))()
     state, metrics = jax.jit(make_train_step(method, 0, False))(start, jnp.ones((16, 2)))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((state, metrics)))

@@ -7,8 +7,6 @@ import json
 import os
 import pathlib
 import shutil
-import subprocess
-import sys
 import tarfile
 from contextlib import ExitStack
 
@@ -17,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from commands import contents, python, run_python
 
 import ddgan_jax
 from ddgan_jax.commands.train import train
@@ -34,14 +33,28 @@ def tiny_state(step=0):
     return made.replace(step=jnp.int32(step), ema_params=jax.tree.map(lambda x: x + 10, params))
 
 
+def save(folder, values, keep):
+    """Saves a checkpoint for each step of {step: a measure, or None}; returns the steps that were the best so far."""
+    checkpoints, best = manager.Checkpoints(str(folder), keep=keep), []
+    for step, value in values.items():
+        checkpoints.save(step, tiny_state(step), CONFIG)
+        if value is not None and checkpoints.update_best(step, "fid", value):
+            best.append(step)
+    checkpoints.close()
+    return best
+
+
 @pytest.fixture
 def workdir(tmp_path):
     """Three checkpoints: steps 1, 2 and 3."""
-    checkpoints = manager.Checkpoints(str(tmp_path), keep=3)
-    for step in (1, 2, 3):
-        checkpoints.save(step, tiny_state(step), CONFIG)
-    checkpoints.close()
+    save(tmp_path, dict.fromkeys((1, 2, 3)), keep=3)
     return tmp_path
+
+
+@pytest.fixture
+def no_retries(monkeypatch):
+    """Reads that fail are tried once."""
+    monkeypatch.setenv("DDGAN_RETRY_SECONDS", "0")
 
 
 def restore(workdir):
@@ -75,14 +88,9 @@ def test_keeps_the_last_and_every_mth(tmp_path):
 
 def test_the_best_stays_and_has_a_name(tmp_path):
     """Smaller is better, NaN is never; another measure starts anew."""
-    values = {1: float("nan"), 2: 3.0, 3: 2.0, 4: 2.0, 5: 7.0, 6: float("nan")}
-    checkpoints = manager.Checkpoints(str(tmp_path), keep=1)
     with pytest.raises(UserError, match="no checkpoint in"):
         checkpoint.find(f"{tmp_path}/best")
-    for step, value in values.items():
-        checkpoints.save(step, tiny_state(step), CONFIG)
-        assert checkpoints.update_best(step, "fid", value) == (step in (2, 3))
-    checkpoints.close()
+    assert save(tmp_path, {1: np.nan, 2: 3.0, 3: 2.0, 4: 2.0, 5: 7.0, 6: np.nan}, keep=1) == [2, 3]
     again = manager.Checkpoints(str(tmp_path), keep=1)  # as after a resume
     assert again.steps() == [3, 6] and not again.update_best(6, "fid", 2.5)
     assert checkpoint.restore_ema(f"{tmp_path}/best")[2] == 3 and checkpoint.restore_ema(str(tmp_path))[2] == 6
@@ -137,10 +145,6 @@ def test_reads_that_nobody_asks_for_are_silent(workdir, caplog):
     assert len(caplog.records) == 1 and "of somebody else" in caplog.text
 
 
-def contents(folder: pathlib.Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def test_where_all_are_damaged_nothing_is_moved(workdir):
     for step in (1, 2, 3):
         empty(workdir / "checkpoints" / str(step))
@@ -151,7 +155,7 @@ def test_where_all_are_damaged_nothing_is_moved(workdir):
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "I/O error"), PermissionError(13, "denied"), MemoryError("none")])
-def test_a_read_that_fails_is_no_damage(workdir, monkeypatch, error):
+def test_a_read_that_fails_is_no_damage(workdir, monkeypatch, no_retries, error):
     """Every read of an array fails: in Orbax with any exception, in the copy that is tried next with the cause."""
 
     def fail(*arguments, **options):
@@ -159,7 +163,6 @@ def test_a_read_that_fails_is_no_damage(workdir, monkeypatch, error):
 
     before = contents(workdir)
     with monkeypatch.context() as patch:
-        patch.setenv("DDGAN_RETRY_SECONDS", "0")
         patch.setattr(ocp.Checkpointer, "restore", fail if isinstance(error, MemoryError) else lambda *a, **k: {}["x"])
         patch.setattr(type(paths.path("x")), "read_bytes", fail)
         with pytest.raises(OSError, match=r"I/O error|denied|cannot be read: MemoryError"):
@@ -181,38 +184,29 @@ def test_a_read_that_fails_once_is_tried_again(workdir, monkeypatch):
     assert failed and int(restored.step) == 3 and not said and not (workdir / "damaged").exists()
 
 
-def test_a_folder_that_cannot_be_listed_has_no_unknown_checkpoints(workdir, monkeypatch):
+def test_a_folder_that_cannot_be_listed_has_no_unknown_checkpoints(workdir, monkeypatch, no_retries):
     """pathlib, epath and Orbax take a folder that they cannot look at for a missing one."""
 
     def fail(path, *arguments, **options):
         raise OSError(errno.EIO, "I/O error", str(path))
 
     for name in ("stat", "listdir"):
-        with monkeypatch.context() as patch:
-            patch.setenv("DDGAN_RETRY_SECONDS", "0")
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="I/O error"):
             patch.setattr(os, name, fail)
-            with pytest.raises(OSError, match="I/O error"):
-                checkpoint.find(str(workdir))
-    with monkeypatch.context() as patch:
-        patch.setenv("DDGAN_RETRY_SECONDS", "0")
-        patch.setattr(ocp.CheckpointManager, "all_steps", lambda self: [])
-        with pytest.raises(OSError, match=r"the checkpoint .*/3 is not seen by Orbax"):
-            manager.Checkpoints(str(workdir))
-        patch.setattr(paths, "read", lambda file: fail(file))
-        with pytest.raises(OSError, match="I/O error"):
-            manager.Checkpoints(str(workdir))
+            checkpoint.find(str(workdir))
+    monkeypatch.setattr(ocp.CheckpointManager, "all_steps", lambda self: [])
+    with pytest.raises(OSError, match=r"the checkpoint .*/3 is not seen by Orbax"):
+        manager.Checkpoints(str(workdir))
+    monkeypatch.setattr(paths, "read", lambda file: fail(file))
+    with pytest.raises(OSError, match="I/O error"):
+        manager.Checkpoints(str(workdir))
 
 
 @pytest.mark.parametrize("loss", ["damaged", "missing"])
-def test_the_best_is_kept_where_its_mark_cannot_be_read(loss, tmp_path, monkeypatch):
-    checkpoints = manager.Checkpoints(str(tmp_path), keep=1)
-    for step, value in ((1, 2.0), (2, 3.0)):
-        checkpoints.save(step, tiny_state(step), CONFIG)
-        checkpoints.update_best(step, "fid", value)
-    checkpoints.close()
+def test_the_best_is_kept_where_its_mark_cannot_be_read(loss, tmp_path, monkeypatch, no_retries):
+    save(tmp_path, {1: 2.0, 2: 3.0}, keep=1)
     before = contents(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setenv("DDGAN_RETRY_SECONDS", "0")
         patch.setattr(type(paths.path("x")), "read_bytes", lambda path: os.read(-1, 1))
         with pytest.raises(OSError):
             manager.Checkpoints(str(tmp_path), keep=1)
@@ -237,13 +231,10 @@ def test_the_best_is_kept_where_its_mark_cannot_be_read(loss, tmp_path, monkeypa
 
 
 def test_a_best_checkpoint_that_was_deleted_is_found_again_among_the_others(tmp_path):
-    checkpoints = manager.Checkpoints(str(tmp_path), keep=9)
-    for step, value in ((1, 2.0), (2, 1.0), (3, 3.0)):
-        checkpoints.save(step, tiny_state(step), CONFIG)
-        checkpoints.update_best(step, "fid", value)
-    checkpoints.close()
+    values = {1: 2.0, 2: 1.0, 3: 3.0}
+    save(tmp_path, values, keep=9)
     shutil.rmtree(tmp_path / "checkpoints" / "2")
-    records = [{"step": 1, "fid": 2.0}, {"step": 2, "fid": 1.0}, {"step": 3, "fid": 3.0}]
+    records = [{"step": step, "fid": value} for step, value in values.items()]
     for deleted, best in ((None, "1"), ("1", "3")):
         if deleted:
             shutil.rmtree(tmp_path / "checkpoints" / deleted)
@@ -300,57 +291,43 @@ def test_an_older_best_json_keeps_the_best_by_earlier_yardsticks(tmp_path):
 
 
 def test_another_architecture_is_told(workdir):
-    wider = tiny_state().replace(
-        gen_params={"layer": {"kernel": np.zeros((3, 5), np.float32), "bias": np.zeros(2, np.float32)}}
-    )
-    with pytest.raises(
-        UserError, match=r"another architecture.*gen_params/layer/kernel is float32\[3, 2\].*\[3, 5\] here"
-    ):
-        manager.Checkpoints(str(workdir)).restore_latest(wider)
+    layer = {"kernel": np.zeros((3, 5), np.float32), "bias": np.zeros(2, np.float32)}
+    with pytest.raises(UserError, match=r"another architecture.*params/layer/kernel is float32\[3, 2\].*\[3, 5\] here"):
+        manager.Checkpoints(str(workdir)).restore_latest(tiny_state().replace(gen_params={"layer": layer}))
     with pytest.raises(UserError, match="only in the configuration"):
         checkpoint.unflatten({}, {"a": np.zeros(1)})
 
 
-def test_missing_checkpoint(tmp_path):
-    with pytest.raises(UserError, match="no checkpoint in"):
-        checkpoint.restore_ema(str(tmp_path / "nothing"))
-
-
 def test_restore_ema_needs_no_data_libraries(workdir):
-    script = f"""
+    script = """
 import sys
-import tarfile
-from contextlib import ExitStack
 for name in ("tensorflow", "tensorflow_datasets", "clu", "ml_collections", "torch"): sys.modules[name] = None
 from ddgan_jax.storage.checkpoint import restore_ema
-print(restore_ema({str(workdir)!r})[2])
+print(restore_ema(sys.argv[1])[2])
 """
-    root = pathlib.Path(__file__).parent.parent
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root)
-    assert result.returncode == 0 and result.stdout.split()[-1] == "3", result.stderr
+    assert run_python(script, workdir).split()[-1] == "3"
 
 
 def test_a_full_disk_is_one_sentence_and_loses_nothing(workdir):
     """Files may not grow beyond a megabyte, as on a disk with no more room; the state is 16 MB of noise."""
-    script = f"""
+    script = """
 import resource, sys
 import numpy as np
 from ddgan_jax.storage.manager import Checkpoints
 from ddgan_jax.errors import Fault
 from ddgan_jax.storage import checkpoint
 resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
-checkpoints = Checkpoints({str(workdir)!r}, keep=5)
+checkpoints = Checkpoints(sys.argv[1], keep=5)
 try:
     noise = np.random.default_rng(0).random(4_000_000, np.float32)
-    checkpoints.save(4, {{"ema_params": {{"x": noise}}, "step": np.int32(4)}}, {{}})
+    checkpoints.save(4, {"ema_params": {"x": noise}, "step": np.int32(4)}, {})
     checkpoints.close()
 except Fault as error:
     print("FAULT", error)
 """
-    root = pathlib.Path(__file__).parent.parent
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root)
-    faults = [line for line in result.stdout.splitlines() if line.startswith("FAULT")]
-    assert len(faults) == 1 and "the one of step 3 is intact" in faults[0], result.stdout + result.stderr
+    output, errors = python(script, workdir).communicate(timeout=240)
+    faults = [line for line in output.splitlines() if line.startswith("FAULT")]
+    assert len(faults) == 1 and "the one of step 3 is intact" in faults[0], output + errors
     assert int(restore(workdir)[0].step) == 3
 
 

@@ -42,10 +42,14 @@ def arrays_of(bucket, workdir, out):  # noqa: F811
         return dict(arrays)
 
 
-def assert_same(ours, theirs):
+def assert_same_runs(bucket, workdir, other, tmp_path):  # noqa: F811
+    ours, theirs = (arrays_of(bucket, folder, tmp_path / f"{i}.npz") for i, folder in enumerate((workdir, other)))
     assert ours.keys() == theirs.keys()
     for name, array in ours.items():
         np.testing.assert_array_equal(array, theirs[name], err_msg=name)
+
+
+FIND = "from ddgan_jax.storage import checkpoint; print(checkpoint.find(sys.argv[1]))"
 
 
 def test_what_a_run_leaves(bucket, trained, cache, tmp_path):  # noqa: F811
@@ -54,8 +58,7 @@ def test_what_a_run_leaves(bucket, trained, cache, tmp_path):  # noqa: F811
     assert {"config.json", "metrics.jsonl", "results.json", "curves.png", "samples/final.png"} <= names
     assert any(name.startswith("checkpoints/8/") for name in names) and not (ROOT / "gs:").exists()
     succeed(POINTS, f"--workdir={tmp_path}/run", NO_TENSORFLOW, cache)
-    theirs = arrays_of(bucket, f"{tmp_path}/run", tmp_path / "theirs.npz")
-    assert_same(arrays_of(bucket, trained, tmp_path / "ours.npz"), theirs)
+    assert_same_runs(bucket, trained, f"{tmp_path}/run", tmp_path)
     lines = bucket.python("print(epath.Path(sys.argv[1]).read_text())", f"{trained}/metrics.jsonl").split("\n")
     assert [json.loads(line)["step"] for line in lines if line] == [2, 4, 6, 8]
 
@@ -116,11 +119,9 @@ def test_a_save_that_is_killed_is_no_checkpoint(bucket, trained, cache, tmp_path
     bucket.be()
     left = bucket.files("killed/checkpoints")
     assert begun and f"{workdir}/checkpoints/8/commit_success.txt" not in left
-    assert bucket.python(
-        "from ddgan_jax.storage import checkpoint; print(checkpoint.find(sys.argv[1]))", workdir
-    ).split() == [f"{workdir}/checkpoints/4"]
+    assert bucket.python(FIND, workdir).split() == [f"{workdir}/checkpoints/4"]
     assert "resuming from step 4" in succeed(*arguments, env=bucket.env).stdout
-    assert_same(arrays_of(bucket, workdir, tmp_path / "a.npz"), arrays_of(bucket, trained, tmp_path / "b.npz"))
+    assert_same_runs(bucket, workdir, trained, tmp_path)
 
 
 def test_a_damaged_checkpoint_is_set_aside(bucket, trained, cache, tmp_path):  # noqa: F811
@@ -137,7 +138,7 @@ def test_a_damaged_checkpoint_is_set_aside(bucket, trained, cache, tmp_path):  #
     assert "resuming from step 4" in result.stdout and f"{workdir}/damaged/8/_CHECKPOINT_METADATA" in bucket.files(
         "damaged"
     )
-    assert_same(arrays_of(bucket, workdir, tmp_path / "a.npz"), arrays_of(bucket, trained, tmp_path / "b.npz"))
+    assert_same_runs(bucket, workdir, trained, tmp_path)
 
 
 def test_data_is_read_from_there(bucket, cache, tmp_path):  # noqa: F811
@@ -198,8 +199,7 @@ def test_a_bucket_that_refuses_writes_loses_nothing(bucket, trained, cache, tmp_
     )
     # None of ours: what TensorStore was writing may still complain, in its own threads, that nobody listens.
     assert not re.search(r'File ".*(ddgan_jax/|main\.py)', errors + result.stderr), errors + result.stderr
-    found = bucket.python("from ddgan_jax.storage import checkpoint; print(checkpoint.find(sys.argv[1]))", workdir)
-    step = int(found.strip().rpartition("/")[2])
+    step = int(bucket.python(FIND, workdir).strip().rpartition("/")[2])
     assert step >= 100
     result = succeed(*arguments, f"--config.train.num_steps={step + 4}", env=bucket.env)
     assert f"resuming from step {step}" in result.stdout

@@ -277,10 +277,7 @@ def test_distances_by_another_yardstick_do_not_compare(tmp_path):
 
 def test_an_older_best_json_keeps_the_best_by_earlier_yardsticks(tmp_path):
     """It names their steps alone."""
-    checkpoints = manager.Checkpoints(str(tmp_path), keep=9)
-    for step in (1, 2, 3):
-        checkpoints.save(step, tiny_state(step), CONFIG)
-    checkpoints.close()
+    save(tmp_path, dict.fromkeys((1, 2, 3)), keep=9)
     older = {"step": 2, "measure": "fid", "value": 5.0, "yardstick": "b", "earlier": [1]}
     (tmp_path / "best.json").write_text(json.dumps(checkpoint.sealed(older)))
     again = manager.Checkpoints(str(tmp_path), keep=1)

@@ -1,5 +1,6 @@
 """The page to play with: every tab used in a real browser; what it refuses; what of this machine can be reached."""
 
+import contextlib
 import io
 import json
 import shutil
@@ -45,9 +46,9 @@ class Served:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     of_job = {"data": {"classes": [*"012345678", "nine"]}}
-    page = Served(workdir_of(tmp_path_factory.mktemp("demo") / "tens", num_classes=10, of_job=of_job))
-    yield page
-    page.close()
+    workdir = workdir_of(tmp_path_factory.mktemp("demo") / "tens", num_classes=10, of_job=of_job)
+    with contextlib.closing(Served(workdir)) as page:
+        yield page
 
 
 def test_the_page_of_a_model_without_classes(tmp_path):
@@ -58,6 +59,8 @@ class Browser:
     """Chromium without a window, on one page."""
 
     def __init__(self, url, width=1280, height=1600):
+        if not (CHROMIUM and DRIVER):
+            pytest.skip("there is no chromium, or no chromedriver")
         from selenium import webdriver
 
         options = webdriver.ChromeOptions()
@@ -68,6 +71,9 @@ class Browser:
         self.driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
         self.driver.get(url)
         self.until(lambda: self.find("#sample"))
+
+    def close(self):
+        self.driver.quit()
 
     def find(self, css):
         return [found for found in self.driver.find_elements("css selector", css) if found.is_displayed()]
@@ -141,11 +147,8 @@ class Browser:
 
 @pytest.fixture(scope="module")
 def window(served):
-    if not (CHROMIUM and DRIVER):
-        pytest.skip("there is no chromium, or no chromedriver")
-    found = Browser(served.url)
-    yield found
-    found.driver.quit()
+    with contextlib.closing(Browser(served.url)) as found:
+        yield found
 
 
 @pytest.fixture
@@ -246,8 +249,7 @@ def test_a_phone_and_the_keyboard(served, browser):
     """Nothing is wider than the screen; samples come by Tab and Enter alone."""
     from selenium.webdriver.common.action_chains import ActionChains
 
-    phone = Browser(served.url, 500, 900)
-    try:
+    with contextlib.closing(Browser(served.url, 500, 900)) as phone:
         phone.driver.execute_cdp_cmd(
             "Emulation.setDeviceMetricsOverride", dict(width=390, height=844, deviceScaleFactor=2, mobile=True)
         )
@@ -258,14 +260,11 @@ def test_a_phone_and_the_keyboard(served, browser):
         ActionChains(phone.driver).send_keys("\ue007").perform()
         phone.pictures("#samples", 32)
         assert phone.driver.execute_script("return document.documentElement.scrollWidth <= innerWidth")
-    finally:
-        phone.driver.quit()
 
 
 @in_a_browser
 def test_two_at_once_wait_for_each_other(served, browser):
-    other = Browser(served.url)
-    try:
+    with contextlib.closing(Browser(served.url)) as other:
         for page in (browser, other):
             page.driver.get(served.url)
             page.until(lambda page=page: page.find("#sample"))
@@ -273,24 +272,18 @@ def test_two_at_once_wait_for_each_other(served, browser):
             page.click("#sample")
         ours, theirs = (page.arrays("#samples", 32) for page in (browser, other))
         np.testing.assert_array_equal(ours, theirs)
-    finally:
-        other.driver.quit()
 
 
 @in_a_browser
 def test_points_show_their_scatter(tmp_path):
-    if not (CHROMIUM and DRIVER):
-        pytest.skip("there is no chromium, or no chromedriver")
-    page = Served(workdir_of(tmp_path / "points", name="gaussians"))
-    browser = Browser(page.url)
-    try:
+    with (
+        contextlib.closing(Served(workdir_of(tmp_path / "points", name="gaussians"))) as page,
+        contextlib.closing(Browser(page.url)) as browser,
+    ):
         assert not browser.find("button[role=tab]")
         browser.click("#sample")
         (scatter,) = browser.arrays("#frame", 1)
         assert scatter.shape[0] > 300 and 0.001 < (scatter.min(axis=-1) < 200).mean() < 0.9
-    finally:
-        browser.driver.quit()
-        page.close()
 
 
 # --- Without a browser --------------------------------------------------------------------------------------------

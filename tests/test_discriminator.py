@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import Golden, close_to_largest, golden_inventory
+from conftest import Golden, assert_spread, close_to_largest, golden_inventory
 
 from ddgan_jax.errors import UserError
 from ddgan_jax.method import losses
@@ -92,11 +92,7 @@ def test_paper_networks(name, size, parameters):
     ours = to_state_dict(jax.tree.map(np.asarray, params))
     assert sum(value.size for value in ours.values()) == inventory["n_params_D"] == parameters
     assert [[key, list(value.shape)] for key, value in ours.items()] == inventory["D"]
-    for key, stats in inventory["init_stats_D"].items():
-        spread = 6 / np.sqrt(ours[key].size)  # of two independent draws
-        np.testing.assert_allclose(ours[key].std(), stats["std"], rtol=spread, atol=1e-12, err_msg=key)
-        if ours[key].size > 1000:
-            np.testing.assert_allclose(np.abs(ours[key]).max(), stats["absmax"], rtol=0.02, err_msg=key)
+    assert_spread(ours, inventory["init_stats_D"])
 
 
 @pytest.mark.parametrize("size", [8, 12, 16, 24, 28, 32, 48, 64, 96, 100, 128, 256, 512, 1000, 1024])

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import Golden, close_to_largest, golden_inventory
+from conftest import Golden, assert_spread, close_to_largest, golden_inventory
 
 from ddgan_jax.errors import UserError
 from ddgan_jax.networks import ops
@@ -105,13 +105,7 @@ def test_paper_networks(name, fields, size, parameters):
     # Only the parameters are wanted: without the outputs the compiler drops the forward pass.
     params = jax.jit(lambda key: generator.init(key, x, t, z)["params"])(jax.random.key(0))
     ours = to_state_dict(jax.tree.map(np.asarray, params))
-    for key, stats in inventory["init_stats_G"].items():
-        mean, std, largest = (stats[k] for k in ("mean", "std", "absmax")) if isinstance(stats, dict) else stats
-        spread = 6 / np.sqrt(ours[key].size)  # of two independent draws
-        np.testing.assert_allclose(ours[key].std(), std, rtol=spread, atol=1e-12, err_msg=key)
-        np.testing.assert_allclose(ours[key].mean(), mean, atol=spread * max(std, 1e-12), err_msg=key)
-        if ours[key].size > 1000:
-            np.testing.assert_allclose(np.abs(ours[key]).max(), largest, rtol=0.02, err_msg=key)
+    assert_spread(ours, inventory["init_stats_G"])
 
 
 def runnable():

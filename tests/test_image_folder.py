@@ -15,10 +15,10 @@ import zlib
 
 import numpy as np
 import pytest
-from commands import python, succeed
+from commands import contents, python, succeed
+from conftest import preset_with
 from etils import epath
 from PIL import Image, ImageFile, ImageOps
-from test_configs import get_config
 
 from ddgan_jax.commands.progress import expected_time
 from ddgan_jax.commands.train import train
@@ -609,12 +609,8 @@ def test_two_at_once_and_one_that_was_killed(tmp_path):
 
 def settings_of(path, variant="paper", **fields):
     """The configuration for a folder whose copies are beside it, with `fields` such as data__image_size=8."""
-    config = get_config("image_folder", variant)
-    config.data.update(path=str(path), dir=str(path.parent / "cache"))
-    for name, value in fields.items():
-        group, _, field = name.partition("__")
-        config[group][field] = value
-    return read(config)
+    where = dict(data__path=str(path), data__dir=str(path.parent / "cache"))
+    return read(preset_with(f"image_folder:{variant}", **where, **fields))
 
 
 @pytest.mark.parametrize(
@@ -661,8 +657,7 @@ def test_a_size_that_no_network_takes_is_refused_before_anything_is_decoded(
     ],
 )
 def test_batch_size_and_steps_follow_from_the_number_of_images(size, num_images, devices, batch, steps):
-    config = get_config("image_folder", "large" if size > 64 else "paper")
-    config.data.update(image_size=size, channels=3)
+    config = preset_with(f"image_folder:{'large' if size > 64 else 'paper'}", data__image_size=size, data__channels=3)
     resolved, (note,) = resolve.choose(read(config), num_images, False, devices)
     assert (resolved.train.batch_size, resolved.train.num_steps) == (batch, steps)
     assert batch % 4 == 0 and batch % devices == 0
@@ -681,8 +676,7 @@ def test_the_batch_size_with_accumulation():
 
 
 def test_notes_on_what_was_chosen_and_flags_that_override_it():
-    config = get_config("image_folder")
-    config.data.image_size = 64
+    config = preset_with("image_folder", data__image_size=64)
     assert resolve.choose(read(config), 2_000, False, 1)[1] == [
         "2,000 images: 64 px, batch 64, 56,250 steps (1,800 epochs), chosen for this number of images; "
         "--config.train.num_steps and --config.train.batch_size override them"
@@ -711,13 +705,12 @@ def test_settings_are_resolved_from_a_split_and_are_the_same_when_resolved_again
 
 def test_settings_are_resolved_from_other_datasets_too():
     """Computed images and points are inspected. A dataset from which no setting follows is not."""
-    for name, size, batch in (("synthetic", 8, 256), ("gaussians", 1, 256)):
-        config = get_config("gaussians" if name == "gaussians" else "cifar10", "smoke")
-        config.train.update(num_steps=None, batch_size=None, steps_per_epoch=None)
-        resolved, (note,) = resolve_from_data(read(config))
-        assert resolved.train.num_steps >= 50_000 and resolved.train.batch_size <= batch
-        assert resolved.data.image_size == size and ("px" in note) == (name == "synthetic")
-    config = read(get_config("cifar10"))  # whose data is missing
+    unset = dict(train__num_steps=None, train__batch_size=None, train__steps_per_epoch=None)
+    for name, size in (("cifar10:smoke", 8), ("gaussians:smoke", 1)):
+        resolved, (note,) = resolve_from_data(read(preset_with(name, **unset)))
+        assert resolved.train.num_steps >= 50_000 and resolved.train.batch_size <= 256
+        assert resolved.data.image_size == size and ("px" in note) == (size == 8)
+    config = read(preset_with("cifar10"))  # whose data is missing
     assert resolve_from_data(config) == (config, [])
 
 
@@ -753,6 +746,8 @@ def test_every_variant_trains_on_a_flat_folder(tmp_path, variant):
     kept = json.loads((tmp_path / "run" / "config.json").read_text())
     assert kept["train"]["batch_size"] == (32 if variant == "small" else 8) and kept["data"]["image_size"] == 32
     assert (tmp_path / "run" / "samples" / "final.png").exists()
+    succeed("--mode=sample", f"--workdir={tmp_path}/run", "--num_samples=3", f"--out={tmp_path}/x.npz")
+    assert np.load(tmp_path / "x.npz")["images"].shape == (3, 32, 32, 3)
 
 
 @pytest.mark.parametrize(
@@ -793,15 +788,6 @@ FAULTS = [
     ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),
     MemoryError(),
 ]
-
-
-def contents(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def kept_in(cache):
-    """The content of all files in the cache that a later start reads, which lock files are not."""
-    return {path.name: content for path, content in contents(cache).items() if path.suffix != ".lock"}
 
 
 def fail_on(monkeypatch, where, name, fault, part):

@@ -5,14 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import Golden, close_to_largest
+from test_ops import KERNELS, nchw
 
 from ddgan_jax.networks import layers
-
-KERNELS = {"1331": (1, 3, 3, 1), "121": (1, 2, 1), "1234_asym": (1, 2, 3, 4)}
-
-
-def nchw(x):
-    return np.asarray(x).transpose(0, 3, 1, 2)
 
 
 @pytest.mark.golden

@@ -724,9 +724,13 @@ sys.exit(cli.main())
     assert child.returncode == 1 and message in errors and "Traceback" not in errors, output + errors
 
 
-def test_points(tmp_path):
-    model = ddgan_jax.load(str(workdir_of(tmp_path, name="gaussians")))
-    options = dict(num=50, seed=0, posterior="gaussian", trajectory=str(tmp_path / "t.png"))
+@pytest.fixture(scope="module")
+def points(tmp_path_factory):
+    return ddgan_jax.load(str(workdir_of(tmp_path_factory.mktemp("points"), name="gaussians")))
+
+
+def test_points(points, tmp_path):
+    model, options = points, dict(num=50, seed=0, posterior="gaussian", trajectory=str(tmp_path / "t.png"))
     generate.generate("sample", model, str(tmp_path / "x.png"), **options)
     generate.generate("vary", model, str(tmp_path / "v.png"), num=50, seed=0, t=3, image="")
     assert model.vary(50, 3)[1].dtype == np.float32 and (tmp_path / "t.png").exists()
@@ -748,10 +752,9 @@ def test_points(tmp_path):
         )
 
 
-def test_points_of_another_scale(tmp_path):
+def test_points_of_another_scale(points):
     """What comes in and out is in the units of the data; the trajectory is in those of the diffusion."""
-    model = ddgan_jax.load(str(workdir_of(tmp_path, name="gaussians")))
-    scale = model.denoiser.scale
+    model, scale = points, points.denoiser.scale
     assert scale > 1
     steps, samples = model.trajectory(5), model.sample(5)
     np.testing.assert_allclose(steps.x_t[0] / scale, samples, rtol=1e-4, atol=1e-4)

@@ -1,6 +1,7 @@
 """The command as a user runs it: wrong use, and (slow) training, interruption, resumption, sampling."""
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -14,8 +15,24 @@ import time
 import jax
 import numpy as np
 import pytest
-from commands import POINTS, ROOT, SMOKE, command, ends, python, run, run_python, start_group, succeed
-from PIL import Image
+from commands import (
+    POINTS,
+    ROOT,
+    SMOKE,
+    all_succeed,
+    assert_close,
+    assert_same,
+    command,
+    contents,
+    ends,
+    final,
+    python,
+    run,
+    run_python,
+    start_group,
+    succeed,
+)
+from conftest import preset_with
 
 from ddgan_jax.commands import checks, figures, progress, setup
 from ddgan_jax.commands import train as train_module
@@ -30,6 +47,9 @@ from ddgan_jax.method.build import build, init_state, noise_seed
 from ddgan_jax.networks.generator import Generator
 from ddgan_jax.storage import checkpoint, log, paths
 from ddgan_jax.storage.workdir import lock as lock_workdir
+
+points = functools.partial(preset_with, "gaussians:smoke")
+EVALUATED = dict(eval__every=4, eval__online_samples=16)
 
 
 def test_help():
@@ -78,16 +98,15 @@ def test_a_run_begins_with_the_networks_of_another(refused, tmp_path):
 
 def test_networks_of_another_function_are_refused(points_run, tmp_path):
     """Fields of the networks that leave the shapes of their parameters as they are."""
-    config = presets.get("gaussians:smoke")
-    config.train.init_from = str(points_run)
-    config.model.data_std = 9.0
-    with pytest.raises(UserError, match=r"was trained with generator.levels=.*, and this configuration has"):
-        train(config, str(tmp_path / "points"))
-    config = presets.get("digits")
-    config.train.init_from = "digits"
-    config.generator.skip_rescale = False
-    with pytest.raises(UserError, match=r"skip_rescale=True, and .* False: set --config.generator.skip_rescale=True"):
-        train(config, str(tmp_path / "digits"))
+    for config, message in (
+        (points(train__init_from=str(points_run), model__data_std=9.0), "trained with generator.levels=.*, and this"),
+        (
+            preset_with("digits", train__init_from="digits", generator__skip_rescale=False),
+            r"skip_rescale=True, and .* False: set --config.generator.skip_rescale=True",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            train(config, str(tmp_path / "run"))
     assert not [file for file in tmp_path.rglob("*") if file.is_file()]
 
 
@@ -97,9 +116,9 @@ def test_networks_of_another_function_are_refused(points_run, tmp_path):
 def test_files_of_another_program_stay(tmp_path, name, content):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=f"has a {name} that is not of a run: name another --workdir"):
-        train(presets.get("gaussians:smoke"), str(tmp_path))
+        train(points(), str(tmp_path))
     assert (tmp_path / name).read_text() == content
-    train(presets.get("gaussians:smoke"), str(tmp_path), restart=True)
+    train(points(), str(tmp_path), restart=True)
     assert (tmp_path / "before-1" / name).read_text() == content
 
 
@@ -107,7 +126,7 @@ def test_it_says_what_it_does(tmp_path, capsys, monkeypatch):
     """What comes and where the pictures are, what it waits for, what to try next; curves with every grid of samples."""
     drawn = []
     monkeypatch.setattr(figures, "curves", lambda metrics, path: drawn.append(len(log.read_metrics(metrics))))
-    train(presets.get("gaussians:smoke"), str(tmp_path))
+    train(points(), str(tmp_path))
     assert drawn == [2, 4]  # records: at step 4, and at the end
     lines = capsys.readouterr().out.splitlines()
     expected = [
@@ -127,14 +146,10 @@ def test_it_says_what_it_does(tmp_path, capsys, monkeypatch):
 
 
 def test_large_networks_on_a_cpu_are_noted(capsys):
-    config = presets.get("image_folder")
-    config.data.update(image_size=32, channels=3)
-    config.train.update(num_steps=1, batch_size=4, steps_per_epoch=1)
+    fields = dict(train__num_steps=1, train__batch_size=4, train__steps_per_epoch=1)
     data = Data(np.zeros((4, 32, 32, 3), np.uint8))
     for name, noted in (("image_folder", True), ("image_folder:small", False)):
-        config.generator = presets.get(name).generator
-        config.model.patch_size = presets.get(name).model.patch_size
-        method = build(config)
+        method = build(preset_with(name, data__image_size=32, data__channels=3, **fields))
         progress.overview(method, jax.eval_shape(lambda method=method: init_state(method, 0)), 4, data)
         assert ("train for days on a CPU; configs/image_folder.py:small" in capsys.readouterr().out) == noted
 
@@ -303,17 +318,6 @@ def unbroken(tmp_path_factory, cache):
     return workdir
 
 
-def final(workdir):
-    return checkpoint.read(checkpoint.find(str(workdir)))[0]
-
-
-def assert_same(workdir, other):
-    ours, theirs = final(workdir), final(other)
-    assert ours.keys() == theirs.keys()
-    for path, array in ours.items():
-        np.testing.assert_array_equal(array, theirs[path], err_msg=path)
-
-
 @pytest.mark.slow
 def test_a_run_leaves_what_it_should(unbroken):
     for name in ("config.json", "metrics.jsonl", "results.json", "curves.png", "samples/final.png", "checkpoints/24"):
@@ -431,17 +435,10 @@ CIFAR10 = "--config=configs/cifar10.py:smoke"
 LAYOUTS = {"1 device": (1, 1), "4 devices": (1, 4), "2 processes of 2": (2, 2)}  # (processes, devices of each)
 
 
-def run_layout(layout, workdir, *arguments):
-    """Run the command in every process of a layout, joined over the loopback: [(code, output)]."""
+def start_layout(layout, workdir, *arguments):
+    """Start the command in every process of a layout, joined over the loopback."""
     count, devices = LAYOUTS[layout]
-    return ends(start_group(count, CIFAR10, f"--workdir={workdir}", *arguments, devices=devices))
-
-
-def succeed_on(layout, workdir, *arguments):
-    """The outputs of a layout's processes, which must all end well."""
-    codes, outputs = zip(*run_layout(layout, workdir, *arguments), strict=True)
-    assert not any(codes), "\n\n".join(outputs)
-    return outputs
+    return start_group(count, CIFAR10, f"--workdir={workdir}", *arguments, devices=devices)
 
 
 @pytest.fixture(scope="module")
@@ -449,19 +446,11 @@ def layouts(tmp_path_factory, cache):
     """A whole run of eight steps, with a checkpoint at four, for every layout."""
     workdirs = {layout: tmp_path_factory.mktemp("layout") for layout in LAYOUTS}
     for layout, workdir in workdirs.items():
-        outputs = succeed_on(layout, workdir, cache)
+        outputs = all_succeed(start_layout(layout, workdir, cache))
         count, devices = LAYOUTS[layout]
         assert f"{count} processes x {devices} devices x {16 // count // devices}" in outputs[0]
         assert not any("finished" in output or "step 1" in output for output in outputs[1:])  # only process 0 speaks
     return workdirs
-
-
-def assert_close(workdir, other):
-    ours, theirs = final(workdir), final(other)
-    assert ours.keys() == theirs.keys() and ours["step"] == 8
-    for path, array in ours.items():  # parameters to 1e-5; moments of gradients can be large: of their largest
-        largest = np.abs(theirs[path]).max() if "_opt/" in path else 0
-        np.testing.assert_allclose(array, theirs[path], rtol=0, atol=1e-5 * max(1, largest), err_msg=path)
 
 
 @pytest.mark.slow
@@ -477,7 +466,7 @@ def test_a_checkpoint_resumes_on_any_layout(layouts, source, target, cache, tmp_
     if source == target:
         pytest.skip("the same layout: tested above, bit for bit")
     shutil.copytree(layouts[source] / "checkpoints" / "4", tmp_path / "checkpoints" / "4")
-    assert "resuming from step 4" in succeed_on(target, tmp_path, cache)[0]
+    assert "resuming from step 4" in all_succeed(start_layout(target, tmp_path, cache))[0]
     assert_close(tmp_path, layouts["1 device"])
 
 
@@ -486,56 +475,40 @@ def test_an_error_in_one_process_ends_all(layouts, tmp_path):
     """Only process 0 reads the checkpoint, which is of another architecture: the other must not wait for ever."""
     shutil.copytree(layouts["1 device"] / "checkpoints" / "4", tmp_path / "checkpoints" / "4")
     start = time.time()
-    (code, output), (other_code, _) = run_layout("2 processes of 2", tmp_path, "--config.generator.nf=16")
+    started = start_layout("2 processes of 2", tmp_path, "--config.generator.nf=16")
+    (code, output), (other_code, _) = ends(started)
     assert code == 2 and "error: the checkpoint of step 4" in output and "Traceback" not in output, output
     assert other_code != 0 and time.time() - start < 120
 
 
-@pytest.mark.slow
-def test_a_folder_of_images_trains_and_samples(cache, tmp_path):
-    """Size and channels come from the images: 16 px, since twelve of 20x16 and one of 9x9 have a median side of 16."""
-    (tmp_path / "photos").mkdir()
-    for i in range(13):
-        pixels = np.random.default_rng(i).integers(0, 256, (9, 9, 3) if i == 0 else (20, 16, 3), np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "photos" / f"{i}.png")
-    folder = [f"--config.data.path={tmp_path / 'photos'}", f"--config.data.dir={tmp_path / 'copies'}"]
-    zeros = ["--config.data.name=image_folder", "--config.data.image_size=0", "--config.data.channels=0"]
-    workdir = f"--workdir={tmp_path / 'run'}"
-    result = succeed("--config=configs/image_folder.py:smoke", workdir, *folder, *zeros, cache)
-    assert "13 examples of 16x16x3" in result.stdout
-    succeed("--mode=sample", workdir, "--num_samples=3", f"--out={tmp_path / 'x.npz'}")
-    assert np.load(tmp_path / "x.npz")["images"].shape == (3, 16, 16, 3)
-
-
 # --- What a workdir holds is never lost -----------------------------------------------------------------------------
-
-
-def contents(folder) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")
 def points_run(tmp_path_factory):
     """A finished run on points; a test takes a copy."""
     workdir = tmp_path_factory.mktemp("points")
-    train(presets.get("gaussians:smoke"), str(workdir))
+    train(points(), str(workdir))
     return workdir
 
 
-def test_another_configuration_leaves_a_workdir_as_it_was(points_run, tmp_path):
-    shutil.copytree(points_run, tmp_path, dirs_exist_ok=True)
-    wider = presets.get("gaussians:smoke")
-    wider.generator.width = 32
+@pytest.fixture
+def workdir(points_run, tmp_path):
+    """A copy of that run."""
+    return shutil.copytree(points_run, tmp_path / "copy")
+
+
+def test_another_configuration_leaves_a_workdir_as_it_was(points_run, workdir):
+    wider = points(generator__width=32)
     for config, reason in (
         (presets.get("digits:smoke"), "holds a run with data.name=gaussians"),
         (wider, "holds a run with generator.width=128"),
     ):
         with pytest.raises(UserError, match=rf"{reason}.*name another --workdir, or move that run aside"):
-            train(config, str(tmp_path))
-        assert contents(tmp_path) == contents(points_run)
-    assert int(train(wider, str(tmp_path), restart=True).step) == 8
-    before = contents(tmp_path / "before-1")
-    assert before == contents(points_run) and (tmp_path / "checkpoints" / "8").exists()
+            train(config, workdir)
+        assert contents(workdir) == contents(points_run)
+    assert int(train(wider, workdir, restart=True).step) == 8
+    assert contents(workdir / "before-1") == contents(points_run) and (workdir / "checkpoints" / "8").exists()
 
 
 def test_a_run_whose_checkpoints_are_gone_does_not_start_again(points_run, tmp_path):
@@ -546,24 +519,20 @@ def test_a_run_whose_checkpoints_are_gone_does_not_start_again(points_run, tmp_p
         if name == "metrics.jsonl":  # of a run that was killed after its second save had begun
             (workdir / name).write_text('{"step": 9}\n')
         with pytest.raises(UserError, match=r"are gone, though .* put them back into .* with --restart"):
-            train(presets.get("gaussians:smoke"), str(workdir))
+            train(points(), str(workdir))
         assert (workdir / name).exists() and not (workdir / "config.json").exists()
 
 
 def test_what_was_chosen_at_the_start_belongs_to_the_run(points_run):
     """On another number of devices, or for more images, other values would be chosen."""
-    before = as_dict(presets.get("gaussians:smoke"))
-    before["train"]["batch_size"], before["log"]["samples_every"] = 24, 0
-    c = presets.get("gaussians:smoke")
-    c.train.update(batch_size=None, num_steps=None, lr_g=0.5)
-    c.log.samples_every = None
-    begun = setup.as_begun(read(c), before, "runs/x")
+    before = as_dict(points(train__batch_size=24, log__samples_every=0))
+    unset = dict(train__batch_size=None, train__num_steps=None, log__samples_every=None)
+    c = read(points(train__lr_g=0.5, **unset))
+    begun = setup.as_begun(c, before, "runs/x")
     assert (begun.train.batch_size, begun.train.num_steps, begun.log.samples_every) == (24, 8, 0)
-    assert begun.train.lr_g == 0.5 and setup.as_begun(read(c), None, "runs/x") == read(c)
-    given = presets.get("gaussians:smoke")
-    given.train.batch_size = 32
-    assert setup.as_begun(read(given), before, "runs/x").train.batch_size == 32
-    assert checkpoint.config_of(points_run) == as_dict(presets.get("gaussians:smoke"))
+    assert begun.train.lr_g == 0.5 and setup.as_begun(c, None, "runs/x") == c
+    assert setup.as_begun(read(points(train__batch_size=32)), before, "runs/x").train.batch_size == 32
+    assert checkpoint.config_of(points_run) == as_dict(points())
     assert checkpoint.config_of(points_run / "nothing") is None
 
 
@@ -572,17 +541,14 @@ def test_an_evaluation_that_fails_ends_nothing(points_run, tmp_path, monkeypatch
         raise MemoryError("no memory for 5,000 samples")
 
     monkeypatch.setattr(train_module, "measure", fail)
-    config = presets.get("gaussians:smoke")
-    config.eval.update(every=4, online_samples=16)
-    train(config, str(tmp_path))
+    train(points(**EVALUATED), str(tmp_path))
     said = capsys.readouterr().out
     assert "the evaluation at step 4 failed, and training continues: no memory for 5,000 samples" in said
     assert checkpoint.finished(tmp_path / "checkpoints") == [4, 8]
     ours, theirs = (log.read_metrics(folder / "metrics.jsonl") for folder in (tmp_path, points_run))
-    times = ("seconds", "images_per_second")
-    assert [{k: v for k, v in record.items() if k not in times} for record in ours] == [
-        {k: v for k, v in record.items() if k not in times} for record in theirs
-    ]
+    for record in (*ours, *theirs):
+        del record["seconds"], record["images_per_second"]
+    assert ours == theirs
 
 
 def test_the_checkpoint_is_saved_before_the_evaluation(tmp_path, monkeypatch):
@@ -595,8 +561,7 @@ def test_the_checkpoint_is_saved_before_the_evaluation(tmp_path, monkeypatch):
         run.files.checkpoints.wait()
         raise Killed
 
-    config = presets.get("gaussians:smoke")
-    config.eval.update(every=4, online_samples=16)
+    config = points(**EVALUATED)
     with monkeypatch.context() as patch:
         patch.setattr(train_module, "evaluate_samples", die)
         with pytest.raises(Killed):
@@ -614,26 +579,22 @@ def test_the_checkpoint_is_saved_before_the_evaluation(tmp_path, monkeypatch):
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path, monkeypatch):
     """Also where a signal asks for the save, on a step without a record."""
     monkeypatch.setattr(train_module, "norms", lambda state: {"g_param_norm": np.float32("nan")})
-    config = presets.get("gaussians:smoke")
-    config.log.every = 4
     with pytest.raises(Fault, match=r"g_param_norm is not finite at step 3: there is no checkpoint yet; lower"):
-        train(config, str(tmp_path))
+        train(points(log__every=4), str(tmp_path))
     assert not checkpoint.finished(tmp_path / "checkpoints")
 
 
-def test_other_noise_from_a_checkpoint(points_run, tmp_path):
+def test_other_noise_from_a_checkpoint(points_run, workdir):
     """`noise_seed` changes the steps, and neither the networks at the start nor the order of the data."""
-    config = presets.get("gaussians:smoke")
-    config.train.noise_seed = 1
-    assert noise_seed(read(presets.get("gaussians:smoke"))) == 0 != noise_seed(read(config))
-    shutil.copytree(points_run, tmp_path, dirs_exist_ok=True)
-    shutil.rmtree(tmp_path / "checkpoints" / "8")
-    train(config, str(tmp_path))
-    ours, theirs = (checkpoint.read(checkpoint.find(str(folder)))[0] for folder in (tmp_path, points_run))
+    config = points(train__noise_seed=1)
+    assert noise_seed(read(points())) == 0 != noise_seed(read(config))
+    shutil.rmtree(workdir / "checkpoints" / "8")
+    train(config, workdir)
+    ours, theirs = final(workdir), final(points_run)
     assert ours["step"] == theirs["step"] and any(np.any(ours[name] != theirs[name]) for name in ours)
 
 
-def test_every_configuration_has_its_own_workdir(tmp_path):
+def test_every_configuration_has_its_own_workdir():
     for flags_, name in (([], "digits"), ([POINTS], "gaussians-smoke"), (["--config=stacked_mnist"], "stacked_mnist")):
         result = run(*flags_, "--mode=sample")
         assert result.returncode == 2 and f"there is no checkpoint in runs/{name}:" in result.stderr, result.stderr
@@ -643,40 +604,46 @@ def test_one_training_in_a_workdir_at_a_time(tmp_path):
     with contextlib.ExitStack() as lock:
         lock_workdir(paths.path(tmp_path), lock)
         with pytest.raises(UserError, match="another process trains in --workdir"):
-            train(presets.get("gaussians:smoke"), str(tmp_path))
+            train(points(), str(tmp_path))
     assert not list(tmp_path.iterdir())
     with contextlib.ExitStack() as lock:
         lock_workdir(paths.path(tmp_path), lock)
 
 
-@pytest.mark.parametrize("name", ["runs [v2]", "a\\b"])
-def test_a_path_below_which_no_checkpoint_can_be_written(tmp_path, name):
-    with pytest.raises(UserError, match="below which no checkpoint can be written"):
-        train(presets.get("gaussians:smoke"), str(tmp_path / name / "run"))
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("runs [v2]/run", "below which no checkpoint can be written"),
+        ("a\\b/run", "below which no checkpoint can be written"),
+        ("x.pth", "has the name of a file of weights"),
+        ("bad\udcff", "is not valid UTF-8"),
+        ("", r"--workdir=.* is also data.path, the folder of the images: name another --workdir"),
+    ],
+)
+def test_names_that_cannot_be_a_workdir(tmp_path, name, message):
+    config = (
+        points() if name else preset_with("image_folder:smoke", data__name="image_folder", data__path=str(tmp_path))
+    )
+    with pytest.raises(UserError, match=message):
+        train(config, tmp_path / name)
     assert not list(tmp_path.iterdir())
 
 
-def test_other_data_or_noise_in_a_workdir(points_run, tmp_path):
+def test_other_data_or_noise_in_a_workdir(workdir):
     """The names of the data are equal; and networks know the diffusion that they were trained with."""
-    shutil.copytree(points_run, tmp_path, dirs_exist_ok=True)
-    longer = presets.get("gaussians:smoke")
-    longer.train.num_steps = 12
-    own = Data(np.float32(open_data(read(longer).data).images * 1.5))
-    train(longer, str(tmp_path), own)  # an array is given on purpose: a note
-    longer.train.num_steps = 16
-    train(longer, str(tmp_path), own)
-    before = contents(tmp_path)
-    longer.checkpoint.keep = 1  # a command that is refused deletes nothing
-    with pytest.raises(UserError, match=r"holds a run on other data \(\d+ of 64 examples that are compared differ\)"):
-        longer.train.num_steps = 20
-        train(longer, str(tmp_path))
-    longer.generator.depth = 5  # which the shapes of the parameters would reveal, too
-    with pytest.raises(UserError, match=r"with generator.depth=\d, and this configuration has 5"):
-        train(longer, str(tmp_path))
-    longer.diffusion.num_steps = 8
-    with pytest.raises(UserError, match=r"with diffusion.num_steps=4, and this configuration has 8"):
-        train(longer, str(tmp_path))
-    assert contents(tmp_path) == before
+    own = Data(np.float32(open_data(read(points()).data).images * 1.5))
+    for num_steps in (12, 16):
+        train(points(train__num_steps=num_steps), workdir, own)  # an array is given on purpose: a note
+    before = contents(workdir)
+    for fields, message in (
+        ({}, r"holds a run on other data \(\d+ of 64 examples that are compared differ\)"),
+        # which the shapes of the parameters would reveal, too
+        ({"generator__depth": 5}, r"with generator.depth=\d, and this configuration has 5"),
+        ({"diffusion__num_steps": 8}, r"with diffusion.num_steps=4, and this configuration has 8"),
+    ):
+        with pytest.raises(UserError, match=message):  # a command that is refused deletes nothing
+            train(points(train__num_steps=20, checkpoint__keep=1, **fields), workdir)
+    assert contents(workdir) == before
 
 
 def test_images_that_are_turned_or_recoloured_are_other_data():
@@ -719,47 +686,34 @@ def test_other_labels_in_a_workdir(tmp_path, capsys):
     checks.check_data({k: v for k, v in before.items() if k != "classes"}, renamed, tmp_path, refuse=True)
 
 
-def test_a_refused_restart_moves_nothing(points_run, tmp_path, monkeypatch):
-    """Such as by a dashboard that does not accept the run."""
-    shutil.copytree(points_run, tmp_path, dirs_exist_ok=True)
+def test_a_refused_restart_moves_nothing(points_run, workdir, monkeypatch):
+    """Such as by networks that are not there, or by a dashboard that does not accept the run."""
+    with pytest.raises(UserError, match="no checkpoint in"):
+        train(points(train__init_from=str(workdir / "nothing")), workdir, restart=True)
 
     def refuse(*_):
         raise UserError("no key")
 
     monkeypatch.setattr(setup, "Log", refuse)
     with pytest.raises(UserError, match="no key"):
-        train(presets.get("gaussians:smoke"), str(tmp_path), restart=True)
-    assert contents(tmp_path) == contents(points_run) and not (tmp_path / "before-1").exists()
+        train(points(), workdir, restart=True)
+    assert contents(workdir) == contents(points_run) and not (workdir / "before-1").exists()
 
 
-def test_another_objective_in_a_workdir():
-    """The schedule of sampling depends on it."""
-    config = presets.get("gaussians:smoke")
-    before = as_dict(read(config))
-    config.objective = "one_shot"
-    with pytest.raises(UserError, match="holds a run with objective=adversarial, and this configuration has one_shot"):
-        setup.as_begun(read(config), before, "runs/x")
-
-
-def test_the_workdir_may_be_a_path(points_run, tmp_path, capsys):
-    shutil.copytree(points_run, tmp_path, dirs_exist_ok=True)
-    train(presets.get("gaussians:smoke"), tmp_path)
-    assert f"--workdir={tmp_path}" in capsys.readouterr().out
+def test_the_workdir_may_be_a_path(workdir, capsys):
+    train(points(), workdir)
+    assert f"--workdir={workdir}" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"data is a ndarray: wrap the array, Data\(images\)"):
-        train(presets.get("gaussians:smoke"), tmp_path, np.zeros((4, 2), np.float32))
+        train(points(), workdir, np.zeros((4, 2), np.float32))
 
 
 def test_a_resumed_run_keeps_what_it_was_started_to_keep(tmp_path, capsys):
     """A command that leaves keep and keep_period out deletes nothing that an earlier one asked to keep."""
-    config = presets.get("gaussians:smoke")
-    config.train.num_steps, config.eval.every = 16, 0
-    config.checkpoint.update(every=2, keep=1, keep_period=4)
-    train(config, tmp_path)
+    fields = dict(eval__every=0, checkpoint__every=2, checkpoint__keep=1)
+    train(points(train__num_steps=16, checkpoint__keep_period=4, **fields), tmp_path)
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"4", "8", "12", "16"}
     assert (tmp_path / "results.json").exists()
-    config.train.num_steps = 18
-    config.checkpoint.update(keep=1, keep_period=0)
-    train(config, tmp_path)
+    train(points(train__num_steps=18, checkpoint__keep_period=0, **fields), tmp_path)
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"4", "8", "12", "16", "18"}
     assert "note: checkpoint.keep_period is 4, as " in capsys.readouterr().out
     assert json.loads((tmp_path / "config.json").read_text())["checkpoint"]["keep_period"] == 4
@@ -791,40 +745,18 @@ def test_ctrl_c_in_a_pipe_saves_the_step(tmp_path, every):
     assert child.returncode == 75 and "Traceback" not in errors and list((tmp_path / "checkpoints").iterdir()), errors
 
 
-@pytest.mark.parametrize(
-    "name, message", [("x.pth", "has the name of a file of weights"), ("bad\udcff", "is not valid UTF-8")]
-)
-def test_names_that_cannot_be_a_workdir(name, message, tmp_path):
-    with pytest.raises(UserError, match=message):
-        train(presets.get("gaussians:smoke"), tmp_path / name)
-
-
-def test_a_workdir_that_is_the_folder_of_the_images_is_refused(tmp_path):
-    config = presets.get("image_folder:smoke")
-    config.data.update(name="image_folder", path=str(tmp_path))
-    with pytest.raises(
-        UserError, match=r"--workdir=.* is also data.path, the folder of the images: name another --workdir"
-    ):
-        train(config, tmp_path)
-
-
-def test_results_of_an_earlier_end_are_removed_when_the_run_goes_on(points_run, tmp_path, monkeypatch):
-    shutil.copytree(points_run, tmp_path, dirs_exist_ok=True)
-    assert (tmp_path / "results.json").exists()
-    config = presets.get("gaussians:smoke")
-    config.train.num_steps = 10**6
+def test_results_of_an_earlier_end_are_removed_when_the_run_goes_on(workdir, monkeypatch):
+    assert (workdir / "results.json").exists()
     monkeypatch.setattr(train_module, "loop", lambda run, interrupt: train_module.STOPPED)
     monkeypatch.setattr(train_module.processes, "exchange", lambda mine: ["SIGTERM"])
     with pytest.raises(Interrupted):
-        train(config, tmp_path)
-    assert not (tmp_path / "results.json").exists()
+        train(points(train__num_steps=10**6), workdir)
+    assert not (workdir / "results.json").exists()
 
 
 def test_a_kill_at_the_last_step_leaves_no_old_checkpoint(tmp_path):
     """Orbax deletes an old checkpoint after a new one is complete, and the process may be killed between the two."""
-    config = presets.get("gaussians:smoke")
-    config.eval.every = 0
-    config.checkpoint.update(every=2, keep=1)
+    config = points(eval__every=0, checkpoint__every=2, checkpoint__keep=1)
     checkpoints, copied = tmp_path / "run" / "checkpoints", tmp_path / "2"
     for config.train.num_steps in (2, 4):
         train(config, tmp_path / "run")
@@ -838,40 +770,32 @@ def test_a_kill_at_the_last_step_leaves_no_old_checkpoint(tmp_path):
     assert checkpoint.finished(checkpoints) == [4]
 
 
-@pytest.mark.parametrize("field", ["skip_rescale", "tanh", "centered"])
-def test_other_networks_of_the_same_shapes_in_a_workdir(field):
-    """Parameters of the same shapes, and another function of them."""
-    config = presets.get("digits:smoke")
-    before = as_dict(read(config))
-    config.generator.dropout = 0.1
-    assert setup.as_begun(read(config), before, "runs/x").generator["dropout"] == 0.1
-    config.generator[field] = not getattr(Generator, field)
-    with pytest.raises(UserError, match=rf"runs/x holds a run with generator.{field}="):
-        setup.as_begun(read(config), before, "runs/x")
+@pytest.mark.parametrize(
+    "name, field, value",
+    [
+        *(
+            ("digits", f"generator.{name}", not getattr(Generator, name))
+            for name in ("skip_rescale", "tanh", "centered")
+        ),
+        ("gaussians", "objective", "one_shot"),
+    ],
+)
+def test_other_functions_of_parameters_of_the_same_shapes_in_a_workdir(name, field, value):
+    """The schedule of sampling depends on the objective. Dropout and the seed may change."""
+    before, other = as_dict(preset_with(name)), {"seed": 3} if name == "gaussians" else {"generator__dropout": 0.1}
+    assert setup.as_begun(read(preset_with(name, **other)), before, "runs/x") == read(preset_with(name, **other))
+    with pytest.raises(UserError, match=rf"runs/x holds a run with {field}=.*, and this configuration has {value}"):
+        setup.as_begun(read(preset_with(name, **{field.replace(".", "__"): value})), before, "runs/x")
 
 
-def test_a_command_that_trains_nothing_writes_no_configuration(points_run, tmp_path):
-    shutil.copytree(points_run, tmp_path, dirs_exist_ok=True)
-    config = presets.get("gaussians:smoke")
-    config.seed = 7
-    config.checkpoint.keep = 1
-    train(config, str(tmp_path))
-    assert (tmp_path / "config.json").read_bytes() == (points_run / "config.json").read_bytes()
-    assert checkpoint.finished(tmp_path / "checkpoints") == checkpoint.finished(points_run / "checkpoints")
+def test_a_command_that_trains_nothing_writes_no_configuration(points_run, workdir):
+    train(points(seed=7, checkpoint__keep=1), workdir)
+    assert (workdir / "config.json").read_bytes() == (points_run / "config.json").read_bytes()
+    assert checkpoint.finished(workdir / "checkpoints") == checkpoint.finished(points_run / "checkpoints")
 
 
-def test_networks_that_are_not_there_move_nothing(points_run, tmp_path):
-    shutil.copytree(points_run, tmp_path, dirs_exist_ok=True)
-    config = presets.get("gaussians:smoke")
-    config.train.init_from = str(tmp_path / "nothing")
-    with pytest.raises(UserError, match="no checkpoint in"):
-        train(config, str(tmp_path), restart=True)
-    assert contents(tmp_path) == contents(points_run)
-
-
-def test_a_signal_in_a_restore_waits_for_its_end(points_run, tmp_path, monkeypatch):
+def test_a_signal_in_a_restore_waits_for_its_end(points_run, workdir, monkeypatch):
     """In the middle of it, an exception would be taken for damage."""
-    shutil.copytree(points_run, tmp_path, dirs_exist_ok=True)
     original = checkpoint._restore
 
     def slow(*arguments):
@@ -881,29 +805,23 @@ def test_a_signal_in_a_restore_waits_for_its_end(points_run, tmp_path, monkeypat
 
     monkeypatch.setattr(checkpoint, "_restore", slow)
     with pytest.raises(Interrupted, match="SIGTERM: nothing was lost"):
-        train(presets.get("gaussians:smoke"), str(tmp_path))
-    assert contents(tmp_path) == contents(points_run)
+        train(points(), workdir)
+    assert contents(workdir) == contents(points_run)
     with pytest.raises(Interrupted):  # no Exception, which code that reads takes for a fault of its own
         with contextlib.suppress(Exception), Interrupt():
             os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_the_best_of_a_run_that_has_gone_back(tmp_path):
-    config = presets.get("gaussians:smoke")
-    config.eval.update(every=4, online_samples=16)
-    train(config, str(tmp_path))
-    best = json.loads((tmp_path / "best.json").read_text())["step"]
-    records = {
-        record["step"]: record.get("eval/total_variation") for record in log.read_metrics(tmp_path / "metrics.jsonl")
-    }
-    assert best == 8 and records[8] < records[4]
+    def values_and_best():
+        records = log.read_metrics(tmp_path / "metrics.jsonl")
+        values = {r["step"]: r["eval/total_variation"] for r in records if "eval/total_variation" in r}
+        return values, json.loads((tmp_path / "best.json").read_text())
+
+    train(points(**EVALUATED), str(tmp_path))
+    values, best = values_and_best()
+    assert values.keys() == {4, 8} and best["step"] == 8 and values[8] < values[4]
     shutil.rmtree(tmp_path / "checkpoints" / "8")
-    config.train.lr_g = 1e-7
-    train(config, str(tmp_path))
-    marked = json.loads((tmp_path / "best.json").read_text())
-    values = {
-        r["step"]: r["eval/total_variation"]
-        for r in log.read_metrics(tmp_path / "metrics.jsonl")
-        if r["step"] in (4, 8)
-    }
-    assert marked["value"] == min(values.values()) == values[marked["step"]]
+    train(points(train__lr_g=1e-7, **EVALUATED), str(tmp_path))
+    values, best = values_and_best()
+    assert best["value"] == min(values.values()) == values[best["step"]]

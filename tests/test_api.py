@@ -1,5 +1,6 @@
 """Training and evaluation from Python: arrays, tensors, lists of files and images, labels and their names."""
 
+import dataclasses
 import pathlib
 
 import numpy as np
@@ -89,9 +90,33 @@ def test_labels(labels, classes, ids, names):
         (COLOUR[:, :4], {}, "the images are 4x8, and networks take squares: image_size=4 crops"),
         (COLOUR[..., :2], {}, r"1, 3 or 4 channels, but these are \[12, 8, 8, 2\]"),
         ([COLOUR[0] / 255], {}, r"an image is float64 \[8, 8, 3\]"),
+        (COLOUR / 255, {"value_range": (0,)}, r"value_range=\(0,\) must be the numbers of black and white"),
+        (COLOUR / 255, {"value_range": 1}, "value_range=1 must be the numbers"),
+        (COLOUR / 255, {"value_range": ("a", "b")}, "value_range=.* must be the numbers"),
+        (COLOUR / 255, {"value_range": (0, np.inf)}, "value_range=.* must be the numbers"),
+        (COLOUR[:0] / 255, {"value_range": (0, 1)}, r"the set is empty: .* these are \[0, 8, 8, 3\]"),
+        (COLOUR, {"image_size": 4.0}, "image_size=4.0 must be an integer"),
+        (COLOUR, {"image_size": "4"}, "image_size='4' must be an integer"),
+        (COLOUR, {"image_size": 10**7}, "image_size=10000000 must be an integer of at most 4096"),
+        (COLOUR + 1j, {"value_range": (0, 255)}, "the images are complex128, and must be real numbers"),
+        (RNG.normal(size=(9, 2)) + 1j, {}, "the images are complex128"),
+        (np.ma.masked_greater(COLOUR, 9), {}, r"masked array: fill its masked values with images.filled\(0\)"),
+        (np.ma.masked_greater(COLOUR / 255, 0.5), {"value_range": (0, 1)}, "masked array: fill"),
+        ([np.ma.masked_greater(COLOUR[0], 9)], {}, "masked array: fill"),
+        ([[1], [2, 3]], {}, "the images are no array: "),
         (GREY, {"labels": ["a"] * 12, "classes": ("b",)}, "the label 'a' is none of the classes b"),
         (GREY, {"labels": [0]}, "labels must be integers"),
+        (GREY, {"labels": [["a", "b"]] * 12}, r"labels must be integers or names \[N\], .* these are \[12, 2\]"),
+        (GREY, {"labels": [[1], [2, 3]] * 6}, "the labels are no array: "),
+        (GREY, {"labels": np.ma.masked_equal([0, 1] * 6, 1)}, "the labels are a masked array"),
+        (GREY, {"labels": np.ma.masked_equal(["a", "b"] * 6, "b")}, "the labels are a masked array"),
+        (GREY, {"labels": [0, 1] * 6, "classes": ("a", "b", "a")}, "the name 'a' twice: pass different names"),
+        (GREY, {"labels": [0, 1] * 6, "classes": (5, 6)}, r"classes=\(5, 6\) must be names"),
+        (GREY, {"labels": [0, 1] * 6, "classes": "ab"}, "classes='ab' must be names"),
+        (GREY, {"labels": [0, 1] * 6, "classes": 2}, "classes=2 must be names"),
+        (GREY, {"classes": ("a", "b")}, r"classes=\('a', 'b'\) name the labels, and there are none"),
         (sources.Data(GREY), {"labels": [0]}, "labels are given twice"),
+        (sources.Data(GREY), {"classes": ("a",)}, "classes are given twice"),
     ],
 )
 def test_what_is_refused(images, options, message):
@@ -119,6 +144,41 @@ def means(images):
     return images.reshape(len(images), -1)[:, :6].astype(np.float32)
 
 
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+@pytest.fixture(scope="module")
+def named():
+    return dataclasses.replace(ddgan_jax.load("digits_conditional"), classes=NAMES)
+
+
+POINTS = RNG.normal(size=(50, 2)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    "arguments, options, message",
+    [
+        ((GREY,), {"seed": -1}, "seed=-1 must be an integer from 0 to 4294967295"),
+        ((GREY,), {"seed": 2**33}, "seed=8589934592 must be an integer from 0"),
+        ((GREY,), {"num_samples": 10.5}, "num_samples=10.5 must be an integer from 0"),
+        ((GREY,), {"num_samples": -1}, "num_samples=-1 must be an integer from 0"),
+        (
+            (POINTS, [0, 1] * 25),
+            {},
+            r"the real data are points .* are compared with the 25 Gaussians",
+        ),
+        ((POINTS,), {}, r"the real data are points \[50, 2\]"),
+        ((None, [0, 1]), {}, "labels are those of real images: pass both"),
+    ],
+)
+def test_what_is_not_evaluated(named, arguments, options, message):
+    with pytest.raises(UserError, match=message):
+        ddgan_jax.evaluate(named, *arguments, **options)
+    if arguments[0] is POINTS:
+        with pytest.raises(UserError, match=message):
+            ddgan_jax.evaluate(POINTS, *arguments)
+
+
 def test_points(tmp_path):
     points = RNG.normal(0, 3, (200, 2))
     fields = {"train__num_steps": 2, "log__tensorboard": False}
@@ -133,6 +193,8 @@ def test_points(tmp_path):
         (dict(images=COLOUR, preset="digits:smoke", train__num_step=3), "did you mean train.num_steps"),
         (dict(images=COLOUR, preset="digits:smoke", training__num_steps=3), "there is no setting training.num_steps"),
         (dict(images="photos", labels=[1]), "the classes of a folder are its subfolders"),
+        (dict(images="photos", classes=("a", "b")), "the classes of a folder are its subfolders"),
+        (dict(labels=[0, 1], preset="digits:smoke"), "labels and classes are those of images: pass images too"),
         (dict(images="nowhere", preset="image_folder:small"), "data.path='nowhere' does not exist"),
         (dict(images=COLOUR[:, :6, :6], preset="digits:smoke", generator__ch_mult=(1, 2, 2)), "image_size=6 does not"),
         (dict(images=COLOUR / 255), "convert them with"),
@@ -148,8 +210,9 @@ def test_the_older_form_names_the_new_one(tmp_path):
     config = presets.get("digits:smoke")
     with pytest.raises(UserError, match=r"is now train\(data, preset=config, workdir='x'\)"):
         ddgan_jax.train(config, "x", sources.Data(GREY))
-    with pytest.raises(UserError, match="name the folder of the run"):
-        ddgan_jax.train(COLOUR)
+    for workdir in ("", None, 5):
+        with pytest.raises(UserError, match="name the folder of the run"):
+            ddgan_jax.train(COLOUR, workdir=workdir)
     with pytest.raises(UserError, match=r"samples need real images"):
         ddgan_jax.evaluate(COLOUR)
 

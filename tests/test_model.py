@@ -71,6 +71,13 @@ def image():
     return np.random.default_rng(0).integers(0, 256, (8, 8, 1), np.uint8)
 
 
+@pytest.mark.parametrize("path", [None, 5, b"digits"])
+def test_a_path_is_text(model, path):
+    for function in (ddgan_jax.load, model.save):
+        with pytest.raises(UserError, match=f"path={path!r} must be text or a path, such as 'runs/digits'"):
+            function(path)
+
+
 def test_loading_needs_nothing_but_the_checkpoint(model, workdir):
     assert model.step == 7 and model.num_steps == 4
     images = model.sample(5, seed=3)

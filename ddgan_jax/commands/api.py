@@ -10,7 +10,7 @@ import numpy as np
 from ddgan_jax.commands import train as training
 from ddgan_jax.config import presets
 from ddgan_jax.config.settings import Config, as_dict, read
-from ddgan_jax.data.arrays import Range, as_data
+from ddgan_jax.data.arrays import Range, as_data, as_names
 from ddgan_jax.data.batches import match_label_frequencies
 from ddgan_jax.data.resolve import labels_of
 from ddgan_jax.data.sources import IN_PYTHON, Data
@@ -18,8 +18,9 @@ from ddgan_jax.devices.processes import say
 from ddgan_jax.errors import UserError
 from ddgan_jax.metrics.evaluator import Results, measure, open_evaluator
 from ddgan_jax.metrics.features import open_real_images
+from ddgan_jax.model.checks import as_integer, as_seed
 from ddgan_jax.model.loading import load
-from ddgan_jax.model.model import Model
+from ddgan_jax.model.model import MAX_INDEX, Model
 
 
 def train(
@@ -44,7 +45,7 @@ def train(
         workdir: Folder of the run. The same call again continues an interrupted training there.
         preset: Name of a configuration, such as "image_folder:small", or a configuration. By default it is chosen for
             the images and the device, and printed.
-        classes: Names of the classes, where `labels` are integers.
+        classes: Names of the classes by index, for `labels` only.
         value_range: The numbers that stand for black and white, for images that are not uint8, such as (0, 1).
         image_size: Side in pixels to which images are cropped and resized.
         restart: Whether an earlier run in `workdir` is moved aside.
@@ -59,17 +60,21 @@ def train(
             f"train(config, workdir, data) is now train(data, preset=config, workdir={os.fspath(labels)!r}), or "
             "ddgan_jax.commands.train.train(config, workdir, data), which returns the state"
         )
-    if former or not os.fspath(workdir):
+    if former or not isinstance(workdir, str | os.PathLike) or not os.fspath(workdir):
         raise UserError("name the folder of the run, and other arguments: train(images, labels, workdir='runs/mine')")
-    data = None
+    data, with_classes = None, labels is not None or bool(as_names(classes))
     if isinstance(images, str | os.PathLike):
-        if labels is not None:
-            raise UserError("the classes of a folder are its subfolders: leave labels out, and set model__num_classes")
+        if with_classes:
+            raise UserError(
+                "the classes of a folder are its subfolders: leave labels and classes out, and set model__num_classes"
+            )
         fields = {"data__path": os.fspath(images)} | ({"data__image_size": image_size} if image_size else {}) | fields
         shape = None
     elif images is not None:
         data = as_data(images, labels, classes, value_range, image_size)
         shape = tuple(data.images.shape[1:])
+    elif with_classes:
+        raise UserError("labels and classes are those of images: pass images too, or leave them out")
     if preset is None and images is not None:
         preset = _default_preset(shape)
         say(f"configuration: preset={preset!r}")
@@ -138,25 +143,27 @@ def evaluate(
         image_size: Side in pixels to which the images are cropped and resized; by default that of the model.
         **fields: Fields of the configuration, such as `eval__features="inception"`.
 
-    Returns the measures by name, and what they were measured with. Raises UserError if the images do not compare, or
-    if weights or labels are missing.
+    Returns the measures by name, and what they were measured with. Raises UserError if an argument is invalid, the
+    images do not compare, or weights or labels are missing.
     """
     model = samples if isinstance(samples, Model) else None
+    seed, num_samples = as_seed(seed), as_integer("num_samples", num_samples, 0, MAX_INDEX + 1)
     config = as_dict(model.config if model else presets.get("digits"))
     shape = model.denoiser.image_shape if model else ()
     size = image_size or (shape[0] if len(shape) == 3 else None)
     data = None
     if real is not None:
-        data = as_data(real, labels, (), value_range, size)
+        data = _real_images(real, labels, value_range, size)
         config = _for_data(config, data, conditional=False)
     elif not model:
         raise UserError("samples need real images to be compared with: evaluate(samples, real)")
+    elif labels is not None:
+        raise UserError("labels are those of real images: pass both, evaluate(model, real, labels), or neither")
     c = _with_fields(config, fields)
     data = data or (None if c.eval.features == "points" else open_real_images(c))
     if model:
-        count, classes = num_samples or c.eval.num_samples, model.num_classes
-        known = labels_of(data, classes, c.data.name) if data and data.labels else None
-        chosen = match_label_frequencies(known, count) if classes and known is not None else model.labels(None, count)
+        count = num_samples or c.eval.num_samples
+        chosen = _sample_labels(model, data, c.data.name, count)
         chunks: Any = model.sampler().chunks(model.params, seed, count, chosen)
     else:
         images = as_data(samples, None, (), value_range, size).images
@@ -166,3 +173,21 @@ def evaluate(
     result = measure(evaluator, chunks, count, "sampling" if model else "reading", chosen)
     found = {"features": c.eval.features} | evaluator.about | (result.results if result else {})
     return {name: value.item() if isinstance(value, np.generic) else value for name, value in found.items()}
+
+
+def _real_images(real: Any, labels: Any, value_range: Range | None, size: int | None) -> Data:
+    """The real images of an evaluation."""
+    data = as_data(real, labels, (), value_range, size)
+    if len(data.images.shape) == 2:
+        raise UserError(
+            f"the real data are points {list(data.images.shape)}, and points are compared with the 25 Gaussians "
+            "alone: evaluate(model) of a model of data.name=gaussians"
+        )
+    return data
+
+
+def _sample_labels(model: Model, data: Data | None, name: str, count: int) -> np.ndarray | None:
+    """Classes of a model's samples: as frequent as in dataset `name`, or equally frequent if that has no labels."""
+    if not (data and data.labels and model.num_classes):
+        return model.labels(None, count)
+    return match_label_frequencies(labels_of(data, model.num_classes, name), count)

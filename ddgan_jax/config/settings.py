@@ -20,6 +20,7 @@ from ddgan_jax.config.types import (
     Count,
     FeatureNetwork,
     Fraction,
+    ImageSize,
     Positive,
     PositiveFloat,
     Scale,
@@ -39,7 +40,7 @@ class DataConfig:
     name: str = "cifar10"  # a dataset of tfds, or one listed in docs/data.md
     split: str = "train"  # the split, or a part of it: 'train[:90%]'
     dir: str | None = None  # folder of tfds datasets and prepared copies; None: $TFDS_DATA_DIR or ~/tensorflow_datasets
-    image_size: Annotated[Positive, at_most(4096)] | None = None  # px; None: from the dataset, at most 256 of a
+    image_size: ImageSize | None = None  # px; None: from the dataset, at most 256 of a
     # folder. Networks for images take 8 to 1,024 px, times model.patch_size
     channels: Annotated[Positive, at_most(64)] | None = None  # channels of the images; None: from the dataset
     path: str | None = None  # for 'image_folder' and 'lsun_church': a folder or zip, also at gs://, or a local LMDB

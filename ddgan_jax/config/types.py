@@ -23,6 +23,7 @@ def at_most(largest: int) -> Range:
 Positive = Annotated[int, Range(lambda n: n >= 1, "an integer of at least 1"), at_most(2**31 - 1)]
 TwoOrMore = Annotated[int, Range(lambda n: n >= 2, "an integer of at least 2")]
 Count = Annotated[int, Range(lambda n: n >= 0, "an integer of at least 0"), at_most(2**31 - 1)]
+ImageSize = Annotated[Positive, at_most(4096)]  # px
 Width = Annotated[Positive, at_most(16_384)]
 Latents = Annotated[Count, at_most(16_384)]
 Layers = Annotated[Count, at_most(1_000)]

@@ -1,17 +1,21 @@
 """A dataset from what a Python program has: arrays, tensors, lists of files or of images, and labels or their names."""
 
 import concurrent.futures
+import contextlib
 import functools
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from ddgan_jax.config.check import checked, to_plain
+from ddgan_jax.config.types import ImageSize
 from ddgan_jax.data import decoding
 from ddgan_jax.data.archives import EXCERPT_BYTES
 from ddgan_jax.data.headers import MAX_DEFAULT_SIZE
-from ddgan_jax.data.sources import Data
+from ddgan_jax.data.sources import Data, check_values
 from ddgan_jax.devices import processes
 from ddgan_jax.errors import UserError, of_a_file
 from ddgan_jax.storage import paths
@@ -37,22 +41,68 @@ def as_data(
             - points, float [N, d];
             - a `Data`.
         labels: Integers [N] from 0 to K-1, or names of classes, text [N].
-        classes: Names of the K classes. By default those in `labels`, sorted, or '0', '1', ...
+        classes: Different names of the K classes, with `labels` only. By default those in `labels`, sorted, or
+            '0', '1', ...
         value_range: The numbers that stand for black and white, such as (0, 1) or (-1, 1).
         image_size: Side in pixels to which images are cropped and resized. Arrays are square and unchanged without it;
             for lists, the default is the largest power of two not above the median shorter side, and at most 256.
 
     Raises:
-        UserError: the images or labels are of another kind, shape or range.
+        UserError: an argument is of another kind, shape or range.
     """
+    names = as_names(classes)
+    image_size = checked(to_plain(image_size), ImageSize | None, "image_size")
+    _check_range(value_range)
     if isinstance(images, Data):
-        if labels is not None:
-            raise UserError("labels are given twice: they belong into Data(images, labels)")
+        if labels is not None or names:
+            twice = "classes" if labels is None else "labels"
+            raise UserError(f"{twice} are given twice: they belong into Data(images, labels, classes)")
         return images
+    if labels is None and names:
+        raise UserError(f"classes={names} name the labels, and there are none: pass labels too, or no classes")
     examples = _from_list(images, image_size) if _is_list(images) else _from_array(images, value_range, image_size)
     if labels is None:
         return Data(examples)
-    return Data(examples, *_as_labels(labels, tuple(classes)))
+    return Data(examples, *_as_labels(labels, names))
+
+
+def as_names(classes: Any) -> tuple[str, ...]:
+    """Names of classes as a tuple. Raises UserError unless they are text, and different."""
+    names: tuple[Any, ...] = (None,)
+    with contextlib.suppress(TypeError):  # raised for everything that cannot be iterated over
+        names = (None,) if isinstance(classes, str) else tuple(classes)
+    if not all(isinstance(name, str) for name in names):
+        raise UserError(f"classes={to_plain(classes)!r:.100} must be names, such as ('cat', 'dog')")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"classes={names!r:.100} have the name {twice[0]!r} twice: pass different names")
+    return names
+
+
+def are_names(labels: Any) -> bool:
+    """Whether labels are names of classes: text, and not integers."""
+    found = _as_array("labels", labels)
+    return found.dtype.kind in "OUS" and all(isinstance(name, str) for name in found.ravel().tolist())
+
+
+def _as_array(name: str, value: Any) -> np.ndarray:
+    """Lists, tensors or arrays as an array of NumPy. Raises UserError for lists of different lengths."""
+    if hasattr(value, "detach"):  # a tensor of PyTorch
+        value = value.detach().cpu().numpy()
+    try:
+        return np.asanyarray(value)  # which keeps the mask of a masked array, so that it is refused
+    except ValueError as error:
+        raise UserError(f"the {name} are no array: {error}") from error
+
+
+def _check_range(value_range: Any) -> None:
+    """Raises UserError unless there is no range, or it is two finite numbers in ascending order."""
+    try:
+        low, high = (0, 1) if value_range is None else value_range
+        valid = bool(-math.inf < low < high < math.inf)
+    except (TypeError, ValueError):  # of another length, or of no numbers
+        valid = False
+    if not valid:
+        raise UserError(f"value_range={value_range!r:.100} must be the numbers of black and white, such as (0, 1)")
 
 
 def _is_list(images: Any) -> bool:
@@ -68,9 +118,8 @@ def _is_one(image: Any) -> bool:
 
 def _from_array(images: Any, value_range: Range | None, size: int | None) -> np.ndarray:
     """uint8 [N, H, W, C] from an array of images, or float points [N, d]."""
-    if hasattr(images, "detach"):  # a tensor of PyTorch
-        images = images.detach().cpu().numpy()
-    array = np.asarray(images)
+    array = _as_array("images", images)
+    check_values(array)
     if array.ndim < 3:
         return array  # points, which `Data` checks
     if array.ndim == 4 and array.shape[-1] not in (1, 3, 4) and array.shape[1] in (1, 3, 4):
@@ -101,9 +150,9 @@ def _to_uint8(array: np.ndarray, value_range: Range | None) -> np.ndarray:
         except UserError as error:
             raise UserError(f"{error}, or pass value_range, the numbers of black and white") from error
         return array
+    if not array.size:
+        raise UserError(f"the set is empty: there must be at least one image, but these are {list(array.shape)}")
     low, high = value_range
-    if not low < high:
-        raise UserError(f"value_range={value_range} must be the numbers of black and white, such as (0, 1)")
     found = float(array.min()), float(array.max())
     if not (low <= found[0] and found[1] <= high):
         raise UserError(
@@ -165,7 +214,8 @@ def _as_pillow(image: Any) -> Any:
 
     if hasattr(image, "getexif"):
         return image
-    array = np.asarray(image)
+    array = np.asanyarray(image)
+    check_values(array)
     array = array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array
     if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (3, 4))):
         raise UserError(
@@ -182,11 +232,16 @@ def _in_threads(function: Any, items: Any) -> list[Any]:
 
 def _as_labels(labels: Any, classes: tuple[str, ...]) -> tuple[Any, tuple[str, ...]]:
     """Labels as integers, and the names of the classes."""
-    found = np.asarray(labels)
-    if found.dtype.kind not in "OUS" or not all(isinstance(name, str) for name in found.ravel().tolist()):
+    found = _as_array("labels", labels)
+    if not are_names(found):
         return found, classes
+    if found.ndim != 1:
+        raise UserError(f"labels must be integers or names [N], one for each image, but these are {list(found.shape)}")
     names = classes or tuple(sorted(set(found.tolist())))
     if unknown := sorted(set(found.tolist()) - set(names)):
-        raise UserError(f"the label {unknown[0]!r} is none of the classes {', '.join(names)}")
+        raise UserError(
+            f"the label {unknown[0]!r} is none of the classes {', '.join(names)}: labels are these names, or integers "
+            f"from 0 to {len(names) - 1}"
+        )
     index = {name: i for i, name in enumerate(names)}
     return np.array([index[name] for name in found.tolist()], np.int32), names

@@ -210,8 +210,7 @@ def _checked_examples(images: Any) -> Any:
     shape = getattr(images, "shape", None)
     if shape is None or not isinstance(getattr(images, "dtype", None), np.dtype):
         raise UserError(f"the images are a {type(images).__name__}: convert them with np.asarray(images)")
-    if isinstance(images, np.ma.MaskedArray):
-        raise UserError("the images are a masked array: fill its masked values with images.filled(0)")
+    check_values(images)
     found = f"these are {images.dtype} {list(shape)}"
     if len(shape) == 2 and images.dtype.kind == "f":
         with np.errstate(over="ignore"):  # an overflow gives infinity, which the next lines refuse
@@ -229,6 +228,14 @@ def _checked_examples(images: Any) -> Any:
     if images.dtype != np.uint8:
         raise UserError(f"images must be uint8 from 0 to 255, but {found}{_conversion_to_uint8(images)}")
     return images
+
+
+def check_values(images: Any) -> None:
+    """Raises UserError for a masked array, or one of complex numbers: conversions would drop a part of them."""
+    if isinstance(images, np.ma.MaskedArray):
+        raise UserError("the images are a masked array: fill its masked values with images.filled(0)")
+    if images.dtype.kind == "c":
+        raise UserError(f"the images are {images.dtype}, and must be real numbers: pass images.real or np.abs(images)")
 
 
 def _conversion_to_uint8(images: Any) -> str:
@@ -255,6 +262,8 @@ def _checked_labels(labels: Any, num_examples: int, num_classes: int) -> np.ndar
     Raises UserError unless there is one label for each example, from 0 to `num_classes` - 1; `num_classes` 0 means that
     the number is not known.
     """
+    if isinstance(labels, np.ma.MaskedArray):
+        raise UserError("the labels are a masked array: leave the examples without a label out, and pass labels.data")
     labels = np.asarray(labels)
     expected = f"there are {num_examples:,} examples" + (f" of {num_classes} classes" if num_classes else "")
     if labels.dtype.kind not in "iu":

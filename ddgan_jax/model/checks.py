@@ -36,6 +36,13 @@ def as_posterior(posterior: Any) -> str:
     return posterior
 
 
+def as_path(path: Any) -> str:
+    """A path as text. Raises UserError for a value that is no path."""
+    if not isinstance(path, str | os.PathLike):
+        raise UserError(f"path={path!r:.100} must be text or a path, such as 'runs/digits'")
+    return os.fspath(path)
+
+
 def as_array(name: str, value: Any) -> np.ndarray:
     """An array-like value as a NumPy array. Raises UserError for lists of different lengths."""
     try:

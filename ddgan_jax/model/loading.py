@@ -10,6 +10,7 @@ from ddgan_jax.config.settings import Config, read
 from ddgan_jax.devices import processes
 from ddgan_jax.errors import UserError
 from ddgan_jax.method import build
+from ddgan_jax.model.checks import as_path
 from ddgan_jax.model.classes import names_of, read_names
 from ddgan_jax.model.model import Model
 from ddgan_jax.storage import checkpoint, paths, safetensors
@@ -70,7 +71,7 @@ def load(path: str | os.PathLike, config: Any = None, **hints: Any) -> Model:
         UserError: there is no model, or hints are missing or contradict the weights.
         Fault: the model is damaged or cannot be read.
     """
-    path, about, trained_on, classes = os.fspath(path), dict[str, str](), None, None
+    path, about, trained_on, classes = as_path(path), dict[str, str](), None, None
     if path.endswith(".pth"):
         given = None if config is None else read(config)
         found = processes.broadcast_from_primary(lambda: files.read(path, given, **hints))

@@ -24,7 +24,7 @@ from ddgan_jax.method.diffusion import q_sample
 from ddgan_jax.method.sampling import Denoiser, bind
 from ddgan_jax.method.train_step import to_x0
 from ddgan_jax.model import export
-from ddgan_jax.model.checks import as_count, as_half, as_integer, as_posterior, as_seed, check_about
+from ddgan_jax.model.checks import as_count, as_half, as_integer, as_path, as_posterior, as_seed, check_about
 from ddgan_jax.model.classes import labels_of, names_of
 from ddgan_jax.model.inputs import as_input, as_known
 from ddgan_jax.model.sampler import POSTERIORS, Sampler, in_batches, noise_of, rows, to_images
@@ -259,7 +259,7 @@ class Model:
             UserError: `path` does not end in .safetensors, `about` is not text by name, or float16 is too narrow.
             OSError: the file cannot be written.
         """
-        if not os.fspath(path).endswith(".safetensors"):
+        if not as_path(path).endswith(".safetensors"):
             raise UserError(f"{path} must end in .safetensors")
         check_about(about or {})
         arrays = checkpoint.flatten(self.params)

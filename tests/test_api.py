@@ -9,7 +9,9 @@ from PIL import Image
 
 import ddgan_jax
 from ddgan_jax.commands import api
+from ddgan_jax.commands import evaluate as evaluation
 from ddgan_jax.config import presets
+from ddgan_jax.config.settings import DataConfig
 from ddgan_jax.data import sources
 from ddgan_jax.data.arrays import as_data
 from ddgan_jax.errors import UserError
@@ -152,12 +154,41 @@ def named():
     return dataclasses.replace(ddgan_jax.load("digits_conditional"), classes=NAMES)
 
 
+def test_labels_that_are_names_have_the_indices_of_the_model(named):
+    """Not those of their alphabetical order: the measures are those of integer labels."""
+    digits, options = sources.open_data(DataConfig("digits")), dict(num_samples=100)
+    names = np.array(NAMES)[digits.labels()]
+    found, expected = (
+        ddgan_jax.evaluate(named, digits.images, labels, **options) for labels in (names, digits.labels())
+    )
+    assert found["label_agreement"] > 0.8 and found == expected
+
+
+@pytest.mark.parametrize("classes", [NAMES[::-1], ("naught", *NAMES[1:])])
+def test_data_of_other_classes_is_not_compared(named, classes, monkeypatch):
+    """From Python and on the command line."""
+    digits = sources.open_data(DataConfig("digits"))
+    other = sources.Data(digits.images, digits.labels(), classes)
+    message = "trained on the classes zero, one, .*, nine, and those of the data are n.*: evaluate it on data of the sa"
+    with pytest.raises(UserError, match=message):
+        ddgan_jax.evaluate(named, other, num_samples=20)
+    with pytest.raises(UserError, match=message):
+        evaluation.model_samples(named, named.sampler(), other, 20, 0)
+    for known in (digits, dataclasses.replace(other, classes=NAMES)):  # numbers are no names
+        assert len(evaluation.model_samples(named, named.sampler(), known, 20, 0)[2]) == 20
+
+
 POINTS = RNG.normal(size=(50, 2)).astype(np.float32)
 
 
 @pytest.mark.parametrize(
     "arguments, options, message",
     [
+        (
+            (GREY, ["ten"] * 12),
+            {},
+            "the label 'ten' is none of the classes zero, .*: labels are these names, or ",
+        ),
         ((GREY,), {"seed": -1}, "seed=-1 must be an integer from 0 to 4294967295"),
         ((GREY,), {"seed": 2**33}, "seed=8589934592 must be an integer from 0"),
         ((GREY,), {"num_samples": 10.5}, "num_samples=10.5 must be an integer from 0"),

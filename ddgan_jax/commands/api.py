@@ -8,9 +8,10 @@ import jax
 import numpy as np
 
 from ddgan_jax.commands import train as training
+from ddgan_jax.commands.checks import check_classes
 from ddgan_jax.config import presets
 from ddgan_jax.config.settings import Config, as_dict, read
-from ddgan_jax.data.arrays import Range, as_data, as_names
+from ddgan_jax.data.arrays import Range, are_names, as_data, as_names
 from ddgan_jax.data.batches import match_label_frequencies
 from ddgan_jax.data.resolve import labels_of
 from ddgan_jax.data.sources import IN_PYTHON, Data
@@ -136,7 +137,8 @@ def evaluate(
     Args:
         samples: A `Model`, which generates them, or images in one of the forms of `data.arrays.as_data`.
         real: The real images, in one of these forms; None for the dataset of the model's training.
-        labels: Classes of the real images, which `eval__features="classifier"` needs.
+        labels: Classes of the real images, which `eval__features="classifier"` needs: integers, or names of a
+            class-conditional model's `classes`.
         num_samples: Number of samples that a model generates; 0 stands for its `config.eval.num_samples`.
         seed: Seed of a model's samples.
         value_range: The numbers that stand for black and white in arrays that are not uint8.
@@ -144,7 +146,7 @@ def evaluate(
         **fields: Fields of the configuration, such as `eval__features="inception"`.
 
     Returns the measures by name, and what they were measured with. Raises UserError if an argument is invalid, the
-    images do not compare, or weights or labels are missing.
+    images or the classes do not compare, or weights or labels are missing.
     """
     model = samples if isinstance(samples, Model) else None
     seed, num_samples = as_seed(seed), as_integer("num_samples", num_samples, 0, MAX_INDEX + 1)
@@ -153,7 +155,7 @@ def evaluate(
     size = image_size or (shape[0] if len(shape) == 3 else None)
     data = None
     if real is not None:
-        data = _real_images(real, labels, value_range, size)
+        data = _real_images(model, real, labels, value_range, size)
         config = _for_data(config, data, conditional=False)
     elif not model:
         raise UserError("samples need real images to be compared with: evaluate(samples, real)")
@@ -175,9 +177,10 @@ def evaluate(
     return {name: value.item() if isinstance(value, np.generic) else value for name, value in found.items()}
 
 
-def _real_images(real: Any, labels: Any, value_range: Range | None, size: int | None) -> Data:
-    """The real images of an evaluation."""
-    data = as_data(real, labels, (), value_range, size)
+def _real_images(model: Model | None, real: Any, labels: Any, value_range: Range | None, size: int | None) -> Data:
+    """The real images of an evaluation. Labels that are names get the indices of the classes of the model."""
+    names = model.classes if model and are_names(labels) else ()
+    data = as_data(real, labels, names, value_range, size)
     if len(data.images.shape) == 2:
         raise UserError(
             f"the real data are points {list(data.images.shape)}, and points are compared with the 25 Gaussians "
@@ -190,4 +193,5 @@ def _sample_labels(model: Model, data: Data | None, name: str, count: int) -> np
     """Classes of a model's samples: as frequent as in dataset `name`, or equally frequent if that has no labels."""
     if not (data and data.labels and model.num_classes):
         return model.labels(None, count)
+    check_classes(model, data)
     return match_label_frequencies(labels_of(data, model.num_classes, name), count)

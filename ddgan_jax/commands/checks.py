@@ -7,10 +7,12 @@ from typing import Any
 import jax
 
 from ddgan_jax.data.sketch import difference
+from ddgan_jax.data.sources import Data
 from ddgan_jax.devices.processes import say
 from ddgan_jax.errors import UserError
 from ddgan_jax.method.state import num_bytes
 from ddgan_jax.method.train_step import Method
+from ddgan_jax.model.model import Model
 from ddgan_jax.storage.paths import Path
 
 
@@ -34,6 +36,21 @@ def check_data(before: dict[str, Any] | None, now: dict[str, Any], path: Path, r
         )
     if found:
         say(f"note: the data is not that of the start of the run: {found}")
+
+
+def check_classes(model: Model, data: Data) -> None:
+    """Raises UserError if the model and the data name their classes, and the names or their order differ.
+
+    The numbers of the model's classes would stand for other classes of the data. Names that are only numbers, such as
+    those of integer labels, are not compared.
+    """
+    trained, found = tuple(model.classes), tuple(data.classes)
+    named = all(any(not name.isdecimal() for name in names) for names in (trained, found))
+    if named and data.labels and trained != found:
+        raise UserError(
+            f"the model was trained on the classes {', '.join(trained)}, and those of the data are "
+            f"{', '.join(found)}: evaluate it on data of the same classes, in the same order"
+        )
 
 
 def check_memory(method: Method, shapes: Any) -> None:

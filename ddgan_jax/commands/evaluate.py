@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from ddgan_jax.commands import figures
+from ddgan_jax.commands.checks import check_classes
 from ddgan_jax.commands.sample_files import Samples, as_grey, file_samples
 from ddgan_jax.config.settings import Config, read
 from ddgan_jax.data.batches import match_label_frequencies
@@ -185,10 +186,14 @@ def _readable(value: Any) -> str:
 
 
 def model_samples(model: Model, sampler: Sampler, data: Data | None, count: int, seed: int) -> Samples:
-    """Samples 0..count-1 of `seed`; of a class-conditional model, with classes as frequent as in `data`."""
-    labels = (
-        match_label_frequencies(labels_of(data, model.num_classes, model.config.data.name), count) if data else None
-    )
+    """Samples 0..count-1 of `seed`; of a class-conditional model, with classes as frequent as in `data`.
+
+    Raises UserError if the data has other classes than the model.
+    """
+    labels = None
+    if data:
+        check_classes(model, data)
+        labels = match_label_frequencies(labels_of(data, model.num_classes, model.config.data.name), count)
     return sampler.chunks(model.params, seed, count, labels), count, labels, {"step": model.step, "seed": seed}
 
 

@@ -210,6 +210,11 @@ def test_what_is_not_evaluated(named, arguments, options, message):
             ddgan_jax.evaluate(POINTS, *arguments)
 
 
+def test_a_number_of_samples_is_for_a_model():
+    with pytest.raises(UserError, match="num_samples=5 is for a model, which generates them"):
+        ddgan_jax.evaluate(GREY, GREY, num_samples=5)
+
+
 def test_points(tmp_path):
     points = RNG.normal(0, 3, (200, 2))
     fields = {"train__num_steps": 2, "log__tensorboard": False}

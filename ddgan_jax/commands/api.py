@@ -150,6 +150,8 @@ def evaluate(
     """
     model = samples if isinstance(samples, Model) else None
     seed, num_samples = as_seed(seed), as_integer("num_samples", num_samples, 0, MAX_INDEX + 1)
+    if num_samples and not model:
+        raise UserError(f"num_samples={num_samples} is for a model, which generates them: pass as many images instead")
     config = as_dict(model.config if model else presets.get("digits"))
     shape = model.denoiser.image_shape if model else ()
     size = image_size or (shape[0] if len(shape) == 3 else None)

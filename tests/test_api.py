@@ -86,7 +86,10 @@ def test_labels(labels, classes, ids, names):
 @pytest.mark.parametrize(
     "images, options, message",
     [
-        (COLOUR / 255, {}, r"convert them with np.round\(images \* 255\).*, or pass value_range"),
+        (COLOUR / 255, {}, r"the images are float64 from 0 to 1, and not uint8: pass value_range"),
+        (COLOUR[..., 0] // 16, {"value_range": (0, np.nan)}, "must be the numbers of black and white"),
+        (np.where(COLOUR > 9, np.nan, COLOUR), {"value_range": (0, 9)}, r"hold [0-9,]+ NaN: replace them"),
+        (COLOUR.reshape(len(COLOUR), -1) / 255, {"value_range": (0, 1)}, r"holds points: images are \[N, H, W\]"),
         (COLOUR, {"value_range": (0, 1)}, r"from 0 to 255, not in value_range=\(0, 1\)"),
         (COLOUR, {"value_range": (1, 0)}, "must be the numbers of black and white"),
         (COLOUR[:, :4], {}, "the images are 4x8, and networks take squares: image_size=4 crops"),
@@ -233,7 +236,7 @@ def test_points(tmp_path):
         (dict(labels=[0, 1], preset="digits:smoke"), "labels and classes are those of images: pass images too"),
         (dict(images="nowhere", preset="image_folder:small"), "data.path='nowhere' does not exist"),
         (dict(images=COLOUR[:, :6, :6], preset="digits:smoke", generator__ch_mult=(1, 2, 2)), "image_size=6 does not"),
-        (dict(images=COLOUR / 255), "convert them with"),
+        (dict(images=COLOUR / 255), "pass value_range"),
     ],
 )
 def test_errors_come_before_anything_is_written(tmp_path, arguments, message):

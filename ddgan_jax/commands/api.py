@@ -20,6 +20,7 @@ from ddgan_jax.errors import UserError
 from ddgan_jax.metrics.evaluator import Results, measure, open_evaluator
 from ddgan_jax.metrics.features import open_real_images
 from ddgan_jax.model.checks import as_integer, as_seed
+from ddgan_jax.model.classes import LISTED
 from ddgan_jax.model.loading import load
 from ddgan_jax.model.model import MAX_INDEX, Model
 
@@ -182,6 +183,9 @@ def evaluate(
 def _real_images(model: Model | None, real: Any, labels: Any, value_range: Range | None, size: int | None) -> Data:
     """The real images of an evaluation. Labels that are names get the indices of the classes of the model."""
     names = model.classes if model and are_names(labels) else ()
+    if model and labels is not None and not names and not all(map(str.isdecimal, model.classes)):
+        listed = ", ".join(f"{i} {name}" for i, name in enumerate(model.classes[:LISTED]))
+        say(f"note: labels that are integers are indices of the model's classes: {listed}")
     data = as_data(real, labels, names, value_range, size)
     if len(data.images.shape) == 2:
         raise UserError(

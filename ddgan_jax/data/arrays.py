@@ -121,6 +121,11 @@ def _from_array(images: Any, value_range: Range | None, size: int | None) -> np.
     array = _as_array("images", images)
     check_values(array)
     if array.ndim < 3:
+        if value_range is not None:
+            raise UserError(
+                f"value_range is for images, and an array {list(array.shape)} holds points: images are [N, H, W], "
+                "such as images.reshape(-1, 8, 8)"
+            )
         return array  # points, which `Data` checks
     if array.ndim == 4 and array.shape[-1] not in (1, 3, 4) and array.shape[1] in (1, 3, 4):
         array = array.transpose(0, 2, 3, 1)  # channels first, as in PyTorch
@@ -145,15 +150,18 @@ def _to_uint8(array: np.ndarray, value_range: Range | None) -> np.ndarray:
     """Numbers in `value_range` as 0 to 255. Raises UserError if they are not in it, or if it is needed and missing."""
     if value_range is None:
         array = array.astype(np.uint8) * 255 if array.dtype == bool else array
-        try:
-            Data(array[..., :3])  # which checks the type
-        except UserError as error:
-            raise UserError(f"{error}, or pass value_range, the numbers of black and white") from error
-        return array
+        if array.dtype == np.uint8 or not array.size or array.dtype.kind not in "iuf":
+            return array  # which `Data` checks
+        raise UserError(
+            f"the images are {array.dtype} from {array.min():.6g} to {array.max():.6g}, and not uint8: pass "
+            "value_range, the numbers of black and white, such as (0, 1) or (0, 255)"
+        )
     if not array.size:
         raise UserError(f"the set is empty: there must be at least one image, but these are {list(array.shape)}")
     low, high = value_range
     found = float(array.min()), float(array.max())
+    if np.isnan(found[0]):
+        raise UserError(f"the images hold {np.isnan(array).sum():,} NaN: replace them by numbers in {value_range}")
     if not (low <= found[0] and found[1] <= high):
         raise UserError(
             f"the images have values from {found[0]:.6g} to {found[1]:.6g}, not in value_range={value_range}"

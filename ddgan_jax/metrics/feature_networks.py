@@ -102,6 +102,7 @@ def classifier_network(c: Config, data: sources.Data) -> tuple[Network, dict[str
     def read_or_train() -> Any:
         params = read_cached(path, lambda: checkpoint.unflatten(npz.read_npz(path), shapes, str(path)))
         if params is None:
+            processes.say(f"training a classifier of {base} for evaluations, which is kept for the next start")
             params = classifier.train(x, y, count, lambda steps: tqdm(steps, f"classifier of {base}", disable=None))
             write_cached(path, lambda file: np.savez(file, **checkpoint.flatten(params)))  # type: ignore[arg-type]
         return jax.device_get(params)

@@ -121,7 +121,7 @@ def say_where(run: Run) -> None:
     if run.step:
         say(f"resuming from step {run.step}")
     every = run.config.log.samples_every
-    when = f"every {every:,} steps" if every else "at the end"
+    when = f"every {every:,} steps" if every and every < run.num_steps else "at the end"
     files = f"{run.path / 'samples'} and {run.path / 'curves.png'}"
     say(f"{run.num_steps - run.step:,} steps to train; images {when}: {files}")
 

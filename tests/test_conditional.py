@@ -251,7 +251,7 @@ NAMES = ("ant", "Zebra", "1", "\udce9", "ant hill")  # the fourth as the name of
 
 
 def test_a_class_by_its_name(model):
-    """What is no name of a class, and no index, is an error that lists the names."""
+    """A label that is neither a name nor an index of a class is refused, and the error lists the names."""
     named = dataclasses.replace(model, classes=("ant", "Zebra", "1"))
     assert model.classes == ("0", "1", "2") and model.num_classes == 3
     np.testing.assert_array_equal(named.sample(3, label=["1", "ant", "Zebra"]), named.sample(3, label=[2, 0, 1]))

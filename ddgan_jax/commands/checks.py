@@ -1,4 +1,4 @@
-"""Checks before a training starts or resumes: the run's own data, and enough memory."""
+"""Checks before a training or an evaluation: the data is that of the run or the model, and the memory suffices."""
 
 import math
 import os

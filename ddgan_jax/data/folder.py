@@ -31,7 +31,6 @@ from ddgan_jax.devices import processes
 from ddgan_jax.errors import Fault, UserError, is_missing
 from ddgan_jax.storage import paths
 
-MAX_DEFAULT_SIZE = 256  # px: the paper's largest, unless the user specifies one
 WINDOW = 256  # files that are processed ahead of the one that is returned
 UNFINISHED = ".unfinished"  # a file in a folder to which samples are being written
 MAX_SKIPPED = 10  # files that may be skipped, however few there are

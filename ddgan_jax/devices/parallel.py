@@ -6,10 +6,11 @@ an example's index in the *global* batch, so results do not depend on the number
 """
 
 import collections
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -77,12 +78,10 @@ def compile_steps(steps: Iterable[Callable], state: Any, batch: Any) -> list[Fut
     program is compiled in the background as soon as it is traced, in parallel with the others, since XLA does much of
     its work in one thread per program.
     """
-    compile_, threads = compiler.compiler_for(state), ThreadPoolExecutor()
+    compile_ = compiler.compiler_for(state)
     with compiler.collector_paused():
         lowered = (map_step(step).lower(state, batch) for step in steps)
-        futures = [threads.submit(compile_, program) for program in lowered]
-    threads.shutdown(wait=False)
-    return futures
+        return [compiler.in_background(functools.partial(compile_, program)) for program in lowered]
 
 
 def _sharding(*axes: str) -> NamedSharding:

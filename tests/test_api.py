@@ -111,6 +111,9 @@ def test_labels(labels, classes, ids, names):
         ([[1], [2, 3]], {}, "the images are no array: "),
         (GREY, {"labels": ["a"] * 12, "classes": ("b",)}, "the label 'a' is none of the classes b"),
         (GREY, {"labels": [0]}, "labels must be integers"),
+        (GREY, {"labels": [0, None] * 6}, r"labels must be integers .* object \[12\]: some are None; leave the examples"),
+        (GREY, {"labels": [0.0, 1.0] * 6}, r"float64 \[12\]: convert them with labels.astype\(int\)"),
+        (GREY, {"labels": np.eye(3, dtype=int)[[0, 1, 2] * 4]}, r"one-hot \[12, 3\]: labels.argmax\(-1\)"),
         (GREY, {"labels": [["a", "b"]] * 12}, r"labels must be integers or names \[N\], .* these are \[12, 2\]"),
         (GREY, {"labels": [[1], [2, 3]] * 6}, "the labels are no array: "),
         (GREY, {"labels": np.ma.masked_equal([0, 1] * 6, 1)}, "the labels are a masked array"),
@@ -229,12 +232,12 @@ def test_points(tmp_path):
     "arguments, message",
     [
         (dict(images=COLOUR, preset="digit"), "there is no configuration 'digit'"),
-        (dict(images=COLOUR, preset="digits:smoke", train__num_step=3), "did you mean train.num_steps"),
+        (dict(images=COLOUR, preset="digits:smoke", train__num_step=3), "did you mean train__num_steps"),
         (dict(images=COLOUR, preset="digits:smoke", training__num_steps=3), "there is no setting training.num_steps"),
         (dict(images="photos", labels=[1]), "the classes of a folder are its subfolders"),
         (dict(images="photos", classes=("a", "b")), "the classes of a folder are its subfolders"),
         (dict(labels=[0, 1], preset="digits:smoke"), "labels and classes are those of images: pass images too"),
-        (dict(images="nowhere", preset="image_folder:small"), "data.path='nowhere' does not exist"),
+        (dict(images="nowhere", preset="image_folder:small"), "data__path='nowhere' does not exist"),
         (dict(images=COLOUR[:, :6, :6], preset="digits:smoke", generator__ch_mult=(1, 2, 2)), "image_size=6 does not"),
         (dict(images=COLOUR / 255), "pass value_range"),
     ],
@@ -243,6 +246,16 @@ def test_errors_come_before_anything_is_written(tmp_path, arguments, message):
     with pytest.raises(UserError, match=message):
         ddgan_jax.train(**arguments, workdir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_errors_name_arguments(tmp_path):
+    fields = {"train__num_steps": 2, "log__tensorboard": False}
+    ddgan_jax.train(COLOUR, workdir=tmp_path, preset="digits:smoke", **fields)
+    message = rf"workdir={tmp_path} holds a run on other data .*\(train__init_from={tmp_path} starts .* restart=True"
+    with pytest.raises(UserError, match=message):
+        ddgan_jax.train(255 - COLOUR, workdir=tmp_path, preset="digits:smoke", **fields)
+    with pytest.raises(UserError, match=r"needs labels, .* set eval__features=inception"):
+        ddgan_jax.evaluate(COLOUR, COLOUR, eval__features="classifier")
 
 
 def test_the_older_form_names_the_new_one(tmp_path):

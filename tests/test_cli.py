@@ -168,6 +168,31 @@ def test_names_in_a_message_become_flags():
     )
 
 
+def test_names_in_a_message_become_arguments():
+    text = "--workdir=x: set --config.train.lr_g or data.path, not config.data.dir, --samples=a--b, or pass --restart"
+    assert presets.as_arguments(text) == (
+        "workdir=x: set train__lr_g or data__path, not config.data.dir, samples=a--b, or pass restart=True"
+    )
+
+
+@pytest.mark.parametrize(
+    "program, installed, expected",
+    [
+        ("/a b/main.py", False, "python '/a b/main.py'"),
+        ("/x/ddgan_jax/__main__.py", True, "python -m ddgan_jax"),
+        ("/bin/ddgan-jax", True, "ddgan-jax"),
+        ("mine.py", True, "ddgan-jax"),
+        ("mine.py", False, "python -m ddgan_jax"),
+    ],
+)
+def test_the_commands_to_try_next_begin_as_this_one(program, installed, expected, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [program])
+    monkeypatch.setattr(sys, "orig_argv", ["python", program])
+    monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}" if installed else None)
+    config = read(presets.get("digits:smoke"))
+    assert next_commands("runs/x", config, None)[0][0] == f"{expected} --mode=sample --workdir=runs/x"
+
+
 def test_the_commands_that_a_training_prints_run_as_printed(tmp_path):
     """Also from another directory; an evaluation that lacks weights or labels is not among them."""
     command = [sys.executable, str(ROOT / "main.py"), "--config=gaussians:smoke", "--config.train.num_steps=2"]

@@ -1,7 +1,8 @@
 """Training and evaluation from Python, on the arrays, files and labels that a program has."""
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from ddgan_jax.data.batches import match_label_frequencies
 from ddgan_jax.data.resolve import labels_of
 from ddgan_jax.data.sources import IN_PYTHON, Data
 from ddgan_jax.devices.processes import say
-from ddgan_jax.errors import UserError
+from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.metrics.evaluator import Results, measure, open_evaluator
 from ddgan_jax.metrics.features import open_real_images
 from ddgan_jax.model.checks import as_integer, as_seed
@@ -25,6 +26,16 @@ from ddgan_jax.model.loading import load
 from ddgan_jax.model.model import MAX_INDEX, Model
 
 
+@contextlib.contextmanager
+def _errors_of_python() -> Iterator[None]:
+    """A context whose errors name arguments, which a program passes, and not flags."""
+    try:
+        yield
+    except (UserError, Fault) as error:
+        raise type(error)(presets.as_arguments(str(error))) from error
+
+
+@_errors_of_python()
 def train(
     images: Any = None,
     labels: Any = None,
@@ -87,6 +98,7 @@ def train(
     return load(workdir)
 
 
+
 def _default_preset(shape: tuple[int, ...] | None) -> str:
     """The configuration for examples of a shape, None for a folder of images, on the present device."""
     if shape is not None and len(shape) == 1:
@@ -122,6 +134,7 @@ def _with_fields(config: dict[str, Any], fields: dict[str, Any]) -> Config:
     return read(config)
 
 
+@_errors_of_python()
 def evaluate(
     samples: Any,
     real: Any = None,

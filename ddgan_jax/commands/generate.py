@@ -109,11 +109,18 @@ def default_start_step(model: Model) -> int:
     return max(1, model.num_steps // 2)
 
 
+def note_classes(model: Model, label: Any = None, **options: Any) -> None:
+    """Reports that the variants of an image are of all classes, where no `label` chooses one."""
+    if model.num_classes and label is None:
+        processes.say(f"note: the variants take the {model.num_classes} classes in turn; --label chooses one")
+
+
 def edit(model: Model, out: str, image: str, start_step: int | None, num: int, **options: Any) -> None:
     """Write the image, then `num` variants of it from step `start_step`."""
     check_out(out, ".png", ".npz", *_directory(model), num=num)
     start_step = default_start_step(model) if start_step is None else start_step
     given = read_image(model, image)
+    note_classes(model, **options)
     save_with_input(given, model.edit(given, start_step, num, **options), out)
 
 
@@ -121,6 +128,7 @@ def inpaint(model: Model, out: str, image: str, mask: str, num: int, rounds: int
     """Write the image with its hole in grey, then `num` variants that fill it in."""
     check_out(out, ".png", ".npz", *_directory(model), num=num)
     given, hole = read_image(model, image), read_mask(model, mask)
+    note_classes(model, **options)
     images = model.inpaint(given, ~hole, num, rounds, **options)
     save_with_input(np.where(hole[..., None], np.uint8(127), given), images, out)
 

@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -40,6 +41,8 @@ def next_commands(workdir: str, c: Config, data: Data | None) -> tuple[list[str]
     The command that evaluates is left out without `data`, and where it cannot run: a note then says why.
     """
     script = {"main.py": shlex.quote(sys.argv[0]), "__main__.py": "-m ddgan_jax"}.get(os.path.basename(sys.argv[0]))
+    if script is None and not shutil.which("ddgan-jax"):  # a program in a checkout, which does not install the command
+        script = "-m ddgan_jax"
     program = f"{shlex.quote(sys.orig_argv[0])} {script}" if script else "ddgan-jax"
     modes, note = {"sample": "", "evaluate": "", "demo": ""}, ""
     if ":" in c.eval.features:  # a function of the user's runs only where a flag names it

@@ -235,19 +235,19 @@ def begin_new_state(c: Config, shapes: Any, initialize: Callable[[], Any]) -> Fu
     With `train.init_from`, the generator starts from the moving average of another one, which is what that one samples
     with; the discriminator starts from the other's if there is one.
     """
-    named = load_initial_networks(c, shapes) if c.train.init_from else None
-    if named is None:
-        return compiler.in_background(lambda: jax.device_get(initialize()))
-    where, gen_params, disc_params = named
-    lacks = "" if disc_params else ", which holds no discriminator: a new one is initialized"
-    say(f"the networks are those of {where}{lacks}")
+    where, gen_params, disc_params = load_initial_networks(c, shapes) if c.train.init_from else ("", None, None)
+    if where:
+        lacks = "" if disc_params else ", which holds no discriminator: a new one is initialized"
+        say(f"the networks are those of {where}{lacks}")
 
-    def initialize_the_rest() -> Any:
+    def compute() -> Any:
         state = jax.device_get(initialize())
+        if not where:
+            return state
         discriminator = disc_params or state.disc_params
         return state.replace(gen_params=gen_params, ema_params=gen_params, disc_params=discriminator)
 
-    return compiler.in_background(initialize_the_rest)
+    return compiler.in_background(compute)
 
 
 def open_files(

@@ -281,7 +281,8 @@ def finish(run: Run, then: list[str], note: str) -> None:
             write_results(run, then)
         run.files.log.close()
     processes.barrier()  # no process exits while process 0 still writes
-    say(f"finished {run.step} steps in {clock(time.time() - run.started)}: see {final}")
+    duration = f" in {clock(time.time() - run.started)}" if run.first_step < run.step else ""
+    say(f"finished {run.step} steps{duration}: see {final}")
     say("next: " + "\n      ".join(then) + note)
 
 

@@ -152,11 +152,20 @@ def _check_field(path: str, config: ConfigDict) -> None:
     raise UserError(f"there is no flag --config.{path}: {hint}")
 
 
+_NAMES = "|".join(re.escape(name) for name in flat(as_dict(Config())) if "." in name)
+_FIELD = re.compile(rf"(?<![\w./-])({_NAMES})(?![\w.])")
+
+
 def as_flags(message: str) -> str:
     """A message of Python code as one of a command: --config.data.path for data.path, and --label for label."""
-    fields = "|".join(re.escape(name) for name in flat(as_dict(Config())) if "." in name)
-    message = re.sub(rf"(?<![\w./-])({fields})(?![\w.])", r"--config.\1", message)
+    message = _FIELD.sub(r"--config.\1", message)
     return re.sub(r"(?<![\w./-])(label|posterior|rounds|start_step|t)=", r"--\1=", message)
+
+
+def as_arguments(message: str) -> str:
+    """A message of a command as one of Python code: train__lr_g for --config.train.lr_g, and restart=True."""
+    message = _FIELD.sub(lambda found: found[1].replace(".", "__"), message.replace("--config.", ""))
+    return re.sub(r"(?<![\w-])--(?=[a-z])", "", message.replace("--restart", "restart=True"))
 
 
 def name_of(config: str) -> str:

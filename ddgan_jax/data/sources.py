@@ -54,6 +54,8 @@ class Data:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "images", _checked_examples(self.images))
+        if len(set(self.classes)) < len(self.classes):
+            raise UserError(f"classes={self.classes!r:.100} have a name twice: pass different names")
         if self.labels is None:
             return
         given, total, known = self.labels, len(self.images), len(self.classes)
@@ -267,7 +269,14 @@ def _checked_labels(labels: Any, num_examples: int, num_classes: int) -> np.ndar
     labels = np.asarray(labels)
     expected = f"there are {num_examples:,} examples" + (f" of {num_classes} classes" if num_classes else "")
     if labels.dtype.kind not in "iu":
-        raise UserError(f"labels must be integers [N], but these are {labels.dtype} {list(labels.shape)}")
+        hint = ""
+        if labels.dtype.kind == "O" and any(label is None for label in labels.ravel().tolist()):
+            hint = ": some are None; leave the examples without a label out"
+        elif labels.dtype.kind in "fb" and labels.ndim == 1:
+            hint = ": convert them with labels.astype(int)"
+        raise UserError(f"labels must be integers [N], but these are {labels.dtype} {list(labels.shape)}{hint}")
+    if labels.ndim == 2 and len(labels) == num_examples and np.all(np.sort(labels)[:, :-1] == 0):
+        raise UserError(f"labels must be integers [N], but these are one-hot {list(labels.shape)}: labels.argmax(-1)")
     if labels.shape != (num_examples,):
         raise UserError(
             f"labels must be integers [N], one for each example, but these are {list(labels.shape)}, and {expected}"

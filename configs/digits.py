@@ -12,7 +12,7 @@ from ddgan_jax.errors import UserError
 
 def get_config(variant: str = "") -> ConfigDict:
     """Networks small enough to train on a laptop in minutes."""
-    config = presets.get("cifar10")
+    config = presets.defaults()
     config.data.update(name="digits", image_size=8, channels=1, flip=False)  # mirrored digits are not digits
     config.generator.update(
         nf=16, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,), nz=32, z_emb_dim=64, n_mlp=2

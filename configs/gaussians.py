@@ -17,7 +17,7 @@ def get_config(variant: str = "") -> ConfigDict:
     sharpens them (the second table of `python -m experiments.why_gaussian_fails`). `octaves` give the networks inputs
     fine enough for modes that are 40 times narrower than their distance.
     """
-    config = presets.get("cifar10")
+    config = presets.defaults()
     config.data.update(name="gaussians", image_size=1, channels=2, flip=False, scale=4.0)
     config.model.update(network="mlp", data_std=2.83)
     # Fields of PointGenerator and PointDiscriminator

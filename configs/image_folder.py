@@ -12,10 +12,11 @@ from ddgan_jax.config import presets
 
 def get_config(variant: str = "paper") -> ConfigDict:
     """Image size, batch size and number of steps are resolved from the images, unless flags set them."""
-    config = presets.get("celeba_hq_256") if variant == "large" else presets.get("cifar10")
+    config = presets.get("celeba_hq_256") if variant == "large" else presets.defaults()
     config.data.update(name="image_folder", split="train", image_size=None, channels=None)
     config.train.update(num_steps=None, batch_size=None, steps_per_epoch=None)  # see ddgan_jax/data/resolve.py
     config.checkpoint.every = config.log.samples_every = None
+    config.eval.update(every=0, at_end=False)  # networks of ImageNet may not suit your images
     if variant == "large":
         config.diffusion.num_steps = 4
         return config

@@ -14,6 +14,7 @@ def get_config(variant: str = "paper") -> ConfigDict:
     # the first 120,000 images, as in the released code
     config.data.update(name="lsun_church", split="train[:120000]", image_size=256)
     config.diffusion.num_steps = 4
+    config.eval.every = 50_000
     config.train.update(
         num_steps=937_500,  # 500 epochs of 1,875 steps
         batch_size=64,  # 8 GPUs x 8

@@ -23,5 +23,5 @@ def get_config(variant: str = "paper") -> ConfigDict:
     config.loss.update(
         reconstruction=100.0, reconstruction_end=12.7
     )  # sharp digits first, the adversarial loss at the end
-    config.eval.update(every=3_000, online_samples=5_000)
+    config.eval.update(every=3_000, online_samples=5_000, at_end=False)
     return config

@@ -115,6 +115,9 @@ if "XDG_CACHE_HOME" not in os.environ:
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="ddgan_jax_cache")
     atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
+# Nothing is downloaded from the internet: an address that refuses connections.
+os.environ.setdefault("DDGAN_MIRROR", "http://127.0.0.1:1")
+
 LONG = ("test_one_replica_equals_four", "test_as_commands", "test_the_measures_of_the_paper")
 
 

@@ -111,7 +111,11 @@ def test_labels(labels, classes, ids, names):
         ([[1], [2, 3]], {}, "the images are no array: "),
         (GREY, {"labels": ["a"] * 12, "classes": ("b",)}, "the label 'a' is none of the classes b"),
         (GREY, {"labels": [0]}, "labels must be integers"),
-        (GREY, {"labels": [0, None] * 6}, r"labels must be integers .* object \[12\]: some are None; leave the examples"),
+        (
+            GREY,
+            {"labels": [0, None] * 6},
+            r"labels must be integers .* object \[12\]: some are None; leave the examples",
+        ),
         (GREY, {"labels": [0.0, 1.0] * 6}, r"float64 \[12\]: convert them with labels.astype\(int\)"),
         (GREY, {"labels": np.eye(3, dtype=int)[[0, 1, 2] * 4]}, r"one-hot \[12, 3\]: labels.argmax\(-1\)"),
         (GREY, {"labels": [["a", "b"]] * 12}, r"labels must be integers or names \[N\], .* these are \[12, 2\]"),

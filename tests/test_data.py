@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from commands import contents, python, run_python
 from conftest import refuses
+from PIL import Image
 
+from ddgan_jax.config import presets, settings
 from ddgan_jax.config.settings import DataConfig
 from ddgan_jax.data.batches import batch_indices, batches, epoch_permutation
 from ddgan_jax.data.resolve import labels_of
@@ -183,7 +185,7 @@ def test_images_stay_unchanged_and_points_become_float32(tmp_path):
             ("a", "b", "c"),
             r"one for each example, but these are \[3\], and there are 5 examples of 3 classes",
         ),
-        ([[0, 1]] * 5, (), r"one for each example, but these are \[5, 2\]"),
+        ([[1, 2]] * 5, (), r"one for each example, but these are \[5, 2\]"),
         ([0.0, 1.0, 2.0, 0.0, 0.0], (), r"labels must be integers \[N\], but these are float64 \[5\]"),
         (["a"] * 5, (), "labels must be integers"),
     ],
@@ -274,8 +276,30 @@ def test_package_that_is_not_installed(name, module, package, monkeypatch, tmp_p
 def test_datasets_that_cannot_be_opened(tmp_path, name, fields, message):
     """Nothing is downloaded or made."""
     with refuses(message if "manual" in message else message.replace("DIR", str(tmp_path))):
-        open_data(DataConfig(name, dir=str(tmp_path), **fields))
+        open_data(DataConfig(name, dir=str(tmp_path), download=False, **fields))
     assert not list(tmp_path.iterdir())
+
+
+def test_what_tfds_cannot_download(tmp_path):
+    with refuses(
+        f"celeb_a_hq/256 is not in .*: put what follows into {tmp_path}/downloads/manual, or set data.path to"
+    ):
+        open_data(DataConfig("celeb_a_hq/256", dir=str(tmp_path)))
+    with refuses("dataset no_such_dataset is not in"):
+        open_data(DataConfig("no_such_dataset", dir=str(tmp_path)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_celeba_hq_from_a_folder(tmp_path):
+    """With the name, and so the split and the fields, of the paper's preset."""
+    (tmp_path / "images").mkdir()
+    for i in range(12):
+        Image.fromarray(np.full((9, 8, 3), 20 * i, np.uint8)).save(tmp_path / "images" / f"{i:05d}.png")
+    c = presets.get("celeba_hq_256").data
+    c.update(path=str(tmp_path / "images"), dir=str(tmp_path / "copies"), split="train[:10]", image_size=8)
+    data = open_data(settings.read({"data": c.to_dict()}).data)
+    assert data.images.shape == (10, 8, 8, 3) and data.labels is None
+    assert data.images[np.arange(10)][:, 0, 0, 0].tolist() == [20 * i for i in range(10)]
 
 
 # --- Digits, stacked ----------------------------------------------------------------------------------------------

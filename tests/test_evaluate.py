@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import hashlib
 import json
 import lzma
 import os
@@ -17,6 +18,7 @@ import pytest
 from commands import POINTS, ROOT, SMOKE, run_python, succeed
 from conftest import GOLDEN, preset_with, refuses
 from PIL import Image
+from servers import serving
 
 from ddgan_jax.commands import evaluate, figures, generate, outputs, sample_files
 from ddgan_jax.commands.train import train
@@ -29,7 +31,7 @@ from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.method.build import build, init_state
 from ddgan_jax.metrics import checks, evaluator, feature_networks, features, inception, npz, vgg, weights
 from ddgan_jax.model.loading import load, load_initial_networks
-from ddgan_jax.storage import paths
+from ddgan_jax.storage import buckets, downloads, paths
 
 TIMES = ("seconds", "sampling")
 
@@ -628,9 +630,9 @@ def test_a_file_of_the_reference_is_evaluated_and_trained_from_under_its_configu
 
 def test_weights_that_are_not_there_or_damaged(published, tmp_path, monkeypatch):
     c = published | {"data": published["data"] | {"dir": str(tmp_path)}}
-    missing = c | {"eval": c["eval"] | {"inception_weights": "", "vgg_weights": ""}}
+    missing = c | {"eval": c["eval"] | {"inception_weights": "", "vgg_weights": "", "download": False}}
     with pytest.raises(
-        UserError, match=r"needs pt_inception-2015-12-05-6726825d.pth \(SHA-256 6726825d\w{56};"
+        UserError, match=r"needs pt_inception-2015-12-05-6726825d.pth \(SHA-256 6726825d\w{56}, from https://"
     ) as error:
         evaluator.open_evaluator(missing)
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
@@ -644,15 +646,44 @@ def test_weights_that_are_not_there_or_damaged(published, tmp_path, monkeypatch)
         evaluator.open_evaluator(c | {"eval": c["eval"] | {"inception_weights": c["eval"]["vgg_weights"]}})
 
 
+def test_weights_are_downloaded(published, tmp_path, monkeypatch):
+    """The files of data.dir come first, then those of earlier downloads; a fault names what is missing."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(buckets, "DOWNLOAD_RETRY_SECONDS", 0.1)
+    fields = {"inception_weights": None, "vgg_weights": None}
+    c = read(published | {"data": published["data"] | {"dir": str(tmp_path)}, "eval": published["eval"] | fields})
+    with pytest.raises(Fault, match=r"inception-2015-12-05-6726825d.pth cannot be downloaded: .*refused") as error:
+        feature_networks.weights_files(c, manifolds=True)
+    for part in (inception.FILE, inception.SHA256, vgg.FILE, vgg.SHA256, f"in {tmp_path}"):
+        assert part in str(error.value)
+    kept = [str(downloads.folder() / module.FILE) for module in (inception, vgg)]
+    with serving({f"/{module.FILE}": module.FILE.encode() for module in (inception, vgg)}) as server:
+        monkeypatch.setenv(downloads.MIRROR, server.url)
+        with pytest.raises(Fault, match="is not the published file: its SHA-256 is"):
+            feature_networks.weights_files(c, manifolds=False)
+        for module in (inception, vgg):
+            monkeypatch.setattr(module, "SHA256", hashlib.sha256(module.FILE.encode()).hexdigest())
+        assert feature_networks.weights_files(c, manifolds=False) == (kept[0], "")
+        server.files.pop(f"/{vgg.FILE}")
+        with pytest.raises(Fault, match=r"answers 404 .* or pass --config.eval.download=False to do without it"):
+            feature_networks.weights_files(c, manifolds=True)
+        server.files[f"/{vgg.FILE}"] = vgg.FILE.encode()
+        assert feature_networks.weights_files(c, manifolds=True) == tuple(kept)
+    assert feature_networks.weights_files(c, manifolds=True) == tuple(kept)
+    (tmp_path / vgg.FILE).write_bytes(b"mine")
+    assert feature_networks.weights_files(c, manifolds=True) == (kept[0], str(tmp_path / vgg.FILE))
+
+
 def test_without_vgg_there_is_no_precision(published, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluator, "reference_features", lambda c, data, reference, network: None)
     c = published | {"data": published["data"] | {"dir": str(tmp_path)}}
+    c["eval"] = c["eval"] | {"download": False}
     found = evaluator.open_evaluator(c | {"eval": c["eval"] | {"vgg_weights": ""}})
     assert len(found.networks) == 1 and "without precision and recall: " in capsys.readouterr().out
     (tmp_path / vgg.FILE).write_bytes(b"cut off")
     with pytest.raises(UserError, match=r"397923af.pth is damaged"):
         evaluator.open_evaluator(c | {"eval": c["eval"] | {"vgg_weights": ""}})
-    with pytest.raises(UserError, match=r"vgg16-397923af.pth .* none.pth does not exist"):
+    with pytest.raises(UserError, match=r"none.pth does not exist: vgg16-397923af.pth \("):
         evaluator.open_evaluator(c | {"eval": c["eval"] | {"vgg_weights": "none.pth"}})
 
 

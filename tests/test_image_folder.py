@@ -31,7 +31,7 @@ from ddgan_jax.devices import processes
 from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.method.build import build
 from ddgan_jax.metrics.evaluator import open_evaluator
-from ddgan_jax.storage import paths
+from ddgan_jax.storage import downloads, paths
 
 
 def noise(width, height, seed=0):
@@ -1195,7 +1195,7 @@ def test_old_copies_are_listed_and_removed(tmp_path, capsys):
     lines = said.out.splitlines()
     assert code == 0 and len(lines) == 8 and sum(line.endswith("  old") for line in lines) == 5
     assert f"3 images: {path} at 32x32x3" in said.out and "--remove_old frees" in lines[-1]
-    with preparing.locked(cache / "image_folder" / "in-0"):
+    with downloads.locked(cache / "image_folder" / "in-0"):
         assert sum("another process is making it" in line for line in command("--remove_old")[1].out.splitlines()) == 1
     assert command("--remove_old")[0] == 0
     assert len(list(cache.rglob("dataset.json"))) == 2 and not list(cache.rglob("incomplete.*"))

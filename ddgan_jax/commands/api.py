@@ -98,7 +98,6 @@ def train(
     return load(workdir)
 
 
-
 def _default_preset(shape: tuple[int, ...] | None) -> str:
     """The configuration for examples of a shape, None for a folder of images, on the present device."""
     if shape is not None and len(shape) == 1:

@@ -9,20 +9,20 @@ import pathlib
 import signal
 import sys
 import traceback
-from collections.abc import Callable
 from typing import Any
 
 from absl import flags
 
+from ddgan_jax.commands.streams import PatientStream
 from ddgan_jax.config import presets
 from ddgan_jax.config.types import SEEDS
 from ddgan_jax.errors import NOTHING_LOST, Fault, Interrupted, UserError, is_out_of_memory
 
-MODES = ("train", "sample", "vary", "edit", "inpaint", "interpolate", "export", "evaluate", "demo")
+MODES = ("train", "prepare", "sample", "vary", "edit", "inpaint", "interpolate", "export", "evaluate", "demo")
 
 # The modes that use a flag. In other modes it would have no effect, and is refused.
 MODES_OF_FLAG = {
-    "checkpoint": MODES[1:],
+    "checkpoint": MODES[2:],
     "samples": ("evaluate",),
     "num_samples": ("sample", "evaluate"),
     "label": ("sample", "vary", "edit", "inpaint", "interpolate"),
@@ -99,6 +99,11 @@ def run(argv: list[str]) -> None:
         from ddgan_jax.commands.train import train
 
         train(config, workdir, restart=FLAGS.restart)
+        return
+    if FLAGS.mode == "prepare":
+        from ddgan_jax.commands.prepare import prepare
+
+        processes.run_on_primary(lambda: prepare(config))
         return
     path = FLAGS.checkpoint or workdir
     if path == "best" and (FLAGS.workdir or not os.path.exists(path)):
@@ -206,36 +211,6 @@ def one_line(message: str, max_length: int = 800) -> str:
     """A message on one line, without its middle if it is very long."""
     line = " ".join(message.split())
     return line if len(line) <= max_length else f"{line[: max_length // 2]} ... {line[-max_length // 2 :]}"
-
-
-class PatientStream:
-    """A stream that drops its output when it cannot be written any more, which must not end a training.
-
-    Ctrl-C in `python main.py | tee log` ends tee too, a terminal disappears with its connection, and a disk fills up.
-    """
-
-    def __init__(self, stream: Any):
-        """Wraps an open text stream."""
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        """Writes the text, or drops it."""
-        return self._try(lambda: self._stream.write(text)) or len(text)
-
-    def flush(self) -> None:
-        """Writes what is buffered, or drops it."""
-        self._try(self._stream.flush)
-
-    def _try(self, action: Callable[[], Any]) -> Any:
-        try:
-            return action()
-        except OSError:
-            with contextlib.suppress(OSError):  # a stream without a file
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
-            return None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
 
 
 def exit_on_signal(number: int, frame: Any) -> None:

@@ -177,6 +177,11 @@ def losses_line(values: dict[str, float]) -> str:
     return " ".join([*parts, f"{values['images_per_second']:.0f} images/s"])
 
 
+def rounded(count: int) -> str:
+    """A number as '5k' for 5,000, or '1797'."""
+    return f"{count // 1000}k" if count % 1000 == 0 else str(count)
+
+
 def expected_time(seconds_per_step: float, steps: int) -> str:
     """A duration as 'about 3 h 20 min for 56,250 steps'."""
     minutes = round(seconds_per_step * steps / 60)

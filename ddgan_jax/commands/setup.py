@@ -19,7 +19,7 @@ from ddgan_jax.commands.signals import Interrupt
 from ddgan_jax.config.settings import Config, as_dict, flat, read
 from ddgan_jax.data.resolve import check_batch, facts, labels_of, resolve_from_data
 from ddgan_jax.data.sketch import sketch_of
-from ddgan_jax.data.sources import Data, open_data
+from ddgan_jax.data.sources import Data, open_data, prepare
 from ddgan_jax.devices import compiler, parallel, processes
 from ddgan_jax.devices.processes import say
 from ddgan_jax.errors import Fault, UserError, of_a_folder
@@ -65,6 +65,8 @@ def set_up(
     with interrupt.deferred():
         before = processes.broadcast_from_primary(lambda: None if restart else checkpoint.config_of(path))
     given = data is not None
+    if not given:  # by process 0 first: the others find what is on a shared disk
+        processes.run_on_primary(lambda: prepare(read(config).data))
     c, method, data = processes.run_on_all(lambda: _open(config, data, before, path))
     if jax.process_count() > 1:
         processes.assert_equal_across_processes(facts(c, data))

@@ -7,7 +7,6 @@ never interrupted.
 
 import contextlib
 import itertools
-import json
 import os
 import sys
 import time
@@ -17,9 +16,9 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from ddgan_jax.commands import figures
 from ddgan_jax.commands.compiled import CompiledSteps
-from ddgan_jax.commands.progress import Meter, clock, expected_time, losses_line, next_commands
+from ddgan_jax.commands.progress import Meter, clock, expected_time, losses_line, next_commands, rounded
+from ddgan_jax.commands.results import evaluate_last, finish, save_samples
 from ddgan_jax.commands.run import DONE, STOPPED, Outcome, Run, ranked_by
 from ddgan_jax.commands.setup import set_up
 from ddgan_jax.commands.signals import Interrupt, raise_on_signal
@@ -34,7 +33,6 @@ from ddgan_jax.method.build import noise_seed
 from ddgan_jax.method.state import norms
 from ddgan_jax.metrics.evaluator import measure
 from ddgan_jax.storage import paths
-from ddgan_jax.storage.log import read_metrics
 
 TIMED = 20  # steps from which the duration of a run is estimated
 
@@ -74,6 +72,8 @@ def train(
         if outcome is STOPPED:
             same = "the same command without --restart" if restart else "the same command"
             raise Interrupted(f"{signals[0]}: saved step {run.step} in {workdir}; run {same} to continue")
+    if run.config.eval.at_end and data is None:  # after the signals' handlers, since everything is saved
+        evaluate_last(run.config, workdir, run.step)
     return run.state
 
 
@@ -256,45 +256,7 @@ def evaluate_samples(run: Run, interrupt: Interrupt) -> dict[str, float]:
             raise
         say(f"note: the evaluation at step {run.step} failed, and training continues: {error}")
         return {}
-    return {f"eval/{name}": float(value) for name, value in measured.results.items()} if measured else {}
-
-
-def save_samples(run: Run, file: paths.Path) -> None:
-    """Samples a grid on all devices; process 0 writes it, and the curves up to this step."""
-    images = run.sampler(jax.device_get(run.state.ema_params), 0, run.config.sample.grid)
-    if run.files:
-        figures.save_image(file, grid := figures.as_image(images))
-        run.files.log.image(run.step, "samples", grid)
-        figures.curves(run.path / "metrics.jsonl", run.path / "curves.png")
-
-
-# --- The end ------------------------------------------------------------------------------------------------------
-
-
-def finish(run: Run, then: list[str], note: str) -> None:
-    """Writes the last samples and results.json, and prints the commands to try next."""
-    final = run.path / "samples" / "final.png"
-    save_samples(run, final)
-    if run.files:
-        # Running the command again leaves the results of a finished run unchanged.
-        if run.first_step < run.num_steps or not paths.exists(run.path / "results.json"):
-            write_results(run, then)
-        run.files.log.close()
-    processes.barrier()  # no process exits while process 0 still writes
-    duration = f" in {clock(time.time() - run.started)}" if run.first_step < run.step else ""
-    say(f"finished {run.step} steps{duration}: see {final}")
-    say("next: " + "\n      ".join(then) + note)
-
-
-def write_results(run: Run, then: list[str]) -> None:
-    """Writes results.json: how the run ended, its duration including earlier parts, and its last metrics."""
-    records = read_metrics(run.path / "metrics.jsonl")
-    results = {
-        "step": run.step,
-        "seconds": round(run.seconds(), 1),
-        "resumed_from": run.first_step,
-        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "metrics": records[-1] if records else {},
-        "next": then,
-    }
-    paths.write(run.path / "results.json", json.dumps(results, indent=2) + "\n")
+    results = measured.results if measured else {}
+    if "fid" in results:  # which grows as samples get fewer: by about 2 from 50,000 to 5,000
+        results = results | {f"fid_{rounded(count)}": results["fid"]}
+    return {f"eval/{name}": float(value) for name, value in results.items()}

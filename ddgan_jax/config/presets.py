@@ -258,4 +258,4 @@ def smoke(config: ConfigDict) -> None:
     config.checkpoint.update(every=4, keep=2, keep_period=0)
     config.log.update(every=2, samples_every=4)
     config.sample.update(batch_size=8, grid=16)
-    config.eval.update(num_samples=64, manifold_samples=64, batch_size=16, online_samples=32)
+    config.eval.update(num_samples=64, manifold_samples=64, batch_size=16, every=0, online_samples=32, at_end=False)

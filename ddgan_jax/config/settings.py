@@ -45,6 +45,7 @@ class DataConfig:
     channels: Annotated[Positive, at_most(64)] | None = None  # channels of the images; None: from the dataset
     path: str | None = None  # for 'image_folder' and 'lsun_church': a folder or zip, also at gs://, or a local LMDB
     max_bad_share: Fraction = 0.01  # fraction of the files in `path` that may be damaged; 10 always may, unless it is 0
+    download: bool = True  # download and prepare a dataset of tfds that is not in `dir`
     in_memory_mib: Count = 2048  # MiB; a larger dataset is decoded while it is read, not at the start
     flip: bool = True  # mirror half of the images (released code)
     scale: Scale = 1.0  # for points: x_0 = scale * data, with unchanged noise
@@ -142,10 +143,12 @@ class EvalConfig:
     manifold_samples: Positive = 50_000  # largest number of samples, and of real images, for precision and recall
     k: Positive = 3  # nearest neighbours in precision and recall (Kynkäänniemi et al. 2019)
     batch_size: Positive = 64  # images per device and batch of a feature network
-    inception_weights: str | None = None  # file; None: pt_inception-2015-12-05-6726825d.pth in data.dir
-    vgg_weights: str | None = None  # file; None: vgg16-397923af.pth in data.dir
+    inception_weights: str | None = None  # file; None: pt_inception-2015-12-05-6726825d.pth in data.dir, or downloaded
+    vgg_weights: str | None = None  # file; None: vgg16-397923af.pth in data.dir, or downloaded
+    download: bool = True  # download weights of feature networks that are in no file
     every: Count = 0  # steps between evaluations during training; 0: none
     online_samples: TwoOrMore = 1_000  # samples per evaluation during training
+    at_end: bool = False  # evaluate the last checkpoint with num_samples when the training ends
 
 
 @dataclasses.dataclass(frozen=True)

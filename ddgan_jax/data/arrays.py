@@ -14,8 +14,9 @@ from ddgan_jax.config.check import checked, to_plain
 from ddgan_jax.config.types import ImageSize
 from ddgan_jax.data import decoding
 from ddgan_jax.data.archives import EXCERPT_BYTES
+from ddgan_jax.data.checks import check_values
 from ddgan_jax.data.headers import MAX_DEFAULT_SIZE
-from ddgan_jax.data.sources import Data, check_values
+from ddgan_jax.data.sources import Data
 from ddgan_jax.devices import processes
 from ddgan_jax.errors import UserError, of_a_file
 from ddgan_jax.storage import paths

@@ -14,6 +14,8 @@ import numpy as np
 from ddgan_jax.devices import processes
 from ddgan_jax.errors import UserError
 
+SAMPLED = 256  # examples that represent a dataset where not all are read
+
 
 @functools.lru_cache(maxsize=4)
 def epoch_permutation(num_images: int, seed: int, epoch: int) -> np.ndarray:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from ddgan_jax.data import folder, keyed, preparing, sources
 from ddgan_jax.storage import paths
+from ddgan_jax.storage.downloads import locked
 
 
 class Found(NamedTuple):
@@ -64,7 +65,7 @@ def remove(copy: Found) -> bool:
     """Removes a copy; False if another process is making it."""
     name = copy.name.removeprefix("incomplete.")
     try:
-        with preparing.locked(copy.path.with_name(name), wait=False):
+        with locked(copy.path.with_name(name), wait=False):
             shutil.rmtree(copy.path)
     except BlockingIOError:
         return False

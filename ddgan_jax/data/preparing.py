@@ -4,7 +4,6 @@ An interrupted preparation continues at the last block of images that it finishe
 """
 
 import contextlib
-import fcntl
 import functools
 import glob
 import json
@@ -14,7 +13,7 @@ import pathlib
 import shutil
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +24,7 @@ from ddgan_jax.data.batches import evenly_spaced
 from ddgan_jax.data.decoding import decode
 from ddgan_jax.errors import UserError, of_a_folder
 from ddgan_jax.storage import paths
+from ddgan_jax.storage.downloads import locked
 
 FORMAT = 7  # of the copy; a change of how files are found or decoded raises it
 # Of index.npz, for each file: the number of the file of pixels, the row in it (-1 for a skipped file), the CRC-32 of
@@ -72,19 +72,6 @@ def prepare(files: ImageFiles, copy: pathlib.Path, size: int, channels: int, max
             shutil.rmtree(copy, ignore_errors=True)  # a copy that has lost its dataset.json
             aside.rename(copy)
             (copy / work.log.name).unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def locked(copy: pathlib.Path, wait: bool = True) -> Iterator[None]:
-    """Holds the lock of a copy. Raises BlockingIOError if another process has it and `wait` is False."""
-    with copy.with_name(f"{copy.name}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise
-        except OSError:  # of a file system without locks
-            pass
-        yield
 
 
 def _check_room(files: ImageFiles, directory: pathlib.Path, needed: int, size: int) -> None:

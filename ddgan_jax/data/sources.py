@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from ddgan_jax.config.settings import DataConfig
 from ddgan_jax.data import decoding, digits, prepared, splits, synthetic, tfds
-from ddgan_jax.data.batches import evenly_spaced
+from ddgan_jax.data.batches import SAMPLED, evenly_spaced
+from ddgan_jax.data.checks import checked_examples, checked_labels
 from ddgan_jax.devices import processes
 from ddgan_jax.errors import UserError
 from ddgan_jax.storage import paths
@@ -24,7 +25,6 @@ from ddgan_jax.storage.dashboards import quiet
 
 FOLDERS = ("image_folder", "lsun_church")
 IN_PYTHON = "python"  # data.name of a run whose images were passed from Python
-SAMPLED = 256  # examples that represent a dataset where not all are read
 MAX_HASHED = 2**31  # bytes: a dataset on disk of up to this size is hashed completely, which takes a few seconds
 
 
@@ -53,14 +53,14 @@ class Data:
     classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "images", _checked_examples(self.images))
+        object.__setattr__(self, "images", checked_examples(self.images))
         if len(set(self.classes)) < len(self.classes):
             raise UserError(f"classes={self.classes!r:.100} have a name twice: pass different names")
         if self.labels is None:
             return
         given, total, known = self.labels, len(self.images), len(self.classes)
         read = given if callable(given) else lambda: given
-        checked = functools.cache(lambda: _checked_labels(read(), total, known))
+        checked = functools.cache(lambda: checked_labels(read(), total, known))
         object.__setattr__(self, "labels", checked)
         if not callable(given) or not known:
             count = checked().max() + 1
@@ -88,7 +88,7 @@ def open_data(c: DataConfig) -> Data:
             "the images of this run were passed from Python, and are in no file: to resume it, run the same program "
             "again; to evaluate it, call ddgan_jax.evaluate(ddgan_jax.load(WORKDIR), images)"
         )
-    if c.path and c.name not in FOLDERS:
+    if c.path and not is_folder(c):
         raise UserError(
             f"data.path={c.path} is not read by data.name={c.name}: for images of your own use "
             "--config=configs/image_folder.py (without :smoke), or leave data.path out"
@@ -97,15 +97,16 @@ def open_data(c: DataConfig) -> Data:
         random = c.name == "synthetic"
         made = synthetic.random_pixels(c.image_size or 32, c.channels or 3) if random else synthetic.gaussians()
         return Data(made[splits.find(c.split, {"train": len(made)}, f"dataset {c.name}")[1]])
-    if c.name in FOLDERS:
+    if is_folder(c):
         return _open_folder(c)
     stacked, name = c.name.startswith("stacked_"), c.name.removeprefix("stacked_")
     size, channels = (None, 1) if stacked else (c.image_size, c.channels)
     try:
-        with quiet():
-            if name in digits.READERS:
-                data = Data(*digits.open_split(name, c.split, size, channels))
-            else:
+        if name in digits.READERS:
+            data = Data(*digits.open_split(name, c.split, size, channels))
+        else:
+            prepare(c)
+            with quiet():
                 data = Data(*tfds.open_split(name, c.split, size, channels, directory(c.dir)))
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
@@ -118,9 +119,21 @@ def open_data(c: DataConfig) -> Data:
     return Data(images, images.labels, digits.STACKED_CLASSES)
 
 
+def prepare(c: DataConfig) -> None:
+    """Downloads and prepares a dataset of tfds that is missing, if `c.download` is set. Raises as `tfds.prepare`."""
+    name = c.name.removeprefix("stacked_")
+    if c.download and not is_folder(c) and name not in (*digits.READERS, IN_PYTHON, "synthetic", "gaussians"):
+        tfds.prepare(name, directory(c.dir))
+
+
+def is_folder(c: DataConfig) -> bool:
+    """Whether the images are in a folder, a zip or an LMDB. Those of CelebA-HQ are if `c.path` names one."""
+    return c.name in FOLDERS or (bool(c.path) and c.name.startswith("celeb_a_hq"))
+
+
 def inspect(c: DataConfig) -> DatasetInfo:
     """Describes what `open_data` would open, without decoding it. For a folder, only the headers are read."""
-    if c.name not in FOLDERS:
+    if not is_folder(c):
         return open_data(dataclasses.replace(c, in_memory_mib=0)).info
     cache_dir = paths.cache_dir(directory(c.dir))
     found = prepared.inspect(_folder_path(c), c.image_size, c.channels, cache_dir, c.max_bad_share)
@@ -205,90 +218,3 @@ def _folder_path(c: DataConfig) -> str:
             f"without data.path it is looked for as {path}"
         )
     return path
-
-
-def _checked_examples(images: Any) -> Any:
-    """Returns images unchanged, and points as float32. Raises UserError for anything that cannot be trained on."""
-    shape = getattr(images, "shape", None)
-    if shape is None or not isinstance(getattr(images, "dtype", None), np.dtype):
-        raise UserError(f"the images are a {type(images).__name__}: convert them with np.asarray(images)")
-    check_values(images)
-    found = f"these are {images.dtype} {list(shape)}"
-    if len(shape) == 2 and images.dtype.kind == "f":
-        with np.errstate(over="ignore"):  # an overflow gives infinity, which the next lines refuse
-            points = np.asarray(images, np.float32)
-        if not np.isfinite(points).all():
-            raise UserError(f"points must be finite, but {np.sum(~np.isfinite(points))} of these numbers are not")
-        return points
-    if len(shape) == 2:
-        raise UserError(f"points must be float32 [N, d], and images uint8 [N, H, W, C], but {found}")
-    if len(shape) != 4:
-        hint = ": add the axis of the channels, images[..., None]" if len(shape) == 3 else ""
-        raise UserError(f"images must be uint8 [N, H, W, C], but {found}{hint}")
-    if 0 in shape and any(shape):  # (0, 0, 0, 0) means no images, where published statistics replace them
-        raise UserError(f"the set is empty: images must be uint8 [N, H, W, C], but {found}")
-    if images.dtype != np.uint8:
-        raise UserError(f"images must be uint8 from 0 to 255, but {found}{_conversion_to_uint8(images)}")
-    return images
-
-
-def check_values(images: Any) -> None:
-    """Raises UserError for a masked array, or one of complex numbers: conversions would drop a part of them."""
-    if isinstance(images, np.ma.MaskedArray):
-        raise UserError("the images are a masked array: fill its masked values with images.filled(0)")
-    if images.dtype.kind == "c":
-        raise UserError(f"the images are {images.dtype}, and must be real numbers: pass images.real or np.abs(images)")
-
-
-def _conversion_to_uint8(images: Any) -> str:
-    """The range of images, estimated from 256 of them, and the expression that converts them to uint8."""
-    some = images[evenly_spaced(len(images), SAMPLED)]
-    low, high = some.min(), some.max()
-    how = ""
-    if images.dtype.kind in "biu" and 0 <= low <= high <= 1:
-        how = "images.astype(np.uint8) * 255"
-    elif 0 <= low <= high <= 255:
-        scaled = f"np.round(images{' * 255' if high <= 1 else ''})" if images.dtype.kind == "f" else "images"
-        how = f"{scaled}.astype(np.uint8)"
-    elif images.dtype == np.uint16:
-        bits = int(high).bit_length()  # of cameras and scanners: 10, 12, 14 or 16
-        how = f"(images // {257 if bits == 16 else 2 ** (bits - 8)}).astype(np.uint8)"
-    elif -1 <= low <= high <= 1:
-        how = "np.round((images + 1) * 127.5).astype(np.uint8)"
-    return f" from {low:.6g} to {high:.6g}: " + (f"convert them with {how}" if how else "scale them to 0..255 first")
-
-
-def _checked_labels(labels: Any, num_examples: int, num_classes: int) -> np.ndarray:
-    """Returns labels as int32 [N].
-
-    Raises UserError unless there is one label for each example, from 0 to `num_classes` - 1; `num_classes` 0 means that
-    the number is not known.
-    """
-    if isinstance(labels, np.ma.MaskedArray):
-        raise UserError("the labels are a masked array: leave the examples without a label out, and pass labels.data")
-    labels = np.asarray(labels)
-    expected = f"there are {num_examples:,} examples" + (f" of {num_classes} classes" if num_classes else "")
-    if labels.dtype.kind not in "iu":
-        hint = ""
-        if labels.dtype.kind == "O" and any(label is None for label in labels.ravel().tolist()):
-            hint = ": some are None; leave the examples without a label out"
-        elif labels.dtype.kind in "fb" and labels.ndim == 1:
-            hint = ": convert them with labels.astype(int)"
-        raise UserError(f"labels must be integers [N], but these are {labels.dtype} {list(labels.shape)}{hint}")
-    if labels.ndim == 2 and len(labels) == num_examples and np.all(np.sort(labels)[:, :-1] == 0):
-        raise UserError(f"labels must be integers [N], but these are one-hot {list(labels.shape)}: labels.argmax(-1)")
-    if labels.shape != (num_examples,):
-        raise UserError(
-            f"labels must be integers [N], one for each example, but these are {list(labels.shape)}, and {expected}"
-        )
-    if unlabelled := int(np.sum(labels == -1)):
-        raise UserError(
-            f"{unlabelled:,} of {num_examples:,} labels are -1, which means unlabelled: choose another split, or do "
-            "without labels (model.num_classes=0, and eval.features=inception)"
-        )
-    largest = (num_classes or num_examples) - 1
-    if labels.min() < 0 or labels.max() > largest:
-        raise UserError(
-            f"labels must be from 0 to {largest}, but these are from {labels.min()} to {labels.max()}, and {expected}"
-        )
-    return labels.astype(np.int32)

@@ -1,18 +1,24 @@
 """Datasets of tensorflow-datasets (tfds) that are on disk as array_record, read without TensorFlow."""
 
 import functools
+import importlib.util
 import os
+import pathlib
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 
 from ddgan_jax.data import decoding, splits
-from ddgan_jax.errors import Fault, UserError
-from ddgan_jax.storage import paths
+from ddgan_jax.errors import Fault, UserError, of_a_folder, reason_of
+from ddgan_jax.storage import downloads, paths
+from ddgan_jax.storage.dashboards import quiet
 
 T = TypeVar("T")
+PREPARED_SIZE = 3  # times its downloads: what a dataset takes with its archives and their content
+MAX_FILES = 16  # of a dataset that `prepare` downloads
 EXAMPLES = 1_024  # read at once for their labels: their encoded images are read with them
 # What the command line of tensorflow-datasets 4.9.10 imports and does not install.
 CLI_NEEDS = "(after `pip install apache-beam mlcroissant`)"
@@ -148,23 +154,113 @@ def _read(name: str, data_dir: str, action: Callable[[], T], expected: tuple[typ
 
 def _find_builder(name: str, data_dir: str) -> Any:
     """Returns the tfds builder of a complete dataset in `data_dir`. UserError with the command that prepares it."""
+    builder = _builder(name, data_dir)
+    if builder and builder.is_prepared():
+        return builder
+    by_hand = f" --manual_dir=DIR {CLI_NEEDS}" if builder and _manual(builder) else f" {CLI_NEEDS}"
+    raise UserError(
+        f"dataset {name} is not in {data_dir}: set data.dir, or prepare it there with "
+        f"`tfds build {name} --file_format=array_record --data_dir={data_dir}`{by_hand}"
+        + (f", where DIR is for what you have to download: {_manual(builder)}" if builder and _manual(builder) else "")
+    )
+
+
+def _builder(name: str, data_dir: str) -> Any:
+    """The tfds builder of a dataset, prepared or not; None if tfds knows none, and there are no files."""
     import tensorflow_datasets as tfds
 
-    by_hand = ""
     try:
         if not paths.is_remote(data_dir):  # tfds treats a folder that it cannot list as a missing one
             folder = os.path.join(data_dir, re.split("[/:]", name)[0])
             _read(name, data_dir, lambda: paths.names(folder))
         find = functools.partial(tfds.builder, name, data_dir=data_dir)
-        builder = _read(name, data_dir, find, expected=(ValueError, AssertionError))
-        if builder.is_prepared():
-            return builder
-        if manual := " ".join((getattr(builder, "MANUAL_DOWNLOAD_INSTRUCTIONS", None) or "").split()):
-            by_hand = f", where DIR is for what you have to download: {manual}"
-    except (ValueError, AssertionError):  # there is no builder of that name, config or version, and there are no files
-        pass
-    raise UserError(
-        f"dataset {name} is not in {data_dir}: set data.dir, or prepare it there with "
-        f"`tfds build {name} --file_format=array_record --data_dir={data_dir}`"
-        + (f" --manual_dir=DIR {CLI_NEEDS}{by_hand}" if by_hand else f" {CLI_NEEDS}")
-    )
+        return _read(name, data_dir, find, expected=(ValueError, AssertionError))
+    except (ValueError, AssertionError):  # there is no builder of that name, config or version
+        return None
+
+
+def _manual(builder: Any) -> str:
+    """What a user has to download for a dataset; '' if tfds downloads everything."""
+    return " ".join((getattr(builder, "MANUAL_DOWNLOAD_INSTRUCTIONS", None) or "").split())
+
+
+# --- Preparation ----------------------------------------------------------------------------------------------------
+
+
+def prepare(name: str, data_dir: str) -> None:
+    """Downloads a dataset that is not in `data_dir`, and writes it there as array_record.
+
+    A dataset that tfds does not know is left to `open_split`, which reports it. Files that a user has to download are
+    taken from `data_dir`/downloads/manual. Another process that prepares the same dataset on this host waits. An
+    interrupted preparation starts again, and resumes the downloads.
+
+    Raises:
+        UserError: TensorFlow is missing, files have to be downloaded by hand, or `data_dir` cannot be written.
+        Fault: files cannot be downloaded or are not the published ones; or the disk is full.
+    """
+    with quiet():
+        builder = _builder(name, data_dir)
+        if builder is None or builder.is_prepared():
+            return
+    manual = paths.path(data_dir) / "downloads" / "manual"
+    if _manual(builder) and not paths.names(manual):
+        raise UserError(
+            f"dataset {name} is not in {data_dir}, and tfds cannot download it: put what follows into {manual}, or set "
+            f"data.path to a folder, zip or LMDB of its images. {_manual(builder)}"
+        )
+    if importlib.util.find_spec("tensorflow") is None:
+        raise UserError(
+            f"dataset {name} is not in {data_dir}, and preparing it needs TensorFlow: run `pip install -r "
+            "requirements.txt`, or prepare it on another computer and copy its folder"
+        )
+    if paths.is_remote(data_dir):
+        _prepare(name, data_dir)
+        return
+    with of_a_folder(f"{data_dir} cannot be used for datasets"):
+        folder = pathlib.Path(data_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        with downloads.locked(folder / f".{name.replace('/', '-')}"):
+            _prepare(name, data_dir)
+
+
+def _prepare(name: str, data_dir: str) -> None:
+    import tensorflow_datasets as tfds
+
+    with quiet():
+        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+        if builder.is_prepared():  # by another process, meanwhile
+            return
+    print(f"preparing dataset {name} in {data_dir}, once", flush=True)
+    config = tfds.download.DownloadConfig()
+    if not paths.is_remote(data_dir) and not _manual(builder):
+        config.manual_dir = pathlib.Path(data_dir, "downloads", "manual")
+        _download(name, builder, config.manual_dir)
+    try:
+        builder.download_and_prepare(download_config=config)
+    except Exception as error:  # tfds, requests, TensorFlow and Beam have no base in common
+        raise Fault(
+            f"dataset {name} cannot be prepared in {data_dir}: {reason_of(error)}; run the same command again, or "
+            "prepare it on another computer and copy its folder"
+        ) from error
+
+
+def _download(name: str, builder: Any, folder: pathlib.Path) -> None:
+    """Downloads the files of a dataset to where tfds looks for them first, if they are few.
+
+    tfds' own client neither resumes a download nor finds soon that there is no internet. It has to load the many files
+    of the datasets that have configurations, of which not all are needed.
+    """
+    files = builder.url_infos or {}
+    if builder.BUILDER_CONFIGS or len(files) > MAX_FILES or not all(info.filename for info in files.values()):
+        return
+    needed, data_dir = PREPARED_SIZE * sum(int(info.size) for info in files.values()), folder.parent.parent
+    if needed > (free := shutil.disk_usage(data_dir).free):
+        raise Fault(
+            f"dataset {name} takes up to {needed / 2**20:,.0f} MiB while it is prepared, and {data_dir} has "
+            f"{free / 2**20:,.0f} MiB free: make room there, or set data.dir to a folder on a larger disk"
+        )
+    try:
+        for url, info in files.items():
+            downloads.fetch(url, folder / info.filename, info.checksum)
+    except Fault as error:
+        raise Fault(f"{error}: run the same command again, or put the files of dataset {name} into {folder}") from error

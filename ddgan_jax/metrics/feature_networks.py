@@ -17,9 +17,10 @@ from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.metrics import classifier, inception, npz, vgg
 from ddgan_jax.metrics.checks import check_gaussians, check_settings, check_sizes
 from ddgan_jax.metrics.features import Network, cache_path, on_devices, read_cached, write_cached
-from ddgan_jax.storage import checkpoint, paths
-from ddgan_jax.storage.torch import files
+from ddgan_jax.storage import checkpoint, downloads, paths
+from ddgan_jax.storage.torch import state_dict
 
+WEIGHTS = {"inception_weights": inception, "vgg_weights": vgg}  # the modules, by the fields that name their files
 MIN_ACCURACY = {"mnist": 0.985, "mnist_5k": 0.97}  # on test images; a worse classifier miscounts modes
 
 
@@ -30,25 +31,24 @@ def check_can_evaluate(c: Config, data: sources.Data) -> None:
         check_gaussians(c, data)
         return
     if c.eval.features == "inception":
-        _weights_file(c, "inception_weights", inception)
+        if c.eval.inception_weights or not c.eval.download:
+            weights_files(c, manifolds=False)
     elif c.eval.features == "classifier" and not c.data.name.startswith("stacked_"):
         _check_labels(c, data)
     check_sizes(c, len(data.images), c.eval.num_samples, manifolds=c.eval.features != "inception")
 
 
 def published_networks(c: Config, manifolds: bool = True) -> list[Network]:
-    """Inception and, for `manifolds`, VGG16 if its weights are there. UserError without the weights of Inception."""
-    params = inception.params(_read_weights(_weights_file(c, "inception_weights", inception), inception))
+    """Inception and, for `manifolds`, VGG16, downloaded if `eval.download` allows it.
+
+    Raises UserError without the weights of Inception, and Fault if weights cannot be downloaded. VGG16 is left out if
+    its weights are missing and downloads are switched off.
+    """
+    file, of_vgg = weights_files(c, manifolds)
+    params = inception.params(_read_weights(file, inception))
     net = inception.Inception()
     networks = [on_devices("Inception 2015-12-05", lambda p, x: net.apply({"params": p}, x), params)]
-    if not manifolds:
-        return networks
-    try:
-        path = _weights_file(c, "vgg_weights", vgg)
-    except UserError as error:  # only a missing file is tolerated; a damaged or unreadable one is not
-        if c.eval.vgg_weights:
-            raise
-        processes.say(f"without precision and recall: {error}")
+    if not of_vgg:
         return networks
     other = vgg.VGG16()
 
@@ -56,20 +56,48 @@ def published_networks(c: Config, manifolds: bool = True) -> list[Network]:
         features: Any = other.apply({"params": params}, images)
         return features, features[:, :0]
 
-    return [*networks, on_devices("VGG16", apply, vgg.params(_read_weights(path, vgg)))]
+    return [*networks, on_devices("VGG16", apply, vgg.params(_read_weights(of_vgg, vgg)))]
 
 
-def _weights_file(c: Config, setting: str, module: Any) -> str:
-    """The file of published weights: the one that `eval.<setting>` names, or the module's `FILE` in `data.dir`."""
+def weights_files(c: Config, manifolds: bool) -> tuple[str, str]:
+    """The files with the weights of Inception and, for `manifolds`, of VGG16; '' for VGG16 without them.
+
+    A file is the one that `eval.<setting>` names, or FILE in `data.dir`, or in the folder of downloads. Process 0
+    downloads what is missing. Raises as `published_networks`.
+    """
+    return processes.broadcast_from_primary(lambda: _find_weights(c, manifolds))
+
+
+def _find_weights(c: Config, manifolds: bool) -> tuple[str, str]:
     folder = sources.directory(c.data.dir)
-    path = getattr(c.eval, setting) or os.path.join(folder, module.FILE)
-    if not processes.broadcast_from_primary(lambda: paths.exists(paths.path(path))):
-        raise UserError(
-            f"evaluation needs {module.FILE} (SHA-256 {module.SHA256}; its source is named in "
-            f"{module.__name__.replace('.', '/')}.py): put it in {folder}, or name it with "
-            f"--config.eval.{setting}=FILE; {path} does not exist"
-        )
-    return path
+    files, missing = {"vgg_weights": ""}, []
+    for setting, module in WEIGHTS.items() if manifolds else [("inception_weights", inception)]:
+        named, kept = getattr(c.eval, setting), str(downloads.folder() / module.FILE)
+        candidates = [named] if named else [os.path.join(folder, module.FILE), kept]
+        files[setting] = next((file for file in candidates if paths.exists(paths.path(file))), "")
+        if named and not files[setting]:
+            raise UserError(f"--config.eval.{setting}={named} does not exist: {_where(folder, module)}")
+        if not files[setting]:
+            missing.append(module)
+            files[setting] = kept if c.eval.download else ""
+    needs = f"evaluation needs {' and '.join(_where(folder, module) for module in missing)}"
+    if c.eval.download:
+        try:
+            for module in missing:
+                downloads.fetch(module.URL, downloads.folder() / module.FILE, module.SHA256)
+        except Fault as error:
+            without = ", or pass --config.eval.download=False to do without it" * (missing == [vgg])
+            raise Fault(f"{error}; {needs}: put what is missing there{without}") from error
+    elif not files["inception_weights"]:
+        raise UserError(f"{needs}: leave --config.eval.download at True, or put them there")
+    elif missing:
+        processes.say(f"without precision and recall: {needs}")
+    return files["inception_weights"], files["vgg_weights"]
+
+
+def _where(folder: str, module: Any) -> str:
+    """A file of published weights, its checksum, and the folder for it."""
+    return f"{module.FILE} (SHA-256 {module.SHA256}, from {module.URL}) in {folder}"
 
 
 def _read_weights(path: str, module: Any) -> dict[str, np.ndarray]:
@@ -81,7 +109,7 @@ def _read_weights(path: str, module: Any) -> dict[str, np.ndarray]:
             digest = hashlib.sha256(content).hexdigest()
             if digest != module.SHA256:
                 raise UserError(f"{path} is damaged: its SHA-256 is {digest}, not {module.SHA256}; download it again")
-        return npz.parse_npz(content, path) if path.endswith(".npz") else files.parse(content, path)
+        return npz.parse_npz(content, path) if path.endswith(".npz") else state_dict.parse(content, path)
 
     return processes.broadcast_from_primary(read)
 

@@ -1,6 +1,7 @@
 """Features of images: their extraction on every device, and the caches in `data.dir`/evaluation."""
 
 import collections
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -107,8 +108,10 @@ def _full_batches(chunks: Iterable[np.ndarray], size: int, sizes: collections.de
 
 def open_real_images(c: Config) -> sources.Data:
     """The real images; an empty set if they are missing and published statistics replace them."""
+    data = dataclasses.replace(c.data, download=c.data.download and not c.eval.reference_statistics)
     try:
-        return processes.run_on_all(lambda: sources.open_data(c.data))
+        processes.run_on_primary(lambda: sources.prepare(data))  # the others find what is on a shared disk
+        return processes.run_on_all(lambda: sources.open_data(data))
     except UserError as error:  # the same in every process
         # A class-conditional model needs the data for the frequencies of its classes.
         if c.eval.features != "inception" or not c.eval.reference_statistics or c.model.num_classes:

@@ -21,6 +21,7 @@ from flax import linen as nn
 from ddgan_jax.errors import UserError
 from ddgan_jax.metrics import weights
 
+URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 SIZE, FEATURES = 299, 2048

@@ -14,6 +14,7 @@ from flax import linen as nn
 from ddgan_jax.metrics import weights
 from ddgan_jax.metrics.inception import pixels
 
+URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 FILE = "vgg16-397923af.pth"
 SHA256 = "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"
 SIZE = 224

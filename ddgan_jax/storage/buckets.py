@@ -19,6 +19,7 @@ T = TypeVar("T")
 # Seconds for which a failed read is retried: outages of buckets last longer than those of disks.
 DISK_RETRY_SECONDS = 1.0
 BUCKET_RETRY_SECONDS = 60.0  # or the environment variable DDGAN_RETRY_SECONDS
+DOWNLOAD_RETRY_SECONDS = 10.0  # without a byte: many computers have no internet
 MAX_PAUSE = 10.0  # seconds between two attempts
 MIN_ATTEMPTS = 3  # unless DDGAN_RETRY_SECONDS is 0, or an attempt takes longer than BUCKET_RETRY_SECONDS
 
@@ -26,6 +27,11 @@ MIN_ATTEMPTS = 3  # unless DDGAN_RETRY_SECONDS is 0, or an attempt takes longer 
 def is_remote(given: Given) -> bool:
     """Whether a path is in a bucket."""
     return os.fspath(given).startswith("gs://")
+
+
+def is_address(given: Given) -> bool:
+    """Whether a name is an address of the web."""
+    return os.fspath(given).startswith(("http://", "https://"))
 
 
 @contextlib.contextmanager
@@ -48,9 +54,9 @@ def os_errors(what: Given) -> Iterator[None]:
 def retry(what: Given, action: Callable[[], T]) -> T:
     """Returns `action()`, which reads `what`, after retries while it raises an OSError that may pass.
 
-    A missing file is final. Anything else is retried for a second on a disk and for a minute in a bucket, with growing
-    pauses, and at least twice, unless an attempt takes more than a minute, within which some clients retry themselves.
-    The last OSError is then raised.
+    A missing file is final. Anything else is retried for a second on a disk, for 10 s at an address and for a minute in
+    a bucket, with growing pauses, and at least twice, unless an attempt takes more than a minute, within which some
+    clients retry themselves. The last OSError is then raised.
     """
     given = os.environ.get("DDGAN_RETRY_SECONDS") or BUCKET_RETRY_SECONDS
     try:
@@ -59,7 +65,9 @@ def retry(what: Given, action: Callable[[], T]) -> T:
         limit = math.nan
     if not 0 <= limit < math.inf:
         raise UserError(f"DDGAN_RETRY_SECONDS={given} must be a number of seconds of at least 0")
-    deadline = time.monotonic() + (limit if is_remote(what) else min(limit, DISK_RETRY_SECONDS))
+    if not is_remote(what):
+        limit = min(limit, DOWNLOAD_RETRY_SECONDS if is_address(what) else DISK_RETRY_SECONDS)
+    deadline = time.monotonic() + limit
     pause, attempts = 0.1, 0
     while True:
         attempts, began = attempts + 1, time.monotonic()
@@ -71,7 +79,7 @@ def retry(what: Given, action: Callable[[], T]) -> T:
             enough = attempts >= MIN_ATTEMPTS or time.monotonic() - began > BUCKET_RETRY_SECONDS
             if is_missing(error) or limit == 0 or (late and enough):
                 raise
-            if is_remote(what) and pause == 0.1:
+            if (is_remote(what) or is_address(what)) and pause == 0.1:
                 cause = " ".join(str(error).split())[:200]
                 print(f"note: {what} cannot be read ({cause}); trying again for {limit:.0f} s", file=sys.stderr)
         time.sleep(pause)

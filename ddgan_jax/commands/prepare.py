@@ -1,0 +1,23 @@
+"""The command `prepare`: downloads and decodes what a training needs, for instance on a host with internet."""
+
+import dataclasses
+from typing import Any
+
+from ddgan_jax.config.settings import read
+from ddgan_jax.data.sources import directory, open_data
+from ddgan_jax.devices.processes import say
+from ddgan_jax.metrics.feature_networks import weights_files
+
+
+def prepare(config: Any) -> None:
+    """Prepares the dataset of `config`, or the copy of a folder, and the weights that its evaluation needs.
+
+    Raises UserError or Fault if something is missing that cannot be downloaded, as a training would.
+    """
+    c = read(config)
+    data = open_data(dataclasses.replace(c.data, in_memory_mib=0))
+    shape = "x".join(map(str, data.images.shape[1:]))
+    say(f"the data is ready: {len(data.images):,} examples of {shape}, in {c.data.path or directory(c.data.dir)}")
+    if c.eval.features == "inception":
+        found = [file for file in weights_files(c, manifolds=True) if file]
+        say(f"the weights of the feature networks are ready: {', '.join(found)}")

@@ -940,6 +940,40 @@ def test_an_lmdb_on_a_disk_that_fails(tmp_path, monkeypatch):
         open_folder(path, tmp_path / "cache")
 
 
+@pytest.mark.parametrize(
+    "reason, call, times",
+    [
+        ("lmdb.Error: data.mdb: Input/output error", None, 1),
+        ("lmdb.InvalidError: MDB_INVALID: File is not an LMDB file", None, 2),  # of a header that was read in part
+        ("lmdb.Error: data.mdb: Input/output error", "open", 1),
+        ("", "open", 2),
+        ("", "stat", 2),
+    ],
+)
+def test_an_lmdb_on_a_disk_that_fails_for_a_moment(tmp_path, monkeypatch, reason, call, times):
+    path, run, left = a_set(tmp_path, "lmdb"), subprocess.run, [times]
+    expected = open_folder(path, tmp_path / "expected")[0]
+
+    def walk(*arguments, **options):
+        left[0] -= 1
+        return subprocess.CompletedProcess([], 1, stderr=reason) if left[0] >= 0 else run(*arguments, **options)
+
+    if reason:
+        monkeypatch.setattr(subprocess, "run", walk)
+    if call:
+        fails, found = [times], getattr(pathlib.Path, call)
+
+        def fail(self, *arguments, **options):
+            if self.name == "data.mdb" and fails[0]:
+                fails[0] -= 1
+                raise FAULTS[0]
+            return found(self, *arguments, **options)
+
+        monkeypatch.setattr(pathlib.Path, call, fail)
+    np.testing.assert_array_equal(open_folder(path, tmp_path / "cache")[0], expected)
+    assert left[0] < 0 or not reason
+
+
 def test_a_run_or_an_evaluation_below_the_folder_is_no_data(tmp_path):
     """A run in the folder of its own photos must not train on its grids of samples; locally and in a bucket."""
     path = a_set(tmp_path, "folder")

@@ -181,6 +181,9 @@ with lmdb.open(sys.argv[1], subdir=sys.argv[2] == "True", readonly=True, lock=Fa
 """
 
 
+MAGIC, MAGIC_PLACE = 0xBEEFC0DE.to_bytes(4, sys.byteorder), slice(16, 20)  # what an LMDB begins with, and where
+
+
 class Lmdb(ImageFiles):
     """The values of an LMDB, each the content of an image file, in the order of their keys. LSUN is published so.
 
@@ -188,8 +191,8 @@ class Lmdb(ImageFiles):
     """
 
     def __init__(self, path: pathlib.Path):
-        self._path, self._file = path, path / "data.mdb" if path.is_dir() else path
-        found = self._file.stat()
+        self._path, self._file = path, path / "data.mdb" if paths.is_dir(path) else path
+        found = paths.retry(self._file, self._file.stat)
         self._size, self._stat = found.st_size, f"{found.st_size} {found.st_mtime_ns}"
 
     def signature(self) -> list[str]:
@@ -197,10 +200,13 @@ class Lmdb(ImageFiles):
 
     def excerpts(self) -> Iterator[bytes]:
         """Evenly spaced parts of the file: the database is not opened."""
+        for start in evenly_spaced(max(self._size - EXCERPT_BYTES, 1), EXCERPTS):
+            yield paths.retry(self._file, functools.partial(self._excerpt, start))
+
+    def _excerpt(self, start: int) -> bytes:
         with self._file.open("rb") as file:
-            for start in evenly_spaced(max(self._size - EXCERPT_BYTES, 1), EXCERPTS):
-                file.seek(start)
-                yield file.read(EXCERPT_BYTES)
+            file.seek(start)
+            return file.read(EXCERPT_BYTES)
 
     @functools.cached_property
     def names(self) -> list[str]:  # type: ignore[override]
@@ -219,19 +225,31 @@ class Lmdb(ImageFiles):
             import lmdb
         except ImportError:
             raise UserError(f"data.path={self._path} is an LMDB: to read it run `pip install lmdb`") from None
-        # On a damaged file the library may read any memory and crash. Another process therefore reads the file first.
-        subdir = self._path.is_dir()
-        walk = [sys.executable, "-c", _WALK, str(self._path), str(subdir)]
-        walked = subprocess.run(walk, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace")
-        if walked.returncode:
-            with self._file.open("rb") as opened:  # raises OSError if the cause is a failing disk
-                while opened.read(2**24):
-                    pass
-            reason = (walked.stderr.strip().splitlines() or ["it is damaged, or not an LMDB"])[-1]
-            raise UserError(f"data.path={self._path} cannot be read as an LMDB: {reason}")
+        paths.retry(self._file, self._verify)
         with self._os_errors():
             # Without its lock file, so that nothing is written beside the user's data.
+            subdir = self._file != self._path
             return lmdb.open(str(self._path), subdir=subdir, readonly=True, lock=False, readahead=False)
+
+    def _verify(self) -> None:
+        """Reads the structure in another process: on a damaged file the library may read any memory, and crash.
+
+        Raises UserError if the file is damaged or no LMDB, and OSError if the disk may be the cause.
+        """
+        walk = [sys.executable, "-c", _WALK, str(self._path), str(self._file != self._path)]
+        walked = subprocess.run(walk, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace")
+        if not walked.returncode:
+            return
+        with self._file.open("rb") as opened:  # raises OSError if the disk fails
+            start = opened.read(MAGIC_PLACE.stop)
+            while opened.read(2**24):
+                pass
+        reason = (walked.stderr.strip().splitlines() or ["it is damaged, or not an LMDB"])[-1]
+        # The library has an error of its own for what is no LMDB. It reports a header that a read cut as such, too.
+        cut = reason.startswith("lmdb.InvalidError") and start[MAGIC_PLACE] == MAGIC
+        if reason.startswith("lmdb.Error") or cut:
+            raise OSError(reason)
+        raise UserError(f"data.path={self._path} cannot be read as an LMDB: {reason}")
 
     @contextlib.contextmanager
     def _os_errors(self) -> Iterator[None]:

@@ -52,6 +52,7 @@ WEIGHTS = [
     "--config.data.path={local}/photos",
     "--config.eval.features=inception",
     "--config.eval.inception_weights={here}/inception.npz",
+    "--config.eval.download=False",
 ]
 
 # {what is done: (arguments, the workdir that it trains in)}; {here} is where the files are that may be unreadable,

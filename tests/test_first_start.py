@@ -50,12 +50,18 @@ def requested(server):
     return {path: paths.count(path) for path in paths}
 
 
+AS_MANY_AS_THE_PAPER = """
+from ddgan_jax.commands import evaluate
+evaluate.PAPER_SAMPLES = 16
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2])
 def test_one_command(count, start, server, tmp_path):
-    (output, *_) = all_succeed(start(count=count))
+    (output, *_) = all_succeed(start(count=count, script=published.SCRIPT + AS_MANY_AS_THE_PAPER))
     assert requested(server) == {published.ARCHIVE: 1, inception.FILE: 1, vgg.FILE: 1}
-    for text in ("preparing dataset cifar10 in", "evaluating step 2 with 16 samples", "next:"):
+    for text in ("preparing dataset cifar10 in", "evaluating step 2 with 16 samples", "next:", "(paper: 3.75)"):
         assert text in output, output
     found = json.loads((tmp_path / "run" / "evaluation" / "2" / "results.json").read_text())
     assert found["num_samples"] == 16 and found["networks"] == ["Inception 2015-12-05", "VGG16"]

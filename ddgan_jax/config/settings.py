@@ -77,7 +77,7 @@ class ModelConfig:
 class TrainConfig:
     """Optimizers, and length of the training."""
 
-    init_from: str | None = None  # initial networks: a workdir, checkpoint, .pth or .safetensors, or bundled model
+    init_from: str | None = None  # initial networks: a workdir, checkpoint, .pth, .safetensors, bundled model or hf://
     num_steps: Positive | None = 351_000  # 1800 epochs (paper) of 195 steps; None: resolved from the dataset
     batch_size: Positive | None = 256  # images on all devices: 4 GPUs x 64 (paper); None: resolved from the dataset
     accumulate: Positive = 1  # parts of a device's batch, computed one after another to save memory

@@ -1,4 +1,4 @@
-"""Where trained models are, and how they are read: workdirs, checkpoints, files, and the bundled models."""
+"""Where trained models are, and how they are read: workdirs, checkpoints, files, the Hub, and the bundled models."""
 
 import os
 import pathlib
@@ -13,7 +13,7 @@ from ddgan_jax.method import build
 from ddgan_jax.model.checks import as_path
 from ddgan_jax.model.classes import names_of, read_names
 from ddgan_jax.model.model import Model
-from ddgan_jax.storage import checkpoint, paths, safetensors
+from ddgan_jax.storage import checkpoint, hub, paths, safetensors
 from ddgan_jax.storage.torch import arguments, convert, files
 
 PRETRAINED = pathlib.Path(__file__).parent / "pretrained"
@@ -29,11 +29,14 @@ def models() -> dict[str, str]:
 
 
 def file_of(path: str) -> str | None:
-    """The file of a model in one file or of a bundled model; None if `path` names a folder.
+    """The file of a model in one file, on the Hub or of a bundled model; None if `path` names a folder.
 
     Raises:
         UserError: `path` names neither a folder nor a model.
     """
+    if hub.is_hub(path):
+        hub.parse(path)
+        return path
     path = os.path.expanduser(path)
     if path.endswith((".pth", ".safetensors")):
         return path
@@ -51,8 +54,11 @@ def default_output(path: str, name: str) -> str:
     """The default path of the result `name` of the model in `path`.
 
     The result is written into the model's workdir or folder, or next to its file. Results of a checkpoint in
-    WORKDIR/checkpoints go into WORKDIR, because the checkpoint's own folder is deleted with it.
+    WORKDIR/checkpoints go into WORKDIR, because the checkpoint's own folder is deleted with it. Those of a model of
+    the Hub go into the current folder.
     """
+    if hub.is_hub(path):
+        return f"{hub.local_name(path)}.{name}"
     if file_of(path) is not None:
         return f"{os.path.splitext(path)[0]}.{name}"
     found = processes.broadcast_from_primary(lambda: str(checkpoint.absolute(checkpoint.find(path))))
@@ -60,18 +66,24 @@ def default_output(path: str, name: str) -> str:
     return str((folder.parent if folder.name == "checkpoints" else paths.path(path)) / name)
 
 
+def _read(file: str) -> tuple[safetensors.Arrays, dict[str, Any], int, dict[str, str]]:
+    """What `safetensors.read` returns of a file of `file_of`, which may be on the Hub."""
+    return hub.read(file) if hub.is_hub(file) else safetensors.read(file)
+
+
 def load(path: str | os.PathLike, config: Any = None, **hints: Any) -> Model:
     """The model in a workdir, a checkpoint, a .safetensors file, or a `.pth` file of the PyTorch reference.
 
-    `path` may also be the name of one of `models()`. A `netG_*.pth` contains only weights: pass the `config` of its
-    training, or as hints what differs from the reference's defaults, such as `image_size=32` or `nf=64`
-    (`storage.torch.arguments`).
+    `path` may also be the name of one of `models()`, or `hf://OWNER/NAME` on the Hugging Face Hub (`storage.hub`). A
+    `netG_*.pth` contains only weights: pass the `config` of its training, or as hints what differs from the reference's
+    defaults, such as `image_size=32` or `nf=64` (`storage.torch.arguments`).
 
     Raises:
         UserError: there is no model, or hints are missing or contradict the weights.
         Fault: the model is damaged or cannot be read.
     """
     path, about, trained_on, classes = as_path(path), dict[str, str](), None, None
+    file = file_of(path)
     if path.endswith(".pth"):
         given = None if config is None else read(config)
         found = processes.broadcast_from_primary(lambda: files.read(path, given, **hints))
@@ -81,10 +93,10 @@ def load(path: str | os.PathLike, config: Any = None, **hints: Any) -> Model:
             values = ", ".join(f"{name}={getattr(found.config.diffusion, name)}" for name in assumed)
             processes.say(f"note: {path} holds no diffusion: the reference's defaults are assumed, {values}")
         return Model(found.ema_params or found.gen_params, build.denoiser(found.config), found.config, 0)
-    if file := file_of(path):
+    if file:
         if file != path and paths.exists(path):
             processes.say(f"note: {path} is the bundled model: the folder of this name has no checkpoints")
-        arrays, saved_config, step, about = processes.broadcast_from_primary(lambda: safetensors.read(file))
+        arrays, saved_config, step, about = processes.broadcast_from_primary(lambda: _read(file))
         params, classes = checkpoint.nested(arrays), read_names(about)
     else:
         params, metadata, step = processes.broadcast_from_primary(lambda: checkpoint.restore_ema(path))
@@ -97,14 +109,14 @@ def load(path: str | os.PathLike, config: Any = None, **hints: Any) -> Model:
 
 
 def config_of(path: str) -> Config:
-    """The configuration of the training of a workdir, a checkpoint, a .safetensors file or a bundled model.
+    """The configuration of the training of a workdir, a checkpoint, or a model in a file, on the Hub or bundled.
 
     Raises:
         UserError: there is no model.
         Fault: the model is damaged or cannot be read.
     """
     if file := file_of(path):
-        return read(safetensors.read(file)[1])
+        return read(_read(file)[1])
     found = checkpoint.find(path)
     try:
         return read(checkpoint.metadata_of(found)["config"])

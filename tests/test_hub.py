@@ -1,5 +1,6 @@
 """Models of the Hugging Face Hub, from a server on loopback, and the model cards that describe them."""
 
+import dataclasses
 import os
 import pathlib
 import shutil
@@ -12,7 +13,7 @@ import pytest
 import safetensors.numpy
 from commands import ROOT, all_succeed, start_group
 from hub_server import COMMIT, Hub
-from huggingface_hub import constants
+from huggingface_hub import ModelCard, constants
 
 import ddgan_jax
 from ddgan_jax.config import presets
@@ -262,3 +263,78 @@ def test_processes(server, tmp_path):
     all_succeed(start_group(2, *flags, env=environment(server, tmp_path / "home")))
     assert len(server.downloads()) == 1
     assert len([path for _, path, _ in server.requests if path.startswith("/api/models/")]) == 1
+
+
+# --- Model cards ------------------------------------------------------------------------------------------------
+
+
+def test_a_card(tmp_path):
+    """The Hub's own reader accepts its metadata."""
+    model = ddgan_jax.load("digits_conditional")
+    given = {"measures": {"fid": 3.14159, "modes": np.int64(10), "data": "x"}, "license": "mit", "repository": "me/a"}
+    model.save(tmp_path / "model.safetensors", card=given)
+    card = ModelCard.load(tmp_path / "README.md", ignore_metadata_errors=False)
+    assert card.data.library_name == "ddgan_jax" and card.data.license == "mit"
+    assert card.data.pipeline_tag == "unconditional-image-generation" and "ddgan_jax" in card.data.tags
+    for line in (
+        "# Denoising Diffusion GAN of `digits`",
+        "handwritten digits by class, 8x8",
+        "| classes | 10: `0`, `1`, `2`, `3`, `4`, `5`, `6`, `7`, `8`, `9` |",
+        "| image size | 8x8, channels: 1 |",
+        "| denoising steps T | 3 |",
+        "| training steps | 7,500 |",
+        'model = ddgan_jax.load("hf://me/a")',
+        "images = model.sample(64, seed=0)  # uint8 [64, 8, 8, 1]",
+        "| `fid` | 3.142 |",
+        "| `modes` | 10 |",
+        "| `train.lr_d` | `0.002` |",
+        "| `generator.ch_mult` | `[1, 2]` |",
+    ):
+        assert f"\n{line}\n" in card.text, line
+    assert "`data` |" not in card.text and "checkpoint.every" not in card.text and "train.lr_decay" not in card.text
+    assert "The weights have the licence `mit`." in card.text
+
+
+def test_a_card_by_default(tmp_path):
+    """Measures in the file, no licence, points, the file's name, and no path of the training."""
+    model = ddgan_jax.load("gaussians")
+    data = dataclasses.replace(model.config.data, path="/home/me/photos", name="a`|<b>\n# x")
+    train = dataclasses.replace(model.config.train, init_from="/home/me/run")
+    model = dataclasses.replace(model, config=dataclasses.replace(model.config, data=data, train=train))
+    model.save(tmp_path / "half.safetensors", half=True, card=True)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.license is None and card.data.pipeline_tag is None
+    assert "| `high_quality` | 0.985 |" in card.text and 'load("hf://OWNER/NAME/half.safetensors")' in card.text
+    assert "/home/me" not in card.text and "| `data.path` | a path |" in card.text
+    assert "GAN of `a<b> # x`\n" in card.text and "# float32 [64, 2]" in card.text
+    model.save(tmp_path / "none" / "model.safetensors")
+    assert os.listdir(tmp_path / "none") == ["model.safetensors"]
+
+
+def test_a_card_replaces_only_its_own(tmp_path):
+    model, readme = ddgan_jax.load("digits"), tmp_path / "README.md"
+    model.save(tmp_path / "model.safetensors", card=True)
+    model.save(tmp_path / "model.safetensors", card={"license": "mit"})
+    (tmp_path / "model.safetensors").unlink()
+    for content in (readme.read_text() + "Mine.\n", "My model" + readme.read_text(), "", "Mine."):
+        readme.write_text(content)
+        with pytest.raises(UserError, match=r"README.md was not written by `save`, or was changed since"):
+            model.save(tmp_path / "model.safetensors", card=True)
+        assert readme.read_text() == content and os.listdir(tmp_path) == ["README.md"]
+
+
+@pytest.mark.parametrize(
+    "card, message",
+    [
+        ("yes", "must be True, or a dict of measures, license, repository"),
+        ({"fid": 3}, "must be True, or a dict of measures, license, repository"),
+        ({"measures": 3.1}, "must be a dict of numbers by name"),
+        ({"license": "mit\nlibrary_name: x"}, "license=.*must be a name of the Hub"),
+        ({"repository": "me"}, "hf://me names no model of the Hub"),
+        ({"repository": "me/a@v1"}, "repository='me/a@v1' must be 'OWNER/NAME'"),
+    ],
+)
+def test_invalid_cards(tmp_path, card, message):
+    with pytest.raises(UserError, match=message):
+        ddgan_jax.load("gaussians").save(tmp_path / "model.safetensors", card=card)
+    assert not os.listdir(tmp_path)

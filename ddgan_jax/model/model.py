@@ -24,6 +24,7 @@ from ddgan_jax.method.diffusion import q_sample
 from ddgan_jax.method.sampling import Denoiser, bind
 from ddgan_jax.method.train_step import to_x0
 from ddgan_jax.model import export
+from ddgan_jax.model.card import write_card
 from ddgan_jax.model.checks import as_count, as_half, as_integer, as_path, as_posterior, as_seed, check_about
 from ddgan_jax.model.classes import labels_of, names_of
 from ddgan_jax.model.inputs import as_input, as_known
@@ -141,11 +142,8 @@ class Model:
             label = None if y is None else y[0]  # `y` may have a class for each image
             x_tp1 = self.trajectory(1, seed, label=label, first=index).x_tp1[t, 0]
         else:
-            x0, noise = (
-                self._to_x0(as_input(image, self.denoiser.image_shape)[None]),
-                self._noise(seed, np.arange(1)).x_T,
-            )
-            x_tp1 = q_sample(self.denoiser.schedule, x0, jnp.full(1, t + 1), noise)[0]
+            x0 = self._to_x0(as_input(image, self.denoiser.image_shape)[None])
+            x_tp1 = q_sample(self.denoiser.schedule, x0, jnp.full(1, t + 1), self._noise(seed, np.arange(1)).x_T)[0]
 
         def run(i: np.ndarray) -> Any:
             return self._run(_vary, "gaussian", (), rows(y, i), x_tp1, jnp.int32(t), self._noise(seed, i).z[t])
@@ -249,15 +247,18 @@ class Model:
         denoiser = build.denoiser(dataclasses.replace(self.config, model=network))
         return export.for_onnx(denoiser, self.params, as_posterior(posterior), self.classes)
 
-    def save(self, path: str | os.PathLike, half: bool = False, about: Mapping[str, str] | None = None) -> None:
+    def save(
+        self, path: str | os.PathLike, half: bool = False, about: Mapping[str, str] | None = None, card: Any = False
+    ) -> None:
         """Write a .safetensors file that `load` reads: the weights, as float16 if `half`, and their configuration.
 
         The metadata `classes` of a class-conditional model are a JSON list of their names. `about` is further metadata,
-        which `load` returns as `Model.about`.
+        which `load` returns as `Model.about`. `card` also writes README.md, a model card, beside the file: True, or a
+        dict of any of `measures` ({name: number}), `license` and `repository` ('OWNER/NAME').
 
         Raises:
-            UserError: `path` does not end in .safetensors, `about` is not text by name, or float16 is too narrow.
-            OSError: the file cannot be written.
+            UserError: an argument is invalid, float16 is too narrow, or `card` would replace another README.md.
+            OSError: a file cannot be written.
         """
         if not as_path(path).endswith(".safetensors"):
             raise UserError(f"{path} must end in .safetensors")
@@ -265,6 +266,7 @@ class Model:
         arrays = checkpoint.flatten(self.params)
         if half:
             arrays = {name: as_half(name, array) for name, array in arrays.items()}
+        write_card(self, as_path(path), card)
         further = {**self.about, **(about or {})} | ({"classes": json.dumps(self.classes)} if self.classes else {})
         safetensors.write(paths.path(path), arrays, as_dict(self.config), self.step, further)
 

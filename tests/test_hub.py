@@ -1,5 +1,6 @@
 """Models of the Hugging Face Hub, from a server on loopback, and the model cards that describe them."""
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -162,7 +163,6 @@ def test_refusals(server, tmp_path, change, path, message):
         (files("a.safetensors", sizes={"a.safetensors": None}), "the Hub does not report its size"),
         (files("a.safetensors", sizes={"a.safetensors": "x"}), "cannot be downloaded: TypeError"),
         (lambda server: server.cut.update(dict.fromkeys(range(9), 0)), "cannot be downloaded: RemoteProtocolError"),
-        (lambda server: vars(server).update(location="file:///etc/passwd"), "be downloaded: UnsupportedProtocol"),
         (redirect("/cdn/README.md"), "cannot be downloaded: .*Consistency check"),
         (lambda server: server.files.update({"model.safetensors": DIGITS[:-9]}), "is damaged.*`hf cache rm model/me"),
         (lambda server: server.files.update({"model.safetensors": b"x"}), "is damaged, or no safetensors file"),
@@ -185,10 +185,21 @@ def test_a_redirection_gets_no_token(server, monkeypatch):
 
 
 def test_a_closed_connection(server):
-    """The download is tried again."""
-    server.cut = {1: 100_000, 2: 0}
+    """The download is tried again: by huggingface_hub, or in early versions by the next load."""
+    server.cut = {1: 100_000}
+    with contextlib.suppress(Fault):
+        ddgan_jax.load(NAME)
     ddgan_jax.load(NAME)
-    assert len(server.downloads()) == 3
+    assert len(server.downloads()) == 2
+
+
+def test_a_redirection_to_a_file(server, tmp_path):
+    """The scheme is not supported; early versions of huggingface_hub ask the Hub for this path."""
+    (tmp_path / "secret.safetensors").write_bytes(DIGITS)
+    server.location = f"file://{tmp_path}/secret.safetensors"
+    with pytest.raises((Fault, UserError)):
+        ddgan_jax.load(NAME)
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
 
 
 def test_without_a_network(server, monkeypatch, capsys):

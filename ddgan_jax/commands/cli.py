@@ -44,7 +44,7 @@ flags.DEFINE_string("mode", "train", f"What to do: {', '.join(MODES)}.")
 flags.DEFINE_string(
     "checkpoint",
     None,
-    "A workdir, checkpoint, file, bundled model or hf://OWNER/NAME; best: best one of --workdir.",
+    "Use this model: a workdir, checkpoint, file, bundled model or hf://OWNER/NAME; best: the best one of --workdir.",
 )
 flags.DEFINE_string("samples", None, "evaluate: measure these images, an .npz with one array or a folder.")
 flags.DEFINE_string("out", None, "Where to write the result; docs/editing.md lists what each mode writes.")

@@ -25,8 +25,9 @@ import numpy as np
 
 from benchmarks import measure
 from ddgan_jax.commands import compiled, train
+from ddgan_jax.commands.health import Monitor
 from ddgan_jax.commands.progress import say
-from ddgan_jax.commands.run import Files, Run
+from ddgan_jax.commands.run import Files, Run, ranked_by
 from ddgan_jax.commands.signals import Interrupt
 from ddgan_jax.config.settings import LogConfig, read
 from ddgan_jax.data.sources import Data
@@ -68,7 +69,7 @@ def main() -> None:
         log = Log(path, {}, LogConfig(tensorboard=False), 0)
         draw = Sampler(method.denoiser, c.sample.batch_size)
         nowhere = types.SimpleNamespace(save=lambda *_: None, wait=lambda: None, steps=list)
-        files = Files(nowhere, log, {})
+        files = Files(nowhere, log, {}, Monitor([], c, ranked_by(c)))
         run = Run(c, method, Data(images), None, path, state, 0, files, draw, time.time())
         profile = cProfile.Profile() if flags.profile else None
         if profile:

@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from ddgan_jax.commands import health
 from ddgan_jax.storage import paths
 from ddgan_jax.storage.log import read_metrics
 from ddgan_jax.storage.paths import Given
 
 MAX_POINTS = 500  # of a curve; a panel has no more pixels, and the memory does not grow with the run
+MAX_MARKED = 8  # findings that are named below the curves
 MIN_SIDE = 64  # px, of an image in a grid
 LARGE_SIDE = 192  # px, of an image that is shown alone: in an animation, or on the page
 
@@ -225,7 +227,10 @@ def trajectory(x: np.ndarray, x0_hat: np.ndarray, names: Sequence[str], path: Gi
 
 
 def curves(metrics: Given, path: Given) -> None:
-    """Draw a metrics.jsonl: losses, logits, losses by t, R1, norms of gradients and parameters, and evaluations."""
+    """Draw a metrics.jsonl: losses, logits, losses by t, R1, norms of gradients and parameters, and evaluations.
+
+    Dotted lines mark where a finding began (`commands.health`); they are named below the panels.
+    """
     plt = pyplot()
     records = read_metrics(metrics, at_most=MAX_POINTS)
     panels: list[tuple[str, Sequence[str]]] = [
@@ -240,8 +245,11 @@ def curves(metrics: Given, path: Given) -> None:
     distances = [name for name in evaluated if name.endswith(("frechet", "/fid", "variation", "/frechet_distance"))]
     fractions = [name for name in evaluated if name.endswith(("/precision", "/recall", "/coverage", "/high_quality"))]
     panels += [("evaluation: distances", distances), ("evaluation: fractions", fractions)] if evaluated else []
+    beginnings = health.begun(records)
     figure, axes = plt.subplots(2, len(panels) // 2, figsize=(2.5 * len(panels), 7), constrained_layout=True)
     for axis, (title, names) in zip(axes.T.flat, panels, strict=True):
+        for step in sorted({step for step, _ in beginnings}):
+            axis.axvline(step, color="tab:red", linewidth=0.8, linestyle=":", zorder=0)
         for name in names:
             points = [(r["step"], r[name]) for r in records if r.get(name) is not None]
             if points:
@@ -250,6 +258,9 @@ def curves(metrics: Given, path: Given) -> None:
             axis.set_yscale("log")
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
-        if axis.lines:
+        if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
+    if beginnings:
+        names = [f"{step:,} {name}" for step, name in beginnings[-MAX_MARKED:]]
+        figure.supxlabel(f"findings, dotted: {', '.join(names)}", fontsize=8, color="tab:red")
     save_figure(figure, path)

@@ -12,7 +12,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
+from ddgan_jax.commands.run import Run
 from ddgan_jax.config.settings import Config
 from ddgan_jax.data.sources import Data
 from ddgan_jax.devices import cluster, processes
@@ -25,6 +27,7 @@ from ddgan_jax.metrics.feature_networks import check_can_evaluate
 Metrics = dict[str, Any]
 
 LARGE_ON_A_CPU = 5_000_000  # parameters of a generator
+TIMED = 20  # steps from which the duration of a run is estimated
 MAX_CURVES = 16  # with more denoising steps T, losses are not recorded for each t
 
 
@@ -169,6 +172,21 @@ class Meter:
         """The metrics that are in no record yet, as JSON, with which an interrupted run resumes."""
         steps = [{name: np.asarray(value).tolist() for name, value in metrics.items()} for metrics in self._window]
         return {"steps": steps, "seconds": time.time() - self._mark}
+
+
+def report_first_steps(run: Run, metrics: Any, bar: tqdm) -> None:
+    """Reports the first steps, which are slower than the rest, and from the next ones the duration of the run."""
+    done = run.step - run.first_step
+    if done == 1:
+        bar.set_description("training")
+    if done <= 3:  # among them those that wait for a compilation
+        jax.block_until_ready(metrics)
+        bar.unpause()
+        run.warm = time.time()
+        say(f"step {run.step} done, {run.warm - run.started:.1f} s after the start")
+    elif done == 3 + TIMED:
+        jax.block_until_ready(metrics)
+        say(expected_time((time.time() - run.warm) / TIMED, run.num_steps - run.step))
 
 
 def losses_line(values: dict[str, float]) -> str:

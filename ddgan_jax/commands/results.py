@@ -18,7 +18,7 @@ from ddgan_jax.storage.log import read_metrics
 
 def save_samples(run: Run, file: paths.Path) -> None:
     """Samples a grid on all devices; process 0 writes it, and the curves up to this step."""
-    images = run.sampler(jax.device_get(run.state.ema_params), 0, run.config.sample.grid)
+    images = run.sample_grid()
     if run.files:
         figures.save_image(file, grid := figures.as_image(images))
         run.files.log.image(run.step, "samples", grid)

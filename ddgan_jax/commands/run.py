@@ -6,8 +6,10 @@ import time
 from concurrent.futures import Future
 from typing import Any
 
+import jax
 import numpy as np
 
+from ddgan_jax.commands.health import Monitor
 from ddgan_jax.config.settings import Config
 from ddgan_jax.data.sources import Data
 from ddgan_jax.devices import parallel
@@ -36,6 +38,7 @@ class Files:
     checkpoints: manager.Checkpoints
     log: Log
     sketch: dict[str, Any]  # of the data, to recognise it when the run is resumed
+    monitor: Monitor
     unlogged: dict[str, Any] | None = None  # metrics since the last record, from the interrupted part of the run
 
 
@@ -59,6 +62,7 @@ class Run:
     def __post_init__(self) -> None:
         self.first_step = self.step
         self.warm = self.started  # time.time() after the first steps
+        self._grid: tuple[int, np.ndarray] | None = None  # the last grid of samples [N, ...], and its step
         self._seconds_before = self.files.log.last.get("seconds", 0.0) if self.files else 0.0
 
     def open_dashboards(self) -> None:
@@ -105,6 +109,12 @@ class Run:
     def has_samples(self) -> bool:
         """Whether the grid of samples of this step is saved."""
         return paths.exists(self.samples_file)
+
+    def sample_grid(self) -> np.ndarray:
+        """The grid of samples of this step [N, ...], generated once, on all devices."""
+        if self._grid is None or self._grid[0] != self.step:
+            self._grid = self.step, self.sampler(jax.device_get(self.state.ema_params), 0, self.config.sample.grid)
+        return self._grid[1]
 
     def last_complete_step(self) -> int | None:
         """The step of the newest checkpoint, after the one that is being written; in process 0 alone."""

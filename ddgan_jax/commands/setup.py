@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from ddgan_jax.commands.checks import check_data, check_memory
+from ddgan_jax.commands.health import Monitor
 from ddgan_jax.commands.progress import overview
 from ddgan_jax.commands.run import Files, Run, ranked_by
 from ddgan_jax.commands.signals import Interrupt
@@ -278,4 +279,5 @@ def open_files(
         checkpoints.prune()
     if saved and saved["log"] not in (log.checksum, log.checksum_before):
         say(f"note: {log.path} is damaged, or was changed: its records differ from those at the last checkpoint")
-    return Files(checkpoints, log, sketch, saved.get("unlogged") if log.last.get("step") != step else None)
+    monitor = Monitor(read_metrics(log.path), c, ranked_by(c))
+    return Files(checkpoints, log, sketch, monitor, saved.get("unlogged") if log.last.get("step") != step else None)

@@ -9,7 +9,6 @@ import contextlib
 import itertools
 import os
 import sys
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +16,8 @@ import jax
 from tqdm import tqdm
 
 from ddgan_jax.commands.compiled import CompiledSteps
-from ddgan_jax.commands.progress import Meter, clock, expected_time, losses_line, next_commands, rounded
+from ddgan_jax.commands.health import sample_variety
+from ddgan_jax.commands.progress import Meter, clock, losses_line, next_commands, report_first_steps, rounded
 from ddgan_jax.commands.results import evaluate_last, finish, save_samples
 from ddgan_jax.commands.run import DONE, STOPPED, Outcome, Run, ranked_by
 from ddgan_jax.commands.setup import set_up
@@ -33,8 +33,6 @@ from ddgan_jax.method.build import noise_seed
 from ddgan_jax.method.state import norms
 from ddgan_jax.metrics.evaluator import measure
 from ddgan_jax.storage import paths
-
-TIMED = 20  # steps from which the duration of a run is estimated
 
 
 def train(
@@ -136,21 +134,6 @@ def loop(run: Run, interrupt: Interrupt) -> Outcome:
     raise AssertionError("batches are endless")
 
 
-def report_first_steps(run: Run, metrics: Any, bar: tqdm) -> None:
-    """Reports the first steps, which are slower than the rest, and from the next ones the duration of the run."""
-    done = run.step - run.first_step
-    if done == 1:
-        bar.set_description("training")
-    if done <= 3:  # among them those that wait for a compilation
-        jax.block_until_ready(metrics)
-        bar.unpause()
-        run.warm = time.time()
-        say(f"step {run.step} done, {run.warm - run.started:.1f} s after the start")
-    elif done == 3 + TIMED:
-        jax.block_until_ready(metrics)
-        say(expected_time((time.time() - run.warm) / TIMED, run.num_steps - run.step))
-
-
 def finish_interrupted_step(run: Run, meter: Meter, interrupt: Interrupt) -> Outcome:
     """Does what an interrupted run did not do at its last step: the record, the mark of the best, the samples."""
 
@@ -203,22 +186,26 @@ def save(run: Run, meter: Meter) -> None:
 def record(run: Run, meter: Meter, interrupt: Interrupt, stopping: bool = False, bar: tqdm | None = None) -> Outcome:
     """Evaluates if it is time, logs a record, prints it, and marks the checkpoint if it is the best.
 
-    Returns STOPPED and logs nothing if a signal interrupts the evaluation, or came before it (`stopping`).
+    Returns STOPPED and logs nothing if a signal interrupts the evaluation, or came before samples are due (`stopping`).
     """
     meter.check(run.last_complete_step)
     measured: dict[str, float] = {}
+    if stopping and (run.is_evaluation_step() or run.is_sample_step()):
+        return STOPPED
     if run.is_evaluation_step():
-        if stopping:
-            return STOPPED
         try:
             with meter.paused():
                 measured = evaluate_samples(run, interrupt)
         except Interrupted:
             return STOPPED
+    about: dict[str, Any] = {"yardstick": run.evaluator.yardstick} if measured and run.evaluator else {}
+    if run.is_sample_step():
+        with meter.paused():
+            measured |= measure_variety(run)
     values, seconds_per_step = meter.values(lambda: norms_of(run), run.last_complete_step)
     values |= measured
     if run.files:
-        about = {"yardstick": run.evaluator.yardstick} if measured and run.evaluator else {}
+        about |= run.files.monitor.add(run.step, values, about)
         run.files.log.scalars(run.step, values | {"seconds": run.seconds()}, about)
         line = losses_line(values)
         if bar is not None:
@@ -260,3 +247,10 @@ def evaluate_samples(run: Run, interrupt: Interrupt) -> dict[str, float]:
     if "fid" in results:  # which grows as samples get fewer: by about 2 from 50,000 to 5,000
         results = results | {f"fid_{rounded(count)}": results["fid"]}
     return {f"eval/{name}": float(value) for name, value in results.items()}
+
+
+def measure_variety(run: Run) -> dict[str, float]:
+    """The `sample_variety` of the grid of this step; {} in all processes except the first."""
+    samples = run.sample_grid()
+    variety = sample_variety(samples, run.data.images) if run.files else None
+    return {} if variety is None else {"sample_variety": variety}

@@ -27,6 +27,11 @@ def as_json(value: Any, **how: Any) -> str:
     return json.dumps(json.loads(json.dumps(value, default=float), parse_constant=lambda _: None), **how)
 
 
+def as_recorded(values: dict[str, float]) -> dict[str, float]:
+    """The values with the digits that a record has, six."""
+    return {name: float(f"{value:.6g}") for name, value in values.items()}
+
+
 def read_metrics(path: paths.Given, at_most: int | None = None) -> list[dict]:
     """The records of a metrics.jsonl without damaged lines, such as a truncated last one.
 
@@ -97,9 +102,9 @@ class Log:
             except ImportError as error:  # of an installation that is broken
                 say(f"note: no events for TensorBoard are written: {error}")
 
-    def scalars(self, step: int, values: dict[str, float], about: dict[str, str] | None = None) -> None:
-        """Appends one record, with texts `about` it. Raises Fault if it cannot be written."""
-        line = as_json({"step": step} | {k: float(f"{v:.6g}") for k, v in values.items()} | (about or {})) + "\n"
+    def scalars(self, step: int, values: dict[str, float], about: dict[str, Any] | None = None) -> None:
+        """Appends one record, with texts, or lists of them, `about` it. Raises Fault if it cannot be written."""
+        line = as_json({"step": step} | as_recorded(values) | (about or {})) + "\n"
         self.checksum = _checksum(line, self.checksum)
         with self._guard():
             if self._file:

@@ -1,0 +1,173 @@
+"""The findings of a run: each rule on both sides of its threshold, what is printed and recorded, and the curves."""
+
+import json
+import pathlib
+import re
+
+import numpy as np
+import pytest
+from commands import POINTS, ROOT, succeed
+from conftest import preset_with
+
+from ddgan_jax.commands import figures, health
+from ddgan_jax.commands.health import CHANCE, Monitor, begun, findings, sample_variety
+from ddgan_jax.commands.train import train
+from ddgan_jax.config.settings import as_dict, flat, read
+from ddgan_jax.storage.log import read_metrics
+
+EVERY, FID = 50, "eval/fid"
+RUN = read(preset_with("gaussians", train__num_steps=1_000))  # a rule needs 300 steps, after the first 300
+SOUND = {"d_loss": 1.2, "g_loss": 0.9, "d_real": 0.3, "d_fake": -0.3}
+SOUND |= {f"{network}_loss_t{t}": {"d": 1.2, "g": 0.9}[network] for network in "dg" for t in range(3)}
+GUESS = {"d_loss": CHANCE, "d_real": 0.0, "d_fake": 0.0}
+
+
+def records(**values):
+    """Twelve records until step 600; a list has the last values of a metric, one a record."""
+    lists = {name: value for name, value in values.items() if isinstance(value, list)}
+    made = [{"step": step} | SOUND | values for step in range(EVERY, 601, EVERY)]
+    for name, listed in lists.items():
+        for record in made:
+            del record[name]
+        for record, value in zip(made[-len(listed) :], listed, strict=True):
+            record[name] = value
+    return made
+
+
+@pytest.mark.parametrize(
+    "name, fails, sound",
+    [
+        ("d_at_chance", GUESS, GUESS | {"d_real": 0.03}),
+        ("d_at_chance", GUESS | {"d_loss": CHANCE - 0.01}, GUESS | {"d_loss": CHANCE - 0.03}),
+        ("d_at_chance", GUESS | {"d_loss": 1.6, "d_real": -0.1, "d_fake": 0.1}, {"d_loss": 1.6}),
+        ("d_unstable", {"d_loss": CHANCE + 0.6}, {"d_loss": CHANCE + 0.4}),
+        ("d_wins", {"d_loss": 0.19}, {"d_loss": 0.21}),
+        ("t_apart", {"d_loss_t0": 0.1}, {"d_loss_t0": 0.3}),
+        ("t_apart", {"d_loss_t2": 2.3}, {"d_loss_t2": 2.1}),
+        ("little_variety", {"sample_variety": [0.9, 0.4, 0.4]}, {"sample_variety": [0.4, 0.4, 0.6]}),
+        ("little_variety", {"sample_variety": [0.4, 0.4]}, {"sample_variety": [0.4]}),
+        ("evaluations_worsen", {FID: [9.0, 10.0, 11.0, 12.0]}, {FID: [9.0, 10.0, 11.0, 10.7]}),
+        ("evaluations_worsen", {FID: [9.0, 10.0, 11.0, 11.2]}, {FID: [10.0, 10.1, 10.2, 10.3]}),
+        ("evaluations_worsen", {FID: [9.0, 10.0, 11.0, 11.2]}, {FID: [10.0, 11.0, 12.0]}),
+    ],
+)
+def test_rules(name, fails, sound):
+    assert findings(records(**fails), RUN, FID) == [name]
+    assert findings(records(**sound), RUN, FID) == []
+
+
+@pytest.mark.parametrize("values", [GUESS, {"d_loss": 0.01}, {"d_loss": 3.0}, {"d_loss_t0": 0.1}])
+def test_a_rule_of_losses_needs_all_records_of_its_steps(values):
+    """Neither before step 600, nor if one of the last six records is sound; earlier ones do not count."""
+    made = records(**values)
+    assert not findings(made[:-1], RUN, FID) and findings(made, RUN, FID)
+    for i, expected in ((-6, []), (-1, []), (-7, findings(made, RUN, FID))):
+        assert findings([record | SOUND if record is made[i] else record for record in made], RUN, FID) == expected
+
+
+def test_patience_follows_the_length_of_the_run():
+    lengths = (8, 3_000, 7_500, 20_000, 351_000, None)
+    runs = [read(preset_with("image_folder:small", train__num_steps=steps)) for steps in lengths]
+    assert [health.patience(c) for c in runs] == [300, 300, 750, 2_000, 5_000, 300]
+
+
+def test_grids_before_the_average_forgets_do_not_count():
+    """With a decay of 0.9999, the moving average of G forgets its initial weights within 20,000 steps."""
+    config = read(preset_with("cifar10"))
+    made = [{"step": step, "sample_variety": 0.1, FID: step} for step in range(5_000, 45_001, 5_000)]
+    assert not findings(made[:5], config, FID)
+    assert findings(made[:6], config, FID) == ["little_variety"]
+    assert findings(made[:8], config, FID) == ["little_variety", "evaluations_worsen"]
+
+
+def test_only_evaluations_with_the_same_yardstick_are_compared():
+    made = records(**{FID: [1.0, 2.0, 3.0, 4.0, 5.0]})
+    made[-5]["yardstick"] = "other"
+    assert findings(made, RUN, FID)
+    made[-4]["yardstick"] = "other"
+    assert not findings(made, RUN, FID)
+
+
+def test_records_without_losses_of_d_have_no_findings():
+    """Such as those of the Gaussian objective, or of a metric that is not finite."""
+    assert not findings([{"step": step, "g_loss": 0.1} for step in range(EVERY, 601, EVERY)], RUN, FID)
+    assert not findings(records(d_loss=None), RUN, FID)
+    assert not findings(records(**{FID: [None, 1.0, 2.0, 3.0]}), RUN, FID)
+
+
+def test_variety():
+    images = np.random.default_rng(0).integers(0, 256, (80, 4, 4, 3), np.uint8)
+    assert sample_variety(images[:1].repeat(9, axis=0), images) == 0
+    assert sample_variety(images, images) == pytest.approx(1, abs=0.05)
+    assert sample_variety(images // 2, images) == pytest.approx(0.5, abs=0.05)
+    assert sample_variety(np.float32([[0, 0], [3, 4]]), np.float32([[0, 0], [0, 10]])) == 0.5
+    assert sample_variety(images, images[:1].repeat(9, axis=0)) is None
+    assert sample_variety(images[:1], images) is sample_variety(images, images[:1]) is None
+
+
+def test_a_finding_is_reported_when_it_begins(capsys):
+    """Once while it lasts, and again after it has ended; a resumed run does not repeat it."""
+    monitor, kept = Monitor([], RUN, FID), []
+
+    def add(step, **values):
+        entry = monitor.add(step, SOUND | values)
+        kept.append({"step": step} | SOUND | values | entry)
+        return len(capsys.readouterr().out.splitlines())
+
+    assert [add(step, d_loss=np.float32(0.1)) for step in range(EVERY, 701, EVERY)] == [0] * 11 + [1, 0, 0]
+    assert [record.get("findings") for record in kept] == [None] * 11 + [["d_wins"]] * 3
+    monitor = Monitor(kept[:12], RUN, FID)  # resumed at step 600
+    assert not add(650, d_loss=0.1) and kept[-1]["findings"] == ["d_wins"]
+    assert not add(700) and "findings" not in kept[-1]
+    assert [add(step, d_loss=0.1) for step in range(750, 1_051, EVERY)] == [0] * 5 + [1, 0]
+    assert begun([kept[i] for i in (*range(12), *range(14, len(kept)))]) == [(600, "d_wins"), (1_000, "d_wins")]
+
+
+def test_the_guide_has_every_rule():
+    guide = (ROOT / "docs" / "train.md").read_text()
+    section = guide.partition("## Is it going well?")[2].partition("\n## ")[0]
+    fields = flat(as_dict(RUN)).keys()
+    for name, sentence in health.SENTENCES.items():
+        assert f"`{name}`" in section, name
+        assert set(re.findall(r"--config\.([\w.]+\w)", sentence)) <= fields
+
+
+def test_a_run_whose_d_learns_nothing(tmp_path):
+    """It says so once, with the same results; a run that is resumed does not repeat it."""
+    still = ["--config.train.lr_d=0.0", "--config.train.lr_min=0.0", "--config.train.lr_min_d=1e-12"]
+    flags = [POINTS, f"--workdir={tmp_path}", *still, "--config.log.every=20", "--config.checkpoint.every=320"]
+    flags += ["--config.log.samples_every=320", "--config.log.tensorboard=False"]
+    sentence = "D has guessed for 300 steps, so it teaches G nothing: raise --config.train.lr_d"
+    output = succeed(*flags, "--config.train.num_steps=640").stdout
+    assert output.count("note: step") == 1 and f"note: step 600: {sentence}" in output
+    resumed = succeed(*flags, "--config.train.num_steps=680").stdout
+    assert "resuming from step 640" in resumed and "note: step" not in resumed
+    found = read_metrics(tmp_path / "metrics.jsonl")
+    assert begun(found) == [(600, "d_at_chance")] and found[-1]["findings"] == ["d_at_chance"]
+    assert [record["step"] for record in found if "sample_variety" in record] == [320]
+
+
+def test_a_sound_run_has_no_findings(tmp_path, capsys):
+    train(preset_with("gaussians:smoke"), str(tmp_path))
+    assert "note: step" not in capsys.readouterr().out
+    assert not any("findings" in record for record in read_metrics(tmp_path / "metrics.jsonl"))
+
+
+def test_curves_mark_where_findings_began(tmp_path, monkeypatch):
+    drawn, save = [], figures.save_figure
+
+    def keep(figure, path: pathlib.Path):
+        drawn.append(([len(axis.lines) for axis in figure.axes], figure.get_supxlabel()))
+        save(figure, path)
+
+    monkeypatch.setattr(figures, "save_figure", keep)
+    for marked in (False, True):
+        made = records(r1=0.1)
+        for record in made[8:] if marked else []:
+            record["findings"] = ["d_wins"]
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in made))
+        figures.curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    (without, nothing), (with_marks, names) = drawn
+    assert with_marks == [count + 1 for count in without]
+    assert nothing == "" and names == "findings, dotted: 450 d_wins"
+    assert (tmp_path / "curves.png").exists()

@@ -1,18 +1,22 @@
 """The findings of a run: each rule on both sides of its threshold, what is printed and recorded, and the curves."""
 
 import json
+import os
 import pathlib
 import re
+import signal
 
 import numpy as np
 import pytest
-from commands import POINTS, ROOT, succeed
+from commands import POINTS, ROOT, assert_same, succeed
 from conftest import preset_with
 
 from ddgan_jax.commands import figures, health
+from ddgan_jax.commands import train as train_module
 from ddgan_jax.commands.health import CHANCE, Monitor, begun, findings, sample_variety
 from ddgan_jax.commands.train import train
 from ddgan_jax.config.settings import as_dict, flat, read
+from ddgan_jax.errors import Interrupted
 from ddgan_jax.storage.log import read_metrics
 
 EVERY, FID = 50, "eval/fid"
@@ -41,9 +45,10 @@ def records(**values):
         ("d_at_chance", GUESS | {"d_loss": CHANCE - 0.01}, GUESS | {"d_loss": CHANCE - 0.03}),
         ("d_at_chance", GUESS | {"d_loss": 1.6, "d_real": -0.1, "d_fake": 0.1}, {"d_loss": 1.6}),
         ("d_unstable", {"d_loss": CHANCE + 0.6}, {"d_loss": CHANCE + 0.4}),
-        ("d_wins", {"d_loss": 0.19}, {"d_loss": 0.21}),
-        ("t_apart", {"d_loss_t0": 0.1}, {"d_loss_t0": 0.3}),
-        ("t_apart", {"d_loss_t2": 2.3}, {"d_loss_t2": 2.1}),
+        ("d_wins", {"d_real": 2.6, "d_fake": -2.6}, {"d_real": 2.4, "d_fake": -2.4}),
+        ("t_apart", {"d_loss_t0": 0.29}, {"d_loss_t0": 0.31}),
+        ("t_apart", {"d_loss_t2": 4.9}, {"d_loss_t2": 4.7}),
+        ("t_apart", {"d_loss_t1": 0.0}, {"d_loss_t0": 0.3, "d_loss_t1": 0.3, "d_loss_t2": 1.38}),
         ("little_variety", {"sample_variety": [0.9, 0.4, 0.4]}, {"sample_variety": [0.4, 0.4, 0.6]}),
         ("little_variety", {"sample_variety": [0.4, 0.4]}, {"sample_variety": [0.4]}),
         ("evaluations_worsen", {FID: [9.0, 10.0, 11.0, 12.0]}, {FID: [9.0, 10.0, 11.0, 10.7]}),
@@ -56,7 +61,7 @@ def test_rules(name, fails, sound):
     assert findings(records(**sound), RUN, FID) == []
 
 
-@pytest.mark.parametrize("values", [GUESS, {"d_loss": 0.01}, {"d_loss": 3.0}, {"d_loss_t0": 0.1}])
+@pytest.mark.parametrize("values", [GUESS, {"d_real": 9.0}, {"d_loss": 3.0}, {"d_loss_t0": 0.1}])
 def test_a_rule_of_losses_needs_all_records_of_its_steps(values):
     """Neither before step 600, nor if one of the last six records is sound; earlier ones do not count."""
     made = records(**values)
@@ -114,12 +119,12 @@ def test_a_finding_is_reported_when_it_begins(capsys):
         kept.append({"step": step} | SOUND | values | entry)
         return len(capsys.readouterr().out.splitlines())
 
-    assert [add(step, d_loss=np.float32(0.1)) for step in range(EVERY, 701, EVERY)] == [0] * 11 + [1, 0, 0]
+    assert [add(step, d_real=np.float32(9.0)) for step in range(EVERY, 701, EVERY)] == [0] * 11 + [1, 0, 0]
     assert [record.get("findings") for record in kept] == [None] * 11 + [["d_wins"]] * 3
     monitor = Monitor(kept[:12], RUN, FID)  # resumed at step 600
-    assert not add(650, d_loss=0.1) and kept[-1]["findings"] == ["d_wins"]
+    assert not add(650, d_real=9.0) and kept[-1]["findings"] == ["d_wins"]
     assert not add(700) and "findings" not in kept[-1]
-    assert [add(step, d_loss=0.1) for step in range(750, 1_051, EVERY)] == [0] * 5 + [1, 0]
+    assert [add(step, d_real=9.0) for step in range(750, 1_051, EVERY)] == [0] * 5 + [1, 0]
     assert begun([kept[i] for i in (*range(12), *range(14, len(kept)))]) == [(600, "d_wins"), (1_000, "d_wins")]
 
 
@@ -147,10 +152,27 @@ def test_a_run_whose_d_learns_nothing(tmp_path):
     assert [record["step"] for record in found if "sample_variety" in record] == [320]
 
 
-def test_a_sound_run_has_no_findings(tmp_path, capsys):
-    train(preset_with("gaussians:smoke"), str(tmp_path))
-    assert "note: step" not in capsys.readouterr().out
-    assert not any("findings" in record for record in read_metrics(tmp_path / "metrics.jsonl"))
+def test_a_sound_run_has_no_findings(tmp_path, capsys, monkeypatch):
+    """Also if a signal stops it at a step with a grid, whose record then comes when it is resumed."""
+    config, report = preset_with("gaussians:smoke"), train_module.report_first_steps
+
+    def report_and_stop(run, metrics, bar):
+        report(run, metrics, bar)
+        if run.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="saved step 4"):
+        patch.setattr(train_module, "report_first_steps", report_and_stop)
+        train(config, str(tmp_path / "stopped"))
+    assert [record["step"] for record in read_metrics(tmp_path / "stopped" / "metrics.jsonl")] == [2]
+    for name in ("stopped", "whole"):
+        train(config, str(tmp_path / name))
+    assert_same(tmp_path / "stopped", tmp_path / "whole")
+    ours, theirs = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("stopped", "whole"))
+    for record in (*ours, *theirs):
+        del record["seconds"], record["images_per_second"]
+    assert ours == theirs and [record["step"] for record in ours if "sample_variety" in record] == [4]
+    assert "note: step" not in capsys.readouterr().out and not begun(ours)
 
 
 def test_curves_mark_where_findings_began(tmp_path, monkeypatch):

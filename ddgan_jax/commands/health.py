@@ -21,8 +21,8 @@ Record = dict[str, Any]  # a line of metrics.jsonl
 CHANCE = 2 * math.log(2)  # D's loss if its logits are 0
 NEAR_CHANCE = 0.02  # by which D's loss may be below CHANCE, and the mean logits of real above those of fake
 UNSTABLE = CHANCE + 0.5  # D's loss
-WON = 0.2  # D's loss
-APART = 1.0  # between D's loss at one t and the median of those at the other t
+WON = 5.0  # by which the mean logits of real are above those of fake
+APART = 4.0  # ratio between D's loss at one t and the median of those at the other t
 FEW_STEPS, MANY_STEPS = 300, 5_000  # limits of the steps in a row that a rule needs
 LITTLE_VARIETY, GRIDS = 0.5, 2  # of `sample_variety`, in so many grids in a row
 RISES, RISE = 3, 1.2  # rises in a row of the measure that ranks checkpoints, and its ratio to the best one
@@ -33,10 +33,10 @@ SENTENCES = {
     "--config.train.r1_gamma, and look at the data and at samples/",
     "d_unstable": "D's loss has been far above that of a guess, 1.39, for {steps:,} steps: lower --config.train.lr_d "
     "and --config.train.lr_g",
-    "d_wins": "D has told real from fake nearly without an error for {steps:,} steps, and G cannot follow: lower "
+    "d_wins": "D has separated real from fake widely for {steps:,} steps, and G cannot follow: lower "
     "--config.train.lr_d, raise --config.train.r1_gamma, or make D smaller",
-    "t_apart": "D's loss at one t has been far from that at the others for {steps:,} steps: change "
-    "--config.diffusion.num_steps, beta_min or beta_max in a new workdir",
+    "t_apart": "D's loss at one t has been far from that at the others for {steps:,} steps: raise "
+    "--config.train.r1_gamma, or try a larger G or another --config.diffusion.beta_max in a new workdir",
     "little_variety": "samples differ less than half as much as real images: lower --config.train.lr_g, or raise "
     "--config.train.r1_gamma, and look at samples/",
     "evaluations_worsen": "{measure} has risen three times in a row: the checkpoint in best.json is better than the "
@@ -67,7 +67,7 @@ def findings(records: Sequence[Record], c: Config, measure: str) -> list[str]:
     holds = {
         "d_at_chance": _throughout(recent, _is_at_chance),
         "d_unstable": _throughout(recent, lambda r: r["d_loss"] > UNSTABLE),
-        "d_wins": _throughout(recent, lambda r: r["d_loss"] < WON),
+        "d_wins": _throughout(recent, lambda r: r["d_real"] - r["d_fake"] > WON),
         "t_apart": bool(recent) and bool(set.intersection(*map(_apart, recent))),
         "little_variety": has_little_variety(_values(later, "sample_variety")),
         "evaluations_worsen": has_risen(_values(comparable, measure)),
@@ -85,10 +85,17 @@ def _is_at_chance(record: Record) -> bool:
 
 
 def _apart(record: Record) -> set[str]:
-    """Names of D's losses of one t that are far from the median of those of the other t, such as 'd_loss_t0'."""
+    """Names of D's losses of one t that are far from the median of those of the other t, such as 'd_loss_t0'.
+
+    A loss closer to CHANCE than that median does not count: it is normal at large t, where x_t is mostly noise.
+    """
     losses = {name: loss for name, loss in record.items() if name.startswith("d_loss_t") and loss is not None}
-    others = {name: [loss for other, loss in losses.items() if other != name] for name in losses}
-    return {name for name, loss in losses.items() if others[name] and abs(loss - np.median(others[name])) > APART}
+    found = set()
+    for name, loss in losses.items():
+        median = np.median([other for t, other in losses.items() if t != name] or [loss])
+        if not 1 / APART < loss / max(median, 1e-9) < APART and abs(loss - CHANCE) > abs(median - CHANCE):
+            found.add(name)
+    return found
 
 
 def _values(records: Iterable[Record], name: str) -> list[float]:

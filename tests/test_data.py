@@ -285,8 +285,9 @@ def test_what_tfds_cannot_download(tmp_path):
         f"celeb_a_hq/256 is not in .*: put what follows into {tmp_path}/downloads/manual, or set data.path to"
     ):
         open_data(DataConfig("celeb_a_hq/256", dir=str(tmp_path)))
-    with refuses("dataset no_such_dataset is not in"):
-        open_data(DataConfig("no_such_dataset", dir=str(tmp_path)))
+    for name in ("no_such_dataset", "huggingface:owner/name", "owner:name", "../other", "/etc/x", "kaggle:digits"):
+        with refuses(f"dataset {name} is not in"):
+            open_data(DataConfig(name, dir=str(tmp_path)))
     assert not list(tmp_path.iterdir())
 
 

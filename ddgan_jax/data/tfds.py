@@ -18,6 +18,9 @@ from ddgan_jax.storage.dashboards import quiet
 
 T = TypeVar("T")
 PREPARED_SIZE = 3  # times its downloads: what a dataset takes with its archives and their content
+# A dataset, its configuration and version. With a namespace before them, such as huggingface:, tfds may run code that it
+# downloads, and a configuration can be somebody else's.
+NAME = r"\w+(/[\w.-]+)*(:[\d.*]+)?"
 MAX_FILES = 16  # of a dataset that `prepare` downloads
 EXAMPLES = 1_024  # read at once for their labels: their encoded images are read with them
 # What the command line of tensorflow-datasets 4.9.10 imports and does not install.
@@ -169,6 +172,8 @@ def _builder(name: str, data_dir: str) -> Any:
     """The tfds builder of a dataset, prepared or not; None if tfds knows none, and there are no files."""
     import tensorflow_datasets as tfds
 
+    if not re.fullmatch(NAME, name):
+        return None
     try:
         if not paths.is_remote(data_dir):  # tfds treats a folder that it cannot list as a missing one
             folder = os.path.join(data_dir, re.split("[/:]", name)[0])

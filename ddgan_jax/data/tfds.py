@@ -18,8 +18,8 @@ from ddgan_jax.storage.dashboards import quiet
 
 T = TypeVar("T")
 PREPARED_SIZE = 3  # times its downloads: what a dataset takes with its archives and their content
-# A dataset, its configuration and version. With a namespace before them, such as huggingface:, tfds may run code that it
-# downloads, and a configuration can be somebody else's.
+# A dataset, its configuration and version. With a namespace before them, such as huggingface:, tfds may run code from
+# the internet, and a configuration can be that of somebody else.
 NAME = r"\w+(/[\w.-]+)*(:[\d.*]+)?"
 MAX_FILES = 16  # of a dataset that `prepare` downloads
 EXAMPLES = 1_024  # read at once for their labels: their encoded images are read with them

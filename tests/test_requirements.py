@@ -20,6 +20,8 @@ def resolved(platform, python, *arguments):
     options = [f"--python-platform={platform}", f"--python-version={python}", *wheels]
     command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--no-header", *options, *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    if "Failed to fetch" in done.stderr:
+        pytest.skip("the package index cannot be reached")
     assert done.returncode == 0, done.stderr
     return done.stdout
 

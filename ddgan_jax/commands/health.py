@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.spatial.distance import pdist
 
 from ddgan_jax.config.settings import Config
 from ddgan_jax.data.batches import epoch_permutation
@@ -119,6 +118,8 @@ def sample_variety(samples: np.ndarray, real: Any) -> float | None:
     Both are uint8 [N, H, W, C], or points [N, d]; up to 64 of each are compared, in the Euclidean distance of pixels.
     None if there are fewer than 2, or if the real ones do not differ.
     """
+    from scipy.spatial.distance import pdist  # which takes 0.2 s to import
+
     count = min(COMPARED, len(samples), len(real))
     chosen = np.sort(epoch_permutation(len(real), 0, 0)[:count])
     of_samples, of_real = (

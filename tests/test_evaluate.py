@@ -603,7 +603,7 @@ def test_a_file_of_the_reference_is_evaluated_and_trained_from_under_its_configu
         (tmp_path / f"{name}.pth").write_bytes(lzma.decompress(packed))
     small = dict(nf=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(16,), nz=8, z_emb_dim=16, n_mlp=2)
     c = published | {"generator": small, "data": published["data"] | {"image_size": 16}}
-    c["eval"] = published["eval"] | {"vgg_weights": None}
+    c["eval"] = published["eval"] | {"vgg_weights": None, "download": False}
     c["train"] = published["train"] | {"init_from": str(tmp_path / "netG_1.pth")}
     results = evaluate.evaluate(c, c["train"]["init_from"], num_samples=12)
     assert results["checkpoint"] == c["train"]["init_from"] and results["step"] == 0 and results["fid"] > 0

@@ -994,7 +994,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr(preparing.fcntl, "flock", fail)
+    monkeypatch.setattr(downloads.fcntl, "flock", fail)
     assert len(open_folder(a_set(tmp_path, "folder"), tmp_path / "cache")[0]) == 6
 
 

@@ -65,9 +65,9 @@ def retry(what: Given, action: Callable[[], T]) -> T:
         limit = math.nan
     if not 0 <= limit < math.inf:
         raise UserError(f"DDGAN_RETRY_SECONDS={given} must be a number of seconds of at least 0")
-    if not is_remote(what):
-        limit = min(limit, DOWNLOAD_RETRY_SECONDS if is_address(what) else DISK_RETRY_SECONDS)
-    deadline = time.monotonic() + limit
+    most = math.inf if is_remote(what) else DOWNLOAD_RETRY_SECONDS if is_address(what) else DISK_RETRY_SECONDS
+    seconds = min(limit, most)
+    deadline = time.monotonic() + seconds
     pause, attempts = 0.1, 0
     while True:
         attempts, began = attempts + 1, time.monotonic()
@@ -81,7 +81,7 @@ def retry(what: Given, action: Callable[[], T]) -> T:
                 raise
             if (is_remote(what) or is_address(what)) and pause == 0.1:
                 cause = " ".join(str(error).split())[:200]
-                print(f"note: {what} cannot be read ({cause}); trying again for {limit:.0f} s", file=sys.stderr)
+                print(f"note: {what} cannot be read ({cause}); trying again for {seconds:.0f} s", file=sys.stderr)
         time.sleep(pause)
         pause = min(2 * pause, MAX_PAUSE)
 

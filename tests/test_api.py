@@ -244,6 +244,7 @@ def test_points(tmp_path):
         (dict(images="nowhere", preset="image_folder:small"), "data__path='nowhere' does not exist"),
         (dict(images=COLOUR[:, :6, :6], preset="digits:smoke", generator__ch_mult=(1, 2, 2)), "image_size=6 does not"),
         (dict(images=COLOUR / 255), "pass value_range"),
+        (dict(images=COLOUR, data__path="photos"), "data__path names other images than those that are passed"),
     ],
 )
 def test_errors_come_before_anything_is_written(tmp_path, arguments, message):

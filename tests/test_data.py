@@ -291,6 +291,18 @@ def test_what_tfds_cannot_download(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_downloads_of_one_dataset_are_not_the_files_of_another(tmp_path, monkeypatch):
+    monkeypatch.setattr(buckets, "DOWNLOAD_RETRY_SECONDS", 0.0)
+    with refuses("cifar-10-binary.tar.gz cannot be downloaded: .*refused.*: run the same command again", Fault):
+        open_data(DataConfig("cifar10", dir=str(tmp_path)))
+    with refuses(f"put what follows into {tmp_path}/downloads/manual, or set data.path"):
+        open_data(DataConfig("celeb_a_hq/256", dir=str(tmp_path)))
+    (tmp_path / "downloads" / "manual").mkdir()
+    (tmp_path / "downloads" / "manual" / "other.txt").touch()
+    with refuses(rf"celeb_a_hq/256 cannot be prepared \(.*put what follows into {tmp_path}/downloads/manual"):
+        open_data(DataConfig("celeb_a_hq/256", dir=str(tmp_path)))
+
+
 def test_celeba_hq_from_a_folder(tmp_path):
     """With the name, and so the split and the fields, of the paper's preset."""
     (tmp_path / "images").mkdir()

@@ -97,6 +97,14 @@ def test_a_part_of_another_file_is_dropped(server, file):
         file.unlink()
 
 
+def test_a_complete_part_needs_no_network(file):
+    """Of a process that was killed before it gave the file its name."""
+    file.parent.mkdir()
+    file.with_name("weights.pth.part").write_bytes(CONTENT)
+    downloads.fetch("http://127.0.0.1:1/weights.pth", file, SHA256)
+    assert_complete(file)
+
+
 def test_two_processes_download_once(server, file):
     server.pause = 0.001
     command = [sys.executable, "-c", FETCH, f"{server.url}/weights.pth", str(file), SHA256]
@@ -120,6 +128,14 @@ def test_a_mirror_and_a_proxy(server, file, monkeypatch):
     monkeypatch.setenv(downloads.MIRROR, "mirror")
     with pytest.raises(UserError, match="DDGAN_MIRROR=mirror must be an address"):
         downloads.fetch("https://example.invalid/weights.pth", file.with_name("b"), SHA256)
+
+
+@pytest.mark.parametrize("mirror", ["http://[::1", "http://127.0.0.1:9/\N{DEGREE SIGN}", "http://127.0.0.1:x"])
+def test_a_mirror_that_cannot_be(mirror, file, monkeypatch):
+    monkeypatch.setenv(downloads.MIRROR, mirror)
+    monkeypatch.setattr("urllib.request._opener", None)
+    with pytest.raises(UserError, match=r"is no valid address: .*; check DDGAN_MIRROR and https_proxy"):
+        downloads.fetch("https://example.invalid/weights.pth", file, SHA256)
 
 
 @pytest.mark.parametrize(

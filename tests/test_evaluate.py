@@ -646,6 +646,43 @@ def test_weights_that_are_not_there_or_damaged(published, tmp_path, monkeypatch)
         evaluator.open_evaluator(c | {"eval": c["eval"] | {"inception_weights": c["eval"]["vgg_weights"]}})
 
 
+def test_the_evaluation_at_the_end(tmp_path, capsys):
+    """It is not done twice, and a smaller one of the same step does not replace it."""
+    c = preset_with("gaussians:smoke", train__num_steps=2, eval__at_end=True, eval__num_samples=70)
+    c.log.tensorboard = False
+    train(c, tmp_path)
+    folder = tmp_path / "evaluation"
+    assert json.loads((folder / "2" / "results.json").read_text())["num_samples"] == 70
+    capsys.readouterr()
+    train(c, tmp_path)
+    assert f"the evaluation of step 2 is in {folder}/2/results.json" in capsys.readouterr().out
+    shutil.rmtree(folder)
+    evaluate.evaluate(None, tmp_path, num_samples=50)
+    for _ in range(2):
+        train(c, tmp_path)
+        assert [json.loads(file.read_text())["num_samples"] for file in sorted(folder.glob("*/results.json"))] == [
+            50,
+            70,
+        ]
+    assert f"the evaluation of step 2 is in {folder}/2-2/results.json" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"features": "inception", "download": False}, "evaluation needs pt_inception"),
+        ({"features": "classifier"}, "eval.features=classifier needs labels"),
+        ({"features": "points"}, "eval.features=points compares samples with the 25 Gaussians"),
+    ],
+)
+def test_training_does_not_start_where_it_could_not_end(fields, message, tmp_path):
+    c = preset_with("digits:smoke", eval__at_end=True, data__dir=str(tmp_path / "data"))
+    c.eval.update(fields)
+    with refuses(message):
+        train(c, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_weights_are_downloaded(published, tmp_path, monkeypatch):
     """The files of data.dir come first, then those of earlier downloads; a fault names what is missing."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -193,3 +193,24 @@ def test_curves_mark_where_findings_began(tmp_path, monkeypatch):
     assert with_marks == [count + 1 for count in without]
     assert nothing == "" and names == "findings, dotted: 450 d_wins"
     assert (tmp_path / "curves.png").exists()
+
+
+def test_records_that_are_damaged_are_no_findings():
+    made = records(**GUESS)
+    for damage in ({"d_real": None}, {"d_loss": "text"}, {"findings": None}):
+        broken = [*made[:-3], made[-3] | damage, *made[-2:]]
+        monitor = Monitor(broken[:-1], RUN, FID)
+        expected = {"findings": ["d_at_chance"]} if "findings" in damage else {}
+        assert monitor.add(600, {k: v for k, v in broken[-1].items() if k != "step"}) == expected, damage
+
+
+def test_a_long_run_keeps_few_records():
+    """And finds the same."""
+    monitor, all_of_them = Monitor([], RUN, FID), []
+    for step in range(1, 3_000):
+        values = SOUND | (GUESS if step > 2_000 else {}) | ({FID: 9.0 + step / 500} if step % 500 == 0 else {})
+        entry = monitor.add(step, values)
+        all_of_them.append({"step": step} | values | entry)
+        if step % 250 == 0:
+            assert entry.get("findings", []) == findings(all_of_them, RUN, FID)
+    assert len(monitor._records) < 320

@@ -1,5 +1,6 @@
 """Folders, zips and LMDBs of images: every mode and size of image, and every kind of error."""
 
+import contextlib
 import errno
 import io
 import json
@@ -9,6 +10,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import types
 import warnings
 import zipfile
 import zlib
@@ -937,6 +939,26 @@ def test_an_lmdb_on_a_disk_that_fails(tmp_path, monkeypatch):
         open_folder(path, tmp_path / "cache")
     fail_on(monkeypatch, pathlib.Path, "open", FAULTS[0], "data.mdb")
     with pytest.raises(Fault, match=r"cannot be read: .*Input/output error"):
+        open_folder(path, tmp_path / "cache")
+
+
+def test_an_lmdb_whose_pages_lead_to_each_other(tmp_path, monkeypatch):
+    """More entries than the file has room for are not walked; a key that occurs twice is refused."""
+    path = a_set(tmp_path, "lmdb")
+    monkeypatch.setattr(archives, "LEAST_ENTRY", 10**6)
+    with pytest.raises(UserError, match="cannot be read as an LMDB: it has more entries than its file has room for"):
+        open_folder(path, tmp_path / "cache")
+    monkeypatch.undo()
+
+    class Twice:
+        """A database whose two pages are the same."""
+
+        def begin(self):
+            cursor = types.SimpleNamespace(iternext=lambda values: iter([b"a", b"b", b"a", b"b"]))
+            return contextlib.nullcontext(types.SimpleNamespace(cursor=lambda: cursor))
+
+    monkeypatch.setattr(archives.Lmdb, "_environment", Twice())
+    with pytest.raises(UserError, match="has a key twice: it is damaged, or has several values for a key"):
         open_folder(path, tmp_path / "cache")
 
 

@@ -5,6 +5,8 @@ import collections
 import contextlib
 import io
 import os
+import time
+import zipfile
 
 import numpy as np
 import pytest
@@ -91,3 +93,44 @@ def test_a_view_beyond_its_numbers_is_refused():
     ):
         with pytest.raises(ValueError, match="it holds an array"):
             state_dict._array(state_dict._View(storage, *view), bytes(16))
+
+
+def pickled(pickle: bytes, zipped: bool) -> bytes:
+    """A file whose first pickle is this one."""
+    if not zipped:
+        return pickle
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("x/data.pkl", pickle)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x80\x02}(N" + b"2\x86" * 60 + b"Nu.",  # a nested tuple as a key, whose hash takes 2^60 steps
+        b"\x80\x02}(Nq\x00" + b"h\x00h\x00\x86q\x00" * 60 + b"Nu.",  # the same without a duplicate
+        b"\x80\x02ccollections\nOrderedDict\n]\x85R.",
+        b"\x80\x05\x96\xff\xff\xff\xff\xff\xff\xff\x00.",  # a bytearray of 2^56 bytes
+    ],
+)
+def test_a_pickle_that_takes_forever(content, zipped):
+    start = time.monotonic()
+    with refuses("x.pth is damaged, or no file of arrays by PyTorch"):
+        state_dict.parse(pickled(content, zipped), "x.pth")
+    assert time.monotonic() - start < 5
+
+
+def test_an_archive_that_explodes():
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x/data.pkl", bytes(10**8))
+    with refuses(r"\(it is compressed\)"):
+        state_dict.parse(file.getvalue(), "x.pth")
+
+
+def test_a_storage_is_read_once():
+    base = torch.zeros(1_000_000)
+    found = state_dict.parse(saved({str(i): base[i:] for i in range(60)}), "x.pth")
+    assert len({array.__array_interface__["data"][0] - 4 * i for i, array in enumerate(found.values())}) == 1

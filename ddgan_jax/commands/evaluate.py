@@ -124,18 +124,24 @@ def _find(path: str, seed: int) -> tuple[str, str, str]:
 
 def _without_other_results(folder: str, c: Config, count: int, data: Data | None) -> str:
     """`folder`, or the first of folder-2, folder-3, ... that does not hold the results of another evaluation."""
+    for number in itertools.count(1):
+        found = folder if number == 1 else f"{folder}-{number}"
+        file = paths.path(found) / "results.json"
+        if not paths.exists(file) or is_of(file, c, count, data):
+            return found
+    raise AssertionError("unreachable")
+
+
+def is_of(file: Path, c: Config, count: int, data: Data | None = None) -> bool:
+    """Whether a results.json is of `count` samples, measured and compared as `c` says, with `data` if it is given."""
     ours = {"num_samples": count, "features": c.eval.features, "data": f"{c.data.name} {c.data.split}"}
     ours |= {"reference_statistics": c.eval.reference_statistics} if c.eval.reference_statistics else {}
     ours |= {"data_fingerprint": data.fingerprint} if data else {}
-    for number in itertools.count(1):
-        found = folder if number == 1 else f"{folder}-{number}"
-        if not paths.exists(file := paths.path(found) / "results.json"):
-            return found
-        with contextlib.suppress(ValueError):  # of a file that is not JSON: it is not of this evaluation
-            theirs = json.loads(paths.read(file))
-            if isinstance(theirs, dict) and all(theirs.get(name, value) == value for name, value in ours.items()):
-                return found
-    raise AssertionError("unreachable")
+    try:
+        theirs = json.loads(paths.read(file))
+    except ValueError:  # of a file that is not JSON: it is not of this evaluation
+        return False
+    return isinstance(theirs, dict) and all(theirs.get(name, value) == value for name, value in ours.items())
 
 
 def _without_code(c: Config, path: str) -> Config:

@@ -75,8 +75,9 @@ def findings(records: Sequence[Record], c: Config, measure: str) -> list[str]:
 
 
 def _throughout(records: Sequence[Record], condition: Callable[[Record], bool]) -> bool:
-    """Whether a condition holds in every one of the records; False if they have no loss of D."""
-    return bool(records) and all(record.get("d_loss") is not None and condition(record) for record in records)
+    """Whether a condition holds in every one of the records; False if one lacks D's loss or logits."""
+    complete = all(record.keys() >= {"d_loss", "d_real", "d_fake"} for record in records)
+    return bool(records) and complete and all(map(condition, records))
 
 
 def _is_at_chance(record: Record) -> bool:
@@ -134,7 +135,7 @@ def begun(records: Iterable[Record]) -> list[tuple[int, str]]:
     found: list[tuple[int, str]] = []
     before: list[str] = []
     for record in records:
-        now = record.get("findings", [])
+        now = record.get("findings") or []
         found += [(record["step"], name) for name in now if name not in before]
         before = now
     return found
@@ -147,6 +148,7 @@ class Monitor:
         """Starts after the earlier `records` of a resumed run, whose findings are not reported again."""
         self._config, self._measure = c, measure
         self._records = [self._needed(record) for record in records]
+        self._forget()
 
     def add(self, step: int, values: dict[str, float], about: dict[str, str] | None = None) -> Record:
         """Adds the record of a step, with texts `about` it, and reports what begins with it.
@@ -158,15 +160,22 @@ class Monitor:
         found = findings(self._records, self._config, self._measure)
         entry = {"findings": found} if found else {}
         self._records[-1] |= entry
+        self._forget()
         for _, name in [beginning for beginning in begun(self._records[-2:]) if beginning[0] == step]:
             sentence = SENTENCES[name].format(steps=patience(self._config), measure=self._measure)
             say(f"note: step {step}: {sentence} (docs/train.md#is-it-going-well)")
         return entry
 
+    def _forget(self) -> None:
+        """Drops the records that no rule reads any more, so that the last ones of a long run take no longer."""
+        after = self._records[-1]["step"] - patience(self._config) if self._records else 0
+        lasting = {"sample_variety", self._measure}
+        self._records = [record for record in self._records if record["step"] > after or record.keys() & lasting]
+
     def _needed(self, record: Record) -> Record:
-        """The finite entries that rules read, so that the memory of a long run stays small."""
+        """The finite entries that rules read."""
         names = [name for name in record if name.startswith(("d_loss", "d_real", "d_fake"))]
         read = {name: record.get(name) for name in (*names, "sample_variety", self._measure)}
-        finite = {name: value for name, value in read.items() if value is not None and math.isfinite(value)}
-        texts = {"findings": record.get("findings", []), "yardstick": record.get("yardstick", "")}
+        finite = {name: v for name, v in read.items() if isinstance(v, int | float) and math.isfinite(v)}
+        texts = {"findings": record.get("findings") or [], "yardstick": record.get("yardstick", "")}
         return {"step": record["step"]} | finite | texts

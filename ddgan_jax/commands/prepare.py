@@ -10,7 +10,7 @@ from ddgan_jax.metrics.feature_networks import weights_files
 
 
 def prepare(config: Any) -> None:
-    """Prepares the dataset of `config`, or the copy of a folder, and the weights that its evaluation needs.
+    """Prepares the dataset of `config`, or the copy of a folder, and the weights that its evaluations need.
 
     Raises UserError or Fault if something is missing that cannot be downloaded, as a training would.
     """
@@ -18,6 +18,6 @@ def prepare(config: Any) -> None:
     data = open_data(dataclasses.replace(c.data, in_memory_mib=0))
     shape = "x".join(map(str, data.images.shape[1:]))
     say(f"the data is ready: {len(data.images):,} examples of {shape}, in {c.data.path or directory(c.data.dir)}")
-    if c.eval.features == "inception":
+    if c.eval.features == "inception" and (c.eval.every or c.eval.at_end):
         found = [file for file in weights_files(c, manifolds=True) if file]
         say(f"the weights of the feature networks are ready: {', '.join(found)}")

@@ -27,6 +27,7 @@ from ddgan_jax.errors import Fault, UserError, of_a_folder
 from ddgan_jax.method.build import build, init_state, missed_attention, network_fields
 from ddgan_jax.method.train_step import Method
 from ddgan_jax.metrics.evaluator import open_evaluator
+from ddgan_jax.metrics.feature_networks import check_can_evaluate, weights_files
 from ddgan_jax.model.loading import load_initial_networks
 from ddgan_jax.model.sampler import Sampler
 from ddgan_jax.storage import checkpoint, manager, paths, workdir
@@ -75,6 +76,9 @@ def set_up(
     shapes, initialize = compiler.trace_once(functools.partial(init_state, method, c.seed))
     check_memory(method, shapes)
     evaluator = open_evaluator(c, data) if c.eval.every else None  # refuses an evaluation that cannot work
+
+    if c.eval.at_end and not given:
+        check_last_evaluation(c, data)
 
     def open_all() -> tuple[Files, Any, Future | None]:
         with interrupt.deferred():
@@ -185,6 +189,15 @@ def _open(config: Any, data: Data | None, before: dict[str, Any] | None, path: P
             f"{c.model.network} is built for {list(method.denoiser.image_shape)}: choose another network or dataset"
         )
     return c, method, data
+
+
+def check_last_evaluation(c: Config, data: Data) -> None:
+    """Raises UserError or Fault if the evaluation at the end could not work, after downloads of what it needs."""
+    check_can_evaluate(c, data)
+    if c.eval.features == "inception":
+        weights_files(c, manifolds=True)
+    if (file := c.eval.reference_statistics) and not paths.exists(paths.path(file)):
+        raise UserError(f"eval.reference_statistics={file} does not exist: name an .npz file with mu and sigma")
 
 
 # --- The files and the state, in process 0 --------------------------------------------------------------------------

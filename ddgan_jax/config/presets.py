@@ -165,7 +165,7 @@ def as_flags(message: str) -> str:
 def as_arguments(message: str) -> str:
     """A message of a command as one of Python code: train__lr_g for --config.train.lr_g, and restart=True."""
     message = _FIELD.sub(lambda found: found[1].replace(".", "__"), message.replace("--config.", ""))
-    return re.sub(r"(?<![\w-])--(?=[a-z])", "", message.replace("--restart", "restart=True"))
+    return re.sub(r"(?<![\w/-])--(?=[a-z])", "", message.replace("--restart", "restart=True"))
 
 
 def name_of(config: str) -> str:

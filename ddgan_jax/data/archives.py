@@ -176,11 +176,16 @@ class _BucketFile:
 _WALK = """
 import sys, lmdb
 with lmdb.open(sys.argv[1], subdir=sys.argv[2] == "True", readonly=True, lock=False).begin(buffers=True) as transaction:
+    left = int(sys.argv[3])
     for key in transaction.cursor().iternext(values=False):
         bytes(transaction.get(key)[-1:])  # the last byte is enough: the bytes before it are not part of the structure
+        left -= 1
+        if left < 0:
+            sys.exit("it has more entries than its file has room for")
 """
 
 
+LEAST_ENTRY = 10  # bytes in the file: a header of 8, and a pointer
 MAGIC, MAGIC_PLACE = 0xBEEFC0DE.to_bytes(4, sys.byteorder), slice(16, 20)  # what an LMDB begins with, and where
 
 
@@ -213,7 +218,10 @@ class Lmdb(ImageFiles):
         environment = self._environment
         with self._os_errors(), environment.begin() as transaction:
             keys = transaction.cursor().iternext(values=False)
-            return [key.decode("utf-8", "surrogateescape") for key in keys]
+            names = [key.decode("utf-8", "surrogateescape") for key in keys]
+        if len(set(names)) < len(names):
+            raise UserError(f"data.path={self._path} has a key twice: it is damaged, or has several values for a key")
+        return names
 
     @functools.cached_property
     def keys(self) -> list[str]:  # type: ignore[override]
@@ -236,7 +244,9 @@ class Lmdb(ImageFiles):
 
         Raises UserError if the file is damaged or no LMDB, and OSError if the disk may be the cause.
         """
-        walk = [sys.executable, "-c", _WALK, str(self._path), str(self._file != self._path)]
+        # Pages that lead to each other could otherwise be walked forever.
+        most = self._size // LEAST_ENTRY
+        walk = [sys.executable, "-c", _WALK, str(self._path), str(self._file != self._path), str(most)]
         walked = subprocess.run(walk, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace")
         if not walked.returncode:
             return

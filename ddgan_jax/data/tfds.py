@@ -160,11 +160,16 @@ def _find_builder(name: str, data_dir: str) -> Any:
     builder = _builder(name, data_dir)
     if builder and builder.is_prepared():
         return builder
-    by_hand = f" --manual_dir=DIR {CLI_NEEDS}" if builder and _manual(builder) else f" {CLI_NEEDS}"
+    if builder is None:
+        raise UserError(
+            f"dataset {name} is not in {data_dir}, and tfds has none of this name, configuration and version: set "
+            "data.dir, or choose another dataset"
+        )
+    by_hand = f" --manual_dir=DIR {CLI_NEEDS}" if _manual(builder) else f" {CLI_NEEDS}"
     raise UserError(
         f"dataset {name} is not in {data_dir}: set data.dir, or prepare it there with "
         f"`tfds build {name} --file_format=array_record --data_dir={data_dir}`{by_hand}"
-        + (f", where DIR is for what you have to download: {_manual(builder)}" if builder and _manual(builder) else "")
+        + (f", where DIR is for what you have to download: {_manual(builder)}" if _manual(builder) else "")
     )
 
 
@@ -238,11 +243,17 @@ def _prepare(name: str, data_dir: str) -> None:
     print(f"preparing dataset {name} in {data_dir}, once", flush=True)
     config = tfds.download.DownloadConfig()
     if not paths.is_remote(data_dir) and not _manual(builder):
-        config.manual_dir = pathlib.Path(data_dir, "downloads", "manual")
+        # Not the folder of what users download, where it would pass for that
+        config.manual_dir = pathlib.Path(data_dir, "downloads", "published", name.replace("/", "-"))
         _download(name, builder, config.manual_dir)
     try:
         builder.download_and_prepare(download_config=config)
     except Exception as error:  # tfds, requests, TensorFlow and Beam have no base in common
+        if _manual(builder):
+            raise UserError(
+                f"dataset {name} cannot be prepared ({reason_of(error)}): put what follows into "
+                f"{paths.path(data_dir) / 'downloads' / 'manual'}. {_manual(builder)}"
+            ) from error
         raise Fault(
             f"dataset {name} cannot be prepared in {data_dir}: {reason_of(error)}; run the same command again, or "
             "prepare it on another computer and copy its folder"
@@ -258,7 +269,7 @@ def _download(name: str, builder: Any, folder: pathlib.Path) -> None:
     files = builder.url_infos or {}
     if builder.BUILDER_CONFIGS or len(files) > MAX_FILES or not all(info.filename for info in files.values()):
         return
-    needed, data_dir = PREPARED_SIZE * sum(int(info.size) for info in files.values()), folder.parent.parent
+    needed, data_dir = PREPARED_SIZE * sum(int(info.size) for info in files.values()), folder.parent.parent.parent
     if needed > (free := shutil.disk_usage(data_dir).free):
         raise Fault(
             f"dataset {name} takes up to {needed / 2**20:,.0f} MiB while it is prepared, and {data_dir} has "

@@ -141,7 +141,7 @@ def _facts(model: Any) -> list[tuple[str, str]]:
 def _measures(model: Any, fields: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The numbers among the caller's measures, or those that the file of the model contained."""
     try:
-        measures = fields.get("measures") or json.loads(model.about.get("measures", "{}"))
+        measures = fields["measures"] if "measures" in fields else json.loads(model.about.get("measures", "{}"))
     except (ValueError, RecursionError):  # text of another program by this name
         return []
     items = measures.items() if isinstance(measures, Mapping) else ()

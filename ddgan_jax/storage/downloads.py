@@ -78,16 +78,20 @@ def _fetch(url: str, file: pathlib.Path, sha256: str) -> None:
     part = file.with_name(f"{file.name}.part")
     say(f"downloading {url} to {file}")
     for resumed in (part.exists(), False):
-        _download(url, part)
-        with part.open("rb") as opened:
-            found = hashlib.file_digest(opened, "sha256").hexdigest()
-        if found == sha256:
+        if not resumed or _sha256(part) != sha256:  # unless a kill came between the last byte and the new name
+            _download(url, part)
+        if (found := _sha256(part)) == sha256:
             os.replace(part, file)
             return
         part.unlink()
         if not resumed:  # else its beginning may be that of another file
             break
     raise Fault(f"{url} is not the published file: its SHA-256 is {found}, not {sha256}")
+
+
+def _sha256(file: pathlib.Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _download(url: str, part: pathlib.Path) -> None:
@@ -105,8 +109,8 @@ def _download(url: str, part: pathlib.Path) -> None:
 def _receive(url: str, part: pathlib.Path) -> None:
     """Receives what `part` lacks. Raises OSError for a failure that may pass, and Fault for others."""
     begun = _size(part)
-    request = urllib.request.Request(url, headers={"Range": f"bytes={begun}-"} if begun else {})
     try:
+        request = urllib.request.Request(url, headers={"Range": f"bytes={begun}-"} if begun else {})
         with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
             begun = begun if response.status == http.client.PARTIAL_CONTENT else 0
             length = response.headers.get("Content-Length", "")
@@ -133,6 +137,8 @@ def _receive(url: str, part: pathlib.Path) -> None:
         elif error.code < 500 and error.code not in PASSING:
             raise Fault(f"{url} cannot be downloaded: the server answers {error.code} {error.reason}") from error
         raise
+    except (http.client.InvalidURL, ValueError) as error:  # of what cannot be an address
+        raise UserError(f"{url} is no valid address: {error}; check {MIRROR} and https_proxy") from error
     except http.client.HTTPException as error:
         raise OSError(reason_of(error)) from error
     if total is not None and _size(part) < total:

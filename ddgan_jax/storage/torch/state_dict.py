@@ -5,6 +5,7 @@ A pickle can run any program. Here it builds only dicts and descriptions of arra
 """
 
 import collections
+import functools
 import io
 import math
 import pickle
@@ -65,14 +66,43 @@ def _view(storage: Any, offset: int, shape: Any, strides: Any, *_: Any) -> _View
     return _View(storage, offset, tuple(shape), tuple(strides))
 
 
+def _empty_dict(*arguments: Any) -> collections.OrderedDict:
+    """What replaces collections.OrderedDict, which PyTorch calls without arguments."""
+    if arguments:
+        raise pickle.UnpicklingError("it holds a dict with arguments")
+    return collections.OrderedDict()
+
+
+def _set_items(unpickler: Any, items: list[Any]) -> None:
+    """Adds keys and values to the last dict. Hashing a nested tuple could take forever, so the keys are text."""
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        if not isinstance(key, str):
+            raise pickle.UnpicklingError(f"it holds a dict with a key that is a {type(key).__name__}")
+        unpickler.stack[-1][key] = value
+
+
+# The instructions of a pickle that PyTorch writes for a state dict
+CODES = (
+    *("PROTO STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINUNICODE EMPTY_DICT EMPTY_LIST").split(),
+    *("EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 APPEND APPENDS GLOBAL REDUCE BUILD BINPERSID").split(),
+    *("BINPUT LONG_BINPUT BINGET LONG_BINGET").split(),
+)
+
+
+_BYTES = [getattr(pickle, code)[0] for code in CODES]
+_INSTRUCTIONS = {byte: pickle._Unpickler.dispatch[byte] for byte in _BYTES} | {  # type: ignore[attr-defined]
+    pickle.SETITEM[0]: lambda self: _set_items(self, [self.stack.pop(-2), self.stack.pop()]),
+    pickle.SETITEMS[0]: lambda self: _set_items(self, self.pop_mark()),
+}
+
+
 class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
     """Builds dicts and `_View`s alone, and collects the storages by their keys.
 
-    Python's own, since the one in C allocates the sizes that damaged content names. Without the one instruction that
-    does so here as well, and which PyTorch does not write.
+    Python's own, since the one in C allocates the sizes that damaged content names.
     """
 
-    dispatch: ClassVar = pickle._Unpickler.dispatch | {ord(pickle.BYTEARRAY8): None}  # type: ignore[attr-defined, assignment]
+    dispatch: ClassVar = _INSTRUCTIONS
 
     def __init__(self, file: Any, storages: dict[str, _Storage]):
         super().__init__(file)
@@ -80,7 +110,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
-            return collections.OrderedDict
+            return _empty_dict
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return _view
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
@@ -91,8 +121,9 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
 
     def persistent_load(self, pid: Any) -> _Storage:
         kind, dtype, key, _, size = pid[:5]
-        if kind != "storage" or not isinstance(dtype, np.dtype) or (len(pid) > 5 and pid[5] is not None):
-            raise pickle.UnpicklingError(f"it holds an object of kind {kind}")
+        valid = kind == "storage" and isinstance(dtype, np.dtype) and isinstance(key, str)
+        if not valid or (len(pid) > 5 and pid[5] is not None):
+            raise pickle.UnpicklingError("it holds an object that is no array")
         return self._storages.setdefault(key, _Storage(dtype, key, int(size)))
 
 
@@ -103,16 +134,17 @@ def _from_zip(content: bytes) -> tuple[Any, DataOf]:
     archive = zipfile.ZipFile(io.BytesIO(content))
     (name,) = (name for name in archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl"))
     folder = name.partition("/")[0]
-    if f"{folder}/byteorder" in archive.namelist() and archive.read(f"{folder}/byteorder") != b"little":
-        raise ValueError("its numbers are big-endian")
 
-    def data_of(storage: _Storage) -> bytes:
-        entry = archive.getinfo(f"{folder}/data/{storage.key}")
+    @functools.cache  # several arrays may be views of one storage
+    def read(name: str) -> bytes:
+        entry = archive.getinfo(f"{folder}/{name}")
         if entry.compress_type != zipfile.ZIP_STORED:  # PyTorch never compresses, and an archive may explode
             raise ValueError("it is compressed")
         return archive.read(entry)
 
-    return _Unpickler(io.BytesIO(archive.read(name)), {}).load(), data_of
+    if f"{folder}/byteorder" in archive.namelist() and read("byteorder") != b"little":
+        raise ValueError("its numbers are big-endian")
+    return _Unpickler(io.BytesIO(read("data.pkl")), {}).load(), lambda storage: read(f"data/{storage.key}")
 
 
 def _from_pickles(content: bytes) -> tuple[Any, DataOf]:

@@ -5,6 +5,7 @@ long as it lasts. Findings change nothing in the training.
 """
 
 import math
+import numbers
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -76,7 +77,7 @@ def findings(records: Sequence[Record], c: Config, measure: str) -> list[str]:
 
 def _throughout(records: Sequence[Record], condition: Callable[[Record], bool]) -> bool:
     """Whether a condition holds in every one of the records; False if one lacks D's loss or logits."""
-    complete = all(record.keys() >= {"d_loss", "d_real", "d_fake"} for record in records)
+    complete = all(record.get(name) is not None for record in records for name in ("d_loss", "d_real", "d_fake"))
     return bool(records) and complete and all(map(condition, records))
 
 
@@ -176,6 +177,6 @@ class Monitor:
         """The finite entries that rules read."""
         names = [name for name in record if name.startswith(("d_loss", "d_real", "d_fake"))]
         read = {name: record.get(name) for name in (*names, "sample_variety", self._measure)}
-        finite = {name: v for name, v in read.items() if isinstance(v, int | float) and math.isfinite(v)}
+        finite = {name: v for name, v in read.items() if isinstance(v, numbers.Real) and math.isfinite(v)}
         texts = {"findings": record.get("findings") or [], "yardstick": record.get("yardstick", "")}
         return {"step": record["step"]} | finite | texts

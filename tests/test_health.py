@@ -128,6 +128,14 @@ def test_a_finding_is_reported_when_it_begins(capsys):
     assert begun([kept[i] for i in (*range(12), *range(14, len(kept)))]) == [(600, "d_wins"), (1_000, "d_wins")]
 
 
+def test_a_finding_is_reported_once_where_records_are_rare(capsys):
+    """With fewer than one record in the steps that a rule needs, too."""
+    monitor = Monitor([], RUN, FID)
+    for step in range(400, 4_001, 400):
+        monitor.add(step, SOUND | {"d_real": 9.0})
+    assert capsys.readouterr().out.count("D has separated real from fake") == 1
+
+
 def test_the_guide_has_every_rule():
     guide = (ROOT / "docs" / "train.md").read_text()
     section = guide.partition("## Is it going well?")[2].partition("\n## ")[0]

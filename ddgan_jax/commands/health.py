@@ -156,16 +156,16 @@ class Monitor:
 
         Returns the entry `findings` for the record, if there are any.
         """
+        before = self._records[-1]["findings"] if self._records else []
         # As a resumed run reads it, so that it has the same findings
         self._records.append(self._needed({"step": step} | as_recorded(values) | (about or {})))
         found = findings(self._records, self._config, self._measure)
-        entry = {"findings": found} if found else {}
-        self._records[-1] |= entry
+        self._records[-1]["findings"] = found
         self._forget()
-        for _, name in [beginning for beginning in begun(self._records[-2:]) if beginning[0] == step]:
+        for name in [name for name in found if name not in before]:
             sentence = SENTENCES[name].format(steps=patience(self._config), measure=self._measure)
             say(f"note: step {step}: {sentence} (docs/train.md#is-it-going-well)")
-        return entry
+        return {"findings": found} if found else {}
 
     def _forget(self) -> None:
         """Drops the records that no rule reads any more, so that the last ones of a long run take no longer."""

@@ -1,4 +1,4 @@
-"""What the first training of a paper's preset downloads, in small: CIFAR-10 of 120 images, and random networks."""
+"""Small versions of the files that a paper's preset downloads: CIFAR-10 of 120 images, and random weights."""
 
 import hashlib
 import io
@@ -68,6 +68,11 @@ def saved(state: dict[str, Any]) -> bytes:
     file = io.BytesIO()
     torch.save(state, file, _use_new_zipfile_serialization=False)
     return file.getvalue()
+
+
+def arrays(state: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """A state dict as NumPy arrays, for an .npz."""
+    return {name: tensor.numpy() for name, tensor in state.items()}
 
 
 def inception_state() -> dict[str, torch.Tensor]:

@@ -213,10 +213,11 @@ def test_the_commands_that_a_training_prints_run_as_printed(tmp_path):
         ("my_features:thumbnails", True, ""),
     ],
 )
-def test_an_evaluation_that_cannot_run_is_not_suggested(features, evaluates, note, tmp_path):
+def test_an_evaluation_that_cannot_run_is_not_suggested(features, evaluates, note, tmp_path, capsys):
     config = presets.get("digits:smoke")
     config.eval.features, config.data.dir, config.eval.download = features, str(tmp_path), evaluates
     commands, found = next_commands("runs/x", read(config), Data(np.zeros((64, 8, 8, 1), np.uint8)))
+    assert not capsys.readouterr().out
     named = [line for line in commands if line.endswith(f"--config.eval.features={features}")]
     assert named == (commands[1:2] if ":" in features else [])
     assert len(commands) == 2 + evaluates and (note in found if note else not found)

@@ -98,7 +98,7 @@ def test_a_part_of_another_file_is_dropped(server, file):
 
 
 def test_a_complete_part_needs_no_network(file):
-    """Of a process that was killed before it gave the file its name."""
+    """A process that was killed before it gave the file its name left such a part."""
     file.parent.mkdir()
     file.with_name("weights.pth.part").write_bytes(CONTENT)
     downloads.fetch("http://127.0.0.1:1/weights.pth", file, SHA256)

@@ -18,6 +18,7 @@ import pytest
 from commands import POINTS, ROOT, SMOKE, run_python, succeed
 from conftest import GOLDEN, preset_with, refuses
 from PIL import Image
+from published import arrays, inception_state, vgg_state
 from servers import serving
 
 from ddgan_jax.commands import evaluate, figures, generate, outputs, sample_files
@@ -29,7 +30,7 @@ from ddgan_jax.data.sources import Data, open_data
 from ddgan_jax.devices import parallel
 from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.method.build import build, init_state
-from ddgan_jax.metrics import checks, evaluator, feature_networks, features, inception, npz, vgg, weights
+from ddgan_jax.metrics import checks, evaluator, feature_networks, features, inception, npz, vgg
 from ddgan_jax.model.loading import load, load_initial_networks
 from ddgan_jax.storage import buckets, downloads, paths
 
@@ -539,45 +540,21 @@ def test_a_function_that_changes_is_computed_again(digits, tmp_path, monkeypatch
 # --- Published networks, with random weights ----------------------------------------------------------------------
 
 
-def random_state_dict(network, to_state):
-    rng = np.random.default_rng(0)
-    state = {}
-    for layer, leaves in weights.shapes(network).items():
-        state |= to_state(layer, {leaf: shape for leaf, shape in leaves.items()}, rng)
-    return state
-
-
-def inception_state(layer, leaves, rng):
-    shape = leaves["kernel"]
-    kernel = (rng.normal(size=shape) * np.sqrt(2 / np.prod(shape[:-1]))).astype(np.float32)
-    if layer == "fc":
-        return {"fc.weight": kernel.T}
-    one, zero = np.ones(shape[-1], np.float32), np.zeros(shape[-1], np.float32)
-    parts = {"bn.weight": one, "bn.bias": zero, "bn.running_mean": zero, "bn.running_var": one}
-    return {f"{layer}.conv.weight": kernel.transpose(3, 2, 0, 1)} | {f"{layer}.{k}": v for k, v in parts.items()}
-
-
-def vgg_state(layer, leaves, rng):
-    shape = leaves["kernel"]
-    kernel = (rng.standard_normal(shape, np.float32) * np.sqrt(2 / np.prod(shape[:-1]))).astype(np.float32)
-    kernel = kernel.transpose(3, 2, 0, 1) if kernel.ndim == 4 else kernel.T
-    return {f"{layer}.weight": kernel, f"{layer}.bias": np.zeros(shape[-1], np.float32)}
-
-
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
     """A configuration of made images with both networks, as npz files of random weights."""
     folder = tmp_path_factory.mktemp("weights")
-    np.savez(folder / "inception.npz", **random_state_dict(inception.Inception(), inception_state))
-    np.savez(folder / "vgg.npz", **random_state_dict(vgg.VGG16(), vgg_state))
+    np.savez(folder / "inception.npz", **arrays(inception_state()))
+    np.savez(folder / "vgg.npz", **arrays(vgg_state()))
     c = config("cifar10", "smoke", features="inception", num_samples=12, batch_size=12, reference_samples=12)
     c["eval"] |= {"inception_weights": f"{folder}/inception.npz", "vgg_weights": f"{folder}/vgg.npz"}
     c["data"]["dir"] = str(folder / "data")
     return c
 
 
-def test_the_measures_of_the_paper(published, tmp_path):
+def test_the_measures_of_the_paper(published, tmp_path, capsys):
     opened = evaluator.open_evaluator(published)
+    assert "note: with 12 images, the measures are rough" in capsys.readouterr().out
     images = opened.data.images[opened.reference]
     assert opened.about["networks"] == ["Inception 2015-12-05", "VGG16"]
     other = evaluator.measure(opened, [images[:3] // 2, images[3:] // 2], len(images)).results

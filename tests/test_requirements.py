@@ -1,4 +1,4 @@
-"""What README installs exists for each platform and Python that README names."""
+"""The packages that README installs exist for each platform and Python that README names."""
 
 import subprocess
 import sys

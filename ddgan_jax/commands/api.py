@@ -84,7 +84,7 @@ def train(
         fields = {"data__path": os.fspath(images)} | ({"data__image_size": image_size} if image_size else {}) | fields
         shape = None
     elif images is not None:
-        for name in {field.replace("__", ".") for field in fields} & {"data.name", "data.path", "data.split"}:
+        for name in sorted({field.replace("__", ".") for field in fields} & {"data.name", "data.path", "data.split"}):
             raise UserError(f"{name} names other images than those that are passed: leave out one of the two")
         data = as_data(images, labels, classes, value_range, image_size)
         shape = tuple(data.images.shape[1:])

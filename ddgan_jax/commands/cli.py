@@ -20,12 +20,14 @@ from ddgan_jax.errors import NOTHING_LOST, Fault, Interrupted, UserError, is_out
 
 MODES = ("train", "prepare", "sample", "vary", "edit", "inpaint", "interpolate", "export", "evaluate", "demo")
 
+OF_A_MODEL = MODES[2:]  # the modes that use a trained model
+
 # The modes that use a flag. In other modes it would have no effect, and is refused.
 MODES_OF_FLAG = {
-    "checkpoint": MODES[2:],
+    "checkpoint": OF_A_MODEL,
     "samples": ("evaluate",),
-    "out": MODES[2:],
-    "sample_seed": MODES[2:],
+    "out": OF_A_MODEL,
+    "sample_seed": OF_A_MODEL,
     "host": ("demo",),
     "port": ("demo",),
     "num_samples": ("sample", "evaluate"),

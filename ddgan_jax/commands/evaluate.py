@@ -80,7 +80,7 @@ def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_sampl
             about |= {"trained_on_other_data": other}
     if data:
         about |= {"data_fingerprint": data.fingerprint}
-    target = paths.path(out or processes.broadcast_from_primary(lambda: _without_other_results(folder, c, count, data)))
+    target = paths.path(out or processes.broadcast_from_primary(lambda: without_other_results(folder, c, count, data)))
     processes.run_on_all(lambda: _check_target(target, samples))
     evaluator = open_evaluator(c, data, count)
     if evaluator.data.images.shape[-1] == 1:
@@ -122,17 +122,17 @@ def _find(path: str, seed: int) -> tuple[str, str, str]:
     return str(found), str(workdir), str(workdir / "evaluation" / f"{found.name}{suffix}")
 
 
-def _without_other_results(folder: str, c: Config, count: int, data: Data | None) -> str:
+def without_other_results(folder: str, c: Config, count: int, data: Data | None = None) -> str:
     """`folder`, or the first of folder-2, folder-3, ... that does not hold the results of another evaluation."""
     for number in itertools.count(1):
         found = folder if number == 1 else f"{folder}-{number}"
         file = paths.path(found) / "results.json"
-        if not paths.exists(file) or is_of(file, c, count, data):
+        if not paths.exists(file) or _is_of(file, c, count, data):
             return found
     raise AssertionError("unreachable")
 
 
-def is_of(file: Path, c: Config, count: int, data: Data | None = None) -> bool:
+def _is_of(file: Path, c: Config, count: int, data: Data | None) -> bool:
     """Whether a results.json is of `count` samples, measured and compared as `c` says, with `data` if it is given."""
     ours = {"num_samples": count, "features": c.eval.features, "data": f"{c.data.name} {c.data.split}"}
     ours |= {"reference_statistics": c.eval.reference_statistics} if c.eval.reference_statistics else {}

@@ -1,13 +1,12 @@
-"""What a training writes besides checkpoints and records: grids of samples, results.json, and the last evaluation."""
+"""Outputs of a training besides checkpoints and records: grids of samples, results.json, and the last evaluation."""
 
 import json
-import re
 import time
 
 import jax
 
 from ddgan_jax.commands import figures
-from ddgan_jax.commands.evaluate import evaluate, is_of
+from ddgan_jax.commands.evaluate import evaluate, without_other_results
 from ddgan_jax.commands.progress import clock
 from ddgan_jax.commands.run import Run
 from ddgan_jax.config.settings import Config, as_dict
@@ -60,15 +59,15 @@ def evaluate_last(c: Config, workdir: str, step: int) -> None:
 
     All processes take part. Raises as `evaluate.evaluate`; the same command then evaluates again.
     """
-    folder = paths.path(workdir) / "evaluation"
+    folder = str(paths.path(workdir) / "evaluation" / str(step))
 
-    def done() -> str:
-        """The results.json of this evaluation, or ''."""
-        names = [name for name in paths.names(folder) if re.fullmatch(rf"{step}(-[0-9]+)?", name)]
-        files = [folder / name / "results.json" for name in names]
-        return next((str(file) for file in files if paths.exists(file) and is_of(file, c, c.eval.num_samples)), "")
+    def results_file() -> tuple[str, bool]:
+        """The results.json of this evaluation, and whether it is there."""
+        file = paths.path(without_other_results(folder, c, c.eval.num_samples)) / "results.json"
+        return str(file), paths.exists(file)
 
-    if file := processes.broadcast_from_primary(done):
+    file, exists = processes.broadcast_from_primary(results_file)
+    if exists:
         say(f"the evaluation of step {step} is in {file}")
         return
     say(f"evaluating step {step} with {c.eval.num_samples:,} samples")

@@ -8,6 +8,7 @@
 
 import dataclasses
 import difflib
+import functools
 import importlib.util
 import inspect
 import itertools
@@ -152,19 +153,22 @@ def _check_field(path: str, config: ConfigDict) -> None:
     raise UserError(f"there is no flag --config.{path}: {hint}")
 
 
-_NAMES = "|".join(re.escape(name) for name in flat(as_dict(Config())) if "." in name)
-_FIELD = re.compile(rf"(?<![\w./-])({_NAMES})(?![\w.])")
+@functools.cache
+def _field() -> re.Pattern:
+    """A pattern of the names of fields in a message."""
+    names = "|".join(re.escape(name) for name in flat(as_dict(Config())) if "." in name)
+    return re.compile(rf"(?<![\w./-])({names})(?![\w.])")
 
 
 def as_flags(message: str) -> str:
     """A message of Python code as one of a command: --config.data.path for data.path, and --label for label."""
-    message = _FIELD.sub(r"--config.\1", message)
+    message = _field().sub(r"--config.\1", message)
     return re.sub(r"(?<![\w./-])(label|posterior|rounds|start_step|t)=", r"--\1=", message)
 
 
 def as_arguments(message: str) -> str:
     """A message of a command as one of Python code: train__lr_g for --config.train.lr_g, and restart=True."""
-    message = _FIELD.sub(lambda found: found[1].replace(".", "__"), message.replace("--config.", ""))
+    message = _field().sub(lambda found: found[1].replace(".", "__"), message.replace("--config.", ""))
     return re.sub(r"(?<![\w/-])--(?=[a-z])", "", message.replace("--restart", "restart=True"))
 
 

@@ -43,7 +43,9 @@ class DataConfig:
     image_size: ImageSize | None = None  # px; None: from the dataset, at most 256 of a
     # folder. Networks for images take 8 to 1,024 px, times model.patch_size
     channels: Annotated[Positive, at_most(64)] | None = None  # channels of the images; None: from the dataset
-    path: str | None = None  # for 'image_folder' and 'lsun_church': a folder or zip, also at gs://, or a local LMDB
+    path: str | None = (
+        None  # a folder or zip, also at gs://, or a local LMDB; for image_folder, lsun_church, celeb_a_hq
+    )
     max_bad_share: Fraction = 0.01  # fraction of the files in `path` that may be damaged; 10 always may, unless it is 0
     download: bool = True  # download and prepare a dataset of tfds that is not in `dir`
     in_memory_mib: Count = 2048  # MiB; a larger dataset is decoded while it is read, not at the start

@@ -5,7 +5,6 @@ import importlib.util
 import os
 import pathlib
 import re
-import shutil
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -190,7 +189,7 @@ def _builder(name: str, data_dir: str) -> Any:
 
 
 def _manual(builder: Any) -> str:
-    """What a user has to download for a dataset; '' if tfds downloads everything."""
+    """Instructions for the downloads of a dataset that a user makes; '' if tfds makes all of them."""
     return " ".join((getattr(builder, "MANUAL_DOWNLOAD_INSTRUCTIONS", None) or "").split())
 
 
@@ -243,9 +242,7 @@ def _prepare(name: str, data_dir: str) -> None:
     print(f"preparing dataset {name} in {data_dir}, once", flush=True)
     config = tfds.download.DownloadConfig()
     if not paths.is_remote(data_dir) and not _manual(builder):
-        # Not the folder of what users download, where it would pass for that
-        config.manual_dir = pathlib.Path(data_dir, "downloads", "published", name.replace("/", "-"))
-        _download(name, builder, config.manual_dir)
+        config.manual_dir = _download(name, builder, pathlib.Path(data_dir))
     try:
         builder.download_and_prepare(download_config=config)
     except Exception as error:  # tfds, requests, TensorFlow and Beam have no base in common
@@ -260,23 +257,22 @@ def _prepare(name: str, data_dir: str) -> None:
         ) from error
 
 
-def _download(name: str, builder: Any, folder: pathlib.Path) -> None:
-    """Downloads the files of a dataset to where tfds looks for them first, if they are few.
+def _download(name: str, builder: Any, data_dir: pathlib.Path) -> pathlib.Path:
+    """Downloads the files of a dataset, if they are few, to a folder where tfds looks for them first; returns it.
 
     tfds' own client neither resumes a download nor finds soon that there is no internet. It has to load the many files
     of the datasets that have configurations, of which not all are needed.
     """
-    files = builder.url_infos or {}
+    # Not the folder of what users download, where the files would pass for those
+    folder, files = data_dir / "downloads" / "published" / name.replace("/", "-"), builder.url_infos or {}
     if builder.BUILDER_CONFIGS or len(files) > MAX_FILES or not all(info.filename for info in files.values()):
-        return
-    needed, data_dir = PREPARED_SIZE * sum(int(info.size) for info in files.values()), folder.parent.parent.parent
-    if needed > (free := shutil.disk_usage(data_dir).free):
-        raise Fault(
-            f"dataset {name} takes up to {needed / 2**20:,.0f} MiB while it is prepared, and {data_dir} has "
-            f"{free / 2**20:,.0f} MiB free: make room there, or set data.dir to a folder on a larger disk"
-        )
+        return folder
+    needed = PREPARED_SIZE * sum(int(info.size) for info in files.values())
+    what = f"dataset {name} takes up to {{}} while it is prepared"
+    downloads.check_room(what, data_dir, needed, ", or set data.dir to a folder on a larger disk")
     try:
         for url, info in files.items():
             downloads.fetch(url, folder / info.filename, info.checksum)
     except Fault as error:
         raise Fault(f"{error}: run the same command again, or put the files of dataset {name} into {folder}") from error
+    return folder

@@ -4,11 +4,9 @@ import numpy as np
 
 from ddgan_jax.config.settings import Config
 from ddgan_jax.data import sources, synthetic
-from ddgan_jax.devices.processes import say
 from ddgan_jax.errors import UserError
 
 SCORE_SPLITS = 10  # of the Inception Score
-FEW = 200  # images; with fewer, the standard error of a precision near 1/2 is above 0.035
 
 
 def check_settings(c: Config) -> None:
@@ -42,8 +40,6 @@ def check_sizes(c: Config, num_real: int, num_samples: int = 0, manifolds: bool 
     for found, what, least, why in sorted(needs, key=lambda need: -need[2]):
         if found < least:
             raise UserError(f"{what} is too small to evaluate: {why} needs at least {least}")
-    if manifolds and (fewest := min(count, reference)) < FEW:
-        say(f"note: with {fewest} images, the measures are rough; compare them only with those of as many")
 
 
 def check_gaussians(c: Config, data: sources.Data | None) -> None:

@@ -42,6 +42,7 @@ from ddgan_jax.metrics.nearest import neighbours
 MAX_STORED = 50_000  # real images whose features are kept: 0.4 GB at 2,048 features
 MAX_NEIGHBOURS = 2_000  # samples whose nearest training images are searched
 KID_BLOCK = 1_000
+FEW = 200  # images; with fewer, the standard error of a precision near 1/2 is above 0.035
 RANKED_BY = {"inception": "fid", "classifier": "classifier_frechet", "points": "total_variation"}
 
 Results = dict[str, Any]
@@ -71,12 +72,7 @@ class Evaluator:
         Distances compare only if it is the same.
         """
         e = self.config.eval
-        parts = [
-            e.features,
-            e.online_samples,
-            e.reference_statistics,
-            *(network.fingerprint for network in self.networks),
-        ]
+        parts = [e.features, e.online_samples, e.reference_statistics, *(n.fingerprint for n in self.networks)]
         if self.networks:
             parts += [self.data.fingerprint, self.about.get("real_images")]
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:8]
@@ -154,6 +150,9 @@ def open_evaluator(config: Any, data: sources.Data | None = None, num_samples: i
         about["real_images_except_for_moments"] = MAX_STORED
         if not c.eval.reference_statistics:
             all_moments = reference_moments(c, data, np.sort(chosen), networks[0])
+    has_manifolds = c.eval.features != "inception" or len(networks) > 1
+    if has_manifolds and (fewest := min(num_samples or c.eval.online_samples, count)) < FEW:
+        processes.say(f"note: with {fewest} images, the measures are rough; compare them only with those of as many")
     evaluator = Evaluator(c, data, reference, networks, real, about, all_moments)
     if c.eval.features == "inception" and c.eval.reference_statistics:
         about["reference_statistics"] = c.eval.reference_statistics

@@ -124,7 +124,7 @@ model = ddgan_jax.load("hf://{name}")
 
 
 def _facts(model: Any) -> list[tuple[str, str]]:
-    """What the model is, by name."""
+    """Facts about the model: (name, value)."""
     shape, names = model.denoiser.image_shape, ", ".join(map(_code, model.classes[:MAX_CLASSES]))
     listed = f"{model.num_classes:,}: {names}{', ...' * (model.num_classes > MAX_CLASSES)}"
     size = ("image size", "{1}x{0}, channels: {2}".format(*shape)) if len(shape) == 3 else ("point", f"{list(shape)}")

@@ -67,7 +67,7 @@ def default_output(path: str, name: str) -> str:
 
 
 def _read(file: str) -> tuple[safetensors.Arrays, dict[str, Any], int, dict[str, str]]:
-    """What `safetensors.read` returns of a file of `file_of`, which may be on the Hub."""
+    """The content of a file of `file_of`, which may be on the Hub, as `safetensors.read` returns it."""
     return hub.read(file) if hub.is_hub(file) else safetensors.read(file)
 
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ddgan_jax.devices.processes import say
 from ddgan_jax.errors import Fault, UserError, of_a_folder, reason_of
+from ddgan_jax.storage import paths
 from ddgan_jax.storage.buckets import is_address, retry
 
 MIRROR = "DDGAN_MIRROR"
@@ -30,7 +31,7 @@ PASSING = (408, 425, 429)  # statuses that may pass, besides those from 500 on
 
 def folder() -> pathlib.Path:
     """The folder of downloads in the user's cache."""
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "ddgan_jax", "downloads")
+    return pathlib.Path(paths.user_cache(), "downloads")
 
 
 def fetch(url: str, file: pathlib.Path, sha256: str) -> None:
@@ -72,6 +73,13 @@ def locked(file: pathlib.Path, wait: bool = True) -> Iterator[None]:
         except OSError:  # of a file system without locks
             pass
         yield
+
+
+def check_room(what: str, folder: pathlib.Path, needed: int, remedy: str = "") -> None:
+    """Raises Fault unless a folder has room for `needed` bytes, which `what` names: 'the files take {}'."""
+    if needed > (free := shutil.disk_usage(folder).free):
+        takes = what.replace("{}", f"{needed / 2**20:,.0f} MiB")
+        raise Fault(f"{takes}, and {folder} has {free / 2**20:,.0f} MiB free: make room there{remedy}")
 
 
 def _fetch(url: str, file: pathlib.Path, sha256: str) -> None:
@@ -116,7 +124,7 @@ def _receive(url: str, part: pathlib.Path) -> None:
             length = response.headers.get("Content-Length", "")
             total = begun + int(length) if length.isdigit() else None
             received = begun
-            _check_room(url, part, (total or 0) - begun)
+            check_room(f"{url} takes {{}}", part.parent, (total or 0) - begun)
             with (
                 part.open("ab" if begun else "wb") as file,
                 tqdm(total=total, initial=begun, unit="B", unit_scale=True, desc=part.stem, disable=None) as bar,
@@ -143,12 +151,6 @@ def _receive(url: str, part: pathlib.Path) -> None:
         raise OSError(reason_of(error)) from error
     if total is not None and _size(part) < total:
         raise OSError(f"the connection ended after {_size(part):,} of {total:,} bytes")
-
-
-def _check_room(url: str, part: pathlib.Path, needed: int) -> None:
-    if needed > (free := shutil.disk_usage(part.parent).free):
-        room = f"{needed / 2**20:,.0f} MiB, and {part.parent} has {free / 2**20:,.0f} MiB free"
-        raise Fault(f"{url} takes {room}: make room there")
 
 
 def _size(file: pathlib.Path) -> int:

@@ -53,7 +53,7 @@ def local_name(path: str) -> str:
 
 
 def read(path: str) -> tuple[safetensors.Arrays, dict[str, Any], int, dict[str, str]]:
-    """What `safetensors.read` returns of the file that `path` names, after a download unless it is in the cache.
+    """The content of the file that `path` names, as `safetensors.read` returns it. Downloads it unless it is cached.
 
     Raises:
         UserError: the repository, revision or file does not exist, is not accessible, or is not of this project.

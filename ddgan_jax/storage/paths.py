@@ -275,7 +275,10 @@ def move(source: Given, target: Given) -> None:
 
 
 def cache_dir(data_dir: str) -> str:
-    """The folder of prepared copies and caches: `data_dir` if it is local, else ~/.cache/ddgan_jax on this host."""
-    if not is_remote(data_dir):
-        return data_dir
+    """The folder of prepared copies and caches: `data_dir` if it is local, else the user's cache on this host."""
+    return user_cache() if is_remote(data_dir) else data_dir
+
+
+def user_cache() -> str:
+    """The folder of this project in the user's cache, ~/.cache/ddgan_jax."""
     return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "ddgan_jax")

@@ -20,13 +20,11 @@ import pytest
 from buckets import Bucket, bucket  # noqa: F401
 from commands import PARTS, POINTS, python
 from forks import SIGTERM, Ended, Forks, at_step
+from published import arrays, inception_state
 from test_damage import numbers
 from test_data import PHOTOS
 from test_disk import QUICK, QUICKLY, disk  # noqa: F401
-from test_evaluate import inception_state, random_state_dict
 from test_killed import OFTEN, outcome, photos  # noqa: F401
-
-from ddgan_jax.metrics import inception
 
 # --- What is read --------------------------------------------------------------------------------------------------
 
@@ -345,7 +343,7 @@ def add_files(place: pathlib.Path, full: bool) -> None:
     _, errors = child.communicate(timeout=120)
     assert child.returncode == 0, errors
     if full:
-        np.savez(place / "inception.npz", **random_state_dict(inception.Inception(), inception_state))
+        np.savez(place / "inception.npz", **arrays(inception_state()))
 
 
 @pytest.fixture(scope="module")

@@ -62,12 +62,12 @@ class _View(NamedTuple):
 
 
 def _view(storage: Any, offset: int, shape: Any, strides: Any, *_: Any) -> _View:
-    """What replaces torch._utils._rebuild_tensor_v2."""
+    """The replacement of torch._utils._rebuild_tensor_v2."""
     return _View(storage, offset, tuple(shape), tuple(strides))
 
 
 def _empty_dict(*arguments: Any) -> collections.OrderedDict:
-    """What replaces collections.OrderedDict, which PyTorch calls without arguments."""
+    """The replacement of collections.OrderedDict, which PyTorch calls without arguments."""
     if arguments:
         raise pickle.UnpicklingError("it holds a dict with arguments")
     return collections.OrderedDict()

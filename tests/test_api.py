@@ -11,9 +11,10 @@ import ddgan_jax
 from ddgan_jax.commands import api
 from ddgan_jax.commands import evaluate as evaluation
 from ddgan_jax.config import presets
-from ddgan_jax.config.settings import DataConfig
+from ddgan_jax.config.settings import DataConfig, as_dict, read
 from ddgan_jax.data import sources
 from ddgan_jax.data.arrays import as_data
+from ddgan_jax.data.resolve import resolve_from_data
 from ddgan_jax.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -278,6 +279,18 @@ def test_a_preset_for_the_images():
     assert api._default_preset((2,)) == "gaussians"
     assert api._default_preset((8, 8, 1)) == "digits"
     assert api._default_preset(None) == api._default_preset((64, 64, 3)) == "image_folder:small"
+
+
+def test_images_that_inception_cannot_read_are_trained_on_without_it():
+    """Such as the four channels of latents."""
+    data = sources.Data(RNG.integers(0, 256, (20, 32, 32, 4), np.uint8))
+    config = read(api._for_data(as_dict(presets.get("cifar10")), data, conditional=False))
+    chosen, notes = resolve_from_data(config, data)
+    assert config.eval.every and config.eval.at_end and not (chosen.eval.every or chosen.eval.at_end)
+    assert notes[-1].endswith("takes images with 1 or 3 channels, and those of python have 4")
+    rgb = sources.Data(data.images[..., :3])
+    chosen, _ = resolve_from_data(read(api._for_data(as_dict(presets.get("cifar10")), rgb, conditional=False)), rgb)
+    assert chosen.eval.every and chosen.eval.at_end
 
 
 def test_a_folder(tmp_path):

@@ -150,7 +150,7 @@ def test_a_run_whose_d_learns_nothing(tmp_path):
     still = ["--config.train.lr_d=0.0", "--config.train.lr_min=0.0", "--config.train.lr_min_d=1e-12"]
     flags = [POINTS, f"--workdir={tmp_path}", *still, "--config.log.every=20", "--config.checkpoint.every=320"]
     flags += ["--config.log.samples_every=320", "--config.log.tensorboard=False"]
-    sentence = "D has guessed for 300 steps, so it teaches G nothing: raise --config.train.lr_d"
+    sentence = "D has been at chance for 300 steps, so G gets no useful gradient: raise --config.train.lr_d"
     output = succeed(*flags, "--config.train.num_steps=640").stdout
     assert output.count("note: step") == 1 and f"note: step 600: {sentence}" in output
     resumed = succeed(*flags, "--config.train.num_steps=680").stdout

@@ -29,8 +29,8 @@ RISES, RISE = 3, 1.2  # rises in a row of the measure that ranks checkpoints, an
 COMPARED = 64  # samples of a grid, and real images: 2,016 pairs
 
 SENTENCES = {
-    "d_at_chance": "D has guessed for {steps:,} steps, so it teaches G nothing: raise --config.train.lr_d, or lower "
-    "--config.train.r1_gamma, and look at the data and at samples/",
+    "d_at_chance": "D has been at chance for {steps:,} steps, so G gets no useful gradient: raise "
+    "--config.train.lr_d, or lower --config.train.r1_gamma, and look at the data and at samples/",
     "d_unstable": "D's loss has been far above that of a guess, 1.39, for {steps:,} steps: lower --config.train.lr_d "
     "and --config.train.lr_g",
     "d_wins": "D has separated real from fake widely for {steps:,} steps, and G cannot follow: lower "

@@ -1,4 +1,4 @@
-"""Standard output and standard error of a command, which may disappear before it ends."""
+"""Wrappers of standard output and standard error, which discard what is written once the stream is closed."""
 
 import contextlib
 import os

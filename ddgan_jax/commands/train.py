@@ -244,7 +244,7 @@ def evaluate_samples(run: Run, interrupt: Interrupt) -> dict[str, float]:
         say(f"note: the evaluation at step {run.step} failed, and training continues: {error}")
         return {}
     results = measured.results if measured else {}
-    if "fid" in results:  # which grows as samples get fewer: by about 2 from 50,000 to 5,000
+    if "fid" in results:  # which is larger for fewer samples
         results = results | {f"fid_{rounded(count)}": results["fid"]}
     return {f"eval/{name}": float(value) for name, value in results.items()}
 

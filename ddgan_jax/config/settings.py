@@ -40,13 +40,11 @@ class DataConfig:
     name: str = "cifar10"  # a dataset of tfds, or one listed in docs/data.md
     split: str = "train"  # the split, or a part of it: 'train[:90%]'
     dir: str | None = None  # folder of tfds datasets and prepared copies; None: $TFDS_DATA_DIR or ~/tensorflow_datasets
-    image_size: ImageSize | None = None  # px; None: from the dataset, at most 256 of a
-    # folder. Networks for images take 8 to 1,024 px, times model.patch_size
+    image_size: ImageSize | None = None  # px, 8 to 1,024 for images, times model.patch_size;
+    # None: resolved from the dataset, and at most 256 for a folder
     channels: Annotated[Positive, at_most(64)] | None = None  # channels of the images; None: from the dataset
-    path: str | None = (
-        None  # a folder or zip, also at gs://, or a local LMDB; for image_folder, lsun_church, celeb_a_hq
-    )
-    max_bad_share: Fraction = 0.01  # fraction of the files in `path` that may be damaged; 10 always may, unless it is 0
+    path: str | None = None  # a folder, zip or local LMDB of image_folder, lsun_church or celeb_a_hq; also at gs://
+    max_bad_share: Fraction = 0.01  # fraction of the files in `path` that may be damaged; unless it is 0, 10 may
     download: bool = True  # download and prepare a dataset of tfds that is not in `dir`
     in_memory_mib: Count = 2048  # MiB; a larger dataset is decoded while it is read, not at the start
     flip: bool = True  # mirror half of the images (released code)

@@ -58,7 +58,7 @@ def choose(c: Config, num_images: int, labelled: bool, devices: int) -> tuple[Co
 
     The settings are `train.num_steps`, `train.batch_size`, `train.steps_per_epoch`, `checkpoint.every`,
     `log.samples_every` and `diffusion.beta_max`. `c` already has the size of the images. Evaluation during training is
-    switched off if it needs labels and the dataset has none.
+    switched off if the dataset has no labels that it needs, or channels that it cannot read.
     """
     size, count = c.data.image_size or 1, max(num_images, 1)
     batch = c.train.batch_size or batch_size(count, size, devices, c.train.accumulate)
@@ -82,7 +82,7 @@ def choose(c: Config, num_images: int, labelled: bool, devices: int) -> tuple[Co
         log=replace(c.log, samples_every=interval if c.log.samples_every is None else c.log.samples_every),
     )
     if reason := why_not_evaluated(c, labelled):
-        chosen = replace(chosen, eval=replace(c.eval, every=0))
+        chosen = replace(chosen, eval=replace(c.eval, every=0, at_end=False))
         notes.append(f"no evaluation while training: {reason}")
     return chosen, notes
 
@@ -141,7 +141,9 @@ def check_batch(batch_size: int, accumulate: int = 1) -> int:
 
 def why_not_evaluated(c: Config, labelled: bool) -> str:
     """The reason why samples cannot be evaluated while training on this dataset, or ''."""
-    name = c.data.name
+    name, channels = c.data.name, c.data.channels or 3
+    if c.eval.features == "inception" and (c.eval.every or c.eval.at_end) and channels not in (1, 3):
+        return f"eval.features=inception takes images with 1 or 3 channels, and those of {name} have {channels}"
     if not c.eval.every or c.eval.features != "classifier" or labelled or name.startswith("stacked_"):
         return ""  # StackedMNIST is evaluated with a classifier of its single digits
     return (

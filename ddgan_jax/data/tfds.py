@@ -1,4 +1,4 @@
-"""Datasets of tensorflow-datasets (tfds) that are on disk as array_record, read without TensorFlow."""
+"""Datasets of tensorflow-datasets (tfds) as array_record: read without TensorFlow, and prepared with it."""
 
 import functools
 import importlib.util
@@ -201,7 +201,7 @@ def prepare(name: str, data_dir: str) -> None:
 
     A dataset that tfds does not know is left to `open_split`, which reports it. Files that a user has to download are
     taken from `data_dir`/downloads/manual. Another process that prepares the same dataset on this host waits. An
-    interrupted preparation starts again, and resumes the downloads.
+    interrupted preparation starts again, and resumes the downloads of a dataset of few files (`_download`).
 
     Raises:
         UserError: TensorFlow is missing, files have to be downloaded by hand, or `data_dir` cannot be written.

@@ -85,7 +85,7 @@ def _front_matter(model: Any, fields: Mapping[str, Any]) -> str:
 def _text(model: Any, file: str, fields: Mapping[str, Any]) -> str:
     """The card's text, in Markdown, for the model in `file`."""
     measures, recipe = _measures(model, fields), _recipe(model.config)
-    licence = "The owner of the weights has named no licence: it belongs into `license` at the top of this file."
+    licence = "The owner of the weights has named no licence: add it as `license` at the top of this file."
     if "license" in fields:
         licence = f"The weights have the licence `{fields['license']}`."
     sections = [

@@ -37,7 +37,8 @@ def folder() -> pathlib.Path:
 def fetch(url: str, file: pathlib.Path, sha256: str) -> None:
     """Downloads `url` to `file`, unless it is there.
 
-    A download that was cut, also by a kill, is resumed from FILE.part. Another process that wants the same file waits.
+    A download that was cut, also by a kill, is resumed from FILE.part. On a file system with locks, another process
+    that wants the same file waits.
 
     Raises:
         UserError: the folder cannot be written, or DDGAN_MIRROR is no address.

@@ -99,7 +99,7 @@ _INSTRUCTIONS = {byte: pickle._Unpickler.dispatch[byte] for byte in _BYTES} | { 
 class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
     """Builds dicts and `_View`s alone, and collects the storages by their keys.
 
-    Python's own, since the one in C allocates the sizes that damaged content names.
+    This is the unpickler in Python: the one in C allocates whatever sizes a damaged file declares.
     """
 
     dispatch: ClassVar = _INSTRUCTIONS

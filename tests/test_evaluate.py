@@ -292,7 +292,7 @@ def test_an_evaluation_on_other_images_of_the_same_name_has_a_folder_of_its_own(
         known = {"data_fingerprint": fingerprint.fingerprint} if fingerprint else {}  # older results have none
         (tmp_path / "8").mkdir(exist_ok=True)
         (tmp_path / "8" / "results.json").write_text(json.dumps(results | known))
-        assert evaluate._without_other_results(folder, c, 5, data) == folder + number
+        assert evaluate.without_other_results(folder, c, 5, data) == folder + number
 
 
 @pytest.fixture

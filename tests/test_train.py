@@ -386,6 +386,31 @@ with Interrupt() as interrupt, interrupt.held():
         assert process.wait(timeout=60) == -signal.SIGTERM
 
 
+SLOW_INITIALIZATION = """
+import time
+from etils import epy
+from ddgan_jax.devices import compiler
+in_background, futures = compiler.in_background, []
+def slow(function):
+    futures.append(in_background(lambda: (time.sleep(8), function())[1]))
+    return futures[-1]
+compiler.in_background = slow
+lazy_imports = epy.lazy_imports
+def checked(**options):
+    assert all(future.done() for future in futures), "a thread's imports would fail"
+    return lazy_imports(**options)
+epy.lazy_imports = checked
+"""
+
+
+def test_nothing_makes_imports_lazy_while_a_thread_traces(tmp_path):
+    """etils.epy.lazy_imports, which grain uses, replaces `import` in all threads; JAX imports while it traces."""
+    (output,) = all_succeed(
+        start_group(1, POINTS, f"--workdir={tmp_path}", "--config.train.num_steps=1", script=SLOW_INITIALIZATION)
+    )
+    assert "final.png" in output
+
+
 def test_a_signal_before_the_first_step_ends_at_once(tmp_path):
     argv, options = command(POINTS, f"--workdir={tmp_path}", "--interrupted_exit_code=42", stdout=subprocess.PIPE)
     with subprocess.Popen(argv, **options) as process:

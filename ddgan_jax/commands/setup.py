@@ -263,6 +263,8 @@ def begin_new_state(c: Config, shapes: Any, initialize: Callable[[], Any]) -> Fu
         discriminator = disc_params or state.disc_params
         return state.replace(gen_params=gen_params, ema_params=gen_params, disc_params=discriminator)
 
+    import grain  # noqa: F401  before a thread imports: while grain is imported, it makes all imports lazy
+
     return compiler.in_background(compute)
 
 

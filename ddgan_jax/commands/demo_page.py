@@ -32,7 +32,9 @@ def captioned_frames(
 ) -> list[tuple[np.ndarray, str]]:
     """The denoising of samples as (image, caption): x_T, x0_hat, x_{T-1}, x0_hat, ..., x_0."""
     captions = [
-        name for t in generate.shown_steps(model) for name in (f"x_{t + 1}", f"x_0 as predicted from x_{t + 1}")
+        name
+        for t in generate.shown_steps(model)
+        for name in (f"x_{t + 1}", f"{generate.predicted(model, t)} as predicted from x_{t + 1}")
     ]
     frames = generate.denoising_frames(model, num, seed=seed, label=label, first=first)
     images = [enlarged(frame)[0] for frame in frames] if frames[0].ndim == 4 else figures.as_frames(frames)

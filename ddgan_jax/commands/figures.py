@@ -210,19 +210,18 @@ def save_gif(path: Given, frames: Sequence[np.ndarray], milliseconds: int = 400)
     paths.write(path, lambda file: first.save(file, format="gif", **options))
 
 
-def trajectory(x: np.ndarray, x0_hat: np.ndarray, names: Sequence[str], path: Given) -> None:
-    """Draw x_T, ..., x_0 [T+1, N, ...] above the x_0 predicted from each x_t with t > 0 [T, N, ...], in columns."""
+def trajectory(x: np.ndarray, x0_hat: np.ndarray, names: Sequence[str], outputs: Sequence[str], path: Given) -> None:
+    """Draw x_T, ..., x_0 [T+1, N, ...], titled `names`, above the T `outputs` x0_hat [T, N, ...], in columns."""
     plt = pyplot()
     height = 1.0 if x.ndim == 3 else -(-x.shape[1] // 2) * x.shape[2] / (2 * x.shape[3])  # of a panel, by its width
     figure, panels = plt.subplots(2, len(x), figsize=(2.2 * len(x), 4.4 * height + 0.8), constrained_layout=True)
     drawn = as_frames([*x, *x0_hat]) if x.ndim == 3 else [grid(images, columns=2) for images in (*x, *x0_hat)]
-    for i, name in enumerate(names):
-        for row, many, title in ((0, drawn[: len(x)], name), (1, drawn[len(x) :], f"$\\hat x_0$ from {name}")):
-            axis = panels[row, i]
+    for row, many, titles in zip(panels, (drawn[: len(x)], drawn[len(x) :]), (names, outputs), strict=True):
+        for i, axis in enumerate(row):
             axis.axis("off")
             if i < len(many):
                 axis.imshow(many[i])
-                axis.set_title(title)
+                axis.set_title(titles[i])
     save_figure(figure, path)
 
 

@@ -76,13 +76,21 @@ def draw_trajectory(model: Model, out: str, num: int, **options: Any) -> None:
         figures.save_gif(paths.path(out), figures.as_frames(frames))
     else:
         names = [f"$x_{{{t + 1}}}$" for t in shown_steps(model)] + ["$x_0$"]
-        figures.trajectory(np.array(frames[::2]), np.array(frames[1::2]), names, paths.path(out))
+        outputs = [f"{predicted(model, t, tex=True)} from $x_{{{t + 1}}}$" for t in shown_steps(model)]
+        figures.trajectory(np.array(frames[::2]), np.array(frames[1::2]), names, outputs, paths.path(out))
 
 
 def shown_steps(model: Model) -> list[int]:
     """The t of the drawn steps x_{t+1} -> x_t, descending: all, or MAX_STEPS at even distances from T-1 to 0."""
     T = model.num_steps
     return [round(t) for t in np.linspace(T - 1, 0, min(T, MAX_STEPS))]
+
+
+def predicted(model: Model, t: int, tex: bool = False) -> str:
+    """What the generator outputs at t: x_0, or x_t if it predicts that."""
+    if model.denoiser.predicts_x_t:
+        return f"$\\hat x_{{{t}}}$" if tex else f"x_{t}"
+    return "$\\hat x_0$" if tex else "x_0"
 
 
 def denoising_frames(model: Model, num: int, **options: Any) -> list[np.ndarray]:
@@ -170,10 +178,11 @@ def export(model: Model, out: str, posterior: str = "gaussian") -> None:
 
 def check_for_the_reference(model: Model, out: str) -> None:
     """Raises UserError unless the reference has a generator that gives the same samples with the weights in `out`."""
-    patch, fields = model.config.model.patch_size, model.config.generator
+    patch, fields, predicts = model.config.model.patch_size, model.config.generator, model.config.diffusion.predicts
     kernel = tuple(fields.get("fir_kernel", FIR_KERNEL)) if fields.get("fir", True) else FIR_KERNEL
     lacking = {
         "networks for points": not _has_images(model),
+        f"generator of {predicts} (diffusion.predicts={predicts})": predicts != "x_0",
         "class-conditional networks": model.num_classes > 0,
         f"networks that work on patches (model.patch_size={patch})": patch > 1,
         "networks without a latent z (generator.nz=0)": model.denoiser.nz == 0,

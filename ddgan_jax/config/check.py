@@ -1,4 +1,4 @@
-"""Reading a dataclass from nested dicts, with every field checked against its type."""
+"""Reading a dataclass from nested dicts: every field is checked against its type, and against the others."""
 
 import dataclasses
 import difflib
@@ -120,3 +120,45 @@ def to_lists(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: to_lists(item) for key, item in value.items()}
     return [to_lists(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def check_together(c: Any) -> None:
+    """Raises UserError for settings of a Config that exclude each other."""
+    points = c.model.network == "mlp"
+    if c.data.scale != 1 and not points:
+        raise UserError(f"data.scale={c.data.scale} is for points: images are in [-1, 1], leave it at 1.0")
+    if points and c.data.flip:
+        raise UserError("data.flip=True mirrors images, and points are none: set it to False")
+    if points and c.model.num_classes:
+        raise UserError(f"model.num_classes={c.model.num_classes}: networks for points are unconditional, set it to 0")
+    if points and c.model.patch_size > 1:
+        raise UserError(f"model.patch_size={c.model.patch_size}: points have no pixels to make patches of, set it to 1")
+    if points and c.diffusion.beta_max is None:
+        raise UserError("diffusion.beta_max=None is chosen for an image size, and points have none: give a number")
+    if c.loss.reconstruction_end and not c.loss.reconstruction:
+        raise UserError(
+            f"loss.reconstruction_end={c.loss.reconstruction_end} is the final value of loss.reconstruction, which is "
+            "0: set that above 0, or this to None"
+        )
+    if c.diffusion.predicts != "x_0":
+        _check_ablation(c)
+    for name, off in {"discriminator_input": "x_t", "reconstruction": 0, "reconstruction_end": None}.items():
+        if getattr(c.loss, name) != off and c.objective != "adversarial":
+            raise UserError(f"loss.{name} is for objective='adversarial', not {c.objective!r}: set it to {off!r}")
+
+
+def _check_ablation(c: Any) -> None:
+    """Raises UserError for settings that exclude a generator of x_t or of noise."""
+    given = f"diffusion.predicts={c.diffusion.predicts!r}"
+    if c.objective == "one_shot":
+        raise UserError(f"{given} is for objective='adversarial', not 'one_shot': set it to 'x_0'")
+    if c.generator.get("tanh"):
+        raise UserError(f"{given} needs outputs without bounds: leave generator.tanh out, or set it to False")
+    if c.diffusion.predicts == "noise":
+        return
+    if c.objective == "gaussian":
+        raise UserError(f"{given} is for objective='adversarial', not 'gaussian': set it to 'x_0' or 'noise'")
+    if c.loss.discriminator_input == "x_0" or c.loss.reconstruction:
+        raise UserError(
+            f"{given} leaves no prediction of x_0: set loss.discriminator_input to 'x_t' and loss.reconstruction to 0"
+        )

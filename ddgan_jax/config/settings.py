@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import field
 from typing import Annotated, Any, Literal, TypeVar
 
-from ddgan_jax.config.check import from_dict, to_lists, to_plain
+from ddgan_jax.config.check import check_together, from_dict, to_lists, to_plain
 from ddgan_jax.config.types import (
     SEEDS,
     Below1,
@@ -53,12 +53,14 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionConfig:
-    """Noise schedule, the arguments of `Schedule.create`."""
+    """Noise schedule, the arguments of `Schedule.create`, and what the generator predicts."""
 
     num_steps: Annotated[Positive, at_most(100_000)] = 4  # T, the denoising steps (paper)
     kind: Literal["vp", "geometric"] = "vp"  # variance-preserving noise (paper), or geometric
     beta_min: PositiveFloat = 0.1  # smallest noise (paper)
     beta_max: PositiveFloat | None = 20.0  # largest noise (paper); None: resolved from the image size
+    predicts: Literal["x_0", "x_t", "noise"] = "x_0"  # the generator's output (paper: x_0); 'x_t' and 'noise' are its
+    # ablations: the next x_t itself, without a posterior, and the noise in x_{t+1}, from which x_0 follows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +189,7 @@ class Config:
     eval: EvalConfig = EvalConfig()
 
     def __post_init__(self) -> None:
-        _check_together(self)
+        check_together(self)
 
 
 RENAMED = {"loss.shown": "loss.discriminator_input"}  # old names, which configurations, flags and checkpoints may have
@@ -262,26 +264,3 @@ def beta_max_for(image_size: int) -> float:
     beta_max / 2.
     """
     return float(max(round(4 * math.log(image_size / 1.8)), 1))
-
-
-def _check_together(c: Config) -> None:
-    """Raises UserError for settings that exclude each other."""
-    points = c.model.network == "mlp"
-    if c.data.scale != 1 and not points:
-        raise UserError(f"data.scale={c.data.scale} is for points: images are in [-1, 1], leave it at 1.0")
-    if points and c.data.flip:
-        raise UserError("data.flip=True mirrors images, and points are none: set it to False")
-    if points and c.model.num_classes:
-        raise UserError(f"model.num_classes={c.model.num_classes}: networks for points are unconditional, set it to 0")
-    if points and c.model.patch_size > 1:
-        raise UserError(f"model.patch_size={c.model.patch_size}: points have no pixels to make patches of, set it to 1")
-    if points and c.diffusion.beta_max is None:
-        raise UserError("diffusion.beta_max=None is chosen for an image size, and points have none: give a number")
-    if c.loss.reconstruction_end and not c.loss.reconstruction:
-        raise UserError(
-            f"loss.reconstruction_end={c.loss.reconstruction_end} is the final value of loss.reconstruction, which is "
-            "0: set that above 0, or this to None"
-        )
-    for name, off in {"discriminator_input": "x_t", "reconstruction": 0, "reconstruction_end": None}.items():
-        if getattr(c.loss, name) != off and c.objective != "adversarial":
-            raise UserError(f"loss.{name} is for objective='adversarial', not {c.objective!r}: set it to {off!r}")

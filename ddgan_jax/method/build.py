@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax import Array
 
 from ddgan_jax.config.check import checked_fields
 from ddgan_jax.config.settings import Config, read, required
 from ddgan_jax.errors import UserError
 from ddgan_jax.method import state
-from ddgan_jax.method.diffusion import Schedule
+from ddgan_jax.method.diffusion import Schedule, x0_from_noise
 from ddgan_jax.method.losses import Losses
 from ddgan_jax.method.sampling import Denoiser
 from ddgan_jax.method.train_step import Method
@@ -39,19 +40,27 @@ def denoiser(config: Any) -> Denoiser:
     generator, shape, diffusion = generator_of(c), _shape(c), _diffusion(c)
     x, t, z = jnp.zeros((1, *shape)), jnp.zeros(1, jnp.int32), jnp.zeros((1, generator.nz))
     labels = {"y": t} if c.model.num_classes else {}
+
+    def predicted(output: Array, x_tp1: Array, t: Array, *_: Any) -> Array:
+        return x0_from_noise(diffusion, output, x_tp1, t) if c.diffusion.predicts == "noise" else output
+
     return Denoiser(
-        gen=jax.jit(lambda params, *args, **labels: generator.apply({"params": params}, *args, **labels)),
+        gen=jax.jit(
+            lambda params, *args, **labels: predicted(generator.apply({"params": params}, *args, **labels), *args)
+        ),
         init_gen=lambda key: generator.init(key, x, t, z, **labels)["params"],
         schedule=Schedule.create(1) if c.objective == "one_shot" else diffusion,
         image_shape=shape,
         nz=generator.nz,
         num_classes=c.model.num_classes,
         scale=c.data.scale,
+        predicts_x_t=c.diffusion.predicts == "x_t",
     )
 
 
 def _diffusion(c: Config) -> Schedule:
-    return Schedule.create(**vars(c.diffusion) | {"beta_max": required(c.diffusion.beta_max, "diffusion.beta_max")})
+    d = c.diffusion
+    return Schedule.create(d.num_steps, d.kind, d.beta_min, required(d.beta_max, "diffusion.beta_max"))
 
 
 def _shape(c: Config) -> tuple[int, ...]:
@@ -79,8 +88,9 @@ def generator_of(c: Config) -> Any:
             f"generator.ch_mult need{f' with model.patch_size={patch}' if patch > 1 else ''}: choose a multiple of "
             f"{part}, or fewer levels"
         )
-    common |= {"num_classes": c.model.num_classes, "patch_size": patch}
-    return Generator(image_channels=channels, remat=c.model.remat, **common, **given)
+    common |= {"num_classes": c.model.num_classes, "patch_size": patch, "image_channels": channels}
+    given = {"tanh": c.diffusion.predicts == "x_0"} | given
+    return Generator(remat=c.model.remat, **common, **given)
 
 
 def missed_attention(c: Config) -> str:
@@ -117,12 +127,13 @@ def _network_fields(network: type[nn.Module], given: Mapping[str, Any], prefix: 
 
 
 def network_fields(c: Config) -> dict[str, Any]:
-    """The fields of both networks with their defaults, as 'generator.nf', which a trained network must keep.
+    """The fields of both networks with their defaults, as 'generator.nf', and what the generator predicts.
 
+    A trained network must keep them.
     Precision, recomputation and dropout may change: they are no property of the trained parameters.
     """
     free = ("parent", "name", "dtype", "remat", "dropout")
-    return {
+    return {"diffusion.predicts": c.diffusion.predicts} | {
         f"{group}.{field.name}": getattr(module, field.name)
         for group, module in (("generator", generator_of(c)), ("discriminator", _discriminator(c)))
         for field in dataclasses.fields(module)
@@ -197,5 +208,6 @@ def _losses(c: Config, decaying: Callable[[float, float], state.StepSchedule]) -
         r1_gamma=c.train.r1_gamma,
         objective=c.objective,
         discriminator_input=c.loss.discriminator_input,
+        predicts_x_t=c.diffusion.predicts == "x_t",
         reconstruction=(state.constant_schedule(weight) if end is None else decaying(weight, end)) if weight else None,
     )

@@ -18,6 +18,10 @@ A deterministic step with the same marginals (2), an alternative to sampling fro
 
     (6)  x_{k-1} = sqrt(abar_{k-1}) x_0 + sqrt(1 - abar_{k-1}) (x_k - sqrt(abar_k) x_0) / sqrt(1 - abar_k)
 
+With the noise in x_{t+1} instead of x_0 as the generator's output (an ablation of the paper, Table 2), (2) gives x_0:
+
+    (7)  x_0 = (x_k - sqrt(1 - abar_k) noise) / sqrt(abar_k)
+
 t is 0-based in the whole project, 0..T-1, and denotes the step between x_t and x_{t+1}: the generator's input is
 (x_{t+1}, t), the discriminator's (x_t, t, x_{t+1}). t = 0 is the last denoising step, x_1 -> x_0. Only `q_sample`
 accepts t = T, because x_T exists although no step begins there.
@@ -172,3 +176,22 @@ def deterministic_posterior(
     del noise
     direction = (x_tp1 - _at(schedule.a_s_cum, t + 1, x0) * x0) / _at(schedule.sigmas_cum, t + 1, x0)
     return _at(schedule.a_s_cum, t, x0) * x0 + _at(schedule.sigmas_cum, t, x0) * direction
+
+
+def x0_from_noise(
+    schedule: Schedule, noise: Float[Array, "b *d"], x_tp1: Float[Array, "b *d"], t: Int[Array, "b"]
+) -> Float[Array, "b *d"]:
+    """x_0 from the noise in x_{t+1}, equation (7), t in 0..T-1."""
+    return (x_tp1 - _at(schedule.sigmas_cum, t + 1, noise) * noise) / _at(schedule.a_s_cum, t + 1, noise)
+
+
+def directly(
+    schedule: Schedule,
+    x_t: Float[Array, "b *d"],
+    x_tp1: Float[Array, "b *d"],
+    t: Int[Array, "b"],
+    noise: Float[Array, "b *d"],
+) -> Float[Array, "b *d"]:
+    """`x_t`, in place of a posterior, for a generator that outputs it (direct denoising, an ablation of the paper)."""
+    del schedule, x_tp1, t, noise
+    return x_t

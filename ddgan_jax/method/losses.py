@@ -20,6 +20,8 @@ It speeds up the low-noise steps, where the mean of x_0 given x_{t+1} is a sharp
 is blurred, its weight is close to zero. The weight is the likelihood's: ||sqrt(abar) (x_0 - x0_hat)||^2 / (1 - abar).
 It may decay during training, since a large one holds back the adversarial loss at the end.
 
+`predicts_x_t` (direct denoising, an ablation of the paper): G's output is the fake x_t itself, without a posterior.
+
 `objective` = 'gaussian' is the paper's baseline (its equation 2): the same generator without a discriminator, trained
 by the squared error E[ ||x_0 - x0_hat||^2 / d ], whose optimum is the mean of x_0 given x_{t+1}.
 
@@ -86,6 +88,7 @@ class Losses:
     objective: str = "adversarial"  # or 'gaussian', 'one_shot'
     discriminator_input: str = "x_t"  # or 'x_0'
     reconstruction: StepSchedule | None = None  # weight in (4)
+    predicts_x_t: bool = False  # G outputs x_t instead of x_0
 
     @property
     def has_discriminator(self) -> bool:
@@ -93,7 +96,7 @@ class Losses:
         return self.objective != "gaussian"
 
     def make_pairs(self, gen: Gen, phase: Phase) -> tuple[Pairs, Array]:
-        """Pairs for the discriminator, and x0_hat [b, *d] from which the fake ones are made."""
+        """Pairs for the discriminator, and G's output x0_hat [b, *d] from which the fake ones are made."""
         x0, noise, schedule = phase.x0, phase.noise, self.schedule
         dropout = () if noise.dropout_keys is None else (noise.dropout_keys,)
         if self.objective == "one_shot":
@@ -105,6 +108,8 @@ class Losses:
         x0_hat = gen(x_tp1, noise.t, noise.z, *dropout)
         if self.discriminator_input == "x_0":
             return Pairs(x0, x0_hat, x_tp1), x0_hat
+        if self.predicts_x_t:
+            return Pairs(x_t, x0_hat, x_tp1), x0_hat
         fake = sample_posterior(schedule, x0_hat, x_tp1, noise.t, noise.noise_posterior)
         return Pairs(x_t, fake, x_tp1), x0_hat
 

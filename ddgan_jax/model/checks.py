@@ -12,6 +12,7 @@ import numpy as np
 
 from ddgan_jax.config.types import MAX_SEED
 from ddgan_jax.errors import UserError
+from ddgan_jax.method.sampling import Denoiser
 from ddgan_jax.model.sampler import POSTERIORS
 from ddgan_jax.storage import safetensors
 
@@ -29,10 +30,12 @@ def as_seed(seed: Any) -> int:
     return as_integer("seed", seed, 0, MAX_SEED)
 
 
-def as_posterior(posterior: Any) -> str:
-    """The name of a posterior. Raises UserError for an unknown name."""
+def as_posterior(posterior: Any, denoiser: Denoiser) -> str:
+    """The name of a posterior. Raises UserError for an unknown name, or one that this generator does not have."""
     if not isinstance(posterior, str) or posterior not in POSTERIORS:
         raise UserError(f"posterior={posterior!r} is not supported: it is {' or '.join(POSTERIORS)}")
+    if denoiser.predicts_x_t and posterior != "gaussian":
+        raise UserError(f"posterior={posterior!r} is for a generator of x_0, and this one outputs x_t: leave it out")
     return posterior
 
 

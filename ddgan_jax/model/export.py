@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from ddgan_jax.errors import UserError
 from ddgan_jax.method.sampling import Denoiser, bind, denoise_once
-from ddgan_jax.model.sampler import POSTERIORS, sample, to_images
+from ddgan_jax.model.sampler import posterior_of, sample, to_images
 from ddgan_jax.networks import ops
 
 
@@ -56,19 +56,19 @@ def for_onnx(denoiser: Denoiser, params: Any, posterior: str = "gaussian", class
     inputs = {"x_T": jax.ShapeDtypeStruct((B, *denoiser.image_shape), jnp.float32)}
     if denoiser.nz:
         inputs["z"] = jax.ShapeDtypeStruct((T, B, denoiser.nz), jnp.float32)
-    if posterior == "gaussian":
+    if posterior == "gaussian" and not denoiser.predicts_x_t:
         inputs["noise"] = jax.ShapeDtypeStruct((T, B, *denoiser.image_shape), jnp.float32)
     if denoiser.num_classes:
         inputs["labels"] = jax.ShapeDtypeStruct((B,), jnp.int32)
 
     def sampler(*values: jax.Array) -> jax.Array:
         given = dict(zip(inputs, values, strict=True))
-        gen = bind(denoiser.gen, params, given.get("labels"))
+        gen, follows = bind(denoiser.gen, params, given.get("labels")), posterior_of(denoiser, posterior)
 
         def step(x: jax.Array, now: dict[str, jax.Array]) -> tuple[jax.Array, None]:
             z = now["z"] if "z" in now else x.reshape(x.shape[0], -1)[:, :0]
             noise = now.get("noise", jnp.zeros(()))
-            return denoise_once(gen, denoiser.schedule, x, now["t"], z, noise, POSTERIORS[posterior]).x_t, None
+            return denoise_once(gen, denoiser.schedule, x, now["t"], z, noise, follows).x_t, None
 
         # From T-1 down to 0, as a forward scan: the converter does not support reverse scans.
         by_step = {name: given[name][::-1] for name in ("z", "noise") if name in given}

@@ -139,7 +139,7 @@ def load_initial_networks(c: Config, like: Any) -> tuple[str, Any, Any]:
         folder = checkpoint.find(path)
         arrays, metadata = checkpoint.read_with_metadata(folder)
         state = checkpoint.unflatten(arrays, like, f"the checkpoint {folder} of train.init_from")
-        _check_fields(c, read(metadata["config"]), str(folder), ("generator.", "discriminator."))
+        _check_fields(c, read(metadata["config"]), str(folder), ("diffusion.", "generator.", "discriminator."))
         return str(folder), state.ema_params, state.disc_params
     if file.endswith(".pth"):
         found = files.read(path, c)
@@ -147,12 +147,15 @@ def load_initial_networks(c: Config, like: Any) -> tuple[str, Any, Any]:
         return path, found.ema_params or found.gen_params, disc_params
     model = load(path)
     checkpoint.check_like(model.params, like.gen_params, f"{path} of train.init_from")
-    _check_fields(c, model.config, file, ("generator.",))
+    _check_fields(c, model.config, file, ("diffusion.", "generator."))
     return file, model.params, None
 
 
 def _check_fields(c: Config, trained: Config, path: str, networks: tuple[str, ...]) -> None:
-    """Raises UserError if the networks in `path` were trained with other fields, which their shapes need not show."""
+    """Raises UserError if the networks in `path` were trained with other fields, which their shapes need not show.
+
+    Those are compared whose names begin as one of `networks`.
+    """
     ours, theirs = build.network_fields(c), build.network_fields(trained)
     for name, value in ours.items():
         if name.startswith(networks) and value != theirs[name]:

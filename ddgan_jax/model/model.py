@@ -28,7 +28,7 @@ from ddgan_jax.model.card import write_card
 from ddgan_jax.model.checks import as_count, as_half, as_integer, as_path, as_posterior, as_seed, check_about
 from ddgan_jax.model.classes import labels_of, names_of
 from ddgan_jax.model.inputs import as_input, as_known
-from ddgan_jax.model.sampler import POSTERIORS, Sampler, in_batches, noise_of, rows, to_images
+from ddgan_jax.model.sampler import Sampler, in_batches, noise_of, posterior_of, rows, to_images
 from ddgan_jax.storage import checkpoint, paths, safetensors
 
 MAX_INDEX = 2**31 - 1  # of a sample: indices are int32
@@ -40,7 +40,7 @@ def _run(
     function: Callable, denoiser: Denoiser, posterior: str, static: tuple, params: Any, y: Any, *inputs: Any
 ) -> Any:
     """function(gen, denoiser, posterior, *static, *inputs), compiled once for a model, `static`, and shapes."""
-    return function(bind(denoiser.gen, params, y), denoiser, POSTERIORS[posterior], *static, *inputs)
+    return function(bind(denoiser.gen, params, y), denoiser, posterior_of(denoiser, posterior), *static, *inputs)
 
 
 def _trajectory(gen: Any, denoiser: Denoiser, posterior: Any, noise: sampling.Noise) -> sampling.Trajectory:
@@ -105,7 +105,7 @@ class Model:
 
     def sampler(self, posterior: str = "gaussian") -> Sampler:
         """A sampler with batches of config.sample.batch_size on every device."""
-        return Sampler(self.denoiser, self.config.sample.batch_size, as_posterior(posterior))
+        return Sampler(self.denoiser, self.config.sample.batch_size, as_posterior(posterior, self.denoiser))
 
     def sample(
         self, num: int, seed: int = 0, posterior: str = "gaussian", label: Any = None, progress: bool = False
@@ -236,7 +236,7 @@ class Model:
 
         The labels of a class-conditional sampler are indices of `classes`, whose names the file does not contain.
         """
-        return export.for_jax(self.denoiser, self.params, as_posterior(posterior))
+        return export.for_jax(self.denoiser, self.params, as_posterior(posterior, self.denoiser))
 
     def export_onnx(self, posterior: str = "gaussian") -> bytes:
         """The sampler, weights included, for an ONNX runtime, computing in float32: see `export.for_onnx`.
@@ -245,7 +245,7 @@ class Model:
         """
         network = dataclasses.replace(self.config.model, dtype="float32")  # runtimes have few bfloat16 operations
         denoiser = build.denoiser(dataclasses.replace(self.config, model=network))
-        return export.for_onnx(denoiser, self.params, as_posterior(posterior), self.classes)
+        return export.for_onnx(denoiser, self.params, as_posterior(posterior, self.denoiser), self.classes)
 
     def save(
         self, path: str | os.PathLike, half: bool = False, about: Mapping[str, str] | None = None, card: Any = False
@@ -297,4 +297,4 @@ class Model:
         return to_x0(jnp.asarray(images), self.denoiser.scale)
 
     def _run(self, function: Callable, posterior: str, static: tuple, y: Any, *inputs: Any) -> Any:
-        return _run(function, self.denoiser, as_posterior(posterior), static, self.params, y, *inputs)
+        return _run(function, self.denoiser, as_posterior(posterior, self.denoiser), static, self.params, y, *inputs)

@@ -12,10 +12,15 @@ from tqdm import tqdm
 from ddgan_jax.devices import parallel, processes
 from ddgan_jax.errors import is_out_of_memory
 from ddgan_jax.method import sampling
-from ddgan_jax.method.diffusion import deterministic_posterior, sample_posterior
-from ddgan_jax.method.sampling import Denoiser
+from ddgan_jax.method.diffusion import deterministic_posterior, directly, sample_posterior
+from ddgan_jax.method.sampling import Denoiser, Posterior
 
 POSTERIORS = {"gaussian": sample_posterior, "deterministic": deterministic_posterior}
+
+
+def posterior_of(denoiser: Denoiser, name: str) -> Posterior:
+    """The posterior of this name; `directly` if the generator outputs x_t."""
+    return directly if denoiser.predicts_x_t else POSTERIORS[name]
 
 
 def to_images(x0: Any, scale: float = 1.0) -> jax.Array:
@@ -36,7 +41,7 @@ def noise_of(denoiser: Denoiser, seed: jax.Array, indices: jax.Array) -> samplin
 
 def sample(denoiser: Denoiser, posterior: str, params: Any, seed: jax.Array, indices: jax.Array, y: Any) -> jax.Array:
     """Samples `indices` [B] in [-1, 1], or points, with the labels `y` [B] if the model is class-conditional."""
-    return sampling.sample(denoiser, params, jax.random.key(seed), indices, y, POSTERIORS[posterior])
+    return sampling.sample(denoiser, params, jax.random.key(seed), indices, y, posterior_of(denoiser, posterior))
 
 
 def rows(labels: np.ndarray | None, indices: np.ndarray) -> np.ndarray | None:

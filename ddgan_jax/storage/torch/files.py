@@ -145,6 +145,8 @@ def read(path: str, /, config: Config | None = None, **hints: Any) -> Reference:
     if config is not None:
         arguments.check_equal(settings, config, ("data", "generator"), path)
     used = config or arguments.config_of(settings, path)
+    if (predicts := used.diffusion.predicts) != "x_0":
+        raise UserError(f"{path} holds a generator of x_0, not of {predicts}: set diffusion.predicts to 'x_0'")
     like = jax.eval_shape(build.denoiser(used).init_gen, jax.random.key(0))
     if config is None and not any("fir_conv" in layer for layer in like.values()):
         arguments.require(("fir",), settings)  # no array shows whether it is on

@@ -99,11 +99,15 @@ def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_sampl
                 with contextlib.suppress(FileNotFoundError):
                     (target / name).unlink()
         paths.write(target / "results.json", as_json(results, indent=2) + "\n")
-        draw_figures(evaluator, result, target, workdir)
-        papers = PAPER.get(c.data.name, {}) if count >= PAPER_SAMPLES else {}
+        papers = PAPER.get(c.data.name, {})
+        compared = papers if count >= PAPER_SAMPLES else {}
         for name, value in results.items():
-            print(f"  {name:<46} {_readable(value)}" + (f"   (paper: {papers[name]})" if name in papers else ""))
-        print(f"written to {target}", flush=True)
+            print(f"  {name:<46} {_readable(value)}" + (f"   (paper: {compared[name]})" if name in compared else ""))
+        if papers and not compared:
+            print(f"note: the paper's results are of 50,000 samples, and are not shown beside those of {count:,}")
+        print(f"written to {target / 'results.json'}; drawing figures", flush=True)
+        draw_figures(evaluator, result, target, workdir)
+        print(f"figures are in {target}", flush=True)
         return results
 
     return processes.run_on_primary(write) or {}

@@ -55,7 +55,7 @@ def next_commands(workdir: str, c: Config, data: Data | None) -> tuple[list[str]
             check_can_evaluate(c, data)
     except UserError as error:
         data, note = None, f"\nnote: --mode=evaluate cannot run yet: {error}"
-    if data is None:
+    if data is None or c.eval.at_end:  # which has evaluated it
         del modes["evaluate"]
     return [f"{program} --mode={mode} --workdir={shlex.quote(workdir)}{flag}" for mode, flag in modes.items()], note
 

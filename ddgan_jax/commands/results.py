@@ -25,8 +25,8 @@ def save_samples(run: Run, file: paths.Path) -> None:
         figures.curves(run.path / "metrics.jsonl", run.path / "curves.png")
 
 
-def finish(run: Run, then: list[str], note: str) -> None:
-    """Writes the last samples and results.json, and prints the commands to try next."""
+def finish(run: Run, then: list[str]) -> None:
+    """Writes the last samples and results.json, with the commands to try next."""
     final = run.path / "samples" / "final.png"
     save_samples(run, final)
     if run.files:
@@ -37,7 +37,6 @@ def finish(run: Run, then: list[str], note: str) -> None:
     processes.barrier()  # no process exits while process 0 still writes
     duration = f" in {clock(time.time() - run.started)}" if run.first_step < run.step else ""
     say(f"finished {run.step} steps{duration}: see {final}")
-    say("next: " + "\n      ".join(then) + note)
 
 
 def write_results(run: Run, then: list[str]) -> None:

@@ -62,6 +62,9 @@ class Interrupt:
         self.signal, self._time = signal.Signals(number).name, time.monotonic()
         if not self._held:
             raise Interrupted(self._text())
+        if number == signal.SIGINT:  # someone waits at a terminal; print() may be what was interrupted
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nstopping; Ctrl-C again ends the process at once, without saving\n")
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:

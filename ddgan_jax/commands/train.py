@@ -64,7 +64,8 @@ def train(
                 # No process leaves this exchange before the checkpoint is complete.
                 signals = [name for name in processes.exchange(interrupt.signal) if name]
             if outcome is DONE:
-                finish(run, *next_commands(workdir, run.config, run.data if data is None else None))
+                then, note = next_commands(workdir, run.config, run.data if data is None else None)
+                finish(run, then)
             elif run.files:
                 run.files.log.close()
         if outcome is STOPPED:
@@ -72,6 +73,7 @@ def train(
             raise Interrupted(f"{signals[0]}: saved step {run.step} in {workdir}; run {same} to continue")
     if run.config.eval.at_end and data is None:  # after the signals' handlers, since everything is saved
         evaluate_last(run.config, workdir, run.step)
+    say("next: " + "\n      ".join(then) + note)
     return run.state
 
 
@@ -220,8 +222,12 @@ def record(run: Run, meter: Meter, interrupt: Interrupt, stopping: bool = False,
 def update_best(run: Run, values: dict[str, Any]) -> None:
     """Marks the checkpoint of this step as the best, in process 0, if an evaluation among `values` ranks it first."""
     name, yardstick = ranked_by(run.config), values.get("yardstick", "")
-    if run.files and name in values and run.files.checkpoints.update_best(run.step, name, values[name], yardstick):
+    if not run.files or name not in values:
+        return
+    if run.files.checkpoints.update_best(run.step, name, values[name], yardstick):
         say(f"step {run.step} is the best so far: {name} {values[name]:.4g}")
+    elif (best := run.files.checkpoints.best) and best["step"] != run.step:
+        say(f"step {run.step}: {name} {values[name]:.4g}; the best is {best['value']:.4g}, of step {best['step']}")
 
 
 def norms_of(run: Run) -> dict[str, jax.Array]:
@@ -234,6 +240,7 @@ def evaluate_samples(run: Run, interrupt: Interrupt) -> dict[str, float]:
     """Measures new samples; {} in all processes except the first. Raises Interrupted within a chunk of a signal."""
     assert run.evaluator
     count = run.config.eval.online_samples
+    say(f"evaluating step {run.step} with {count:,} samples")
     labels = match_label_frequencies(run.labels, count)
     chunks = raise_on_signal(interrupt, run.sampler.chunks(jax.device_get(run.state.ema_params), 0, count, labels))
     try:

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import pathlib
 import re
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -240,6 +241,8 @@ def _prepare(name: str, data_dir: str) -> None:
         if builder.is_prepared():  # by another process, meanwhile
             return
     print(f"preparing dataset {name} in {data_dir}, once", flush=True)
+    if not sys.stderr.isatty() and "ipykernel" not in sys.modules:  # bars would fill a log
+        tfds.disable_progress_bar()
     config = tfds.download.DownloadConfig()
     if not paths.is_remote(data_dir) and not _manual(builder):
         config.manual_dir = _download(name, builder, pathlib.Path(data_dir))

@@ -168,6 +168,11 @@ class Checkpoints:
         self.prune()
         return is_best
 
+    @property
+    def best(self) -> dict[str, Any]:
+        """The marked checkpoint: its `step`, `measure` and `value`; {} if there is none, or if it is not known."""
+        return self._best.marked or {}
+
     def _mark_best(self, step: int, measure: str, value: float, yardstick: str) -> None:
         self.wait()
         further = {"yardstick": yardstick, "earlier": self._best.earlier}

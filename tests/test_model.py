@@ -679,11 +679,12 @@ def test_a_closed_stream_does_no_harm(workdir, tmp_path, arguments, closed):
 )
 def test_a_signal_has_no_traceback(workdir, tmp_path, mode, seconds, code, number):
     """While modules are imported, and while it samples; a training that has not begun can be started again."""
-    workdir, more = (workdir, ["--num_samples=500000"]) if mode == "sample" else (tmp_path / "run", [])
+    more = ["--num_samples=500000", f"--out={tmp_path}/out"] if mode == "sample" else []
+    workdir = workdir if more else tmp_path / "run"
     script = f"""
 import os, runpy, signal, sys, threading
 threading.Timer({seconds}, os.kill, (os.getpid(), {int(number)})).start()
-sys.argv = ["main.py", "--mode={mode}", "--workdir={workdir}", "--out={tmp_path}/out"] + {more}
+sys.argv = ["main.py", "--mode={mode}", "--workdir={workdir}"] + {more}
 runpy.run_path("main.py", run_name="__main__")
 """
     child = python(script)

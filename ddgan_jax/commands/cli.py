@@ -268,7 +268,10 @@ def main() -> int:
         from ddgan_jax.devices import processes
 
         if is_out_of_memory(error):
-            print(f"stopped: there is not enough memory: {one_line(str(error))}", file=sys.stderr)
+            print(
+                f"stopped: there is not enough memory: {one_line(str(error))} (docs/recipes.md#out-of-memory)",
+                file=sys.stderr,
+            )
         elif processes.is_lost_process(error):
             print("stopped: another process of this job is gone; the checkpoints are intact", file=sys.stderr)
         else:

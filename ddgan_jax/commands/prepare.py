@@ -21,4 +21,4 @@ def prepare(config: Any) -> None:
     if c.eval.features == "inception" and (c.eval.every or c.eval.at_end):
         found = [file for file in weights_files(c, manifolds=True) if file]
         say(f"the weights of the feature networks are ready: {', '.join(found)}")
-    say("next: the same command without --mode=prepare, which needs no network")
+    say("next: the same command without --mode=prepare, here or where these folders are shared, without a network")

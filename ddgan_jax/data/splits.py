@@ -23,7 +23,10 @@ def find(split: str, sizes: Mapping[str, int], owner: str) -> tuple[str, slice]:
             return default
         found = round(int(text[:-1]) / 100 * size) if text.endswith("%") else int(text)
         if found > size:
-            raise UserError(f"the split {split!r} ends beyond the {size:,} examples of {owner}: choose a smaller part")
+            raise UserError(
+                f"the split {split!r} ends beyond the {size:,} examples of {owner}: choose a smaller part, or "
+                f"data.split={match[1]} for all"
+            )
         return found
 
     part = slice(index(match[2], 0), index(match[3], size))

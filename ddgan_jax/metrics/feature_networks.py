@@ -87,7 +87,8 @@ def _find_weights(c: Config, manifolds: bool) -> tuple[str, str]:
                 downloads.fetch(module.URL, downloads.folder() / module.FILE, module.SHA256)
         except Fault as error:
             without = ", or pass --config.eval.download=False to do without it" * (missing == [vgg])
-            raise Fault(f"{error}; {needs}: put what is missing there{without}") from error
+            elsewhere = "run the same command with --mode=prepare on a host with internet and the same home folder"
+            raise Fault(f"{error}: {elsewhere}{without}; {needs}") from error
     elif not files["inception_weights"]:
         raise UserError(f"{needs}: leave --config.eval.download at True, or put them there")
     elif missing:

@@ -101,7 +101,12 @@ shutil.disk_usage = lambda path: types.SimpleNamespace(free=1000)
         ("", WITHOUT_TENSORFLOW, 2, "preparing it needs TensorFlow: run `pip install -r requirements.txt`"),
         ("", FULL_DISK, 1, "dataset cifar10 takes up to 1 MiB while it is prepared, and"),
         (f"/{published.ARCHIVE}", "", 1, "the server answers 404 Not Found: run the same command again, or put the"),
-        (f"/{inception.FILE}", "", 1, f"the server answers 404 Not Found; evaluation needs {inception.FILE} (SHA-256"),
+        (
+            f"/{inception.FILE}",
+            "",
+            1,
+            "the server answers 404 Not Found: run the same command with --mode=prepare on a",
+        ),
         ("sums", "", 1, "is not the published file: its SHA-256 is"),
     ],
 )

@@ -177,5 +177,4 @@ def _one_line(path: str) -> Iterator[None]:
         if status in (401, 403):
             raise UserError(f"{path} is not accessible ({reason_of(error)}): {LOG_IN}") from error
         cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else None  # the failed request
-        offline = "for a host without a network, copy the file"
-        raise Fault(f"{path} cannot be downloaded: {reason_of(cause or error)}; {offline}") from error
+        raise Fault(f"{path} cannot be downloaded: {reason_of(cause or error)}") from error

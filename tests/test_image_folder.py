@@ -548,6 +548,15 @@ def test_splits_and_labels(tmp_path):
                 opens(data_config(tmp_path, **fields))
 
 
+def test_a_split_beyond_the_files_is_refused_before_they_are_decoded(tmp_path):
+    photos(tmp_path / "in", (f"{i}.png" for i in range(10)))
+    with pytest.raises(
+        UserError, match=r"beyond the 10 examples .*: choose a smaller part, or data.split=train for all"
+    ):
+        open_data(data_config(tmp_path, split="train[:27000]", image_size=8, channels=3))
+    assert not list(tmp_path.rglob("dataset.json"))
+
+
 @pytest.mark.parametrize(
     "split, missing",
     [

@@ -13,7 +13,7 @@ import os
 import pathlib
 import weakref
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -119,13 +119,19 @@ def inspect(
 
 
 def open_folder(
-    path: str, image_size: int | None, channels: int | None, cache_dir: str, max_bad_share: float = 0.01
+    path: str,
+    image_size: int | None,
+    channels: int | None,
+    cache_dir: str,
+    max_bad_share: float = 0.01,
+    check: Callable[[int], object] = lambda count: None,
 ) -> tuple[PreparedImages, np.ndarray, list[str]]:
     """Opens the prepared copy of a folder, zip or LMDB, and makes it first if there is none in `cache_dir`.
 
     `path` may also be a prepared copy. Returns the images uint8 [N, S, S, C] in files, their labels int32 [N], and the
     names of the classes. For `image_size` and `channels` of None see `headers.inspect`. The classes are the top-level
-    folders in alphabetical order; a flat folder has the one class ''.
+    folders in alphabetical order; a flat folder has the one class ''. Before a copy is made, `check` is called with the
+    number of files, and may raise.
 
     Raises UserError if there is no image, if too many files are bad (`folder.check_skipped`), or if `cache_dir` is no
     place for the copy. Raises Fault if something cannot be read, or if the disk fails.
@@ -138,7 +144,7 @@ def open_folder(
             _, (image_size, _, channels), _ = headers.inspect(files, image_size, channels, cache_dir, max_bad_share)
         copy = preparing.copy_path(files, cache_dir, image_size, channels)
         if not paths.exists(copy / "dataset.json"):
-            folder.names_of(files)  # an LMDB is opened here
+            check(len(folder.names_of(files)))  # an LMDB is opened here
             preparing.prepare(files, copy, image_size, channels, max_bad_share)
         found = read_copy(copy)
         with contextlib.suppress(OSError):  # `python -m ddgan_jax.data.copies` shows when a copy was last used

@@ -180,8 +180,9 @@ def _in_memory(images: Any, limit_mib: int) -> Any:
 def _open_folder(c: DataConfig) -> Data:
     """Opens a split of the prepared copy. Process 0 prints which classes have no image in it."""
     cache_dir = paths.cache_dir(directory(c.dir))
+    check = functools.partial(_folder_split, c)  # a split that ends beyond the files is refused before they are decoded
     images, labels, classes = prepared.open_folder(
-        _folder_path(c), c.image_size, c.channels, cache_dir, c.max_bad_share
+        _folder_path(c), c.image_size, c.channels, cache_dir, c.max_bad_share, check
     )
     part = _folder_split(c, len(images))
     data = Data(images[part], labels[part] if len(classes) > 1 else None, tuple(classes))

@@ -1,4 +1,4 @@
-"""What the generator predicts: x_0 (the paper's method), x_t or noise (its ablations)."""
+"""Generators that predict x_0 (the paper's method), x_t or noise (its ablations)."""
 
 import jax
 import jax.export
@@ -13,7 +13,7 @@ from ddgan_jax.commands.train import train
 from ddgan_jax.config.settings import as_dict, read
 from ddgan_jax.errors import UserError
 from ddgan_jax.method.build import build, denoiser, init_state
-from ddgan_jax.method.diffusion import Schedule, directly, q_sample, sample_posterior, x0_from_noise
+from ddgan_jax.method.diffusion import Schedule, no_posterior, q_sample, sample_posterior, x0_from_noise
 from ddgan_jax.method.losses import Losses, Phase, weighted_error
 from ddgan_jax.method.sampling import Denoiser, sample
 from ddgan_jax.method.train_step import draw, make_train_step
@@ -76,7 +76,7 @@ def test_exact_generators_sample_the_data(predicts, T):
 def test_a_posterior_would_spoil_samples_of_x_t():
     schedule = Schedule.create(3, beta_max=8.0)
     given = Denoiser(exact_generator(schedule, "x_t"), None, schedule, (1,), nz=1, predicts_x_t=True)
-    assert posterior_of(given, "gaussian") is directly
+    assert posterior_of(given, "gaussian") is no_posterior
     x = sample(given, None, jax.random.key(1), jnp.arange(COUNT), posterior=sample_posterior)
     assert abs(float(x.var()) / STD**2 - 1) > 0.1
 

@@ -34,7 +34,7 @@ def captioned_frames(
     captions = [
         name
         for t in generate.shown_steps(model)
-        for name in (f"x_{t + 1}", f"{generate.predicted(model, t)} as predicted from x_{t + 1}")
+        for name in (f"x_{t + 1}", f"x_{generate.predicted_step(model, t)} as predicted from x_{t + 1}")
     ]
     frames = generate.denoising_frames(model, num, seed=seed, label=label, first=first)
     images = [enlarged(frame)[0] for frame in frames] if frames[0].ndim == 4 else figures.as_frames(frames)

@@ -76,7 +76,7 @@ def draw_trajectory(model: Model, out: str, num: int, **options: Any) -> None:
         figures.save_gif(paths.path(out), figures.as_frames(frames))
     else:
         names = [f"$x_{{{t + 1}}}$" for t in shown_steps(model)] + ["$x_0$"]
-        outputs = [f"{predicted(model, t, tex=True)} from $x_{{{t + 1}}}$" for t in shown_steps(model)]
+        outputs = [f"$\\hat x_{{{predicted_step(model, t)}}}$ from $x_{{{t + 1}}}$" for t in shown_steps(model)]
         figures.trajectory(np.array(frames[::2]), np.array(frames[1::2]), names, outputs, paths.path(out))
 
 
@@ -86,11 +86,9 @@ def shown_steps(model: Model) -> list[int]:
     return [round(t) for t in np.linspace(T - 1, 0, min(T, MAX_STEPS))]
 
 
-def predicted(model: Model, t: int, tex: bool = False) -> str:
-    """What the generator outputs at t: x_0, or x_t if it predicts that."""
-    if model.denoiser.predicts_x_t:
-        return f"$\\hat x_{{{t}}}$" if tex else f"x_{t}"
-    return "$\\hat x_0$" if tex else "x_0"
+def predicted_step(model: Model, t: int) -> int:
+    """The index k of the generator's output x_k at t: t if it predicts x_t, else 0."""
+    return t if model.denoiser.predicts_x_t else 0
 
 
 def denoising_frames(model: Model, num: int, **options: Any) -> list[np.ndarray]:

@@ -17,7 +17,7 @@ from ddgan_jax.config.check import checked_fields
 from ddgan_jax.config.settings import Config, read, required
 from ddgan_jax.errors import UserError
 from ddgan_jax.method import state
-from ddgan_jax.method.diffusion import Schedule, x0_from_noise
+from ddgan_jax.method.diffusion import Schedule, no_posterior, sample_posterior, x0_from_noise
 from ddgan_jax.method.losses import Losses
 from ddgan_jax.method.sampling import Denoiser
 from ddgan_jax.method.train_step import Method
@@ -41,13 +41,13 @@ def denoiser(config: Any) -> Denoiser:
     x, t, z = jnp.zeros((1, *shape)), jnp.zeros(1, jnp.int32), jnp.zeros((1, generator.nz))
     labels = {"y": t} if c.model.num_classes else {}
 
-    def predicted(output: Array, x_tp1: Array, t: Array, *_: Any) -> Array:
+    @jax.jit
+    def gen(params: Any, x_tp1: Array, t: Array, *args: Array, **labels: Array) -> Any:
+        output = generator.apply({"params": params}, x_tp1, t, *args, **labels)
         return x0_from_noise(diffusion, output, x_tp1, t) if c.diffusion.predicts == "noise" else output
 
     return Denoiser(
-        gen=jax.jit(
-            lambda params, *args, **labels: predicted(generator.apply({"params": params}, *args, **labels), *args)
-        ),
+        gen=gen,
         init_gen=lambda key: generator.init(key, x, t, z, **labels)["params"],
         schedule=Schedule.create(1) if c.objective == "one_shot" else diffusion,
         image_shape=shape,
@@ -129,8 +129,8 @@ def _network_fields(network: type[nn.Module], given: Mapping[str, Any], prefix: 
 def network_fields(c: Config) -> dict[str, Any]:
     """The fields of both networks with their defaults, as 'generator.nf', and what the generator predicts.
 
-    A trained network must keep them.
-    Precision, recomputation and dropout may change: they are no property of the trained parameters.
+    A trained network must keep them. Precision, recomputation and dropout may change: they are no property of the
+    trained parameters.
     """
     free = ("parent", "name", "dtype", "remat", "dropout")
     return {"diffusion.predicts": c.diffusion.predicts} | {
@@ -208,6 +208,6 @@ def _losses(c: Config, decaying: Callable[[float, float], state.StepSchedule]) -
         r1_gamma=c.train.r1_gamma,
         objective=c.objective,
         discriminator_input=c.loss.discriminator_input,
-        predicts_x_t=c.diffusion.predicts == "x_t",
+        posterior=no_posterior if c.diffusion.predicts == "x_t" else sample_posterior,
         reconstruction=(state.constant_schedule(weight) if end is None else decaying(weight, end)) if weight else None,
     )

@@ -18,7 +18,7 @@ A deterministic step with the same marginals (2), an alternative to sampling fro
 
     (6)  x_{k-1} = sqrt(abar_{k-1}) x_0 + sqrt(1 - abar_{k-1}) (x_k - sqrt(abar_k) x_0) / sqrt(1 - abar_k)
 
-With the noise in x_{t+1} instead of x_0 as the generator's output (an ablation of the paper, Table 2), (2) gives x_0:
+From the noise in x_k, which the generator may output instead of x_0 (an ablation of the paper, Table 2), (2) gives x_0:
 
     (7)  x_0 = (x_k - sqrt(1 - abar_k) noise) / sqrt(abar_k)
 
@@ -31,6 +31,7 @@ throughout, the coefficients would differ by up to 3e-5 where beta is small.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
@@ -114,6 +115,9 @@ def _coefficients(betas: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
+Posterior = Callable[[Schedule, Array, Array, Array, Array], Array]  # (schedule, x0, x_{t+1}, t, noise) -> x_t
+
+
 def _at(coefficients: np.ndarray, t: Int[Array, "b"], x: Array) -> Array:
     """coefficients[t], shaped to multiply the batch x."""
     return jnp.asarray(coefficients)[t].reshape(t.shape + (1,) * (x.ndim - 1))
@@ -185,7 +189,7 @@ def x0_from_noise(
     return (x_tp1 - _at(schedule.sigmas_cum, t + 1, noise) * noise) / _at(schedule.a_s_cum, t + 1, noise)
 
 
-def directly(
+def no_posterior(
     schedule: Schedule,
     x_t: Float[Array, "b *d"],
     x_tp1: Float[Array, "b *d"],

@@ -20,7 +20,7 @@ It speeds up the low-noise steps, where the mean of x_0 given x_{t+1} is a sharp
 is blurred, its weight is close to zero. The weight is the likelihood's: ||sqrt(abar) (x_0 - x0_hat)||^2 / (1 - abar).
 It may decay during training, since a large one holds back the adversarial loss at the end.
 
-`predicts_x_t` (direct denoising, an ablation of the paper): G's output is the fake x_t itself, without a posterior.
+`posterior` = `no_posterior` (direct denoising, an ablation of the paper): G's output is the fake x_t itself.
 
 `objective` = 'gaussian' is the paper's baseline (its equation 2): the same generator without a discriminator, trained
 by the squared error E[ ||x_0 - x0_hat||^2 / d ], whose optimum is the mean of x_0 given x_{t+1}.
@@ -39,7 +39,7 @@ from flax import struct
 from jax import Array
 from jaxtyping import Float, Int
 
-from ddgan_jax.method.diffusion import Schedule, q_sample, q_sample_pair, sample_posterior
+from ddgan_jax.method.diffusion import Posterior, Schedule, q_sample, q_sample_pair, sample_posterior
 from ddgan_jax.method.state import StepSchedule
 
 PerExample = dict[str, Array]  # values [b], by the name of the metric that is their mean
@@ -88,7 +88,7 @@ class Losses:
     objective: str = "adversarial"  # or 'gaussian', 'one_shot'
     discriminator_input: str = "x_t"  # or 'x_0'
     reconstruction: StepSchedule | None = None  # weight in (4)
-    predicts_x_t: bool = False  # G outputs x_t instead of x_0
+    posterior: Posterior = sample_posterior  # of the fake x_t; `no_posterior` if G outputs x_t
 
     @property
     def has_discriminator(self) -> bool:
@@ -108,9 +108,7 @@ class Losses:
         x0_hat = gen(x_tp1, noise.t, noise.z, *dropout)
         if self.discriminator_input == "x_0":
             return Pairs(x0, x0_hat, x_tp1), x0_hat
-        if self.predicts_x_t:
-            return Pairs(x_t, x0_hat, x_tp1), x0_hat
-        fake = sample_posterior(schedule, x0_hat, x_tp1, noise.t, noise.noise_posterior)
+        fake = self.posterior(schedule, x0_hat, x_tp1, noise.t, noise.noise_posterior)
         return Pairs(x_t, fake, x_tp1), x0_hat
 
     def d_loss(self, disc: Disc, pairs: Pairs, phase: Phase, with_r1: bool) -> tuple[Float[Array, ""], PerExample]:

@@ -3,8 +3,8 @@
     x_T ~ N(0, I);  for t = T-1..0:  z ~ N(0, I),  x0_hat = G(x_{t+1}, t, z),  x_t ~ q(x_t | x_{t+1}, x0_hat)
 
 `gen` is a callable (x_{t+1}, t, z) -> x0_hat with its parameters bound. Sample i depends on (key, i) alone, not on its
-batch. The `posterior` is `sample_posterior` (the paper's) or `deterministic_posterior`; `directly` for a generator that
-outputs x_t, which is called x0_hat here all the same.
+batch. The `posterior` is `sample_posterior` (the paper's) or `deterministic_posterior`. A generator may also output
+x_t, which is called x0_hat here all the same; the `posterior` is then `no_posterior`.
 """
 
 import dataclasses
@@ -18,26 +18,23 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from ddgan_jax.devices.parallel import example_keys
-from ddgan_jax.method.diffusion import Schedule, sample_posterior
+from ddgan_jax.method.diffusion import Posterior, Schedule, sample_posterior
 
 Gen = Callable[[Array, Array, Array], Array]
-Posterior = Callable[[Schedule, Array, Array, Array, Array], Array]  # (schedule, x0, x_{t+1}, t, noise) -> x_t
 
 
 @dataclasses.dataclass(frozen=True)
 class Denoiser:
     """A generator with everything that sampling needs beside its parameters."""
 
-    gen: Callable[
-        ..., Any
-    ]  # (params, x_{t+1}, t, z[, dropout_keys][, y=labels]) -> x0_hat, or x_t if that is predicted
+    gen: Callable[..., Any]  # (params, x_{t+1}, t, z[, dropout_keys][, y=labels]) -> x0_hat; or x_t, see below
     init_gen: Callable[[Array], Any]  # key -> parameters
     schedule: Schedule  # for sampling: the diffusion of training, or a single step for a one-shot generator
     image_shape: tuple[int, ...]  # [H, W, C], or [d] for points
     nz: int  # dimension of the latent z
     num_classes: int = 0  # 0: unconditional
     scale: float = 1.0  # x_0 = scale * data, for points
-    predicts_x_t: bool = False  # G outputs x_t itself: no posterior follows
+    predicts_x_t: bool = False  # `gen` returns x_t itself: no posterior follows
 
 
 def bind(

@@ -12,15 +12,15 @@ from tqdm import tqdm
 from ddgan_jax.devices import parallel, processes
 from ddgan_jax.errors import is_out_of_memory
 from ddgan_jax.method import sampling
-from ddgan_jax.method.diffusion import deterministic_posterior, directly, sample_posterior
-from ddgan_jax.method.sampling import Denoiser, Posterior
+from ddgan_jax.method.diffusion import Posterior, deterministic_posterior, no_posterior, sample_posterior
+from ddgan_jax.method.sampling import Denoiser
 
 POSTERIORS = {"gaussian": sample_posterior, "deterministic": deterministic_posterior}
 
 
 def posterior_of(denoiser: Denoiser, name: str) -> Posterior:
-    """The posterior of this name; `directly` if the generator outputs x_t."""
-    return directly if denoiser.predicts_x_t else POSTERIORS[name]
+    """The posterior of this name; `no_posterior` if the generator outputs x_t."""
+    return no_posterior if denoiser.predicts_x_t else POSTERIORS[name]
 
 
 def to_images(x0: Any, scale: float = 1.0) -> jax.Array:

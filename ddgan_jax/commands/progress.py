@@ -41,7 +41,8 @@ def clock(seconds: float) -> str:
 def next_commands(workdir: str, c: Config, data: Data | None) -> tuple[list[str], str]:
     """Commands to try with a finished run, in the form in which this program was called, and a note of what they lack.
 
-    The command that evaluates is left out without `data`, and where it cannot run: a note then says why.
+    The command that evaluates is left out without `data`, if the run evaluates itself at its end, and where it cannot
+    run: a note then says why.
     """
     script = {"main.py": shlex.quote(sys.argv[0]), "__main__.py": "-m ddgan_jax"}.get(os.path.basename(sys.argv[0]))
     if script is None and not shutil.which("ddgan-jax"):  # a program in a checkout, which does not install the command
@@ -55,7 +56,7 @@ def next_commands(workdir: str, c: Config, data: Data | None) -> tuple[list[str]
             check_can_evaluate(c, data)
     except UserError as error:
         data, note = None, f"\nnote: --mode=evaluate cannot run yet: {error}"
-    if data is None or c.eval.at_end:  # which has evaluated it
+    if data is None or c.eval.at_end:  # the run evaluates it itself
         del modes["evaluate"]
     return [f"{program} --mode={mode} --workdir={shlex.quote(workdir)}{flag}" for mode, flag in modes.items()], note
 

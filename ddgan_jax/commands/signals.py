@@ -64,7 +64,7 @@ class Interrupt:
             raise Interrupted(self._text())
         if number == signal.SIGINT:  # someone waits at a terminal; print() may be what was interrupted
             with contextlib.suppress(OSError):
-                os.write(2, b"\nstopping; Ctrl-C again ends the process at once, without saving\n")
+                os.write(2, b"\nstopping; Ctrl-C again after a second ends the process at once, without saving\n")
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:

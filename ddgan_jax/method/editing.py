@@ -16,7 +16,10 @@ from ddgan_jax.method.sampling import Gen, Noise, Posterior, denoise, draw_noise
 
 
 def vary(gen: Gen, x_tp1: Float[Array, "*d"], t: int, z: Float[Array, "b nz"]) -> Float[Array, "b *d"]:
-    """x0_hat for one x_{t+1} and every z: samples of p_theta(x_0 | x_{t+1}), t in 0..T-1 (Figure 8)."""
+    """x0_hat for one x_{t+1} and every z: samples of p_theta(x_0 | x_{t+1}), t in 0..T-1 (Figure 8).
+
+    Of a generator that outputs x_t, samples of p_theta(x_t | x_{t+1}).
+    """
     many = jnp.broadcast_to(x_tp1, (len(z), *x_tp1.shape))
     return gen(many, jnp.full(len(z), t), z)
 

@@ -132,8 +132,8 @@ class Model:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Images that the generator sees in one x_{t+1}, which differ only in z: Figure 8 of the paper.
 
-        Returns x_{t+1}, float32 [H, W, C], and `num` samples of x_0, uint8. x_{t+1} is a step of sample `index` of
-        `seed`, or `image` diffused to it; t in 0..T-1.
+        Returns x_{t+1}, float32 [H, W, C], and `num` samples of x_0 (of x_t, if G predicts that), uint8. x_{t+1} is a
+        step of sample `index` of `seed`, or `image` diffused to it; t in 0..T-1.
         """
         num, t = self.check_count("num", num), self._checked_step("t", t, self.num_steps - 1)
         index = as_integer("index", index, 0, MAX_INDEX)

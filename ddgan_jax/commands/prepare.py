@@ -17,7 +17,7 @@ def prepare(config: Any) -> None:
     c = read(config)
     data = open_data(dataclasses.replace(c.data, in_memory_mib=0))
     shape = "x".join(map(str, data.images.shape[1:]))
-    say(f"the data is ready: {len(data.images):,} examples of {shape}, in {c.data.path or directory(c.data.dir)}")
+    say(f"the data is ready: {len(data.images):,} examples of {shape}; copies are in {directory(c.data.dir)}")
     if c.eval.features == "inception" and (c.eval.every or c.eval.at_end):
         found = [file for file in weights_files(c, manifolds=True) if file]
         say(f"the weights of the feature networks are ready: {', '.join(found)}")

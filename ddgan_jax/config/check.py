@@ -160,5 +160,6 @@ def _check_ablation(c: Any) -> None:
         raise UserError(f"{given} is for objective='adversarial', not 'gaussian': set it to 'x_0' or 'noise'")
     if c.loss.discriminator_input == "x_0" or c.loss.reconstruction:
         raise UserError(
-            f"{given} leaves no prediction of x_0: set loss.discriminator_input to 'x_t' and loss.reconstruction to 0"
+            f"{given} leaves no prediction of x_0: set loss.discriminator_input to 'x_t', loss.reconstruction to 0, "
+            "and loss.reconstruction_end to None"
         )

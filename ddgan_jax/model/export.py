@@ -42,8 +42,8 @@ def for_onnx(denoiser: Denoiser, params: Any, posterior: str = "gaussian", class
 
     Inputs: `x_T` float32 [B, H, W, C] (points: [B, d]), `z` [T, B, nz] if G has a latent, `noise` [T, B, H, W, C] of
     the Gaussian posterior (absent if G outputs x_t), and for a class-conditional model `labels` int32 [B]. Output:
-    `x_0` float32 [B, H, W, C] in [-1, 1], or points. The metadata `classes` are a JSON list of the names of the `classes`, if
-    there are any.
+    `x_0` float32 [B, H, W, C] in [-1, 1], or points. The metadata `classes` are a JSON list of the names of the
+    `classes`, if there are any.
 
     Raises:
         UserError: jax2onnx is not installed.

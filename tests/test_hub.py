@@ -15,6 +15,7 @@ import safetensors.numpy
 from commands import ROOT, all_succeed, start_group
 from hub_server import COMMIT, Hub
 from huggingface_hub import ModelCard, constants
+from test_model import workdir_of
 
 import ddgan_jax
 from ddgan_jax.config import presets
@@ -320,6 +321,30 @@ def test_a_card_by_default(tmp_path):
     assert "GAN of `a<b> # x`\n" in card.text and "# float32 [64, 2]" in card.text
     model.save(tmp_path / "none" / "model.safetensors")
     assert os.listdir(tmp_path / "none") == ["model.safetensors"]
+
+
+def test_a_card_of_a_checkpoint(tmp_path):
+    """It has the measures of `--mode=evaluate`, if there are any, and neither it nor the file contains a path."""
+    run, private = workdir_of(tmp_path / "run"), str(tmp_path)
+    file = tmp_path / "shared" / "model.safetensors"
+    evaluated = run / "evaluation" / "7" / "results.json"
+    evaluated.parent.mkdir(parents=True)
+    for content in ("[1, 2", "[" * 100_000, "[1, 2]", '{"fid": "low"}'):
+        evaluated.write_text(content)
+        assert ddgan_jax.load(run).about == {}, content
+    evaluated.write_text('{"step": 7, "features": "classifier", "fid": 3.14159, "num_samples": 50000, "seconds": 7}')
+    for path in (run, run / "checkpoints" / "7"):
+        model = ddgan_jax.load(path)
+        data = dataclasses.replace(model.config.data, path=private, dir=private)
+        evaluation = dataclasses.replace(model.config.eval, vgg_weights=private)
+        given = dataclasses.replace(model, config=dataclasses.replace(model.config, data=data, eval=evaluation))
+        given.save(file, card=True)
+        card = (file.parent / "README.md").read_text()
+        assert "| `fid` | 3.142 |\n| `num_samples` | 50,000 |\n\n" in card and "seconds" not in card
+        assert private not in card and private.encode() not in file.read_bytes()
+        assert ddgan_jax.load(file).config == model.config
+    given.save(file)
+    assert ddgan_jax.load(file).config == given.config
 
 
 def test_a_card_replaces_only_its_own(tmp_path):

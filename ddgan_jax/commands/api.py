@@ -189,7 +189,7 @@ def evaluate(
         count, chosen = len(images), None
         chunks = (images[i : i + 256] for i in range(0, count, 256))
     evaluator = open_evaluator(c, data, count)
-    result = measure(evaluator, chunks, count, "sampling" if model else "reading", chosen)
+    result = measure(evaluator, chunks, count, "sampling" if model else "reading", chosen, nearest=True)
     found = {"features": c.eval.features} | evaluator.about | (result.results if result else {})
     return {name: value.item() if isinstance(value, np.generic) else value for name, value in found.items()}
 

@@ -43,16 +43,16 @@ class CompiledSteps:
             time.sleep(0.05)
 
     def get(self, with_r1: bool) -> Any:
-        """The step. The first time, reports how long it took to compile, its operations and its memory."""
+        """The step. The first time, reports the seconds until it was compiled or read from the cache, and its size."""
         kind = self._kind(with_r1)
         step = self._futures[kind].result()
         if kind not in self._reported:
             self._reported.add(kind)
             memory = step.memory_analysis()
             size = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20 if memory else float("nan")
-            name = f"the step {'with' if kind else 'without'} R1 " if len(self._futures) > 1 else ""
+            name = f"the step {'with' if kind else 'without'} R1 " if len(self._futures) > 1 else "the step "
             say(
-                f"compiled {name}in {time.time() - self._start:.1f} s: "
+                f"{name}is ready after {time.time() - self._start:.1f} s: "
                 f"{(step.cost_analysis() or {}).get('flops', 0) / 1e9:.3g} GFLOP a step on each device, "
                 f"{size:.0f} MiB of device memory"
             )

@@ -85,7 +85,7 @@ def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_sampl
     evaluator = open_evaluator(c, data, count)
     if evaluator.data.images.shape[-1] == 1:
         chunks = as_grey(chunks)
-    result = measure(evaluator, chunks, count, "reading" if samples else "sampling", labels)
+    result = measure(evaluator, chunks, count, "reading" if samples else "sampling", labels, nearest=True)
     if not samples:
         batch = min(count, 100, c.sample.batch_size * jax.device_count())
         timing = {"sampling": time_sampling(sampler, model.params, seed, batch, model.num_steps)}
@@ -107,7 +107,7 @@ def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_sampl
             print(
                 f"note: the paper's results are shown beside those of at least {PAPER_SAMPLES:,} samples, not {count:,}"
             )
-        print(f"written to {target / 'results.json'}; drawing figures", flush=True)
+        print(f"written to {target / 'results.json'} (docs/evaluation.md explains them); drawing figures", flush=True)
         draw_figures(evaluator, result, target, workdir)
         print(f"figures are in {target}", flush=True)
         return results

@@ -244,7 +244,7 @@ def evaluate_samples(run: Run, interrupt: Interrupt) -> dict[str, float]:
     labels = match_label_frequencies(run.labels, count)
     chunks = raise_on_signal(interrupt, run.sampler.chunks(jax.device_get(run.state.ema_params), 0, count, labels))
     try:
-        measured = measure(run.evaluator, chunks, count, labels=labels)
+        measured = measure(run.evaluator, chunks, count, "evaluating", labels)
     except (ValueError, RuntimeError, OSError, MemoryError) as error:  # of settings, a device, a disk
         if jax.process_count() > 1:  # the other processes may wait for this one in the middle of it
             raise

@@ -83,6 +83,11 @@ def moments(chunks: Iterable[ArrayLike]) -> Moments:
     return Moments(mu, sigma)
 
 
+def moments_of(features: np.ndarray) -> Moments:
+    """`moments` of features [N, D] in memory."""
+    return moments(features[i : i + 1024] for i in range(0, len(features), 1024))
+
+
 def _updated(mu: np.ndarray, sigma: np.ndarray, count: int, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and covariance of `count` samples and of float64 [n, D], which is overwritten."""
     n, mean = len(x), x.mean(axis=0)

@@ -18,7 +18,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from ddgan_jax.config.settings import Config, read
 from ddgan_jax.data import sources, synthetic
@@ -34,6 +33,7 @@ from ddgan_jax.metrics.features import (
     Network,
     extract,
     open_real_images,
+    progress_bar,
     reference_features,
     reference_moments,
 )
@@ -83,7 +83,7 @@ class Evaluator:
         published = self.config.eval.reference_statistics
         if published and self.config.eval.features == "inception":
             return distances.load_moments(published, inception.FEATURES, self.networks[0].fingerprint)
-        return self.all_moments or distances.moments(_slices(self.real[0].features))
+        return self.all_moments or distances.moments_of(self.real[0].features)
 
     @functools.cached_property
     def manifold_indices(self) -> np.ndarray:
@@ -166,13 +166,14 @@ def measure(
     total: int,
     progress: str = "",
     labels: np.ndarray | None = None,
+    nearest: bool = False,
 ) -> EvaluationResult | None:
     """Measure `total` samples that come in chunks [n, ...]: with several processes, in those of `parallel.work_chunks`.
 
     Process 0 measures; the others contribute features, wait for it, and get None. `progress` names the progress bar;
-    without a name, as during training, there is no bar, and no search for nearest neighbours. `labels` [total] are the
-    classes of class-conditional samples, with which the classifier's predictions are compared. Raises UserError for too
-    few samples, or samples of another type or shape than the real images.
+    without a name there is none. `labels` [total] are the classes of class-conditional samples, with which the
+    classifier's predictions are compared. `nearest` also finds the nearest training image of each sample. Raises
+    UserError for too few samples, or samples of another type or shape than the real images.
     """
     if not evaluator.networks:
         points = np.concatenate([processes.gather_rows(chunk) for chunk in chunks])[:total]
@@ -194,7 +195,8 @@ def measure(
             yield chunk
 
     fake = extract(evaluator.networks, checked(), evaluator.config.eval.batch_size, total, progress)
-    return processes.run_on_primary(lambda: _measure_features(evaluator, fake, np.concatenate(kept), progress, labels))
+    found = (evaluator, fake, kept, progress, labels, nearest)
+    return processes.run_on_primary(lambda: _measure_features(*found))
 
 
 def measure_points(points: np.ndarray) -> EvaluationResult:
@@ -207,11 +209,16 @@ def measure_points(points: np.ndarray) -> EvaluationResult:
 
 
 def _measure_features(
-    evaluator: Evaluator, fake: list[Features], samples: np.ndarray, progress: str, labels: np.ndarray | None
+    evaluator: Evaluator,
+    fake: list[Features],
+    kept: list[np.ndarray],
+    progress: str,
+    labels: np.ndarray | None,
+    nearest: bool,
 ) -> EvaluationResult:
-    """The measures of samples with the features `fake`; `samples` are the first of them."""
+    """The measures of samples with the features `fake`; `kept` are the first of them."""
     results: Results = {"num_samples": len(fake[0].features)}
-    samples = samples[: min(MAX_NEIGHBOURS, len(fake[0].features))]
+    samples = np.concatenate(kept)[: min(MAX_NEIGHBOURS, len(fake[0].features))]
     histogram = None
     if evaluator.config.eval.features == "inception":
         results |= _inception_measures(evaluator, fake[0])
@@ -224,7 +231,7 @@ def _measure_features(
         results |= {"frechet_distance": _frechet_distance(evaluator, fake[0])}
         results |= _kernel_measures(evaluator, fake[0], "kernel_distance")
     measures, manifolds = _manifold_measures(evaluator, fake[-1].features, progress)
-    measured, neighbours = _neighbour_measures(evaluator, fake[-1].features[: len(samples)]) if progress else ({}, None)
+    measured, neighbours = _neighbour_measures(evaluator, fake[-1].features[: len(samples)]) if nearest else ({}, None)
     return EvaluationResult(results | measures | measured, samples, fake, manifolds, histogram, neighbours)
 
 
@@ -256,7 +263,7 @@ def _manifold_measures(evaluator: Evaluator, fake: np.ndarray, progress: str) ->
     """Precision, recall, density and coverage of features [N, D], and the manifolds."""
     e, chosen = evaluator.config.eval, evaluator.manifold_indices
     real, compared = evaluator.real[-1].features[chosen], fake[evaluator.compared(len(fake))]
-    bar = _progress_bar("precision and recall" if progress else "")
+    bar = progress_bar("precision and recall" if progress else "")
     found = manifold.precision_recall(real, compared, e.k, progress=bar, real_radii=evaluator.real_neighbours[:, -1])
     results: Results = {name: getattr(found, name) for name in ("precision", "recall", "density", "coverage")}
     return results | {"manifold_real": len(real), "manifold_fake": len(compared), "k": e.k}, found
@@ -264,7 +271,7 @@ def _manifold_measures(evaluator: Evaluator, fake: np.ndarray, progress: str) ->
 
 def _neighbour_measures(evaluator: Evaluator, fake: np.ndarray) -> tuple[Results, tuple[np.ndarray, np.ndarray]]:
     """The distances of features [N, D] to their nearest training images, and (indices into `reference`, distances)."""
-    real, bar = evaluator.real[-1].features, _progress_bar("nearest training images")
+    real, bar = evaluator.real[-1].features, progress_bar("nearest training images")
     indices, squared = neighbours(fake, real, progress=bar)
     of_all = len(evaluator.manifold_indices) == len(real)  # the same search
     among_real = evaluator.real_neighbours if of_all else neighbours(real, progress=bar)[1]
@@ -277,7 +284,7 @@ def _neighbour_measures(evaluator: Evaluator, fake: np.ndarray) -> tuple[Results
 
 
 def _frechet_distance(evaluator: Evaluator, fake: Features) -> float:
-    return distances.frechet_distance(evaluator.moments, distances.moments(_slices(fake.features)))
+    return distances.frechet_distance(evaluator.moments, distances.moments_of(fake.features))
 
 
 def _kernel_measures(evaluator: Evaluator, fake: Features, name: str) -> Results:
@@ -289,11 +296,3 @@ def _kernel_measures(evaluator: Evaluator, fake: Features, name: str) -> Results
 def _some(count: int, most: int, seed: int) -> np.ndarray:
     """Up to `most` of the indices 0..count-1, ascending: the same random choice each time."""
     return np.sort(epoch_permutation(count, seed, 0)[:most])
-
-
-def _progress_bar(name: str) -> manifold.Progress:
-    return lambda blocks: tqdm(blocks, name, leave=False, disable=None if name else True)
-
-
-def _slices(x: np.ndarray) -> Iterator[np.ndarray]:
-    return (x[i : i + 1024] for i in range(0, len(x), 1024))

@@ -68,9 +68,9 @@ def _extracted(
     """Yields the features of `extract` for each chunk."""
     mine: list[list[Features]] = [[] for _ in networks]  # of this process, of chunks that are not complete
     batch, done, sizes = batch_size * jax.local_device_count(), 0, collections.deque[int]()
-    with tqdm(
-        total=total, desc=progress, unit="img", disable=None if progress and processes.is_primary() else True
-    ) as bar:
+    hidden = None if progress and processes.is_primary() else True
+    # leave=None: a bar below another one, that of a training, is removed at its end
+    with tqdm(total=total, desc=progress, unit="img", leave=None, disable=hidden) as bar:
         for images in _full_batches(chunks, batch, sizes):
             padded = np.resize(images, (batch, *images.shape[1:]))  # the last batch: one compiled shape
             for network, rows in zip(networks, mine, strict=True):
@@ -85,6 +85,11 @@ def _extracted(
                 bar.update(len(found[0].features))
                 done += len(found[0].features)
                 yield found
+
+
+def progress_bar(name: str) -> Callable[[Iterable], Iterable]:
+    """A function that shows a progress bar while its argument is iterated over; without a `name` there is no bar."""
+    return lambda blocks: tqdm(blocks, name, leave=False, disable=None if name else True)
 
 
 def _joined(parts: list[Features]) -> Features:

@@ -10,6 +10,7 @@ import numbers
 import re
 import zlib
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -20,7 +21,14 @@ from ddgan_jax.storage import hub, paths
 
 FIELDS = ("measures", "license", "repository")
 RECIPE = ("data", "diffusion", "model", "generator", "discriminator", "train", "loss")  # groups that affect the weights
-PRIVATE = ("data.dir", "data.path", "train.init_from")  # fields with paths
+MEASURES = (
+    *("fid", "kid", "inception_score", "classifier_frechet", "frechet_distance", "kernel_distance", "precision"),
+    *("recall", "density", "coverage", "modes", "of_modes", "kl", "high_quality", "total_variation"),
+)
+PATHS = (  # fields of the configuration that contain paths
+    *("data.dir", "data.path", "train.init_from"),
+    *("eval.reference_statistics", "eval.inception_weights", "eval.vgg_weights"),
+)
 MAX_CLASSES = 20  # that are listed
 TAGS = ("ddgan_jax", "jax", "gan", "diffusion", "denoising-diffusion-gan")
 PAPER = "[Tackling the Generative Learning Trilemma with Denoising Diffusion GANs](https://arxiv.org/abs/2112.07804)"
@@ -43,6 +51,19 @@ def write_card(model: Any, path: str, given: bool | Mapping[str, Any]) -> None:
             raise UserError(f"{readme} was not written by `save`, or was changed since: move it, or leave card out")
     text = _front_matter(model, fields) + _text(model, file.name, fields)
     paths.write(readme, text + _mark(text))
+
+
+def without_paths(c: Config) -> Config:
+    """The configuration without paths of the computer of the training, for a file that is shared."""
+    for group, field in (name.split(".") for name in PATHS):
+        c = replace(c, **{group: replace(getattr(c, group), **{field: None})})
+    return c
+
+
+def measures_in(results: Any) -> dict[str, float]:
+    """The measures among `results` of an evaluation, without its settings, and the number of samples."""
+    found = results if isinstance(results, dict) else {}
+    return {name: found[name] for name in (*MEASURES, "num_samples") if isinstance(found.get(name), numbers.Real)}
 
 
 def _checked(given: bool | Mapping[str, Any]) -> Mapping[str, Any]:
@@ -157,7 +178,7 @@ def _recipe(c: Config) -> list[tuple[str, str]]:
     ours, defaults = flat(as_dict(c)), flat(as_dict(Config()))
     changed = {name: ours[name] for name in ours if ours[name] != defaults.get(name)}
     named = [name for name in changed if name.partition(".")[0] in RECIPE or "." not in name]
-    return [(_code(name), "a path" if name in PRIVATE else _code(changed[name])) for name in named]
+    return [(_code(name), "a path" if name in PATHS else _code(changed[name])) for name in named]
 
 
 def _table(header: tuple[str, str], rows: Iterable[tuple[str, str]]) -> str:

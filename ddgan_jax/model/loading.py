@@ -1,5 +1,6 @@
 """Where trained models are, and how they are read: workdirs, checkpoints, files, the Hub, and the bundled models."""
 
+import json
 import os
 import pathlib
 from typing import Any
@@ -10,6 +11,7 @@ from ddgan_jax.config.settings import Config, read
 from ddgan_jax.devices import processes
 from ddgan_jax.errors import UserError
 from ddgan_jax.method import build
+from ddgan_jax.model.card import measures_in
 from ddgan_jax.model.checks import as_path
 from ddgan_jax.model.classes import names_of, read_names
 from ddgan_jax.model.model import Model
@@ -102,10 +104,23 @@ def load(path: str | os.PathLike, config: Any = None, **hints: Any) -> Model:
         params, metadata, step = processes.broadcast_from_primary(lambda: checkpoint.restore_ema(path))
         saved_config, trained_on = metadata["config"], (metadata.get("of_job") or {}).get("data")
         classes = (trained_on or {}).get("classes")
+        about = processes.broadcast_from_primary(lambda: _evaluated(path, step))
     c = read(saved_config)
     denoiser = build.denoiser(c)
     checkpoint.check_like(params, jax.eval_shape(denoiser.init_gen, jax.random.key(0)), f"the checkpoint in {path}")
     return Model(params, denoiser, c, step, about, trained_on, names_of(classes, denoiser.num_classes))
+
+
+def _evaluated(path: str, step: int) -> dict[str, str]:
+    """`Model.about` of a checkpoint: its measures, if `--mode=evaluate` has written them."""
+    folder = paths.path(checkpoint.absolute(checkpoint.find(path))).parent
+    workdir = folder.parent if folder.name == "checkpoints" else paths.path(path)
+    try:
+        results = json.loads(paths.read(workdir / "evaluation" / str(step) / "results.json"))
+    except (OSError, ValueError, RecursionError):  # There is none, or it is damaged: the model is complete without
+        return {}
+    found = measures_in(results)
+    return {"measures": json.dumps(found)} if found else {}
 
 
 def config_of(path: str) -> Config:

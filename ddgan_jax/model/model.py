@@ -24,7 +24,7 @@ from ddgan_jax.method.diffusion import q_sample
 from ddgan_jax.method.sampling import Denoiser, bind
 from ddgan_jax.method.train_step import to_x0
 from ddgan_jax.model import export
-from ddgan_jax.model.card import write_card
+from ddgan_jax.model.card import without_paths, write_card
 from ddgan_jax.model.checks import as_count, as_half, as_integer, as_path, as_posterior, as_seed, check_about
 from ddgan_jax.model.classes import labels_of, names_of
 from ddgan_jax.model.inputs import as_input, as_known
@@ -254,7 +254,8 @@ class Model:
 
         The metadata `classes` of a class-conditional model are a JSON list of their names. `about` is further metadata,
         which `load` returns as `Model.about`. `card` also writes README.md, a model card, beside the file: True, or a
-        dict of any of `measures` ({name: number}), `license` and `repository` ('OWNER/NAME').
+        dict of any of `measures` ({name: number}), `license` and `repository` ('OWNER/NAME'). The configuration in a
+        file with a card contains no paths.
 
         Raises:
             UserError: an argument is invalid, float16 is too narrow, or `card` would replace another README.md.
@@ -263,12 +264,11 @@ class Model:
         if not as_path(path).endswith(".safetensors"):
             raise UserError(f"{path} must end in .safetensors")
         check_about(about or {})
-        arrays = checkpoint.flatten(self.params)
-        if half:
-            arrays = {name: as_half(name, array) for name, array in arrays.items()}
+        arrays = {n: as_half(n, a) if half else a for n, a in checkpoint.flatten(self.params).items()}
         write_card(self, as_path(path), card)
         further = {**self.about, **(about or {})} | ({"classes": json.dumps(self.classes)} if self.classes else {})
-        safetensors.write(paths.path(path), arrays, as_dict(self.config), self.step, further)
+        config = self.config if card is False else without_paths(self.config)
+        safetensors.write(paths.path(path), arrays, as_dict(config), self.step, further)
 
     def labels(self, label: Any, num: int, one: bool = False, first: int = 0) -> np.ndarray | None:
         """Labels [num] of the samples from `first` on; None for an unconditional model.

@@ -32,13 +32,13 @@ from experiments import common
 
 NAME, FLAGS = "recipe", ["--config=configs/digits.py:paper", "--config.log.samples_every=0"]
 OURS = flat(as_dict(presets.get("digits")))
-PARTS = {  # the changes of configs/digits.py, which the table removes one by one
-    "x_0 as D's input": "loss.discriminator_input",
-    "squared error": "loss.reconstruction",
-    "less noise": "diffusion.beta_max",
-    "T = 3": "diffusion.num_steps",
-    "a smaller D": "discriminator.ngf",
-    "a high final rate of D": "train.lr_min_d",
+PARTS = {  # what configs/digits.py changes: the name of the recipe without this change, and the field
+    "D sees x_t": "loss.discriminator_input",
+    "no squared error": "loss.reconstruction",
+    "the paper's noise": "diffusion.beta_max",
+    "T = 4": "diffusion.num_steps",
+    "the paper's D": "discriminator.ngf",
+    "D's rate falls to nearly 0": "train.lr_min_d",
 }
 
 
@@ -51,7 +51,7 @@ THIRD = "ours, a third of the time"
 RECIPES: dict[str, dict[str, Any]] = {  # the fields of configs/digits.py:paper that each changes
     "the paper's": {},
     "ours": ours(),
-    **{f"ours without {part}": ours(but=part) for part in PARTS},
+    **{f"ours, but {part}": ours(but=part) for part in PARTS},
     THIRD: ours(),
     "ours with T = 1": ours() | {"diffusion.num_steps": 1},
     "one-shot GAN": {"diffusion.num_steps": 1},

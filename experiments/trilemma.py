@@ -24,7 +24,9 @@ QUALITY_AND_COVERAGE = {
 }
 SHORT = {
     ("25 Gaussians", "DDGAN, T = 4"),
+    ("25 Gaussians", "DDGAN, T = 4, without Fourier features"),
     ("25 Gaussians", "one-shot GAN (T = 1)"),
+    ("25 Gaussians", "one-shot GAN (T = 1), without Fourier features"),
     ("25 Gaussians", "Gaussian denoiser, T = 4"),
     ("25 Gaussians", "Gaussian denoiser, T = 1,000"),
     ("StackedMNIST", "DDGAN, T = 3, our recipe"),

@@ -45,11 +45,6 @@ def test_imports_go_down():
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("path", FILES, ids=module_of)
-def test_imports_are_absolute(path):
-    assert not re.search(r"^\s*from \.", path.read_text(), re.MULTILINE)
-
-
 @pytest.mark.parametrize(
     "path",
     [path for path in FILES if not module_of(path).startswith(("networks.ops", "devices.compiler"))],

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 from commands import contents, python, run_python
@@ -29,7 +30,7 @@ CONFIG = {"seed": 3, "generator": {"ch_mult": [1, 2]}}
 
 def tiny_state(step=0):
     params = {"layer": {"kernel": np.full((3, 2), step, np.float32), "bias": np.arange(2, dtype=np.float32) - step}}
-    made = jax.jit(lambda g, d: state.create(g, d, state.adam()))(params, {"disc": np.float32(step)})
+    made = jax.jit(lambda g, d: state.create(g, d, optax.scale_by_adam(0.5, 0.9)))(params, {"disc": np.float32(step)})
     return made.replace(step=jnp.int32(step), ema_params=jax.tree.map(lambda x: x + 10, params))
 
 

@@ -11,7 +11,7 @@ from conftest import preset_with
 from ddgan_jax.config import presets
 from ddgan_jax.config.settings import as_dict, read
 from ddgan_jax.data import resolve
-from ddgan_jax.method.build import build, missed_attention
+from ddgan_jax.method.build import build, notes_on_levels
 
 CONFIGS = presets.names()
 
@@ -60,14 +60,24 @@ def test_every_config_differs_from_the_documented_one_in_values_only(name):
         get_config(name, "tiny")
 
 
-@pytest.mark.parametrize(
-    "size, patch, note",
-    [(256, 1, "at 16: the levels of this network are 256, 128, 64, 32"), (128, 1, ""), (256, 2, "")],
-)
-def test_attention_at_a_resolution_that_no_level_has(size, patch, note):
+@pytest.mark.parametrize("size, patch, noted", [(64, 1, False), (128, 1, False), (256, 2, False), (256, 1, True)])
+def test_levels_that_do_not_suit_the_image_size(size, patch, noted):
     config = preset_with("image_folder", data__image_size=size, data__channels=3, model__patch_size=patch)
-    found = missed_attention(read(config))
-    assert found == (note and f"note: generator.attn_resolutions has no effect {note}")
+    assert notes_on_levels(read(config)) == noted * [
+        "note: at 256 px, the generator's 4 levels end at 32x32 positions and take much memory: use "
+        "--config=configs/image_folder.py:large, or set a smaller data.image_size",
+        "note: generator.attn_resolutions has no effect at 16: the levels of this network are 256, 128, 64, 32",
+    ]
+
+
+@pytest.mark.parametrize(
+    "name", ["cifar10", "celeba_hq_256", "lsun_church_256", "stacked_mnist", "digits", "gaussians"]
+)
+def test_levels_of_the_presets(name):
+    config = preset_with(name) if name == "gaussians" else preset_with(name, data__channels=3)
+    if config.data.image_size is None and name != "gaussians":
+        config.data.image_size = 32
+    assert notes_on_levels(read(config)) == []
 
 
 def test_the_error_names_the_variants_that_there_are():

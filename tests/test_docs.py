@@ -25,7 +25,7 @@ OTHER_FLAGS = set(
     "full record remove_old "  # tests, the list of copies
     "help file_format manual_dir logdir strict inplace "  # any command, tfds, TensorBoard, mkdocs, jupyter
     "accelerator-type command python recurse spot version worker zone "  # gcloud, uv
-    "project "  # wandb
+    "project private "  # wandb, hf
     "gpus-per-node gpus-per-task nodes ntasks-per-node open-mode requeue signal time".split()  # SLURM
 )
 # Words that follow `config.` without being fields: modules, and suffixes of files

@@ -125,9 +125,10 @@ def test_a_mirror_and_a_proxy(server, file, monkeypatch):
     downloads.fetch("http://example.invalid/weights.pth", file, SHA256)
     assert_complete(file)
     assert server.requests[-1][0] == "http://example.invalid/weights.pth"
-    monkeypatch.setenv(downloads.MIRROR, "mirror")
-    with pytest.raises(UserError, match="DDGAN_MIRROR=mirror must be an address"):
-        downloads.fetch("https://example.invalid/weights.pth", file.with_name("b"), SHA256)
+    for mirror in ("mirror", "http://", "file:///mirror"):
+        monkeypatch.setenv(downloads.MIRROR, mirror)
+        with pytest.raises(UserError, match=f"DDGAN_MIRROR={mirror} must be an address"):
+            downloads.fetch("https://example.invalid/weights.pth", file.with_name("b"), SHA256)
 
 
 @pytest.mark.parametrize("mirror", ["http://[::1", "http://127.0.0.1:9/\N{DEGREE SIGN}", "http://127.0.0.1:x"])
@@ -178,8 +179,18 @@ def test_a_disk_without_room_and_a_server_without_end(server, file, monkeypatch)
         with pytest.raises(Fault, match=r"takes 3 MiB, and .*cache has 1 MiB free: make room there"):
             fetch(server, file)
     monkeypatch.setattr(downloads, "MAX_BYTES", 2**20)
-    with pytest.raises(Fault, match="it is not the published file"):
+    with pytest.raises(Fault, match="sends more than 1,048,576 bytes: it is not the published file"):
         fetch(server, file)
+    downloads.fetch(f"{server.url}/weights.pth", file, SHA256, size=len(CONTENT))  # its size is known
+    assert_complete(file)
+
+
+def test_a_file_with_other_content_is_not_used(server, file):
+    file.parent.mkdir()
+    file.write_bytes(CONTENT[:1000])
+    with pytest.raises(UserError, match=r"weights.pth is damaged, .*; remove it, and run the same command again"):
+        fetch(server, file)
+    assert file.read_bytes() == CONTENT[:1000] and not server.requests
 
 
 def test_a_folder_that_cannot_be_written(server, file):

@@ -931,3 +931,37 @@ def test_a_model_of_an_array_is_compared_with_its_preset_data_with_a_note(tmp_pa
     assert "note: the model was not trained on this data" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"is the workdir of a run, whose results.json stays"):
         evaluate.evaluate(None, str(tmp_path), num_samples=100, out=str(tmp_path))
+
+
+def test_the_papers_results_are_for_its_own_evaluation():
+    """Of the same data, split, size and features."""
+    assert evaluate.papers_results(read(preset_with("cifar10")))["fid"] == 3.75
+    assert evaluate.papers_results(read(preset_with("celeba_hq_256")))["fid"] == 7.64
+    for other in ({"eval__features": "classifier"}, {"data__split": "test"}, {"data__image_size": 64}):
+        assert evaluate.papers_results(read(preset_with("cifar10", **other))) == {}
+
+
+def test_a_file_does_not_say_where_to_write(tmp_path):
+    """It may be somebody else's: its paths are ignored, and those of an own run are used."""
+    config = read(preset_with("digits:smoke", data__dir=str(tmp_path), eval__vgg_weights="secret"))
+    assert evaluate._trusted(config, str(tmp_path)) == config
+    trusted = evaluate._trusted(config, "model.safetensors")
+    assert trusted.data.dir is None and trusted.eval.vgg_weights is None
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"eval__features": "nosuch:f"}, "there is no module nosuch"),
+        ({"eval__features": "os:nosuch"}, "has no nosuch"),
+        ({"eval__features": "inception", "eval__inception_weights": "junk.npz", "eval__download": False}, "junk.npz"),
+        ({"eval__features": "classifier", "eval__k": 100}, "needs at least 101"),
+    ],
+)
+def test_a_last_evaluation_that_cannot_work_is_refused_at_the_start(fields, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "junk.npz").write_bytes(b"junk")
+    config = read(preset_with("digits:smoke", **fields))
+    data = Data(np.random.default_rng(0).integers(0, 256, (200, 8, 8, 3), np.uint8), np.arange(200) % 10)
+    with pytest.raises(UserError, match=message):
+        feature_networks.check_last_evaluation(config, data, opened=False)

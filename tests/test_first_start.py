@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import published
 import pytest
@@ -117,6 +118,38 @@ def test_faults(fault, script, code, message, start, server, tmp_path):
     ((found, output),) = ends(start(script=published.SCRIPT + script))
     assert found == code and message in output and "Traceback" not in output, output
     assert not (tmp_path / "run").exists()
+
+
+def test_what_is_there_and_damaged(start, server, tmp_path):
+    """`--mode=prepare` finds it, where it can still be downloaded again, and says what to remove."""
+    all_succeed(start("--mode=prepare"))
+    data = tmp_path / "tensorflow_datasets"
+    assert sorted(path.name for path in (data / "downloads").iterdir()) == ["published"]
+
+    def refused() -> str:
+        ((code, output),) = ends(start("--mode=prepare"))
+        assert code in (1, 2) and "Traceback" not in output, output
+        return output
+
+    weights = tmp_path / "cache" / "ddgan_jax" / "downloads" / vgg.FILE
+    content = weights.read_bytes()
+    weights.write_bytes(content[:1000])
+    assert f"{weights} is damaged" in refused()
+    weights.write_bytes(content)
+    (shard,) = data.glob("cifar10/*/*train.array_record*")
+    content = shard.read_bytes()
+    shard.write_bytes(content[: len(content) // 2])
+    assert f"or remove the folder of the dataset in {data} and prepare it anew" in refused()
+    info = shard.with_name("dataset_info.json")
+    info.unlink()
+    assert f"{shard.parent} is no complete dataset: remove it, and run the same command again" in refused()
+    shutil.rmtree(data / "cifar10")
+    archive = data / "downloads" / "published" / "cifar10" / published.ARCHIVE
+    archive.write_bytes(archive.read_bytes()[:1000])
+    assert f"{archive} is damaged" in refused()
+    archive.unlink()
+    (output,) = all_succeed(start("--mode=prepare"))
+    assert "the data is ready: 100 examples" in output
 
 
 def test_downloads_can_be_switched_off(start, server):

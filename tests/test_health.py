@@ -136,6 +136,22 @@ def test_a_finding_is_reported_once_where_records_are_rare(capsys):
     assert capsys.readouterr().out.count("D has separated real from fake") == 1
 
 
+@pytest.mark.parametrize(
+    "name, values, fields, without",
+    [
+        ("d_at_chance", GUESS, {"train__r1_gamma": 0.0}, "lower --config.train.r1_gamma"),
+        ("little_variety", {"sample_variety": [0.4, 0.4]}, {"objective": "gaussian"}, "r1_gamma"),
+    ],
+)
+def test_the_advice_is_for_the_run(name, values, fields, without, capsys):
+    """It names no penalty where there is none."""
+    for config, expected in ((RUN, True), (read(preset_with("gaussians", train__num_steps=1_000, **fields)), False)):
+        monitor = Monitor([], config, FID)
+        for record in records(**values):
+            monitor.add(record["step"], {key: value for key, value in record.items() if key != "step"})
+        assert (without in capsys.readouterr().out) == expected
+
+
 def test_the_guide_has_every_rule():
     guide = (ROOT / "docs" / "train.md").read_text()
     section = guide.partition("## Is it going well?")[2].partition("\n## ")[0]

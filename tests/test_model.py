@@ -32,7 +32,8 @@ from ddgan_jax.method.diffusion import Schedule, deterministic_posterior, q_samp
 from ddgan_jax.model.inputs import as_image
 from ddgan_jax.model.loading import PRETRAINED, default_output
 from ddgan_jax.model.model import to_images, to_x0
-from ddgan_jax.storage import manager, paths
+from ddgan_jax.storage import checkpoint, manager, paths
+from ddgan_jax.storage import safetensors as own_format
 
 
 def grow(params):
@@ -971,3 +972,22 @@ def test_a_folder_of_samples_does_not_hide_a_bundled_model(tmp_path, monkeypatch
     (tmp_path / "digits" / "checkpoints").mkdir()
     with pytest.raises(UserError, match="no checkpoint in"):
         ddgan_jax.load("digits")
+
+
+@pytest.mark.parametrize("metadata", [{"config": "{"}, {"config": "[" * 200_000}, {"step": "x"}, {"step": "9" * 5_000}])
+def test_metadata_that_cannot_be_read(model, tmp_path, metadata):
+    """With a right checksum, as somebody may forge it."""
+    arrays = checkpoint.flatten(model.params)
+    found = {"config": json.dumps(as_dict(model.config)), "step": "7"} | metadata
+    found["checksum"] = own_format._checksum(arrays, found)
+    file = tmp_path / "forged.safetensors"
+    file.write_bytes(safetensors.numpy.save(arrays, found))
+    with pytest.raises(UserError, match=r"forged.safetensors was not written by ddgan_jax: its configuration or step"):
+        ddgan_jax.load(file)
+    with pytest.raises(UserError, match="null character"):
+        ddgan_jax.load("a\0b")
+
+
+def test_hints_are_for_pth_files():
+    with pytest.raises(UserError, match=r"digits contains its configuration: leave num_steps, nf out"):
+        ddgan_jax.load("digits", num_steps=99, nf=3)

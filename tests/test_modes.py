@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from conftest import refuses
 
-from ddgan_jax.metrics.modes import gaussian_report, grid_centres, mode_report, stacked_labels
+from ddgan_jax.metrics.modes import gaussian_report, grid_centres, mode_report
 
 
 def test_all_modes_equally():
@@ -32,11 +32,6 @@ def test_kl_of_as_many_samples_as_are_drawn_of_stacked_mnist():
     assert mode_report(labels, 1000).kl == pytest.approx(999 / 51_200, rel=0.1)
 
 
-def test_stacked_labels():
-    labels = stacked_labels(np.array([[0, 0, 0], [1, 2, 3], [9, 0, 7], [9, 9, 9]], np.uint8))
-    assert labels.tolist() == [0, 123, 907, 999]
-
-
 @pytest.mark.parametrize(
     ("message", "call"),
     [
@@ -45,9 +40,6 @@ def test_stacked_labels():
         ("N >= 1", lambda: mode_report(np.zeros(0, int), 10)),
         ("whole numbers", lambda: mode_report([0.5], 10)),
         (r"not int64 \[1, 1\]", lambda: mode_report([[1]], 10)),
-        ("must be 0 to 9, not 3 to 10", lambda: stacked_labels([[3, 4, 10]])),
-        (r"\[N, 3\], not int64 \[1, 2\]", lambda: stacked_labels([[3, 4]])),
-        ("whole numbers", lambda: stacked_labels([[3.0, 4, 5]])),
         (r"\[N, 2\], N >= 1, not of shape \[3\]", lambda: gaussian_report(np.zeros(3))),
         ("N >= 1", lambda: gaussian_report(np.zeros((0, 2)))),
         ("point 1 holds NaN", lambda: gaussian_report([[0, 0], [0, np.nan]])),

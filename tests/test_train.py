@@ -132,7 +132,7 @@ def test_it_says_what_it_does(tmp_path, capsys, monkeypatch):
     expected = [
         f"8 steps to train; images every 4 steps: {tmp_path}/samples and {tmp_path}/curves.png",
         "compiling the training step: ",
-        "compiled in ",
+        "the step is ready after ",
         "step 1 done, ",
         "finished 8 steps in ",
         "next: ",

@@ -30,7 +30,7 @@ def method_of(generator, discriminator, image_shape=(2,), **options):
         init_disc=discriminator.init,
         losses=losses,
         disc=lambda params, *args, **names: discriminator.apply({"params": params}, *args, **names),
-        optimizer=state_lib.adam(),
+        optimizer=optax.scale_by_adam(0.5, 0.9),
         lr_g=state_lib.constant_schedule(1.6e-4),
         lr_d=state_lib.constant_schedule(1.25e-4),
         ema_decay=0.9,
@@ -439,28 +439,8 @@ def test_a_generator_without_z():
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(grads))
 
 
-def test_adam_is_that_of_optax():
-    theirs, ours = optax.scale_by_adam(0.5, 0.9), state_lib.adam()
-    params = {"a": jnp.ones((3, 3, 4, 2)), "b": jnp.zeros(()), "c": {"d": jnp.ones(5)}}
-    their_state, our_params, our_state = theirs.init(params), params, ours.init(params)
-    for i in range(3):
-        leaves, structure = jax.tree.flatten(params)
-        keys = jax.random.split(jax.random.key(i), len(leaves))
-        grads = structure.unflatten([jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
-        direction, their_state = theirs.update(grads, their_state)
-        params = jax.tree.map(lambda p, d: p - 0.1 * d, params, direction)
-        our_params, our_state = jax.jit(partial(state_lib.apply_gradients, ours))(
-            grads, our_state, our_params, jnp.float32(0.1)
-        )
-        for one, other in zip(
-            jax.tree.leaves((params, their_state)), jax.tree.leaves((our_params, our_state)), strict=True
-        ):
-            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
-    assert jax.tree.structure(their_state) == jax.tree.structure(our_state)
-
-
 def test_the_logged_norms_are_of_parameters_and_of_the_first_moments():
-    method, state = linear(optimizer=state_lib.adam(), lr_d=state_lib.constant_schedule(0.1))
+    method, state = linear(optimizer=optax.scale_by_adam(0.5, 0.9), lr_d=state_lib.constant_schedule(0.1))
     data = 1 + jax.random.normal(jax.random.key(0), (64, 2))
     state, _ = jax.jit(ts.make_train_step(method, 0, False))(state, data)
     norms = state_lib.norms(state)

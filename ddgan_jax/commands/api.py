@@ -57,16 +57,21 @@ def train(
         *former: Nothing: a former version took (config, workdir, data), for which an error names the present form.
         workdir: Folder of the run. The same call again continues an interrupted training there.
         preset: Name of a configuration, such as "image_folder:small", or a configuration. By default it is chosen for
-            the images and the device, and printed.
+            the images and the device, and printed; without images it is "digits".
         classes: Names of the classes by index, for `labels` only.
         value_range: The numbers that stand for black and white, for images that are not uint8, such as (0, 1).
         image_size: Side in pixels to which images are cropped and resized.
         restart: Whether an earlier run in `workdir` is moved aside.
-        **fields: Fields of the configuration, with two underscores for the dot: `train__num_steps=5_000`.
+        **fields: Fields of the configuration, with two underscores for the dot: `train__num_steps=5_000`. With images
+            in memory, `eval__at_end` has no effect: call `evaluate`.
+
+    Returns:
+        The model of the last checkpoint; `load(f"{workdir}/best")` is that of the best one, if the training evaluates.
 
     Raises:
         UserError: the images, labels or fields are invalid, or do not fit together; nothing is written then.
         Fault: a disk or a device failed, or a loss is not finite.
+        Interrupted: Ctrl-C or SIGTERM, with the step saved; the same call continues. It is not an `Exception`.
     """
     if isinstance(labels, str | os.PathLike):
         raise UserError(
@@ -158,10 +163,16 @@ def evaluate(
         seed: Seed of a model's samples.
         value_range: The numbers that stand for black and white in arrays that are not uint8.
         image_size: Side in pixels to which the images are cropped and resized; by default that of the model.
-        **fields: Fields of the configuration, such as `eval__features="inception"`.
+        **fields: Fields of the configuration, such as `eval__features="inception"`. The default features are those of
+            the model's configuration; for two sets of images "classifier", which needs `labels`.
 
-    Returns the measures by name, and what they were measured with. Raises UserError if an argument is invalid, the
-    images or the classes do not compare, or weights or labels are missing.
+    Returns:
+        The measures by name (docs/evaluation.md), such as `classifier_frechet`, `precision` and `recall`, and what they
+        were measured with, such as `features` and `num_samples`.
+
+    Raises:
+        UserError: an argument is invalid, the images or classes do not compare, or weights or labels are missing.
+        Fault: a disk or a device failed.
     """
     model = samples if isinstance(samples, Model) else None
     seed, num_samples = as_seed(seed), as_integer("num_samples", num_samples, 0, MAX_INDEX + 1)

@@ -16,7 +16,7 @@ from absl import flags
 from ddgan_jax.commands.streams import PatientStream
 from ddgan_jax.config import presets
 from ddgan_jax.config.types import SEEDS
-from ddgan_jax.errors import NOTHING_LOST, Fault, Interrupted, UserError, is_out_of_memory
+from ddgan_jax.errors import NOTHING_LOST, Fault, Interrupted, UserError, is_out_of_memory, of_flags
 
 MODES = ("train", "prepare", "sample", "vary", "edit", "inpaint", "interpolate", "export", "evaluate", "demo")
 
@@ -77,6 +77,8 @@ flags.DEFINE_string(
 def run(argv: list[str]) -> None:
     """Read the flags and run the mode. Raises UserError for invalid flags."""
     FLAGS = flags.FLAGS
+    with of_flags():
+        argv = FLAGS.read_flags_from_files(argv, force_gnu=False)  # of --flagfile
     if {"--help", "-help", "-h"} & set(argv):
         if hasattr(signal, "SIGPIPE"):
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as for `--help | head`

@@ -15,6 +15,7 @@ import numpy as np
 from ddgan_jax.commands import figures
 from ddgan_jax.commands.checks import check_classes
 from ddgan_jax.commands.sample_files import Samples, as_grey, file_samples
+from ddgan_jax.config import presets
 from ddgan_jax.config.settings import Config, read
 from ddgan_jax.data.batches import match_label_frequencies
 from ddgan_jax.data.folder import listed_once
@@ -25,6 +26,7 @@ from ddgan_jax.devices import parallel, processes
 from ddgan_jax.errors import UserError
 from ddgan_jax.metrics.evaluator import EvaluationResult, Evaluator, Results, measure, open_evaluator
 from ddgan_jax.metrics.features import open_real_images
+from ddgan_jax.model.card import without_private
 from ddgan_jax.model.loading import config_of, default_output, file_of, load
 from ddgan_jax.model.model import Model
 from ddgan_jax.model.sampler import Sampler
@@ -32,12 +34,12 @@ from ddgan_jax.storage import checkpoint, paths
 from ddgan_jax.storage.log import as_json
 from ddgan_jax.storage.paths import Path
 
-# The paper's results, printed beside those of at least PAPER_SAMPLES: FID depends on the number of samples. The paper's
-# recall is of other weights of VGG16.
+# The paper's results by preset, printed beside those of at least PAPER_SAMPLES, since FID depends on their number. The
+# paper's recall is of other weights of VGG16.
 PAPER = {
     "cifar10": {"fid": 3.75, "inception_score": 9.63, "recall": 0.57},
-    "celeb_a_hq/256": {"fid": 7.64, "recall": 0.36},
-    "lsun_church": {"fid": 5.25, "recall": 0.36},
+    "celeba_hq_256": {"fid": 7.64, "recall": 0.36},
+    "lsun_church_256": {"fid": 5.25, "recall": 0.36},
     "stacked_mnist": {"modes": 1_000, "kl": 0.071},
 }
 PAPER_SAMPLES = 25_000
@@ -63,14 +65,14 @@ def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_sampl
     if samples:
         if not (explicit or path):
             raise UserError(f"name the real images that {samples} is compared with: config=presets.get('cifar10')")
-        c = explicit or _without_code(config_of(path), path)
+        c = explicit or _trusted(config_of(path), path)
         folder, workdir = f"{samples.rstrip('/')}.evaluation", ""
         chunks, count, labels, about = file_samples(samples, num_samples)
         data = _open_data(c, count, seed)
     else:
         found, workdir, folder = _find(path, seed)
         model = load(found, explicit)
-        c = processes.run_on_all(lambda: _match_data(explicit or _without_code(model.config, path), model.config, path))
+        c = processes.run_on_all(lambda: _match_data(explicit or _trusted(model.config, path), model.config, path))
         count = num_samples or c.eval.num_samples
         data = _open_data(c, count, seed)
         sampler = Sampler(model.denoiser, c.sample.batch_size)
@@ -99,7 +101,7 @@ def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_sampl
                 with contextlib.suppress(FileNotFoundError):
                     (target / name).unlink()
         paths.write(target / "results.json", as_json(results, indent=2) + "\n")
-        papers = PAPER.get(c.data.name, {})
+        papers = papers_results(c)
         compared = papers if count >= PAPER_SAMPLES else {}
         for name, value in results.items():
             print(f"  {name:<46} {_readable(value)}" + (f"   (paper: {compared[name]})" if name in compared else ""))
@@ -150,14 +152,17 @@ def _is_of(file: Path, c: Config, count: int, data: Data | None) -> bool:
     return isinstance(theirs, dict) and all(theirs.get(name, value) == value for name, value in ours.items())
 
 
-def _without_code(c: Config, path: str) -> Config:
-    """The configuration of a checkpoint. Raises UserError if its evaluation would run a Python function."""
+def _trusted(c: Config, path: str) -> Config:
+    """The configuration of a checkpoint, without the paths of a file, which may be somebody else's.
+
+    Raises UserError if its evaluation would run a Python function.
+    """
     if ":" in (code := c.eval.features):
         raise UserError(
             f"the configuration in {path} names the Python function {code}, and a checkpoint cannot run code: "
             f"add --config=NAME of the training and --config.eval.features={code}"
         )
-    return c
+    return without_private(c) if file_of(path) else c
 
 
 def _match_data(c: Config, trained: Config, path: str) -> Config:
@@ -201,6 +206,20 @@ def _open_data(c: Config, count: int, seed: int) -> Data | None:
     if processes.num_processes() > 1:
         processes.assert_equal_across_processes(facts(c, data) | {"--num_samples": count, "--sample_seed": seed})
     return data
+
+
+def papers_results(c: Config) -> dict[str, float]:
+    """The paper's results by measure, if `c` has the data and the features of one of its presets; else {}."""
+    for name, results in PAPER.items():
+        preset = read(presets.get(name))
+        same = (c.data.name, c.data.split, c.data.image_size) == (
+            preset.data.name,
+            preset.data.split,
+            preset.data.image_size,
+        )
+        if same and c.eval.features == preset.eval.features:
+            return results
+    return {}
 
 
 def _readable(value: Any) -> str:

@@ -164,6 +164,10 @@ class Monitor:
         self._forget()
         for name in [name for name in found if name not in before]:
             sentence = SENTENCES[name].format(steps=patience(self._config), measure=self._measure)
+            if not self._config.train.r1_gamma:
+                sentence = sentence.replace(", or lower --config.train.r1_gamma", "")
+            if self._config.objective == "gaussian":
+                sentence = sentence.replace(", or raise --config.train.r1_gamma", "")
             say(f"note: step {step}: {sentence} (docs/train.md#is-it-going-well)")
         return {"findings": found} if found else {}
 

@@ -24,10 +24,10 @@ from ddgan_jax.data.sources import Data, open_data, prepare
 from ddgan_jax.devices import compiler, parallel, processes
 from ddgan_jax.devices.processes import say
 from ddgan_jax.errors import Fault, UserError, of_a_folder
-from ddgan_jax.method.build import build, init_state, missed_attention, network_fields
+from ddgan_jax.method.build import build, init_state, network_fields, notes_on_levels
 from ddgan_jax.method.train_step import Method
 from ddgan_jax.metrics.evaluator import open_evaluator
-from ddgan_jax.metrics.feature_networks import check_can_evaluate, weights_files
+from ddgan_jax.metrics.feature_networks import check_last_evaluation
 from ddgan_jax.model.loading import load_initial_networks
 from ddgan_jax.model.sampler import Sampler
 from ddgan_jax.storage import checkpoint, manager, paths, workdir
@@ -78,7 +78,7 @@ def set_up(
     evaluator = open_evaluator(c, data) if c.eval.every else None  # refuses an evaluation that cannot work
 
     if c.eval.at_end and not given:
-        check_last_evaluation(c, data)
+        check_last_evaluation(c, data, evaluator is not None)
 
     def open_all() -> tuple[Files, Any, Future | None]:
         with interrupt.deferred():
@@ -180,7 +180,7 @@ def _open(config: Any, data: Data | None, before: dict[str, Any] | None, path: P
     c, chosen = resolve_from_data(c, data)
     method = build(c)
     check_batch(method.batch_size, c.train.accumulate)
-    for sentence in filter(None, (*chosen, missed_attention(c))):
+    for sentence in (*chosen, *notes_on_levels(c)):
         say(sentence)
     data = data or open_data(c.data)
     if data.images.shape[1:] != method.denoiser.image_shape:
@@ -189,15 +189,6 @@ def _open(config: Any, data: Data | None, before: dict[str, Any] | None, path: P
             f"{c.model.network} is built for {list(method.denoiser.image_shape)}: choose another network or dataset"
         )
     return c, method, data
-
-
-def check_last_evaluation(c: Config, data: Data) -> None:
-    """Raises UserError or Fault if the evaluation at the end could not work, after downloads of what it needs."""
-    check_can_evaluate(c, data)
-    if c.eval.features == "inception":
-        weights_files(c, manifolds=True)
-    if (file := c.eval.reference_statistics) and not paths.exists(paths.path(file)):
-        raise UserError(f"eval.reference_statistics={file} does not exist: name an .npz file with mu and sigma")
 
 
 # --- The files and the state, in process 0 --------------------------------------------------------------------------

@@ -123,8 +123,7 @@ def read_flags(argv: list[str], default: str) -> list[str]:
 
     `--config=digits:long` means `--config=configs/digits.py:long`. Raises UserError for invalid flags.
     """
-    with errors.of_flags():
-        argv = with_current_names(flags.FLAGS.read_flags_from_files(argv, force_gnu=False))
+    argv = with_current_names(argv)
     name = value_of("config", argv)
     config = get(default if name is None else name)
     rest, is_value = [], False

@@ -158,8 +158,9 @@ class Config:
     """All settings of a run."""
 
     seed: Annotated[int, SEEDS] = 0  # seed of weights, noise, and the order of the images
-    objective: Literal["adversarial", "gaussian", "one_shot"] = "adversarial"  # (paper); 'gaussian' and 'one_shot'
-    # are baselines: squared error of x_0 without a discriminator, and a one-step GAN that discriminates diffused images
+    objective: Literal["adversarial", "gaussian", "one_shot"] = "adversarial"  # what is trained (paper:
+    # adversarial); 'gaussian' and 'one_shot' are baselines: squared error of x_0 without a discriminator, and a
+    # one-step GAN that discriminates diffused images
     data: DataConfig = DataConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     model: ModelConfig = ModelConfig()

@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ddgan_jax.config.settings import DataConfig
-from ddgan_jax.data import decoding, digits, prepared, splits, synthetic, tfds
+from ddgan_jax.data import decoding, digits, prepared, splits, synthetic, tfds, tfds_prepare
 from ddgan_jax.data.batches import SAMPLED, evenly_spaced
 from ddgan_jax.data.checks import checked_examples, checked_labels
 from ddgan_jax.devices import processes
@@ -38,7 +38,9 @@ class DatasetInfo(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """A dataset: uint8 images [N, H, W, C] or float32 points [N, d], and labels if it has them.
+    """A dataset: uint8 images [N, H, W, C] with C up to 64, or points [N, d], stored as float32; labels are optional.
+
+    The images are used unchanged; `data.arrays.as_data` converts other forms.
 
     `images` is a NumPy array, or an object that decodes the images it is indexed with: it has `shape`, `dtype`, `len`
     and `images[indices]`. `labels` are integers [N] from 0 to K-1, or a function that returns them. On the instance,
@@ -120,10 +122,10 @@ def open_data(c: DataConfig) -> Data:
 
 
 def prepare(c: DataConfig) -> None:
-    """Downloads and prepares a dataset of tfds that is missing, if `c.download` is set. Raises as `tfds.prepare`."""
+    """Downloads and prepares a missing dataset of tfds, if `c.download` is set. Raises as `tfds_prepare.prepare`."""
     name = c.name.removeprefix("stacked_")
     if c.download and not is_folder(c) and name not in (*digits.READERS, IN_PYTHON, "synthetic", "gaussians"):
-        tfds.prepare(name, directory(c.dir))
+        tfds_prepare.prepare(name, directory(c.dir))
 
 
 def is_folder(c: DataConfig) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import linen as nn
 from jax import Array
 
@@ -26,6 +27,7 @@ from ddgan_jax.networks.generator import Generator
 from ddgan_jax.networks.mlp import PointDiscriminator, PointGenerator
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+DEEPEST = 16  # positions a side at the generator's last level; the paper's networks have 4 and 8
 
 
 # --- A generator ----------------------------------------------------------------------------------------------------
@@ -93,18 +95,24 @@ def generator_of(c: Config) -> Any:
     return Generator(remat=c.model.remat, **common, **given)
 
 
-def missed_attention(c: Config) -> str:
-    """A note on resolutions in `generator.attn_resolutions` that no level of the U-Net has; '' if there are none."""
+def notes_on_levels(c: Config) -> list[str]:
+    """Notes where the levels of the U-Net do not suit the image size: too few, or not those that attention names."""
     generator = generator_of(c)
     if not isinstance(generator, Generator):
-        return ""
-    side = _shape(c)[0] // c.model.patch_size
-    levels = [side // 2**i for i in range(len(generator.ch_mult))]
-    missed = [str(resolution) for resolution in generator.attn_resolutions if resolution not in levels]
-    if not missed:
-        return ""
-    at, has = ", ".join(missed), ", ".join(map(str, levels))
-    return f"note: generator.attn_resolutions has no effect at {at}: the levels of this network are {has}"
+        return []
+    size = _shape(c)[0]
+    levels = [size // c.model.patch_size // 2**i for i in range(len(generator.ch_mult))]
+    notes = []
+    if levels[-1] > DEEPEST:
+        wanted = "use --config=configs/image_folder.py:large" if len(levels) < 6 else "add a level to generator.ch_mult"
+        notes.append(
+            f"note: at {size} px, the generator's {len(levels)} levels end at {levels[-1]}x{levels[-1]} positions and "
+            f"take much memory: {wanted}, or set a smaller data.image_size"
+        )
+    if missed := [str(resolution) for resolution in generator.attn_resolutions if resolution not in levels]:
+        at, has = ", ".join(missed), ", ".join(map(str, levels))
+        notes.append(f"note: generator.attn_resolutions has no effect at {at}: the levels of this network are {has}")
+    return notes
 
 
 def _discriminator(c: Config) -> Any:
@@ -176,7 +184,7 @@ def build(config: Any) -> Method:
         ),
         init_disc=lambda key: discriminator.init(key, x, t, x, **labels)["params"],
         losses=_losses(c, decaying),
-        optimizer=state.adam(train.adam_b1, train.adam_b2),
+        optimizer=optax.scale_by_adam(train.adam_b1, train.adam_b2),
         lr_g=rate(train.lr_g, train.lr_min),
         lr_d=rate(train.lr_d, train.lr_min_d or train.lr_min),
         ema_decay=train.ema_decay,

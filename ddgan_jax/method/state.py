@@ -29,11 +29,6 @@ class TrainState(struct.PyTreeNode):
     disc_opt: optax.OptState
 
 
-def adam(b1: float = 0.5, b2: float = 0.9, eps: float = 1e-8) -> optax.GradientTransformation:
-    """Adam without the learning rate, which is a function of the step (paper: b1 = 0.5, b2 = 0.9)."""
-    return optax.scale_by_adam(b1, b2, eps)
-
-
 def cosine_schedule(base: float, steps_per_epoch: int, num_epochs: int, eta_min: float = 1e-5) -> StepSchedule:
     """A cosine from `base` to `eta_min` over `num_epochs`, and `eta_min` afterwards.
 

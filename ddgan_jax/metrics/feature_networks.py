@@ -14,8 +14,9 @@ from ddgan_jax.data import digits, sources
 from ddgan_jax.data.batches import epoch_permutation
 from ddgan_jax.devices import processes
 from ddgan_jax.errors import Fault, UserError
-from ddgan_jax.metrics import classifier, inception, npz, vgg
+from ddgan_jax.metrics import classifier, distances, inception, npz, vgg
 from ddgan_jax.metrics.checks import check_gaussians, check_settings, check_sizes
+from ddgan_jax.metrics.custom_features import custom_network
 from ddgan_jax.metrics.features import Network, cache_path, on_devices, read_cached, write_cached
 from ddgan_jax.storage import checkpoint, downloads, paths
 from ddgan_jax.storage.torch import state_dict
@@ -36,6 +37,37 @@ def check_can_evaluate(c: Config, data: sources.Data) -> None:
     elif c.eval.features == "classifier" and not c.data.name.startswith("stacked_"):
         _check_labels(c, data)
     check_sizes(c, len(data.images), c.eval.num_samples, manifolds=c.eval.features != "inception")
+
+
+def check_last_evaluation(c: Config, data: sources.Data, opened: bool) -> None:
+    """Raises UserError or Fault if an evaluation at the end of a training could not work, after downloads.
+
+    `opened`: whether the feature networks were opened for evaluations during the training.
+    """
+    check_can_evaluate(c, data)
+    if ":" in c.eval.features and not opened:
+        processes.run_on_all(lambda: custom_network(c.eval.features, data.images))
+    if c.eval.features == "inception":
+        manifolds = bool(weights_files(c, manifolds=True)[1]) if opened else check_weights(c)
+        check_sizes(c, len(data.images), c.eval.num_samples, manifolds)
+    if file := c.eval.reference_statistics:
+        processes.run_on_primary(lambda: distances.load_moments(file))
+
+
+def check_weights(c: Config) -> bool:
+    """Whether there are weights of VGG16 beside those of Inception, after downloads of what is missing.
+
+    Raises as `published_networks`, also for weights that are damaged.
+    """
+    files = weights_files(c, manifolds=True)
+
+    def read() -> None:
+        for file, module in zip(files, WEIGHTS.values(), strict=True):
+            if file:
+                _read_weights_here(file, module)
+
+    processes.run_on_primary(read)
+    return bool(files[1])
 
 
 def published_networks(c: Config, manifolds: bool = True) -> list[Network]:
@@ -103,16 +135,20 @@ def _where(folder: str, module: Any) -> str:
 
 def _read_weights(path: str, module: Any) -> dict[str, np.ndarray]:
     """The arrays in a file of published weights, which process 0 reads and verifies."""
+    return processes.broadcast_from_primary(lambda: _read_weights_here(path, module))
 
-    def read() -> dict[str, np.ndarray]:
-        content = npz.read_bytes(path)
-        if os.path.basename(path).endswith(f"-{module.SHA256[:8]}.pth"):
-            digest = hashlib.sha256(content).hexdigest()
-            if digest != module.SHA256:
-                raise UserError(f"{path} is damaged: its SHA-256 is {digest}, not {module.SHA256}; download it again")
-        return npz.parse_npz(content, path) if path.endswith(".npz") else state_dict.parse(content, path)
 
-    return processes.broadcast_from_primary(read)
+def _read_weights_here(path: str, module: Any) -> dict[str, np.ndarray]:
+    """The arrays in a file of published weights. Raises UserError if it is damaged."""
+    content = npz.read_bytes(path)
+    if os.path.basename(path).endswith(f"-{module.SHA256[:8]}.pth"):
+        digest = hashlib.sha256(content).hexdigest()
+        if digest != module.SHA256:
+            raise UserError(
+                f"{path} is damaged: its SHA-256 is {digest}, not {module.SHA256}; remove it, and run the same "
+                "command again to download it"
+            )
+    return npz.parse_npz(content, path) if path.endswith(".npz") else state_dict.parse(content, path)
 
 
 def classifier_network(c: Config, data: sources.Data) -> tuple[Network, dict[str, Any]]:

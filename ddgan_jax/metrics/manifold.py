@@ -1,4 +1,4 @@
-"""How a set of fake features [M, D] lies in the manifold of the real ones [N, D], and nearest neighbours.
+"""How a set of fake features [M, D] lies in the manifold of the real ones [N, D].
 
 The manifold of a set is the union of closed balls about its points, each of which reaches the k-th nearest other point
 of the set. With B_r the ball of a real point, and B_f that of a fake point:

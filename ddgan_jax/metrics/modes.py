@@ -54,19 +54,6 @@ def mode_report(labels: ArrayLike, num_modes: int) -> ModeReport:
     return _report(np.bincount(labels.astype(np.int64), minlength=num_modes))
 
 
-def stacked_labels(digits: ArrayLike) -> np.ndarray:
-    """The mode 100 a + 10 b + c, int64 [N] in 0..999, of the digits a, b, c of the channels, [N, 3] in 0..9.
-
-    Raises UserError for another shape, or numbers that are not digits.
-    """
-    digits = np.asarray(digits)
-    if digits.ndim != 2 or digits.shape[1] != 3 or digits.dtype.kind not in "iu":
-        raise UserError(f"digits must be whole numbers [N, 3], not {digits.dtype} {list(digits.shape)}")
-    if digits.size and (digits.min() < 0 or digits.max() > 9):
-        raise UserError(f"digits must be 0 to 9, not {digits.min()} to {digits.max()}")
-    return digits.astype(np.int64) @ np.array([100, 10, 1])
-
-
 def grid_centres(side: int = 5, spacing: float = 2.0) -> np.ndarray:
     """Centres of a square grid about the origin, float64 [side^2, 2]; mode side * i + j has the i-th x and j-th y."""
     axis = (np.arange(side) - (side - 1) / 2) * spacing

@@ -53,16 +53,24 @@ def write_card(model: Any, path: str, given: bool | Mapping[str, Any]) -> None:
     paths.write(readme, text + _mark(text))
 
 
-def without_paths(c: Config) -> Config:
-    """The configuration without paths of the computer of the training, for a file that is shared."""
-    for group, field in (name.split(".") for name in PATHS):
+def without_private(c: Config) -> Config:
+    """The configuration without paths and names of the place of the training, for a file that may be shared."""
+    for group, field in (name.split(".") for name in (*PATHS, "log.wandb")):
         c = replace(c, **{group: replace(getattr(c, group), **{field: None})})
-    return c
+    return replace(c, eval=replace(c.eval, features=Config().eval.features)) if ":" in c.eval.features else c
 
 
-def measures_in(results: Any) -> dict[str, float]:
-    """The measures among `results` of an evaluation, without its settings, and the number of samples."""
+def measures_in(results: Any, c: Config) -> dict[str, float]:
+    """The measures among `results` of an evaluation, and the number of samples.
+
+    There are none if it had other features or other data than the training, which a card would not show.
+    """
     found = results if isinstance(results, dict) else {}
+    data = f"{c.data.name} {c.data.split}"
+    if found.get("features") != c.eval.features or ":" in c.eval.features or found.get("data", data) != data:
+        return {}
+    if "trained_on_other_data" in found:
+        return {}
     return {name: found[name] for name in (*MEASURES, "num_samples") if isinstance(found.get(name), numbers.Real)}
 
 

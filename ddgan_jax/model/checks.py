@@ -43,7 +43,9 @@ def as_path(path: Any) -> str:
     """A path as text. Raises UserError for a value that is no path."""
     if not isinstance(path, str | os.PathLike):
         raise UserError(f"path={path!r:.100} must be text or a path, such as 'runs/digits'")
-    return os.fspath(path)
+    if "\0" in (text := os.fspath(path)):
+        raise UserError(f"path={path!r:.100} contains a null character, which no path has")
+    return text
 
 
 def as_array(name: str, value: Any) -> np.ndarray:

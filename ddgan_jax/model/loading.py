@@ -77,15 +77,18 @@ def load(path: str | os.PathLike, config: Any = None, **hints: Any) -> Model:
     """The model in a workdir, a checkpoint, a .safetensors file, or a `.pth` file of the PyTorch reference.
 
     `path` may also be the name of one of `models()`, or `hf://OWNER/NAME` on the Hugging Face Hub (`storage.hub`). A
-    `netG_*.pth` contains only weights: pass the `config` of its training, or as hints what differs from the reference's
-    defaults, such as `image_size=32` or `nf=64` (`storage.torch.arguments`).
+    `netG_*.pth` contains only weights: pass the `config` of its training, such as `presets.get("cifar10")`, or as hints
+    what differs from the reference's defaults, such as `image_size=32` or `nf=64` (`storage.torch.arguments`). Other
+    models contain their configuration, and `config` has no effect.
 
     Raises:
-        UserError: there is no model, or hints are missing or contradict the weights.
+        UserError: there is no model, hints are missing or contradict the weights, or the model needs none.
         Fault: the model is damaged or cannot be read.
     """
     path, about, trained_on, classes = as_path(path), dict[str, str](), None, None
     file = file_of(path)
+    if hints and not path.endswith(".pth"):
+        raise UserError(f"{path} contains its configuration: leave {', '.join(hints)} out, which .pth files need")
     if path.endswith(".pth"):
         given = None if config is None else read(config)
         found = processes.broadcast_from_primary(lambda: files.read(path, given, **hints))
@@ -104,14 +107,15 @@ def load(path: str | os.PathLike, config: Any = None, **hints: Any) -> Model:
         params, metadata, step = processes.broadcast_from_primary(lambda: checkpoint.restore_ema(path))
         saved_config, trained_on = metadata["config"], (metadata.get("of_job") or {}).get("data")
         classes = (trained_on or {}).get("classes")
-        about = processes.broadcast_from_primary(lambda: _evaluated(path, step))
     c = read(saved_config)
+    if not file:
+        about = processes.broadcast_from_primary(lambda: _evaluated(path, step, c))
     denoiser = build.denoiser(c)
     checkpoint.check_like(params, jax.eval_shape(denoiser.init_gen, jax.random.key(0)), f"the checkpoint in {path}")
     return Model(params, denoiser, c, step, about, trained_on, names_of(classes, denoiser.num_classes))
 
 
-def _evaluated(path: str, step: int) -> dict[str, str]:
+def _evaluated(path: str, step: int, c: Config) -> dict[str, str]:
     """`Model.about` of a checkpoint: its measures, if `--mode=evaluate` has written them."""
     folder = paths.path(checkpoint.absolute(checkpoint.find(path))).parent
     workdir = folder.parent if folder.name == "checkpoints" else paths.path(path)
@@ -119,7 +123,7 @@ def _evaluated(path: str, step: int) -> dict[str, str]:
         results = json.loads(paths.read(workdir / "evaluation" / str(step) / "results.json"))
     except (OSError, ValueError, RecursionError):  # There is none, or it is damaged: the model is complete without
         return {}
-    found = measures_in(results)
+    found = measures_in(results, c)
     return {"measures": json.dumps(found)} if found else {}
 
 
@@ -152,7 +156,7 @@ def load_initial_networks(c: Config, like: Any) -> tuple[str, Any, Any]:
     file = file_of(path)
     if not file:
         folder = checkpoint.find(path)
-        arrays, metadata = checkpoint.read_with_metadata(folder)
+        arrays, metadata = checkpoint.read(folder)
         state = checkpoint.unflatten(arrays, like, f"the checkpoint {folder} of train.init_from")
         _check_fields(c, read(metadata["config"]), str(folder), ("diffusion.", "generator.", "discriminator."))
         return str(folder), state.ema_params, state.disc_params

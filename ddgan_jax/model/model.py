@@ -1,8 +1,7 @@
 """A trained model from Python: `model = ddgan_jax.load(path)`, then `images = model.sample(64, seed=0)`.
 
-Inputs and results are uint8 images [N, H, W, C], or float32 points [N, d]. Sample and variant i depend on (seed, i)
-alone, not on the number of samples, the batch size or the number of devices. A class-conditional model takes labels;
-by default sample i has class i modulo the number of classes. Nothing here reads data or needs TensorFlow.
+Sample and variant i depend on (seed, i) alone, not on the number of samples, the batch size or the number of devices.
+Without labels, sample i of a class-conditional model has class i modulo the number of classes. No data are read.
 """
 
 import dataclasses
@@ -24,7 +23,7 @@ from ddgan_jax.method.diffusion import q_sample
 from ddgan_jax.method.sampling import Denoiser, bind
 from ddgan_jax.method.train_step import to_x0
 from ddgan_jax.model import export
-from ddgan_jax.model.card import without_paths, write_card
+from ddgan_jax.model.card import without_private, write_card
 from ddgan_jax.model.checks import as_count, as_half, as_integer, as_path, as_posterior, as_seed, check_about
 from ddgan_jax.model.classes import labels_of, names_of
 from ddgan_jax.model.inputs import as_input, as_known
@@ -67,12 +66,13 @@ def _inpaint(
 class Model:
     """A generator's moving average, with the configuration of its training.
 
-    In all methods, `posterior` is 'gaussian' (the paper's) or 'deterministic', which gives the same image for the same
-    x_T and z. `label`, for class-conditional models only, is a class for all images, or a list of one for each: a name
-    of `classes`, such as "cat", or an index, such as 1. `image` is a path, a Pillow image, or a uint8 array [H, W] or
-    [H, W, C]; as training data, it is turned upright, cropped to its central square and resized, except for an array of
-    exactly the model's shape. A model of points takes float32 [d]. Methods raise UserError for an invalid argument, or
-    if their result does not fit into memory.
+    Results are uint8 images [N, H, W, C], or float32 points [N, d]. Steps of a chain are float32 in about [-1, 1],
+    which `to_images` converts. Seeds are integers from 0 to 2^32 - 1. In all methods, `posterior` is 'gaussian' (the
+    paper's) or 'deterministic', which gives the same image for the same x_T and z. `label`, for class-conditional
+    models only, is a class for all images, or a list of one for each: a name of `classes`, such as "cat", or an index,
+    such as 1. `image` is a path, a Pillow image, or a uint8 array [H, W] or [H, W, C]; as training data, it is turned
+    upright, cropped to its central square and resized, except for an array of exactly the model's shape. A model of
+    points takes float32 [d]. Methods raise UserError for an invalid argument, or a result that exceeds the memory.
     """
 
     params: Any
@@ -110,7 +110,7 @@ class Model:
     def sample(
         self, num: int, seed: int = 0, posterior: str = "gaussian", label: Any = None, progress: bool = False
     ) -> np.ndarray:
-        """Samples 0..num-1 of `seed`, uint8 [num, H, W, C]."""
+        """Samples 0..num-1 of `seed`, [num, ...]; `progress` shows a bar."""
         num = self.check_count("num", num)
         return self.sampler(posterior)(self.params, as_seed(seed), num, self.labels(label, num), progress)
 
@@ -159,7 +159,7 @@ class Model:
         posterior: str = "gaussian",
         label: Any = None,
     ) -> np.ndarray:
-        """`num_variants` of one image: diffused to x_s, s = `start_step` in 0..T, and denoised again.
+        """`num_variants` of one image, uint8: diffused to x_s, s = `start_step` in 0..T, and denoised again.
 
         A stroke painting becomes an image. A larger s changes it more; s = 0 returns the image.
         """
@@ -186,7 +186,7 @@ class Model:
         label: Any = None,
         mask: Any = None,
     ) -> np.ndarray:
-        """`num_variants` of one image, with a part that is filled in.
+        """`num_variants` of one image, uint8, with a part that is filled in.
 
         Pass either `known`, an array [H, W] that is True where the image is kept, or `mask`, which is white, or True,
         where it is filled in: a path, a Pillow image or an array. Both may have any size, and are cropped and resized
@@ -228,7 +228,7 @@ class Model:
         return in_batches(run, num, self.config.sample.batch_size)
 
     def to_images(self, x: Any) -> jax.Array:
-        """A step of a trajectory [N, ...] as uint8 images, or as points."""
+        """Steps of a chain, float32 [N, ...], as uint8 images or as points."""
         return to_images(x, self.denoiser.scale)
 
     def export(self, posterior: str = "gaussian") -> bytes:
@@ -254,8 +254,8 @@ class Model:
 
         The metadata `classes` of a class-conditional model are a JSON list of their names. `about` is further metadata,
         which `load` returns as `Model.about`. `card` also writes README.md, a model card, beside the file: True, or a
-        dict of any of `measures` ({name: number}), `license` and `repository` ('OWNER/NAME'). The configuration in a
-        file with a card contains no paths.
+        dict of any of `measures` ({name: number}), `license` and `repository` ('OWNER/NAME'). The configuration in the
+        file contains no paths.
 
         Raises:
             UserError: an argument is invalid, float16 is too narrow, or `card` would replace another README.md.
@@ -267,8 +267,7 @@ class Model:
         arrays = {n: as_half(n, a) if half else a for n, a in checkpoint.flatten(self.params).items()}
         write_card(self, as_path(path), card)
         further = {**self.about, **(about or {})} | ({"classes": json.dumps(self.classes)} if self.classes else {})
-        config = self.config if card is False else without_paths(self.config)
-        safetensors.write(paths.path(path), arrays, as_dict(config), self.step, further)
+        safetensors.write(paths.path(path), arrays, as_dict(without_private(self.config)), self.step, further)
 
     def labels(self, label: Any, num: int, one: bool = False, first: int = 0) -> np.ndarray | None:
         """Labels [num] of the samples from `first` on; None for an unconditional model.

@@ -13,24 +13,18 @@ Parameter names give the position of a layer: `down_1_block_0` is the first bloc
 import itertools
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from ddgan_jax.config.types import Below1, Blocks, Kernel, Latents, Layers, Positive, Positives, Width
-from ddgan_jax.errors import UserError
 from ddgan_jax.networks import layers
 from ddgan_jax.networks.layers import Dtype
 from ddgan_jax.networks.ops import FIR_KERNEL
 
 Block = Callable[..., jax.Array]  # (x, features, name, direction=None) -> x, with the embeddings bound
-CHOICES = {
-    "resblock_type": ("biggan", "biggan_oneadagn", "ddpm"),
-    "progressive": ("none", "output_skip"),
-    "progressive_input": ("none", "input_skip", "residual"),
-    "progressive_combine": ("sum", "cat"),
-}
 
 
 class Generator(nn.Module):
@@ -39,7 +33,7 @@ class Generator(nn.Module):
     The defaults are the paper's CIFAR-10 network (48,432,515 parameters). `keys` [B], one random key per example,
     enables dropout. With `num_classes` > 0 the call also takes labels `y` int32 [B] (not in the paper).
 
-    Raises UserError for an unknown option, or for an image size that cannot be halved at each level.
+    Every level must halve the image, with patches those of `patch_size`; `method.build` checks this.
     """
 
     image_channels: int = 3
@@ -50,15 +44,18 @@ class Generator(nn.Module):
     nz: Latents = 100  # size of z; 0: no latent variable, for comparison
     z_emb_dim: Width = 256
     n_mlp: Layers = 4  # hidden layers of the mapping of z
-    resblock_type: str = "biggan"
+    resblock_type: Literal["biggan", "biggan_oneadagn", "ddpm"] = "biggan"
     conditional: bool = True  # whether G depends on t
     fir: bool = True
     fir_kernel: Kernel = FIR_KERNEL
     resamp_with_conv: bool = True  # convolve when resampling; for 'ddpm', whose resampling is a separate layer
     skip_rescale: bool = True
-    progressive: str = "none"  # 'output_skip': each level on the way up adds to the output image
-    progressive_input: str = "residual"  # each level on the way down also receives the input image
-    progressive_combine: str = "sum"  # how 'input_skip' merges the input image
+    progressive: Literal["none", "output_skip"] = (
+        "none"  # 'output_skip': each level on the way up adds to the output image
+    )
+    # Each level on the way down also receives the input image.
+    progressive_input: Literal["none", "input_skip", "residual"] = "residual"
+    progressive_combine: Literal["sum", "cat"] = "sum"  # how 'input_skip' merges the input image
     tanh: bool = True
     centered: bool = True  # False: the input is in [0, 1]
     dropout: Below1 = 0.0
@@ -71,7 +68,6 @@ class Generator(nn.Module):
     def __call__(
         self, x: jax.Array, t: jax.Array, z: jax.Array, keys: jax.Array | None = None, y: jax.Array | None = None
     ) -> jax.Array:
-        self._check(x, z)
         block_class = nn.remat(layers.ResBlock, static_argnums=(4,)) if self.remat else layers.ResBlock
         block_index = itertools.count(1)
 
@@ -167,20 +163,3 @@ class Generator(nn.Module):
         dense = partial(nn.Dense, 4 * self.nf, kernel_init=layers.init_avg(), dtype=self.dtype)
         t_emb = dense(name="time_0")(layers.sinusoidal_embedding(t, self.nf))
         return dense(name="time_1")(jax.nn.silu(t_emb))
-
-    def _check(self, x: jax.Array, z: jax.Array) -> None:
-        for option, choices in CHOICES.items():
-            if getattr(self, option) not in choices:
-                raise UserError(f"unknown {option} {getattr(self, option)!r}: it is one of {', '.join(choices)}")
-        levels, part = len(self.ch_mult), self.patch_size * 2 ** (len(self.ch_mult) - 1)
-        patches = f" with patches of {self.patch_size} px" if self.patch_size > 1 else ""
-        if x.shape[1] % part or x.shape[2] % part:
-            raise UserError(
-                f"images of {x.shape[1]}x{x.shape[2]} do not halve {levels - 1} times, as the {levels} levels of "
-                f"ch_mult={tuple(self.ch_mult)} need{patches}: choose sizes divisible by {part}, or fewer levels"
-            )
-        if x.shape[-1] != self.image_channels or z.shape[-1] != self.nz:
-            raise UserError(
-                f"the generator takes {self.image_channels} image channels and nz={self.nz}, "
-                f"not {x.shape[-1]} channels and a z of {z.shape[-1]}"
-            )

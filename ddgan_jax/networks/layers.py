@@ -45,10 +45,10 @@ def embed(classes: int, features: int, dtype: Dtype, name: str, std: float) -> n
 
 
 class Conv(nn.Module):
-    """A size x size convolution with a bias, zero-padded to keep height and width: [B,H,W,C] -> [B,H,W,features].
+    """A size x size convolution, by default with a bias: [B,H,W,C] -> [B,H,W,features], zero-padded to keep H and W.
 
     `shift` [B, features] is added with the bias. `convolve` replaces the convolution by another function of an image
-    and a kernel [size, size, C, features].
+    and a kernel [size, size, C, features], which may change height and width.
     """
 
     features: int

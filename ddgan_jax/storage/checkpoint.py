@@ -18,11 +18,13 @@ import re
 import sys
 import tempfile
 import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from flax import traverse_util
 
 from ddgan_jax.errors import Fault, UserError, is_out_of_memory, reason_of
 from ddgan_jax.storage import paths
@@ -59,21 +61,14 @@ def unflatten(arrays: Arrays, like: Any, what: str = "the checkpoint") -> Any:
     return jax.tree.unflatten(jax.tree.structure(like), [arrays[path] for path in expected])
 
 
+def nested(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dicts of arrays by path with slashes."""
+    return traverse_util.unflatten_dict(arrays, sep="/")
+
+
 def check_like(tree: Any, like: Any, what: str) -> None:
     """Raises UserError unless both trees have the same paths, shapes and types."""
     unflatten(flatten(tree), like, what)
-
-
-def nested(arrays: Arrays) -> dict[str, Any]:
-    """Nested dicts of arrays by path with slashes."""
-    tree: dict[str, Any] = {}
-    for path, array in arrays.items():
-        *parents, leaf = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = array
-    return tree
 
 
 def this_process_only() -> ocp.options.MultiprocessingOptions:
@@ -139,16 +134,10 @@ def _silence_abandoned_reads() -> None:
 
 
 def read(path: Path, ema_only: bool = False) -> tuple[Arrays, dict[str, Any]]:
-    """The arrays by path, on the host, and the configuration of one checkpoint directory.
+    """The arrays by path, on the host, and the item `config` of one checkpoint directory.
 
     Raises Damaged if its content is wrong, OSError if it cannot be read.
     """
-    arrays, metadata = read_with_metadata(path, ema_only)
-    return arrays, metadata["config"]
-
-
-def read_with_metadata(path: Path, ema_only: bool = False) -> tuple[Arrays, dict[str, Any]]:
-    """The arrays by path, and the item `config`, of one checkpoint directory. Raises as `read`."""
     if not paths.is_remote(path):
         try:
             return _restore(path.resolve(), ema_only)
@@ -174,7 +163,7 @@ def read_with_metadata(path: Path, ema_only: bool = False) -> tuple[Arrays, dict
 
 
 def _restore(path: Path, ema_only: bool) -> tuple[Arrays, dict[str, Any]]:
-    """`read_with_metadata` of a local directory. Raises anything where its content is wrong or cannot be read."""
+    """`read` of a local directory. Raises anything where its content is wrong or cannot be read."""
     _silence_abandoned_reads()
     alone = {"multiprocessing_options": this_process_only()}
     handlers: dict[str, Any] = {
@@ -274,11 +263,11 @@ def restore_ema(path: str) -> tuple[dict[str, Any], dict[str, Any], int]:
     """
     directory = find(path)
     try:
-        arrays, metadata = read_with_metadata(directory, ema_only=True)
+        arrays, metadata = read(directory, ema_only=True)
     except FileNotFoundError:  # a training run has deleted it, after it saved a newer one
         if (newer := find(path)) == directory:
             raise
         directory = newer
-        arrays, metadata = read_with_metadata(directory, ema_only=True)
+        arrays, metadata = read(directory, ema_only=True)
     ema = {key.removeprefix(EMA): value for key, value in arrays.items() if key.startswith(EMA)}
     return nested(ema), metadata, int(directory.name)

@@ -24,7 +24,7 @@ from ddgan_jax.storage.buckets import is_address, retry
 
 MIRROR = "DDGAN_MIRROR"
 TIMEOUT = 30.0  # seconds without a byte
-MAX_BYTES = 2**31  # of a file: a server may send without end
+MAX_BYTES = 2**31  # of a file of unknown size: a server may send without end
 PART = 2**20  # bytes that are written at once
 PASSING = (408, 425, 429)  # statuses that may pass, besides those from 500 on
 
@@ -34,14 +34,14 @@ def folder() -> pathlib.Path:
     return pathlib.Path(paths.user_cache(), "downloads")
 
 
-def fetch(url: str, file: pathlib.Path, sha256: str) -> None:
-    """Downloads `url` to `file`, unless it is there.
+def fetch(url: str, file: pathlib.Path, sha256: str, size: int = 0) -> None:
+    """Downloads `url`, of at most `size` bytes, by default MAX_BYTES, to `file`, unless it is there.
 
     A download that was cut, also by a kill, is resumed from FILE.part. On a file system with locks, another process
     that wants the same file waits.
 
     Raises:
-        UserError: the folder cannot be written, or DDGAN_MIRROR is no address.
+        UserError: the folder cannot be written, DDGAN_MIRROR is no address, or `file` is there with other content.
         Fault: the file cannot be downloaded, or is not the published one; or the disk is full.
     """
     url = address(url, file.name)
@@ -49,13 +49,24 @@ def fetch(url: str, file: pathlib.Path, sha256: str) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         with locked(file):
             if not file.exists():
-                _fetch(url, file, sha256)
+                _fetch(url, file, sha256, size or MAX_BYTES)
+            else:
+                check(file, sha256)
+
+
+def check(file: pathlib.Path, sha256: str) -> None:
+    """Raises UserError unless a file has this SHA-256."""
+    if (found := _sha256(file)) != sha256:
+        raise UserError(
+            f"{file} is damaged, or not the published file: its SHA-256 is {found}, not {sha256}; remove it, and run "
+            "the same command again"
+        )
 
 
 def address(url: str, name: str) -> str:
     """The address of a file: `url`, or that of its name below $DDGAN_MIRROR. Raises UserError if that is no address."""
     mirror = os.environ.get(MIRROR, "")
-    if mirror and not is_address(mirror):
+    if mirror and not (is_address(mirror) and mirror.partition("://")[2].strip("/")):
         raise UserError(f"{MIRROR}={mirror} must be an address, such as https://mirror.example/files")
     return f"{mirror.rstrip('/')}/{name}" if mirror else url
 
@@ -83,12 +94,12 @@ def check_room(what: str, folder: pathlib.Path, needed: int, remedy: str = "") -
         raise Fault(f"{takes}, and {folder} has {free / 2**20:,.0f} MiB free: make room there{remedy}")
 
 
-def _fetch(url: str, file: pathlib.Path, sha256: str) -> None:
+def _fetch(url: str, file: pathlib.Path, sha256: str, size: int) -> None:
     part = file.with_name(f"{file.name}.part")
     say(f"downloading {url} to {file}")
     for resumed in (part.exists(), False):
         if not resumed or _sha256(part) != sha256:  # unless a kill came between the last byte and the new name
-            _download(url, part)
+            _download(url, part, size)
         if (found := _sha256(part)) == sha256:
             os.replace(part, file)
             return
@@ -103,19 +114,19 @@ def _sha256(file: pathlib.Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def _download(url: str, part: pathlib.Path) -> None:
+def _download(url: str, part: pathlib.Path, size: int) -> None:
     """Completes the file `part`. Raises Fault when attempts fail and none of them brings a byte."""
     while True:
         before = _size(part)
         try:
-            return retry(url, lambda: _receive(url, part))
+            return retry(url, lambda: _receive(url, part, size))
         except OSError as error:
             if _size(part) <= before:
                 reason = error.reason if isinstance(error, urllib.error.URLError) else reason_of(error)
                 raise Fault(f"{url} cannot be downloaded: {reason}") from error
 
 
-def _receive(url: str, part: pathlib.Path) -> None:
+def _receive(url: str, part: pathlib.Path, size: int) -> None:
     """Receives what `part` lacks. Raises OSError for a failure that may pass, and Fault for others."""
     begun = _size(part)
     try:
@@ -133,8 +144,8 @@ def _receive(url: str, part: pathlib.Path) -> None:
                 while block := response.read(PART):
                     bar.update(len(block))
                     received += len(block)
-                    if received > MAX_BYTES:
-                        raise Fault(f"{url} sends more than {MAX_BYTES >> 30} GiB: it is not the published file")
+                    if received > size:
+                        raise Fault(f"{url} sends more than {size:,} bytes: it is not the published file")
                     try:
                         file.write(block)
                     except OSError as error:

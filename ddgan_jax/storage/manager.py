@@ -27,7 +27,7 @@ from ddgan_jax.storage.checkpoint import (
     best,
     finished,
     flatten,
-    read_with_metadata,
+    read,
     sealed,
     this_process_only,
     unflatten,
@@ -244,7 +244,7 @@ class Checkpoints:
         damaged: list[tuple[int, Damaged]] = []
         for step in reversed(self.steps()):
             try:
-                arrays, metadata = read_with_metadata(self.directory / str(step))
+                arrays, metadata = read(self.directory / str(step))
             except Damaged as error:
                 damaged.append((step, error))
                 continue

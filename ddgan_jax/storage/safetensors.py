@@ -50,9 +50,12 @@ def read(file: paths.Given) -> tuple[Arrays, dict[str, Any], int, dict[str, str]
         raise UserError(f"{file} was not written by ddgan_jax: it has no configuration; name a file of --mode=export")
     if _checksum(arrays, found) != found["checksum"]:
         raise Fault(f"{file} is damaged: its checksum is wrong; copy or export it again")
+    try:
+        config, step = json.loads(found["config"]), int(found["step"])
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} was not written by ddgan_jax: its configuration or step cannot be read") from error
     weights = {name: array.astype(np.float32) for name, array in arrays.items()}
-    further = {name: text for name, text in found.items() if name not in OWN}
-    return weights, json.loads(found["config"]), int(found["step"]), further
+    return weights, config, step, {name: text for name, text in found.items() if name not in OWN}
 
 
 def metadata(file: paths.Given) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """The operations of the networks and the optimizer, in forms that are fast on each platform.
 
-Each operation has a plain form, in `reference.py`, and a fast form with the same result up to rounding. `TABLE`
-describes the fast form on each platform. Networks call `ops.conv(x, kernel)` and name no platform. To understand the
+Each operation has a plain form, in `reference.py`, and a fast form with the same result up to rounding, whose docstring
+describes what it does on each platform. Networks call `ops.conv(x, kernel)` and name no platform. To understand the
 method, read `reference.py` and skip the rest of this folder.
 
 One switch selects the reference forms: the environment variable DDGAN_OPS=reference, or
@@ -54,28 +54,20 @@ def portable() -> AbstractContextManager[None]:
 def _as_reference(form: str) -> frozenset[str]:
     """The operations that run in their reference form. Raises UserError for an unknown `form`."""
     word, _, names = form.partition(":")
-    chosen = frozenset(names.split(",") if names else TABLE)
+    chosen = frozenset(names.split(",") if names else OPERATIONS)
     if word not in FORMS or (word != "reference" and names):
         forms = f"{', '.join(FORMS)}, or for some of them reference:conv,group_norm"
         raise UserError(f"DDGAN_OPS={form} is not a form of the operations: it is {forms}")
-    if unknown := ", ".join(sorted(chosen - set(TABLE))):
-        raise UserError(f"DDGAN_OPS={form}: no operation {unknown}: they are {', '.join(TABLE)}")
+    if unknown := ", ".join(sorted(chosen - OPERATIONS)):
+        raise UserError(f"DDGAN_OPS={form}: no operation {unknown}: they are {', '.join(sorted(OPERATIONS))}")
     return frozenset() if word == "fast" else chosen
 
 
-# {operation: {"reference", "cpu", "gpu", "tpu": what is done there}}
-TABLE: dict[str, dict[str, str]] = {}
+OPERATIONS: set[str] = set()
 
 
-def _operation(
-    plain: F,
-    fast: Callable[..., Any],
-    cpu: str,
-    gpu: str = "as the reference",
-    tpu: str = "",
-    portable: Callable[..., Any] | None = None,
-) -> F:
-    """The operation `plain`, in the selected form. `tpu` defaults to `gpu`, and `portable` to `plain`."""
+def _operation(plain: F, fast: Callable[..., Any], portable: Callable[..., Any] | None = None) -> F:
+    """The operation `plain`, in the selected form; `portable` defaults to `plain`."""
 
     @functools.wraps(plain)
     def operation(*args: Any, **kwargs: Any) -> Any:
@@ -83,46 +75,17 @@ def _operation(
             slow = portable if portable and _form.value == "portable" else plain
             return (slow if plain.__name__ in _as_reference(_form.value) else fast)(*args, **kwargs)
 
-    what = (plain.__doc__ or "").partition("\n")[0]
-    TABLE[plain.__name__] = {"reference": what, "cpu": cpu, "gpu": gpu, "tpu": tpu or gpu}
+    OPERATIONS.add(plain.__name__)
     return operation  # type: ignore[return-value]
 
 
-conv = _operation(
-    reference.conv,
-    _conv,
-    cpu="Winograd's F(2x2, 3x3) in wide float32 layers of 16 px and more; other kernels' gradients in strips of rows",
-    tpu="as the reference, with the channels in lanes",
-)
-pointwise = _operation(reference.pointwise, _pointwise, cpu="a matrix product")
-upfirdn = _operation(
-    reference.upfirdn,
-    _upfirdn,
-    cpu="as the reference",
-    tpu="a matrix product for each axis",
-    portable=_products,
-)
-group_norm = _operation(
-    reference.group_norm,
-    _group_norm,
-    cpu="sums of channels, then of groups by a matrix product; in memory",
-    gpu="sums of channels, then of groups by a matrix product",
-)
-add_shift = _operation(
-    reference.add_shift,
-    _add_shift,
-    cpu="in memory",
-    gpu="apart from the convolution",
-    tpu="as the reference",
-)
-materialize = _operation(reference.materialize, _materialize, cpu="a border that fusion does not cross")
-row_major = _operation(
-    reference.row_major,
-    _row_major,
-    cpu="as the reference",
-    gpu="kernels of convolutions in memory, in the order of their axes",
-    tpu="as the reference",
-)
+conv = _operation(reference.conv, _conv)
+pointwise = _operation(reference.pointwise, _pointwise)
+upfirdn = _operation(reference.upfirdn, _upfirdn, portable=_products)
+group_norm = _operation(reference.group_norm, _group_norm)
+add_shift = _operation(reference.add_shift, _add_shift)
+materialize = _operation(reference.materialize, _materialize)
+row_major = _operation(reference.row_major, _row_major)
 
 
 def fir_filter(x: jax.Array, kernel: Sequence[float], pad: int) -> jax.Array:
@@ -146,7 +109,7 @@ __all__ = [
     "FIR_KERNEL",
     "FORMS",
     "MAX_CHANNELS",
-    "TABLE",
+    "OPERATIONS",
     "add_shift",
     "conv",
     "fir_downsample",

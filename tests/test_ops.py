@@ -353,7 +353,7 @@ def test_operations_are_chosen_one_by_one():
     [
         ("quick", "DDGAN_OPS=quick .*: it is fast, reference, portable"),
         ("fast:conv", "DDGAN_OPS=fast:conv .*: it is fast, reference, portable"),
-        ("reference:cov", "no operation cov: they are conv, "),
+        ("reference:cov", "no operation cov: they are add_shift, conv, "),
     ],
 )
 def test_an_unknown_form_is_one_sentence(form, message):

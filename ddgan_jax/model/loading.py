@@ -9,7 +9,7 @@ import jax
 
 from ddgan_jax.config.settings import Config, read
 from ddgan_jax.devices import processes
-from ddgan_jax.errors import UserError
+from ddgan_jax.errors import UserError, is_missing, reason_of
 from ddgan_jax.method import build
 from ddgan_jax.model.card import measures_in
 from ddgan_jax.model.checks import as_path
@@ -119,11 +119,13 @@ def _evaluated(path: str, step: int, c: Config) -> dict[str, str]:
     """`Model.about` of a checkpoint: its measures, if `--mode=evaluate` has written them."""
     folder = paths.path(checkpoint.absolute(checkpoint.find(path))).parent
     workdir = folder.parent if folder.name == "checkpoints" else paths.path(path)
+    file = workdir / "evaluation" / str(step) / "results.json"
     try:
-        results = json.loads(paths.read(workdir / "evaluation" / str(step) / "results.json"))
-    except (OSError, ValueError, RecursionError):  # There is none, or it is damaged: the model is complete without
+        found = measures_in(json.loads(paths.read(file)), c)
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
+        if not is_missing(error):
+            processes.say(f"note: the model is loaded without its measures: {file} cannot be read: {reason_of(error)}")
         return {}
-    found = measures_in(results, c)
     return {"measures": json.dumps(found)} if found else {}
 
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import pathlib
+import types
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -276,9 +278,20 @@ def test_the_older_form_names_the_new_one(tmp_path):
 
 
 def test_a_preset_for_the_images():
-    assert api._default_preset((2,)) == "gaussians"
-    assert api._default_preset((8, 8, 1)) == "digits"
-    assert api._default_preset(None) == api._default_preset((64, 64, 3)) == "image_folder:small"
+    assert api._default_preset((2,), {}) == "gaussians"
+    assert api._default_preset((8, 8, 1), {}) == "digits"
+    assert api._default_preset(None, {}) == api._default_preset((64, 64, 3), {}) == "image_folder:small"
+
+
+def test_a_preset_for_a_folder_on_an_accelerator(tmp_path, monkeypatch):
+    """By the size to which its images are resized."""
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(platform="gpu")])
+    for side, given, preset in ((300, {}, ":large"), (300, {"data__image_size": 64}, ""), (70, {}, "")):
+        folder = tmp_path / f"{side}"
+        folder.mkdir(exist_ok=True)
+        for i in range(4):
+            Image.fromarray(RNG.integers(0, 256, (side, side, 3), np.uint8)).save(folder / f"{i}.png")
+        assert api._default_preset(None, {"data__path": str(folder)} | given) == f"image_folder{preset}"
 
 
 def test_images_that_inception_cannot_read_are_trained_on_without_it():

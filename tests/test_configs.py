@@ -64,8 +64,8 @@ def test_every_config_differs_from_the_documented_one_in_values_only(name):
 def test_levels_that_do_not_suit_the_image_size(size, patch, noted):
     config = preset_with("image_folder", data__image_size=size, data__channels=3, model__patch_size=patch)
     assert notes_on_levels(read(config)) == noted * [
-        "note: at 256 px, the generator's 4 levels end at 32x32 positions and take much memory: use "
-        "--config=configs/image_folder.py:large, or set a smaller data.image_size",
+        "note: at 256 px, the generator's 4 levels end at 32x32 positions and take much memory: add levels to "
+        "generator.ch_mult, as configs/image_folder.py:large has, or set a smaller data.image_size",
         "note: generator.attn_resolutions has no effect at 16: the levels of this network are 256, 128, 64, 32",
     ]
 

@@ -31,8 +31,8 @@ from ddgan_jax.devices import parallel
 from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.method.build import build, init_state
 from ddgan_jax.metrics import checks, evaluator, feature_networks, features, inception, npz, vgg
-from ddgan_jax.model.loading import load, load_initial_networks
-from ddgan_jax.storage import buckets, downloads, paths
+from ddgan_jax.model.loading import config_of, load, load_initial_networks
+from ddgan_jax.storage import buckets, checkpoint, downloads, paths, safetensors
 
 TIMES = ("seconds", "sampling")
 
@@ -941,12 +941,25 @@ def test_the_papers_results_are_for_its_own_evaluation():
         assert evaluate.papers_results(read(preset_with("cifar10", **other))) == {}
 
 
-def test_a_file_does_not_say_where_to_write(tmp_path):
-    """It may be somebody else's: its paths are ignored, and those of an own run are used."""
-    config = read(preset_with("digits:smoke", data__dir=str(tmp_path), eval__vgg_weights="secret"))
+def test_a_file_does_not_say_where_to_write_or_what_to_run(tmp_path, monkeypatch):
+    """It may be somebody else's: its paths and its function are ignored, in Python and by commands."""
+    (tmp_path / "evil.py").write_text("raise SystemExit('it ran')")
+    monkeypatch.syspath_prepend(tmp_path)
+    model, file = load("digits"), tmp_path / "model.safetensors"
+    config = as_dict(model.config)
+    config["data"] |= {"dir": str(tmp_path / "victim"), "path": "secret"}
+    config["eval"] |= {"features": "evil:f", "vgg_weights": "secret"}
+    safetensors.write(file, checkpoint.flatten(model.params), config, 7, {})
+    for found in (load(file).config, config_of(str(file))):
+        assert found.data.dir is None and found.data.path is None and found.eval.vgg_weights is None
+        assert found.eval.features == read({}).eval.features
+
+
+def test_a_file_of_a_folder_needs_its_path(tmp_path):
+    config = read(preset_with("image_folder", data__image_size=32, data__channels=3))
+    with pytest.raises(UserError, match=r"add --config=NAME of the training and --config.data.path=FOLDER"):
+        evaluate._trusted(config, "model.safetensors")
     assert evaluate._trusted(config, str(tmp_path)) == config
-    trusted = evaluate._trusted(config, "model.safetensors")
-    assert trusted.data.dir is None and trusted.eval.vgg_weights is None
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from ddgan_jax.config.settings import Config, as_dict, read
 from ddgan_jax.data.arrays import Range, are_names, as_data, as_names
 from ddgan_jax.data.batches import match_label_frequencies
 from ddgan_jax.data.resolve import labels_of
-from ddgan_jax.data.sources import IN_PYTHON, Data
+from ddgan_jax.data.sources import IN_PYTHON, Data, inspect
 from ddgan_jax.devices.processes import say
 from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.metrics.evaluator import Results, measure, open_evaluator
@@ -96,7 +96,7 @@ def train(
     elif with_classes:
         raise UserError("labels and classes are those of images: pass images too, or leave them out")
     if preset is None and images is not None:
-        preset = _default_preset(shape)
+        preset = _default_preset(shape, fields)
         say(f"configuration: preset={preset!r}")
     config = as_dict(presets.get(preset or "digits") if isinstance(preset or "", str) else preset)
     if data is not None:
@@ -105,13 +105,13 @@ def train(
     return load(workdir)
 
 
-def _default_preset(shape: tuple[int, ...] | None) -> str:
-    """The configuration for examples of a shape, None for a folder of images, on the present device."""
+def _default_preset(shape: tuple[int, ...] | None, fields: dict[str, Any]) -> str:
+    """The configuration for examples of a shape, None for the folder of images in `fields`, on the present device."""
     if shape is not None and len(shape) == 1:
         return "gaussians"
-    side = shape[0] if shape else 32
     if jax.devices()[0].platform == "cpu":
-        return "image_folder:small" if side >= 16 else "digits"
+        return "image_folder:small" if shape is None or shape[0] >= 16 else "digits"
+    side = shape[0] if shape else inspect(_with_fields(as_dict(presets.get("image_folder")), fields).data).shape[0]
     return "image_folder:large" if side >= 128 else "image_folder"
 
 

@@ -131,9 +131,9 @@ def run(argv: list[str]) -> None:
     elif FLAGS.mode == "demo":
         processes.run_on_primary(lambda: demo(path))
     elif FLAGS.mode == "sample":
-        generate(config if named else None, path)
+        generate(config if named else None, path, argv)
     else:
-        processes.run_on_primary(lambda: generate(config if named else None, path))
+        processes.run_on_primary(lambda: generate(config if named else None, path, argv))
 
 
 def config_of_run(argv: list[str]) -> str | None:
@@ -190,7 +190,7 @@ def demo(path: str) -> None:
     demo(loading.load(path), os.path.basename(path.rstrip("/")), flags.FLAGS.host, flags.FLAGS.port)
 
 
-def generate(config: Any, path: str) -> None:
+def generate(config: Any, path: str, argv: list[str]) -> None:
     """Run --mode with the model in `path`."""
     from ddgan_jax.commands import generate
     from ddgan_jax.model import loading
@@ -201,7 +201,7 @@ def generate(config: Any, path: str) -> None:
     name = "model.safetensors" if FLAGS.mode == "export" else f"{FLAGS.mode}.png"
     found = loading.load(path, config)
     if not path.endswith(".pth"):
-        fields = [flag.partition("=")[0].partition(".")[2] for flag in sys.argv if flag.startswith("--config.")]
+        fields = [flag.partition("=")[0].partition(".")[2] for flag in argv if flag.startswith("--config.")]
         found = generate.with_flags(found, FLAGS.config, fields)
     label = None if FLAGS.label is None else parse_label(FLAGS.label, found.classes)
     seed_label = dict(seed=FLAGS.sample_seed, label=label)

@@ -26,7 +26,6 @@ from ddgan_jax.devices import parallel, processes
 from ddgan_jax.errors import UserError
 from ddgan_jax.metrics.evaluator import EvaluationResult, Evaluator, Results, measure, open_evaluator
 from ddgan_jax.metrics.features import open_real_images
-from ddgan_jax.model.card import without_private
 from ddgan_jax.model.loading import config_of, default_output, file_of, load
 from ddgan_jax.model.model import Model
 from ddgan_jax.model.sampler import Sampler
@@ -153,16 +152,21 @@ def _is_of(file: Path, c: Config, count: int, data: Data | None) -> bool:
 
 
 def _trusted(c: Config, path: str) -> Config:
-    """The configuration of a checkpoint, without the paths of a file, which may be somebody else's.
+    """The configuration of a checkpoint or file.
 
-    Raises UserError if its evaluation would run a Python function.
+    Raises UserError if its evaluation would run a Python function, or needs a path, which files do not contain.
     """
     if ":" in (code := c.eval.features):
         raise UserError(
             f"the configuration in {path} names the Python function {code}, and a checkpoint cannot run code: "
             f"add --config=NAME of the training and --config.eval.features={code}"
         )
-    return without_private(c) if file_of(path) else c
+    if file_of(path) and c.data.name == "image_folder" and not c.data.path:
+        raise UserError(
+            f"{path} was trained on a folder of images, whose path a file does not contain: add --config=NAME of the "
+            "training and --config.data.path=FOLDER"
+        )
+    return c
 
 
 def _match_data(c: Config, trained: Config, path: str) -> Config:

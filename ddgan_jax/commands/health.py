@@ -167,7 +167,7 @@ class Monitor:
             if not self._config.train.r1_gamma:
                 sentence = sentence.replace(", or lower --config.train.r1_gamma", "")
             if self._config.objective == "gaussian":
-                sentence = sentence.replace(", or raise --config.train.r1_gamma", "")
+                sentence = sentence.replace(", or raise --config.train.r1_gamma", "").replace(" and lr_d", "")
             say(f"note: step {step}: {sentence} (docs/train.md#is-it-going-well)")
         return {"findings": found} if found else {}
 

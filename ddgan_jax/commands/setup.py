@@ -180,7 +180,7 @@ def _open(config: Any, data: Data | None, before: dict[str, Any] | None, path: P
     c, chosen = resolve_from_data(c, data)
     method = build(c)
     check_batch(method.batch_size, c.train.accumulate)
-    for sentence in (*chosen, *notes_on_levels(c)):
+    for sentence in (*chosen, *([] if before else notes_on_levels(c))):
         say(sentence)
     data = data or open_data(c.data)
     if data.images.shape[1:] != method.denoiser.image_shape:

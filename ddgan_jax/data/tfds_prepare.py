@@ -4,6 +4,7 @@ import importlib.util
 import pathlib
 import shutil
 import sys
+import tempfile
 from typing import Any
 
 from ddgan_jax.data.tfds import builder_of, check_folder, check_image, manual_instructions
@@ -65,9 +66,10 @@ def _prepare(name: str, data_dir: str) -> None:
         tfds.disable_progress_bar()
     config, extracted = tfds.download.DownloadConfig(), None
     if not paths.is_remote(data_dir):
-        # tfds uses what it finds extracted, also what an interrupted run left incomplete.
-        extracted = pathlib.Path(data_dir) / "downloads" / f"extracted-{name.replace('/', '-')}"
-        shutil.rmtree(extracted, ignore_errors=True)
+        # A new folder, since tfds uses what it finds extracted unchecked. Where there are no locks, another process may
+        # prepare the same dataset.
+        (pathlib.Path(data_dir) / "downloads").mkdir(exist_ok=True)
+        extracted = tempfile.mkdtemp(prefix=f"extracted-{name.replace('/', '-')}-", dir=f"{data_dir}/downloads")
         config.extract_dir = extracted
         if not manual_instructions(builder):
             config.manual_dir = _download(name, builder, pathlib.Path(data_dir))

@@ -104,10 +104,10 @@ def notes_on_levels(c: Config) -> list[str]:
     levels = [size // c.model.patch_size // 2**i for i in range(len(generator.ch_mult))]
     notes = []
     if levels[-1] > DEEPEST:
-        wanted = "use --config=configs/image_folder.py:large" if len(levels) < 6 else "add a level to generator.ch_mult"
         notes.append(
             f"note: at {size} px, the generator's {len(levels)} levels end at {levels[-1]}x{levels[-1]} positions and "
-            f"take much memory: {wanted}, or set a smaller data.image_size"
+            "take much memory: add levels to generator.ch_mult, as configs/image_folder.py:large has, or set a smaller "
+            "data.image_size"
         )
     if missed := [str(resolution) for resolution in generator.attn_resolutions if resolution not in levels]:
         at, has = ", ".join(missed), ", ".join(map(str, levels))

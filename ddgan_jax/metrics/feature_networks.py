@@ -48,26 +48,23 @@ def check_last_evaluation(c: Config, data: sources.Data, opened: bool) -> None:
     if ":" in c.eval.features and not opened:
         processes.run_on_all(lambda: custom_network(c.eval.features, data.images))
     if c.eval.features == "inception":
-        manifolds = bool(weights_files(c, manifolds=True)[1]) if opened else check_weights(c)
-        check_sizes(c, len(data.images), c.eval.num_samples, manifolds)
+        _, of_vgg = weights_files(c, manifolds=True) if opened else check_weights(c)
+        check_sizes(c, len(data.images), c.eval.num_samples, manifolds=bool(of_vgg))
     if file := c.eval.reference_statistics:
-        processes.run_on_primary(lambda: distances.load_moments(file))
+        processes.run_on_primary(lambda: distances.load_moments(file, inception.FEATURES))
 
 
-def check_weights(c: Config) -> bool:
-    """Whether there are weights of VGG16 beside those of Inception, after downloads of what is missing.
-
-    Raises as `published_networks`, also for weights that are damaged.
-    """
+def check_weights(c: Config) -> tuple[str, str]:
+    """The `weights_files` of Inception and VGG16, after reading them. Raises as `published_networks`."""
     files = weights_files(c, manifolds=True)
 
     def read() -> None:
         for file, module in zip(files, WEIGHTS.values(), strict=True):
             if file:
-                _read_weights_here(file, module)
+                module.params(_read_weights_here(file, module))
 
     processes.run_on_primary(read)
-    return bool(files[1])
+    return files
 
 
 def published_networks(c: Config, manifolds: bool = True) -> list[Network]:
@@ -145,8 +142,8 @@ def _read_weights_here(path: str, module: Any) -> dict[str, np.ndarray]:
         digest = hashlib.sha256(content).hexdigest()
         if digest != module.SHA256:
             raise UserError(
-                f"{path} is damaged: its SHA-256 is {digest}, not {module.SHA256}; remove it, and run the same "
-                "command again to download it"
+                f"{path} is damaged: its SHA-256 is {digest}, not {module.SHA256}; copy it again, or remove it to have "
+                "it downloaded (eval.download=True)"
             )
     return npz.parse_npz(content, path) if path.endswith(".npz") else state_dict.parse(content, path)
 

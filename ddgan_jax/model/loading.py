@@ -11,7 +11,7 @@ from ddgan_jax.config.settings import Config, read
 from ddgan_jax.devices import processes
 from ddgan_jax.errors import UserError, is_missing, reason_of
 from ddgan_jax.method import build
-from ddgan_jax.model.card import measures_in
+from ddgan_jax.model.card import measures_in, without_private
 from ddgan_jax.model.checks import as_path
 from ddgan_jax.model.classes import names_of, read_names
 from ddgan_jax.model.model import Model
@@ -108,7 +108,9 @@ def load(path: str | os.PathLike, config: Any = None, **hints: Any) -> Model:
         saved_config, trained_on = metadata["config"], (metadata.get("of_job") or {}).get("data")
         classes = (trained_on or {}).get("classes")
     c = read(saved_config)
-    if not file:
+    if file:
+        c = without_private(c)  # which may be somebody else's
+    else:
         about = processes.broadcast_from_primary(lambda: _evaluated(path, step, c))
     denoiser = build.denoiser(c)
     checkpoint.check_like(params, jax.eval_shape(denoiser.init_gen, jax.random.key(0)), f"the checkpoint in {path}")
@@ -117,10 +119,10 @@ def load(path: str | os.PathLike, config: Any = None, **hints: Any) -> Model:
 
 def _evaluated(path: str, step: int, c: Config) -> dict[str, str]:
     """`Model.about` of a checkpoint: its measures, if `--mode=evaluate` has written them."""
-    folder = paths.path(checkpoint.absolute(checkpoint.find(path))).parent
-    workdir = folder.parent if folder.name == "checkpoints" else paths.path(path)
-    file = workdir / "evaluation" / str(step) / "results.json"
+    file = paths.path(path)
     try:
+        folder = paths.path(checkpoint.absolute(checkpoint.find(path))).parent
+        file = (folder.parent if folder.name == "checkpoints" else file) / "evaluation" / str(step) / "results.json"
         found = measures_in(json.loads(paths.read(file)), c)
     except (OSError, ValueError, RecursionError, MemoryError) as error:
         if not is_missing(error):
@@ -137,7 +139,7 @@ def config_of(path: str) -> Config:
         Fault: the model is damaged or cannot be read.
     """
     if file := file_of(path):
-        return read(_read(file)[1])
+        return without_private(read(_read(file)[1]))
     found = checkpoint.find(path)
     try:
         return read(checkpoint.metadata_of(found)["config"])

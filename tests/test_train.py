@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
@@ -145,13 +146,26 @@ def test_it_says_what_it_does(tmp_path, capsys, monkeypatch):
     assert [command.partition(" --")[2] for command in commands] == [f"mode={m} --workdir={tmp_path}" for m in modes]
 
 
-def test_large_networks_on_a_cpu_are_noted(capsys):
+def test_large_networks_are_noted(capsys, monkeypatch):
+    """On a CPU, that they take days; elsewhere, that bfloat16 is faster, unless it is set."""
     fields = dict(train__num_steps=1, train__batch_size=4, train__steps_per_epoch=1)
-    data = Data(np.zeros((4, 32, 32, 3), np.uint8))
+    data, gpu = Data(np.zeros((4, 32, 32, 3), np.uint8)), types.SimpleNamespace(platform="gpu", device_kind="H100")
     for name, noted in (("image_folder", True), ("image_folder:small", False)):
         method = build(preset_with(name, data__image_size=32, data__channels=3, **fields))
-        progress.overview(method, jax.eval_shape(lambda method=method: init_state(method, 0)), 4, data)
+        shapes = jax.eval_shape(lambda method=method: init_state(method, 0))
+        progress.overview(method, shapes, 4, data, "float32")
         assert ("train for days on a CPU; configs/image_folder.py:small" in capsys.readouterr().out) == noted
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "devices", lambda: [gpu])
+            for dtype in ("float32", "bfloat16"):
+                progress.overview(method, shapes, 4, data, dtype)
+                expected = noted and dtype == "float32"
+                output = capsys.readouterr().out
+                assert ("note: --config.model.dtype=bfloat16 is 1.9 times as fast" in output) == expected
+            old = types.SimpleNamespace(platform="gpu", device_kind="T4", compute_capability="7.5")
+            patch.setattr(jax, "devices", lambda old=old: [old])
+            progress.overview(method, shapes, 4, data, "float32")
+            assert "bfloat16" not in capsys.readouterr().out
 
 
 WITH_WANDB = """

@@ -83,7 +83,7 @@ def set_up(
     def open_all() -> tuple[Files, Any, Future | None]:
         with interrupt.deferred():
             workdir.lock(path, lock)
-            overview(method, shapes, method.batch_size // jax.device_count(), data)
+            overview(method, shapes, method.batch_size // jax.device_count(), data, c.model.dtype)
             sketch = sketch_of(data, labels)
             checkpoints = None if restart else open_checkpoints(path, c)
             restored, saved = restore(checkpoints, shapes, path, c) if checkpoints else (None, {})

@@ -55,7 +55,7 @@ def configuration(default: str, **options: int | str) -> tuple[Any, Any]:
     """
     for name, value in options.items():
         (flags.DEFINE_string if isinstance(value, str) else flags.DEFINE_integer)(name, value, "")
-    presets.read_flags(flags.FLAGS.read_flags_from_files(sys.argv, force_gnu=False), default)
+    presets.read_flags(sys.argv, default)
     return flags.FLAGS.config, flags.FLAGS
 
 

@@ -934,7 +934,7 @@ def test_a_model_of_an_array_is_compared_with_its_preset_data_with_a_note(tmp_pa
 
 
 def test_the_papers_results_are_for_its_own_evaluation():
-    """Of the same data, split, size and features."""
+    """They are printed only if the data, the split, the image size and the features are those of a preset."""
     assert evaluate.papers_results(read(preset_with("cifar10")))["fid"] == 3.75
     assert evaluate.papers_results(read(preset_with("celeba_hq_256")))["fid"] == 7.64
     for other in ({"eval__features": "classifier"}, {"data__split": "test"}, {"data__image_size": 64}):

@@ -78,7 +78,7 @@ def run(argv: list[str]) -> None:
     """Read the flags and run the mode. Raises UserError for invalid flags."""
     FLAGS = flags.FLAGS
     with of_flags():
-        argv = FLAGS.read_flags_from_files(argv, force_gnu=False)  # of --flagfile
+        argv = FLAGS.read_flags_from_files(argv, force_gnu=False)  # of --flagfile, for the lines below that read argv
     if {"--help", "-help", "-h"} & set(argv):
         if hasattr(signal, "SIGPIPE"):
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as for `--help | head`

@@ -214,16 +214,8 @@ def _open_data(c: Config, count: int, seed: int) -> Data | None:
 
 def papers_results(c: Config) -> dict[str, float]:
     """The paper's results by measure, if `c` has the data and the features of one of its presets; else {}."""
-    for name, results in PAPER.items():
-        preset = read(presets.get(name))
-        same = (c.data.name, c.data.split, c.data.image_size) == (
-            preset.data.name,
-            preset.data.split,
-            preset.data.image_size,
-        )
-        if same and c.eval.features == preset.eval.features:
-            return results
-    return {}
+    of = lambda c: (c.data.name, c.data.split, c.data.image_size, c.eval.features)  # noqa: E731
+    return next((results for name, results in PAPER.items() if of(read(presets.get(name))) == of(c)), {})
 
 
 def _readable(value: Any) -> str:

@@ -123,7 +123,8 @@ def read_flags(argv: list[str], default: str) -> list[str]:
 
     `--config=digits:long` means `--config=configs/digits.py:long`. Raises UserError for invalid flags.
     """
-    argv = with_current_names(argv)
+    with errors.of_flags():
+        argv = with_current_names(flags.FLAGS.read_flags_from_files(argv, force_gnu=False))
     name = value_of("config", argv)
     config = get(default if name is None else name)
     rest, is_value = [], False

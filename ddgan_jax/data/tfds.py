@@ -176,15 +176,13 @@ def _find_builder(name: str, data_dir: str) -> Any:
             f"dataset {name} is not in {data_dir}, and tfds has none of this name, configuration and version: set "
             "data.dir, or choose another dataset"
         )
-    by_hand = f" --manual_dir=DIR {CLI_NEEDS}" if manual_instructions(builder) else f" {CLI_NEEDS}"
+    manual = manual_instructions(builder)
     raise UserError(
         f"dataset {name} is not in {data_dir}: set data.dir, or prepare it there with "
-        f"`tfds build {name} --file_format=array_record --data_dir={data_dir}`{by_hand}"
-        + (
-            f", where DIR is for what you have to download: {manual_instructions(builder)}"
-            if manual_instructions(builder)
-            else ""
-        )
+        f"`tfds build {name} --file_format=array_record --data_dir={data_dir}`"
+        + (" --manual_dir=DIR" if manual else "")
+        + f" {CLI_NEEDS}"
+        + (f", where DIR is for what you have to download: {manual}" if manual else "")
     )
 
 

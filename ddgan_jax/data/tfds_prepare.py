@@ -66,13 +66,13 @@ def _prepare(name: str, data_dir: str) -> None:
         tfds.disable_progress_bar()
     config, extracted = tfds.download.DownloadConfig(), None
     if not paths.is_remote(data_dir):
+        if not manual_instructions(builder):
+            config.manual_dir = _download(name, builder, pathlib.Path(data_dir))
         # A new folder, since tfds uses what it finds extracted unchecked. Where there are no locks, another process may
         # prepare the same dataset.
         (pathlib.Path(data_dir) / "downloads").mkdir(exist_ok=True)
         extracted = tempfile.mkdtemp(prefix=f"extracted-{name.replace('/', '-')}-", dir=f"{data_dir}/downloads")
         config.extract_dir = extracted
-        if not manual_instructions(builder):
-            config.manual_dir = _download(name, builder, pathlib.Path(data_dir))
     try:
         builder.download_and_prepare(download_config=config)
     except Exception as error:  # tfds, requests, TensorFlow and Beam have no base in common

@@ -81,7 +81,7 @@ def test_levels_of_the_presets(name):
 
 
 def test_the_error_names_the_variants_that_there_are():
-    with pytest.raises(ValueError, match="one of paper, mnist_5k, fast, smoke"):
+    with pytest.raises(ValueError, match="one of paper, small, mnist_5k, fast, smoke"):
         get_config("stacked_mnist", "tiny")
 
 

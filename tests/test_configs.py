@@ -86,7 +86,7 @@ def test_the_error_names_the_variants_that_there_are():
 
 
 def test_the_recipe_of_the_digits_is_not_the_papers():
-    """It is the default, also with more steps or classes; 'paper' has none of it."""
+    """Nor is it with more steps or classes; 'paper' has none of it."""
     of = {variant: as_dict(get_config("digits", variant)) for variant in ("", "conditional", "paper", "long")}
     documented = as_dict(get_config("cifar10"))
     for variant, config in of.items():
@@ -94,6 +94,14 @@ def test_the_recipe_of_the_digits_is_not_the_papers():
         assert (config["loss"] == documented["loss"]) is not ours
         assert (config["diffusion"] == documented["diffusion"]) is not ours
         assert config["loss"]["discriminator_input"] == ("x_0" if ours else "x_t")
+
+
+def test_the_default_is_mnist_by_class():
+    """'unconditional' differs in the number of classes alone."""
+    assert presets.DEFAULT == "mnist" and get_config("mnist").data.name == "mnist_5k"
+    by_class, without = (as_dict(get_config("mnist", variant)) for variant in ("", "unconditional"))
+    assert by_class["model"].pop("num_classes") == 10 and without["model"].pop("num_classes") == 0
+    assert by_class == without
 
 
 @pytest.mark.parametrize("name, beta_max", [("cifar10", 12), ("celeba_hq_256", 20), ("image_folder", None)])

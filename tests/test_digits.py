@@ -1,4 +1,4 @@
-"""Slow: the main job, as the README states it, and how good its digits are."""
+"""Slow: the main job, as the README states it, and how good the digits of it and of configs/digits.py are."""
 
 import json
 import warnings
@@ -38,11 +38,21 @@ class Judge:
 
 
 @pytest.mark.slow
-def test_the_main_job_draws_digits(tmp_path):
-    """All ten digits, each at least 5 %, and a Frechet distance of at most 2 (two halves of the real data: 0.58)."""
+def test_the_main_job_draws_the_digits_of_each_class(tmp_path):
+    """`main.py` alone: a classifier reads the class of 95 % of the samples, which are precise and varied."""
     succeed(f"--workdir={tmp_path}")
     for name in ("config.json", "metrics.jsonl", "results.json", "curves.png", "samples/final.png"):
         assert (tmp_path / name).exists(), name
+    succeed("--mode=evaluate", f"--workdir={tmp_path}", f"--out={tmp_path / 'evaluation'}")
+    found = json.loads((tmp_path / "evaluation" / "results.json").read_text())
+    print({name: found[name] for name in ("classifier_frechet", "label_agreement", "precision", "recall", "seconds")})
+    assert found["label_agreement"] >= 0.95 and found["precision"] >= 0.75 and found["recall"] >= 0.6
+
+
+@pytest.mark.slow
+def test_the_digits_of_scikit_learn_are_drawn(tmp_path):
+    """All ten digits, each at least 5 %, and a Frechet distance of at most 2 (two halves of the real data: 0.58)."""
+    succeed("--config=configs/digits.py", f"--workdir={tmp_path}")
     succeed("--mode=sample", f"--workdir={tmp_path}", "--num_samples=1797", f"--out={tmp_path / 'samples.npz'}")
     images, judge = np.load(tmp_path / "samples.npz")["images"], Judge()
     assert images.shape == (1797, 8, 8, 1)

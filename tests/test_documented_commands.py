@@ -85,7 +85,7 @@ def elsewhere(tmp_path_factory):
     np.save(folder / "latents.npy", rng.standard_normal((16, 32, 32, 4), np.float32))
     features = [text for _, text in BLOCK.findall(PAGES["docs/evaluation.md"].read_text()) if "def thumbnails" in text]
     (folder / "my_features.py").write_text(features[0])
-    run(folder, "python main.py --config=configs/digits.py --workdir=runs/digits")
+    run(folder, "python main.py --config=configs/mnist.py --workdir=runs/mnist")
     return folder
 
 

@@ -57,7 +57,7 @@ def train(
         *former: Nothing: a former version took (config, workdir, data), for which an error names the present form.
         workdir: Folder of the run. The same call again continues an interrupted training there.
         preset: Name of a configuration, such as "image_folder:small", or a configuration. By default it is chosen for
-            the images and the device, and printed; without images it is "digits".
+            the images and the device, and printed; without images it is "mnist".
         classes: Names of the classes by index, for `labels` only.
         value_range: The numbers that stand for black and white, for images that are not uint8, such as (0, 1).
         image_size: Side in pixels to which images are cropped and resized.
@@ -98,7 +98,7 @@ def train(
     if preset is None and images is not None:
         preset = _default_preset(shape, fields)
         say(f"configuration: preset={preset!r}")
-    config = as_dict(presets.get(preset or "digits") if isinstance(preset or "", str) else preset)
+    config = as_dict(presets.get(preset or presets.DEFAULT) if isinstance(preset or "", str) else preset)
     if data is not None:
         config = _for_data(config, data, conditional=labels is not None)
     training.train(_with_fields(config, fields), os.fspath(workdir), data, restart, refuse_other_data=True)

@@ -1,4 +1,4 @@
-"""Denoising Diffusion GANs. Without flags, trains on the digits dataset. docs/ documents all flags and settings.
+"""Denoising Diffusion GANs. Without flags, trains on handwritten digits. docs/ documents all flags and settings.
 
 --config.FIELD=VALUE sets a field of the configuration; docs/configuration.md lists the fields.
 """
@@ -83,14 +83,14 @@ def run(argv: list[str]) -> None:
         if hasattr(signal, "SIGPIPE"):
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as for `--help | head`
         print(f"{__doc__}\n{FLAGS.module_help(__name__)}\n  --config: A preset or a file, with :VARIANT.")
-        print(f"    <{'|'.join(presets.names())}|FILE.py|RUN/config.json>\n    (default: 'digits')")
+        print(f"    <{'|'.join(presets.names())}|FILE.py|RUN/config.json>\n    (default: {presets.DEFAULT!r})")
         return
     named = presets.value_of("config", argv)
     of_run = None if named else config_of_run(argv)
-    rest, config = presets.read_flags(argv, of_run or "digits"), FLAGS.config
+    rest, config = presets.read_flags(argv, of_run or presets.DEFAULT), FLAGS.config
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}: every option is a flag, --name=value")
-    workdir = FLAGS.workdir or f"runs/{presets.name_of(named or 'digits')}"
+    workdir = FLAGS.workdir or f"runs/{presets.name_of(named or presets.DEFAULT)}"
     check_flags()
     check_features(named or of_run or "", config, argv)
     if FLAGS.mode == "train":

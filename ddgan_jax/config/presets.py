@@ -29,6 +29,7 @@ from ddgan_jax.config.check import optional
 from ddgan_jax.config.settings import RENAMED, Config, as_dict, beta_max_for, flat, read
 from ddgan_jax.errors import UserError
 
+DEFAULT = "mnist"  # the preset of `main.py` without --config
 _HERE = pathlib.Path(__file__).parent.parent
 FOLDER = next((folder for folder in (_HERE / "configs", _HERE.parent / "configs") if folder.is_dir()), _HERE)
 

@@ -15,7 +15,7 @@ DOCS, RUNS = common.ROOT / "docs", common.ROOT / "runs" / "experiments" / "pictu
 STROKE, HOLE = f"--image={DOCS}/stroke.png", f"--mask={DOCS}/mask.png"
 COMMANDS = {
     "mnist.png": ["--mode=sample", "--num_samples=100"],
-    "vary.png": ["--mode=vary", "--t=1", "--label=3"],
+    "vary.png": ["--mode=vary", "--t=1", "--checkpoint=digits"],  # mnist hardly uses z
     "edit.png": ["--mode=edit", STROKE, "--start_step=1", "--label=7"],
     "inpaint.png": ["--mode=inpaint", STROKE, HOLE, "--label=7"],
     "between.gif": ["--mode=interpolate", "--between=0,1", "--label=8"],

@@ -235,6 +235,16 @@ def test_the_classifiers_distortions_are_affine_maps(draws, matrix, offset, monk
     assert classifier._distorted(small, jax.random.key(0)) is small
 
 
+@pytest.mark.parametrize("name", ["mnist", "stacked_mnist:mnist_5k"])
+def test_the_classifier_of_mnist_is_tested_on_the_test_digits(name):
+    """Padded as the images are, whatever part of the data the model is trained on."""
+    c = read(presets.get(name))
+    c = dataclasses.replace(c, data=dataclasses.replace(c.data, split="train[:10%]"))
+    x, y, test_x, test_y, count = feature_networks._classifier_data(c, open_data(c.data))
+    assert x.shape == (4_000, 32, 32, 1) and test_x.shape == (1_000, 32, 32, 1) and count == 10
+    assert np.bincount(y).tolist() == [400] * 10 and np.bincount(test_y).tolist() == [100] * 10
+
+
 @pytest.mark.parametrize("hashed", [2**31, 1000])
 def test_a_fingerprint_depends_on_every_image(hashed, monkeypatch):
     monkeypatch.setattr(sources, "MAX_HASHED", hashed)

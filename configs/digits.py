@@ -1,4 +1,4 @@
-"""Handwritten digits of 8x8 pixels from scikit-learn: the default, which trains in minutes on a CPU.
+"""Handwritten digits of 8x8 pixels from scikit-learn, which train in minutes on a CPU.
 
 Variants: '' (our recipe, minutes on 2 CPU cores), 'long' (the same for about an hour of one core), 'conditional' (on
 the ten classes, for `--label`), 'paper' (the paper's losses and noise), 'smoke' (synthetic data, under a minute).

@@ -1,8 +1,8 @@
-"""Images of the documentation, and the measures of the model that they are of.
+"""Images of the documentation, and the measures of the model that all but vary.png are of.
 
     python -m experiments.pictures                              # ten minutes on 2 cores
 
-Trains `python main.py` in runs/experiments/pictures, unless it is finished there, and makes the images in docs/ with
+Trains `python main.py` in runs/experiments/pictures, unless it is finished there, and makes these images in docs/ with
 the commands of docs/editing.md and docs/evaluation.md.
 """
 

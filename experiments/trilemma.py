@@ -19,7 +19,7 @@ from experiments import common
 
 QUALITY_AND_COVERAGE = {
     "gaussians": ("25 Gaussians", lambda judged: judged["high_quality"], lambda judged: judged["modes"] / 25),
-    "digits": ("digits", lambda judged: judged["precision"], lambda judged: judged["recall"]),
+    "digits": ("8x8 digits", lambda judged: judged["precision"], lambda judged: judged["recall"]),
     "stacked_mnist": ("StackedMNIST", lambda judged: judged["precision"], lambda judged: judged["modes"] / 1000),
 }
 SHORT = {
@@ -31,10 +31,10 @@ SHORT = {
     ("25 Gaussians", "Gaussian denoiser, T = 1,000"),
     ("StackedMNIST", "DDGAN, T = 3, our recipe"),
     ("StackedMNIST", "one-shot GAN, T = 1"),
-    ("digits", "T = 3 (our recipe)"),
-    ("digits", "T = 1 (one-shot GAN)"),
-    ("digits", "Gaussian denoiser, T = 4"),
-    ("digits", "Gaussian denoiser, T = 100"),
+    ("8x8 digits", "T = 3 (our recipe)"),
+    ("8x8 digits", "T = 1 (one-shot GAN)"),
+    ("8x8 digits", "Gaussian denoiser, T = 4"),
+    ("8x8 digits", "Gaussian denoiser, T = 100"),
 }
 
 

@@ -33,6 +33,7 @@ def _mnist_5k() -> Splits:
 
 READERS: dict[str, Callable[[], Splits]] = {"digits": _digits, "mnist_5k": _mnist_5k}
 CLASSES, STACKED_CLASSES = tuple("0123456789"), tuple(f"{mode:03d}" for mode in range(1000))
+MNIST = ("mnist", "mnist_5k")
 PADDED = 32  # px, of MNIST and StackedMNIST: unlike 28, it halves more than twice
 STACKED_IMAGES = 120_000  # as in the released code: the 60,000 of MNIST twice
 
@@ -42,17 +43,28 @@ def open_split(
 ) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     """Returns the images, labels and class names of a split, or of several, as in 'train+test'.
 
-    Digits of MNIST are zero-padded to 32 px if `image_size` is that. Raises UserError if there is no such split, or if
-    the images have another size or number of channels.
+    Raises UserError if there is no such split, or if the images have another size or number of channels.
     """
     found = READERS[name]()
     sizes = {known: len(labels) for known, (_, labels) in found.items()}
     parts = [splits.find(part, sizes, f"dataset {name}") for part in split.split("+")]
     images, labels = (np.concatenate([found[known][i][part] for known, part in parts]) for i in range(2))
-    if name == "mnist_5k" and image_size == PADDED:
-        images = pad(images, PADDED)
     decoding.output_shape(name, images.shape[1:], image_size, channels)
     return images, labels, CLASSES
+
+
+class Padded:
+    """Digits [N, S, S, 1], zero-padded to `size` px when they are read."""
+
+    def __init__(self, images: Any, size: int):
+        self.shape, self.dtype = (len(images), size, size, 1), images.dtype
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, indices: Any) -> np.ndarray:
+        return pad(self._images[indices], self.shape[1])
 
 
 class StackedDigits:

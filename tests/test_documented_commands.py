@@ -86,6 +86,8 @@ def elsewhere(tmp_path_factory):
     features = [text for _, text in BLOCK.findall(PAGES["docs/evaluation.md"].read_text()) if "def thumbnails" in text]
     (folder / "my_features.py").write_text(features[0])
     run(folder, "python main.py --config=configs/mnist.py --workdir=runs/mnist")
+    # Trains the classifier that all pages use, which takes minutes without XLA's optimization.
+    run(folder, "XLA_FLAGS= python main.py --mode=evaluate --workdir=runs/mnist --out=evaluated")
     return folder
 
 

@@ -131,7 +131,8 @@ def test_four_devices_give_the_same_numbers(digits, tmp_path):
     c, images = digits
     noise = np.random.default_rng(0).integers(-30, 30, images.shape)
     mine = of_samples(c, np.clip(images + noise, 0, 255).astype(np.uint8)[::2], tmp_path)
-    flags = "--mode=evaluate", f"--config.data.dir={c['data']['dir']}", f"--samples={tmp_path}/x.npz"
+    data = "--config=configs/digits.py", f"--config.data.dir={c['data']['dir']}"
+    flags = "--mode=evaluate", *data, f"--samples={tmp_path}/x.npz"
     succeed(*flags, f"--out={tmp_path}/four", env={"XLA_FLAGS": "--xla_force_host_platform_device_count=4"})
     theirs = json.loads((tmp_path / "four" / "results.json").read_text())
     assert theirs.keys() == mine.keys()

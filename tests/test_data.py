@@ -16,8 +16,8 @@ from PIL import Image
 
 from ddgan_jax.config import presets, settings
 from ddgan_jax.config.settings import DataConfig
+from ddgan_jax.data import digits
 from ddgan_jax.data.batches import batch_indices, batches, epoch_permutation
-from ddgan_jax.data.digits import Padded
 from ddgan_jax.data.resolve import labels_of
 from ddgan_jax.data.sources import Data, inspect, open_data
 from ddgan_jax.errors import Fault, UserError
@@ -249,6 +249,7 @@ def test_package_that_is_not_installed(name, module, package, monkeypatch, tmp_p
     for known in [known for known in sys.modules if known.startswith(module)]:
         monkeypatch.delitem(sys.modules, known)
     monkeypatch.setitem(sys.modules, module, None)
+    digits._mnist_5k.cache_clear()
     with refuses(f"{name} needs {module}: run `pip install {package}"):
         open_data(DataConfig(name, dir=str(tmp_path)))
 
@@ -339,7 +340,7 @@ def test_digits_of_mnist_are_padded_to_32_px():
     assert padded.shape == (4_000, 32, 32, 1) and padded.dtype == np.uint8
     np.testing.assert_array_equal(padded[:, 2:-2, 2:-2], plain)
     assert padded.sum(dtype=int) == plain.sum(dtype=int)
-    lazy = Padded(plain, 32)
+    lazy = digits.Padded(plain, 32)
     assert len(lazy) == 4_000 and lazy.shape == padded.shape
     np.testing.assert_array_equal(lazy[np.array([7, 3_999])], padded[[7, 3_999]])
     with pytest.raises(UserError, match=r"\(28, 28, 1\), but data.image_size and data.channels ask for \(64, 64, 1\)"):

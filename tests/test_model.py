@@ -826,7 +826,7 @@ def test_one_file(model, workdir, tmp_path):
 
 
 def test_the_models_that_come_along():
-    """All together 9 MB; each tells how it was made and what it measures, as the results do, and where it was not."""
+    """At most 9 MB together; each has the command and measures of results.json, and no path of a computer."""
     names = list(ddgan_jax.models())
     files = [PRETRAINED / f"{name}.safetensors" for name in names]
     assert sum(file.stat().st_size for file in files) <= 9e6

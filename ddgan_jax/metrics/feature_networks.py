@@ -198,14 +198,12 @@ def _classifier_data(c: Config, data: sources.Data) -> tuple[Any, np.ndarray, An
     held out.
     """
     base = c.data.name.removeprefix("stacked_")
-    if base in MIN_ACCURACY:
-        single = c.data
-        if base != c.data.name:
-            single = dataclasses.replace(c.data, name=base, image_size=None, channels=1)
+    if base in digits.MNIST:
+        single = dataclasses.replace(c.data, name=base, image_size=None, channels=1)
         parts = [dataclasses.replace(single, split=split) for split in ("train", "test")]
         train, test = processes.run_on_all(lambda: [sources.open_data(part) for part in parts])
         assert train.labels and test.labels
-        size = data.images.shape[1]  # stacked digits are padded
+        size = data.images.shape[1]  # of padded digits
         x, test_x = (digits.pad(part.images[np.arange(len(part.images))], size) for part in (train, test))
         return x, train.labels(), test_x, test.labels(), 10
     _check_labels(c, data)

@@ -634,7 +634,7 @@ def test_other_noise_from_a_checkpoint(points_run, workdir):
 
 
 def test_every_configuration_has_its_own_workdir():
-    for flags_, name in (([], "digits"), ([POINTS], "gaussians-smoke"), (["--config=stacked_mnist"], "stacked_mnist")):
+    for flags_, name in (([], "mnist"), ([POINTS], "gaussians-smoke"), (["--config=stacked_mnist"], "stacked_mnist")):
         result = run(*flags_, "--mode=sample")
         assert result.returncode == 2 and f"there is no checkpoint in runs/{name}:" in result.stderr, result.stderr
 

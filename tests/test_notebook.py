@@ -58,7 +58,7 @@ def test_a_checkpoint_from_a_bucket(tmp_path, bucket):  # noqa: F811
     result = run_cells([save], tmp_path, env)
     assert result.returncode == 0, result.stderr
     code = ["import pathlib, subprocess, sys", *(cell for cell in cells()[1:] if "train(" not in cell)]
-    code[1] = code[1].replace('MODEL = "digits_conditional"', f'MODEL = "{bucket.url}/notebook/"')
+    code[1] = code[1].replace('MODEL = "mnist"', f'MODEL = "{bucket.url}/notebook/"')
     result = run_cells(code, tmp_path, env)
     assert result.returncode == 0, result.stderr
     assert f"{bucket.url}/notebook/: images of 8x8x1 in 4 network calls, no classes" in result.stdout
@@ -168,10 +168,10 @@ def test_the_whole_notebook(tmp_path, name):
     outputs = [o for cell in json.loads((folder / "done.ipynb").read_text())["cells"] for o in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == len(PICTURES)
     text = "".join("".join(output.get("text", "")) for output in outputs)
-    assert "finished 1000 steps" in text and "images of 8x8x1 in 3 network calls, 10 classes" in text
+    assert "finished 2000 steps" in text and "images of 32x32x1 in 3 network calls, 10 classes" in text
     check_results(folder)
-    versions = run(python, "-c", USE_AFTERWARDS, folder / "ddgan_jax_results" / "digits").split()[-2:]
+    versions = run(python, "-c", USE_AFTERWARDS, folder / "ddgan_jax_results" / "mnist").split()[-2:]
     if name == "colab":
         assert versions == ["0.7.2", "0.11.2"]
-    results = json.loads((folder / "ddgan_jax_results" / "digits" / "results.json").read_text())
+    results = json.loads((folder / "ddgan_jax_results" / "mnist" / "results.json").read_text())
     print(f"trained in {results['seconds']} s, jax {versions[0]}, flax {versions[1]}\n" + " ".join(sorted(after)))

@@ -120,23 +120,31 @@ def close_to_largest(actual, expected, rtol: float, what: str = "") -> None:
     assert error <= rtol * scale + 1e-12, f"{what}: off by {error:.2g} where the largest is {scale:.2g}"
 
 
-# Commands keep compiled programs there, for all tests of this call and no longer.
+# Compiled programs are kept there, for all processes of this call and no longer.
 if "XDG_CACHE_HOME" not in os.environ:
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="ddgan_jax_cache")
     atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+PROGRAMS = os.path.join(os.environ["XDG_CACHE_HOME"], "tests")
+jax.config.update("jax_compilation_cache_dir", PROGRAMS)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 # Nothing is downloaded from the internet: an address that refuses connections.
 os.environ.setdefault("DDGAN_MIRROR", "http://127.0.0.1:1")
 
-LONG = ("test_one_replica_equals_four", "test_as_commands", "test_the_measures_of_the_paper")
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest tests first, so that processes which share the tests end together; all of chaos/ are `chaos`."""
+    """All of chaos/ are `chaos`."""
     for item in items:
         if item.path.parent.name == "chaos":
             item.add_marker("chaos")
-    items.sort(key=lambda item: item.name not in LONG)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Under `pytest -n 2`, a file's tests run in one process, which prepares what they share once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log) if config.getvalue("dist") == "load" else None
 
 
 @pytest.fixture(scope="session", params=GENERATORS)
@@ -171,10 +179,10 @@ def refused(forks):  # noqa: F811
     return line
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> str:
-    """The flag that lets the commands of a module compile each program once."""
-    return f"--compilation_cache={tmp_path_factory.mktemp('cache')}"
+@pytest.fixture(scope="session")
+def cache() -> str:
+    """The flag that lets all commands compile each program once."""
+    return f"--compilation_cache={PROGRAMS}"
 
 
 # --- tests/chaos ---------------------------------------------------------------------------------------------------

@@ -240,7 +240,8 @@ def test_the_programs_that_were_read_least_recently_are_removed(tmp_path):
 
 
 def test_commands_keep_their_programs(tmp_path):
-    env = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "XDG_CACHE_HOME": str(tmp_path / "home")}
+    """Compiled as for users, with the compiler's options for a training step."""
+    env = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "XDG_CACHE_HOME": str(tmp_path / "home"), "XLA_FLAGS": ""}
     for flag, kept in (("--compilation_cache=", False), (f"--compilation_cache={tmp_path / 'own'}", False), ("", True)):
         arguments = POINTS, "--config.train.num_steps=1", "--config.log.tensorboard=False", *filter(None, [flag])
         succeed(*arguments, f"--workdir={tmp_path / str(kept)}", "--restart", env=env)

@@ -25,14 +25,15 @@ MAX_CACHE = 4 * 2**30  # bytes of compiled programs in the default folder; a lar
 def compiler_options(arguments: Any = ()) -> dict[str, Any]:
     """XLA's options for a training step.
 
-    On a CPU, steps are compiled at level 1: the highest level takes a third longer and does not make them faster. If
-    the `arguments` hold more than 2^26 numbers, operations are scheduled for little memory: each operation of such
-    large networks fills a CPU's threads. Those of small networks do not, and XLA's default schedule runs several at
-    once.
+    On a CPU, steps are compiled at level 1 unless XLA_FLAGS names a level: the highest level takes a third longer and
+    does not make them faster. If the `arguments` hold more than 2^26 numbers, operations are scheduled for little
+    memory: each operation of such large networks fills a CPU's threads. Those of small networks do not, and XLA's
+    default schedule runs several at once.
     """
     if jax.default_backend() != "cpu":
         return {}
-    options: dict[str, Any] = {"xla_backend_optimization_level": 1}
+    level = "xla_backend_optimization_level"
+    options: dict[str, Any] = {} if level in os.environ.get("XLA_FLAGS", "") else {level: 1}
     if sum(x.size for x in jax.tree.leaves(arguments)) > 2**26:
         options["xla_cpu_scheduler_type"] = "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
     return options

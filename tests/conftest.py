@@ -16,7 +16,7 @@ import tempfile
 from typing import Any
 
 # The tests spend their time compiling, and quick code generation halves it.
-# `XLA_FLAGS= pytest` tests with full optimization.
+# `XLA_FLAGS= pytest` compiles as users do.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
@@ -120,7 +120,7 @@ def close_to_largest(actual, expected, rtol: float, what: str = "") -> None:
     assert error <= rtol * scale + 1e-12, f"{what}: off by {error:.2g} where the largest is {scale:.2g}"
 
 
-# Compiled programs are kept there, for all processes of this call and no longer.
+# Compiled programs are kept there for all processes of this call, and no longer unless the user names the folder.
 if "XDG_CACHE_HOME" not in os.environ:
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="ddgan_jax_cache")
     atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)

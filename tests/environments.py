@@ -1,7 +1,7 @@
-"""Where the notebook is tested, with Colab's versions and with the newest ones; and the versions of JAX for commands.
+"""What is tested on which day: environments for the notebook, versions of JAX for commands, and the longest parts.
 
-`python tests/environments.py` prints the notebook's environments of today, for `pytest -k`, and
-`python tests/environments.py jax` the version of JAX.
+`python tests/environments.py` prints the notebook's environments of today, for `pytest -k`,
+`python tests/environments.py jax` the version of JAX, and `python tests/environments.py parts` the parts of `.ci/run`.
 """
 
 import datetime
@@ -70,6 +70,18 @@ def jax_of_day(day: datetime.date, everything: bool = False) -> list[str]:
     return list(JAX) if everything else [list(JAX)[day.timetuple().tm_yday % len(JAX)]]
 
 
+def parts_of_day(day: datetime.date, everything: bool = False) -> list[str]:
+    """The longest parts of `.ci/run` on a day: one on even days of the year, the others on odd days, or all."""
+    on_even, on_odd = ["chaos"], ["documented commands", "deployment"]
+    return on_even + on_odd if everything else on_odd if day.timetuple().tm_yday % 2 else on_even
+
+
 if __name__ == "__main__":
     today, everything = datetime.date.today(), os.environ.get("CI_ALL") == "1"
-    print(" or ".join(jax_of_day(today, everything) if "jax" in sys.argv else of_day(today, here(), everything)))
+    if "jax" in sys.argv:
+        chosen = jax_of_day(today, everything)
+    elif "parts" in sys.argv:
+        chosen = parts_of_day(today, everything)
+    else:
+        chosen = of_day(today, here(), everything)
+    print(" or ".join(chosen))

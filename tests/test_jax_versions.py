@@ -9,7 +9,7 @@ import tomllib
 import numpy as np
 import pytest
 from commands import POINTS, ROOT, ends, start_group
-from environments import JAX, interpreter, jax_of_day
+from environments import JAX, interpreter, jax_of_day, parts_of_day
 
 from ddgan_jax.storage import checkpoint
 
@@ -18,6 +18,12 @@ def test_one_version_a_day():
     days = [datetime.date(2026, 12, 1) + datetime.timedelta(i) for i in range(len(JAX))]
     assert sorted(name for day in days for name in jax_of_day(day)) == sorted(JAX)
     assert jax_of_day(days[0], everything=True) == list(JAX)
+
+
+def test_the_longest_parts_run_in_two_days():
+    first, second = (parts_of_day(datetime.date(2026, 12, day)) for day in (1, 2))
+    assert second == ["chaos"] and first == ["documented commands", "deployment"]
+    assert parts_of_day(datetime.date(2026, 12, 1), everything=True) == second + first
 
 
 @pytest.fixture(params=JAX)

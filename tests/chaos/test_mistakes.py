@@ -66,6 +66,12 @@ def failures_of(case, number: int, seed: int, check) -> list[str]:
     return wrong
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> str:
+    """Of this module alone: programs that other tests have compiled would hide an error that comes too late."""
+    return f"--compilation_cache={tmp_path_factory.mktemp('cache')}"
+
+
 @pytest.mark.lives(1, 14)
 def test_settings(life, forks, full, count, tmp_path, cache):
     seen = {"trained": 0, "refused": 0}

@@ -121,7 +121,7 @@ def close_to_largest(actual, expected, rtol: float, what: str = "") -> None:
 
 
 # Compiled programs are kept there for all processes of this call, and no longer unless the user names the folder.
-if "XDG_CACHE_HOME" not in os.environ:
+if not os.environ.get("XDG_CACHE_HOME"):
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="ddgan_jax_cache")
     atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 PROGRAMS = os.path.join(os.environ["XDG_CACHE_HOME"], "tests")

@@ -83,8 +83,8 @@ class Forks:
 
 @pytest.fixture(scope="module")
 def forks():
-    """Of a module's own, without datasets and with quick code generation."""
-    started = Forks(XLA_FLAGS="--xla_backend_optimization_level=0", TFDS_DATA_DIR="/nonexistent")
+    """Of a module's own, without datasets."""
+    started = Forks(TFDS_DATA_DIR="/nonexistent")
     yield started
     started.close()
 

@@ -116,7 +116,7 @@ def run_with_devices(script: str, devices: int) -> str:
     tests = pathlib.Path(__file__).parent
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}",
     }
     result = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=600)
@@ -215,6 +215,20 @@ def test_entries_of_the_compilation_cache_that_were_cut_short_are_replaced(tmp_p
         assert sizes.keys() == set(cache.glob("*-cache")) - {cache / "gone-cache"} and all(
             file.stat().st_size > 0.9 * sizes[file] for file in sizes
         )
+
+
+@pytest.mark.parametrize(
+    "flags, options",
+    [
+        ("", {"xla_backend_optimization_level": 1}),
+        ("--xla_force_host_platform_device_count=2", {"xla_backend_optimization_level": 1}),
+        ("--xla_backend_optimization_level=0 --xla_dump_to=x", {}),
+    ],
+)
+def test_a_level_that_the_user_names_is_kept(flags, options, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    assert compiler.compiler_options() == options
 
 
 def test_programs_are_kept_where_only_the_user_writes(tmp_path, monkeypatch):

@@ -33,9 +33,8 @@ KINDS = {  # of writes while training, and a part of their paths
     "the rest of the workdir": "/run/",
 }
 OF_PICTURES = ("picture", "data copy", "cached features")  # the others are as well tried with points, which are quick
-# For servers: quick code generation, every program cached, and reads that fail are retried for a moment only
+# For servers: every program cached, and reads that fail are retried for a moment only
 QUICKLY = {
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "DDGAN_RETRY_SECONDS": "2",
 }

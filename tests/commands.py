@@ -88,6 +88,12 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
+def with_devices(count, env=os.environ):
+    """Variables of a process with so many CPU devices, which compiles as this one does."""
+    flags = f"{env.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
+    return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+
+
 def start_group(count, *arguments, devices=1, own=None, script="", env=None, python=sys.executable):
     """Start main.py in `count` processes that are joined over loopback, with so many CPU devices each.
 
@@ -98,8 +104,7 @@ def start_group(count, *arguments, devices=1, own=None, script="", env=None, pyt
     for index in range(count):
         group = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(index)}
         env_of = os.environ | (env or {}) | (group if count > 1 else {})
-        env_of |= {"JAX_PLATFORMS": "cpu"}
-        env_of["XLA_FLAGS"] = f"{env_of.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+        env_of |= with_devices(devices, env_of)
         argv, options = command(*arguments, *(own or {}).get(index, []), env=env_of)
         argv[0] = str(python)
         if script:

@@ -17,11 +17,12 @@ import sys
 import tempfile
 from typing import Any
 
-# The tests spend their time compiling, and quick code generation takes a quarter of it.
+# The tests spend most of their time compiling, and quick code generation takes a quarter as long.
 # `XLA_FLAGS= pytest` compiles as users do.
 if "XLA_FLAGS" not in os.environ:
     quick = "--xla_backend_optimization_level=0"
-    quicker = f"{quick} --xla_cpu_use_fusion_emitters=false"  # where XLA still knows it: unknown flags end a process
+    quicker = f"{quick} --xla_cpu_use_fusion_emitters=false"
+    # XLA ends a process that is started with a flag it does not know, and may drop this one.
     start = [sys.executable, "-c", "import jax; jax.devices()"]
     known = subprocess.run(start, env=os.environ | {"XLA_FLAGS": quicker, "JAX_PLATFORMS": "cpu"}, capture_output=True)
     os.environ["XLA_FLAGS"] = quick if known.returncode else quicker

@@ -83,7 +83,7 @@ class Forks:
 
 @pytest.fixture(scope="module")
 def forks():
-    """Of a module's own, without datasets."""
+    """A server for the tests of one module, which finds no datasets of tfds."""
     started = Forks(TFDS_DATA_DIR="/nonexistent")
     yield started
     started.close()

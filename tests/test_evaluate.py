@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.ndimage
-from commands import POINTS, ROOT, SMOKE, run_python, succeed
+from commands import POINTS, ROOT, SMOKE, run_python, succeed, with_devices
 from conftest import GOLDEN, preset_with, refuses
 from PIL import Image
 from published import arrays, inception_state, vgg_state
@@ -133,7 +133,7 @@ def test_four_devices_give_the_same_numbers(digits, tmp_path):
     mine = of_samples(c, np.clip(images + noise, 0, 255).astype(np.uint8)[::2], tmp_path)
     data = "--config=configs/digits.py", f"--config.data.dir={c['data']['dir']}"
     flags = "--mode=evaluate", *data, f"--samples={tmp_path}/x.npz"
-    succeed(*flags, f"--out={tmp_path}/four", env={"XLA_FLAGS": "--xla_force_host_platform_device_count=4"})
+    succeed(*flags, f"--out={tmp_path}/four", env=with_devices(4))
     theirs = json.loads((tmp_path / "four" / "results.json").read_text())
     assert theirs.keys() == mine.keys()
     for name in mine.keys() - set(TIMES):

@@ -9,7 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from commands import POINTS, run, succeed
+from commands import POINTS, run, succeed, with_devices
 
 from ddgan_jax.config import presets
 from ddgan_jax.data import resolve
@@ -114,11 +114,7 @@ print(json.dumps(worst))
 def run_with_devices(script: str, devices: int) -> str:
     """The standard output of a Python script in a process with that many CPU devices."""
     tests = pathlib.Path(__file__).parent
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
-        "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}",
-    }
+    env = os.environ | with_devices(devices) | {"PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}"}
     result = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-4000:]
     return result.stdout

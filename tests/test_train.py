@@ -32,6 +32,7 @@ from commands import (
     run_python,
     start_group,
     succeed,
+    with_devices,
 )
 from conftest import preset_with
 
@@ -460,7 +461,7 @@ from ddgan_jax.model.sampler import Sampler
 model = load({str(unbroken)!r})
 np.savez({str(out)!r}, images=Sampler(model.denoiser, {batch})(model.params, 0, 100))
 """
-        env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "PYTHONPATH": str(ROOT)}
+        env = os.environ | with_devices(devices) | {"PYTHONPATH": str(ROOT)}
         subprocess.run([sys.executable, "-c", script], env=env, cwd=tmp_path, check=True, timeout=600)
         images[batch] = np.load(out)["images"]
         assert images[batch].shape == (100, 8, 8, 1) and images[batch].dtype == np.uint8

@@ -73,7 +73,7 @@ def assert_same(workdir, other):
 
 
 def assert_close(workdir, other):
-    """Parameters are equal to 1e-5, and moments of gradients, which can be large, to 1e-5 of the largest."""
+    """Arrays are equal to 1e-5; moments of gradients whose largest exceeds 1, to 1e-5 times the largest."""
     ours, theirs = final(workdir), final(other)
     assert ours.keys() == theirs.keys() and ours["step"] == theirs["step"]
     for path, array in ours.items():

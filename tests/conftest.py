@@ -1,6 +1,6 @@
-"""Where the golden files are, and how they are read.
+"""Settings, fixtures and helpers that all tests share.
 
-Their arrays are NCHW with PyTorch's weight layouts; `tests/golden/README.md` says what they are.
+The golden arrays are NCHW with PyTorch's weight layouts; `tests/golden/README.md` says what they are.
 """
 
 import atexit
@@ -22,7 +22,7 @@ from typing import Any
 if "XLA_FLAGS" not in os.environ:
     quick = "--xla_backend_optimization_level=0"
     quicker = f"{quick} --xla_cpu_use_fusion_emitters=false"
-    # XLA ends a process that is started with a flag it does not know, and may drop this one.
+    # XLA aborts on a flag it does not know, and a later version may remove xla_cpu_use_fusion_emitters.
     start = [sys.executable, "-c", "import jax; jax.devices()"]
     known = subprocess.run(start, env=os.environ | {"XLA_FLAGS": quicker, "JAX_PLATFORMS": "cpu"}, capture_output=True)
     os.environ["XLA_FLAGS"] = quick if known.returncode else quicker
@@ -128,7 +128,7 @@ def close_to_largest(actual, expected, rtol: float, what: str = "") -> None:
     assert error <= rtol * scale + 1e-12, f"{what}: off by {error:.2g} where the largest is {scale:.2g}"
 
 
-# Compiled programs are kept there for all processes of this call, and no longer unless the user names the folder.
+# All processes of this call share one cache, which is deleted at its end. A folder that the user names is kept.
 if not os.environ.get("XDG_CACHE_HOME"):
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="ddgan_jax_cache")
     atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
@@ -136,7 +136,7 @@ PROGRAMS = os.path.join(os.environ["XDG_CACHE_HOME"], "tests")
 jax.config.update("jax_compilation_cache_dir", PROGRAMS)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
-# Nothing is downloaded from the internet: an address that refuses connections.
+# Published files, such as networks of features, are not downloaded: an address that refuses connections.
 os.environ.setdefault("DDGAN_MIRROR", "http://127.0.0.1:1")
 
 
@@ -189,7 +189,7 @@ def refused(forks):  # noqa: F811
 
 @pytest.fixture(scope="session")
 def cache() -> str:
-    """The flag that lets all commands compile each program once."""
+    """The flag with which commands share the compiled programs of this call."""
     return f"--compilation_cache={PROGRAMS}"
 
 
@@ -198,7 +198,7 @@ def cache() -> str:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="tests/chaos: all cases, which takes hours")
-    parser.addoption("--record", metavar="FOLDER", help="tests/chaos: write what was found there")
+    parser.addoption("--record", metavar="FOLDER", help="tests/chaos: append each test's figures to FOLDER/cases.jsonl")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -215,7 +215,10 @@ def full(request) -> bool:
 
 @pytest.fixture
 def count(request):
-    """Add to the figures of docs/reliability.md: count("killed", kills=3) after what it tells has held."""
+    """A function that prints figures of the test, such as count(kills=3), to be called after its assertions.
+
+    With --record it also appends them to cases.jsonl, from which the table of docs/reliability.md is made.
+    """
     folder = request.config.getoption("--record")
     name = request.node.originalname
 

@@ -71,7 +71,7 @@ def jax_of_day(day: datetime.date, everything: bool = False) -> list[str]:
 
 
 def parts_of_day(day: datetime.date, everything: bool = False) -> list[str]:
-    """The longest parts of `.ci/run` on a day, or all: those of two days in a row are all of them, at New Year too."""
+    """The longest parts of `.ci/run`: chaos on one day and the others on the next, also across New Year, or all."""
     one_day, next_day = ["chaos"], ["documented commands", "deployment"]
     return one_day + next_day if everything else next_day if day.toordinal() % 2 else one_day
 

@@ -12,20 +12,16 @@ import os
 import pathlib
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 from typing import Any
 
+from environments import QUICKER, known_flags
+
 # The tests spend most of their time compiling, and quick code generation takes a quarter as long.
-# `XLA_FLAGS= pytest` compiles as users do.
+# `XLA_FLAGS= python -m pytest` compiles as users do.
 if "XLA_FLAGS" not in os.environ:
-    quick = "--xla_backend_optimization_level=0"
-    quicker = f"{quick} --xla_cpu_use_fusion_emitters=false"
-    # XLA aborts on a flag it does not know, and a later version may remove xla_cpu_use_fusion_emitters.
-    start = [sys.executable, "-c", "import jax; jax.devices()"]
-    known = subprocess.run(start, env=os.environ | {"XLA_FLAGS": quicker, "JAX_PLATFORMS": "cpu"}, capture_output=True)
-    os.environ["XLA_FLAGS"] = quick if known.returncode else quicker
+    os.environ["XLA_FLAGS"] = known_flags(f"--xla_backend_optimization_level=0 {QUICKER}", sys.executable)
 
 import jax
 import jax.numpy as jnp

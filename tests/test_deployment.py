@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from commands import ROOT
-from environments import ENVIRONMENTS
+from environments import ENVIRONMENTS, known_flags
 from test_model import workdir_of
 
 import ddgan_jax
@@ -41,6 +41,7 @@ def environment(tmp_path_factory):
 
         def run(cwd, *arguments):
             env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+            env["XLA_FLAGS"] = known_flags(env["XLA_FLAGS"], str(made[packages]))
             command = [made[packages], *arguments]
             result = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=900)
             assert result.returncode == 0, result.stdout + result.stderr

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import tomllib
 import numpy as np
 import pytest
 from commands import POINTS, ROOT, ends, start_group
-from environments import JAX, interpreter, jax_of_day, parts_of_day
+from environments import JAX, QUICKER, interpreter, jax_of_day, known_flags, parts_of_day
 
 from ddgan_jax.storage import checkpoint
 
@@ -27,6 +28,15 @@ def test_the_longest_parts_run_in_two_days():
         parts = [parts_of_day(day), parts_of_day(day + datetime.timedelta(days=1))]
         assert sorted(parts) == [["chaos"], ["documented commands", "deployment"]]
         assert parts_of_day(day, everything=True) == of_ci
+
+
+def test_an_interpreter_gets_the_flags_that_it_knows(tmp_path):
+    ignorant = tmp_path / "python"
+    ignorant.write_text('#!/bin/sh\ncase "$XLA_FLAGS" in *fusion*) exit 1;; esac\n')
+    ignorant.chmod(0o755)
+    assert known_flags(f"--xla_a=1 {QUICKER}", str(ignorant)) == "--xla_a=1"
+    ignorant.write_text("#!/bin/sh\n")
+    assert known_flags(f"--xla_b=1 {QUICKER}", str(ignorant)) == f"--xla_b=1 {QUICKER}"
 
 
 @pytest.fixture(params=JAX)
@@ -47,12 +57,12 @@ def python(request, tmp_path):
 @pytest.mark.slow
 def test_two_processes_do_as_one(python, tmp_path):
     """Train, resume, sample and evaluate: the same checkpoints up to rounding, the same samples bit for bit."""
+    flags = {"XLA_FLAGS": known_flags(os.environ["XLA_FLAGS"], str(python))}
 
     def run(count, *arguments):
         quiet = "--config.log.tensorboard=False", "--config.checkpoint.every=4"
-        found = ends(
-            start_group(count, POINTS, *quiet, *arguments, f"--compilation_cache={tmp_path}/cache", python=python)
-        )
+        programs = f"--compilation_cache={tmp_path}/cache"
+        found = ends(start_group(count, POINTS, *quiet, *arguments, programs, python=python, env=flags))
         assert not any(code for code, _ in found), "\n\n".join(output for _, output in found)
         return found[0][1]
 

@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import PROGRAMS
 
 import ddgan_jax
 
@@ -102,7 +103,7 @@ def run(folder: pathlib.Path, text: str) -> None:
     """Runs a block of commands in `folder`, with its `python`."""
     path = f"{folder / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}"
     env = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(folder / "cache")}
-    env |= {"TFDS_DATA_DIR": str(folder / "data"), "WANDB_MODE": "offline"}
+    env |= {"TFDS_DATA_DIR": str(folder / "data"), "WANDB_MODE": "offline", "JAX_COMPILATION_CACHE_DIR": PROGRAMS}
     done = subprocess.run(["bash", "-ec", text], cwd=folder, env=env, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, f"{text}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 

@@ -10,10 +10,8 @@ import tomllib
 
 import numpy as np
 import pytest
-from commands import POINTS, ROOT, ends, start_group
+from commands import POINTS, ROOT, assert_arrays_close, ends, final, start_group
 from environments import JAX, QUICKER, interpreter, jax_of_day, known_flags, parts_of_day
-
-from ddgan_jax.storage import checkpoint
 
 
 def test_one_version_a_day():
@@ -72,15 +70,13 @@ def test_two_processes_do_as_one(python, tmp_path):
         assert "finished 4 steps" in run(count, workdir, "--config.train.num_steps=4")
         output = run(count, workdir)
         assert "resuming from step 4" in output and "finished 8 steps" in output, output
-        states.append(checkpoint.read(checkpoint.find(str(tmp_path / str(count))))[0])
+        states.append(final(tmp_path / str(count)))
         trained = f"--workdir={tmp_path / '1'}"
         run(count, trained, "--mode=sample", "--num_samples=301", f"--out={out}.npz")
         samples.append(np.load(f"{out}.npz")["images"])
         run(count, trained, "--mode=evaluate", "--num_samples=500", f"--out={out}")
         results.append(json.loads((out / "results.json").read_text()))
-    for name, array in states[1].items():
-        largest = np.abs(states[0][name]).max() if "_opt/" in name else 0
-        np.testing.assert_allclose(array, states[0][name], rtol=0, atol=1e-5 * max(1, largest), err_msg=name)
+    assert_arrays_close(*states)
     np.testing.assert_array_equal(*samples)
     for name in ("modes", "high_quality", "total_variation", "num_samples"):
         assert results[0][name] == results[1][name]

@@ -1,8 +1,9 @@
 """The bundled models: trained, written at half precision, and evaluated in that form.
 
-    python -m experiments.pretrained --path=cifar10             # about three hours of one core
+    python -m experiments.pretrained --path=cifar10             # about five hours of one core
 
 `--path` is a folder or zip with one folder for each class: the 50,000 training images of CIFAR-10 saved as files.
+MNIST is downloaded with tfds.
 Writes ddgan_jax/model/pretrained/NAME.safetensors, whose metadata record how each was made and what it measures. A
 model whose file exists stays unchanged. Delete the file to make it again, from its training in
 runs/experiments/pretrained if there is one.
@@ -29,7 +30,7 @@ MODELS = {
     "digits": ("handwritten digits, 8x8", ["--config=digits:long"]),
     "digits_conditional": ("handwritten digits by class, 8x8", ["--config=digits:conditional"]),
     "gaussians": ("the mixture of 25 Gaussians, points", ["--config=gaussians"]),
-    "stacked_mnist": ("three digits in the colour channels, 32x32", ["--config=stacked_mnist:mnist_5k"]),
+    "stacked_mnist": ("three digits in the colour channels, 32x32", ["--config=stacked_mnist:small"]),
     "cifar10_small": ("CIFAR-10's images by a small network, 32x32", ["--config=image_folder:small"]),
 }
 MEASURES = ("classifier_frechet", "precision", "recall", "modes", "kl", "high_quality", "num_samples")

@@ -28,7 +28,7 @@ def get_config(variant: str = "paper") -> ConfigDict:
         config.discriminator.update(start=4, stages=((2, False), (4, True), (4, False)))
         config.train.update(num_steps=68_000, ema_decay=0.9995)
         config.eval.every = 8_500
-    if variant == "mnist_5k":
+    else:
         config.data.name = "stacked_mnist_5k"
         config.loss.reconstruction_end = 12.7
         config.train.update(num_steps=21_000, ema_decay=0.999)

@@ -256,7 +256,8 @@ def small(config: ConfigDict) -> None:
 
 def smoke(config: ConfigDict) -> None:
     """Shrinks any configuration to tiny networks and synthetic data: the same code in under a minute on a CPU."""
-    config.data.update(name="synthetic", image_size=8, channels=config.data.channels or 3)
+    config.data.update(name="synthetic", split="train", image_size=8, channels=config.data.channels or 3)
+    config.model.patch_size = 1
     config.generator.update(nf=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(), nz=8, z_emb_dim=16, n_mlp=1)
     config.discriminator.update(ngf=8, t_emb_dim=16)
     config.train.update(num_steps=8, batch_size=16, steps_per_epoch=2, r1_every=3)

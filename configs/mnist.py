@@ -11,7 +11,7 @@ from ddgan_jax.errors import UserError
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The networks of stacked_mnist:small, for one channel and fewer steps."""
+    """The networks of stacked_mnist:mnist_5k, for one channel and fewer steps."""
     config = presets.defaults()
     config.data.update(name="mnist_5k", image_size=32, channels=1, flip=False)
     presets.small(config)

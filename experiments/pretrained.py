@@ -3,7 +3,7 @@
     python -m experiments.pretrained --path=cifar10             # about five hours of one core
 
 `--path` is a folder or zip with one folder for each class: the 50,000 training images of CIFAR-10 saved as files.
-MNIST is downloaded with tfds.
+For `stacked_mnist`, MNIST is downloaded with tfds.
 Writes ddgan_jax/model/pretrained/NAME.safetensors, whose metadata record how each was made and what it measures. A
 model whose file exists stays unchanged. Delete the file to make it again, from its training in
 runs/experiments/pretrained if there is one.

@@ -41,9 +41,9 @@ QUICKER = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_
 
 @functools.cache
 def known_flags(flags: str, python: str) -> str:
-    """XLA_FLAGS for an interpreter: `flags`, but for QUICKER if its XLA has no such flag.
+    """XLA_FLAGS for an interpreter: `flags`, without those of QUICKER if its XLA does not know one of them.
 
-    XLA ends a process for a flag that it does not know, and newer versions have dropped this one.
+    XLA ends a process for a flag that it does not know, and newer versions have dropped the first.
     """
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     knows = not subprocess.run([python, "-c", "import jax; jax.devices()"], env=env, capture_output=True).returncode

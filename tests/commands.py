@@ -78,9 +78,10 @@ def assert_close(workdir, other):
 
 
 def assert_arrays_close(ours, theirs):
-    """{path: array} of two checkpoints are equal to 1e-5; Adam's moments, to 1e-4 of the largest of their array."""
+    """{path: array} of two checkpoints are finite and equal to 1e-5; Adam's moments, to 1e-4 of their largest."""
     assert ours.keys() == theirs.keys() and ours["step"] == theirs["step"]
     for path, array in ours.items():
+        assert array.shape == theirs[path].shape and np.isfinite(theirs[path]).all(), path
         tolerance = 1e-4 * np.abs(theirs[path]).max() if "_opt/" in path else 1e-5
         np.testing.assert_allclose(array, theirs[path], rtol=0, atol=tolerance, err_msg=path)
 

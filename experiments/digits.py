@@ -30,7 +30,7 @@ FLAGS = ["--config=configs/digits.py:long", *common.flags_of(FIELDS)]
 BATCH = presets.get("digits:long").train.batch_size
 _PAPER = flat(as_dict(presets.get("digits:paper")))
 PAPER = {field: _PAPER[field] for field in PARTS.values()}  # the paper's losses and noise, T = 4
-PAPER["train.lr_min_d"] = _PAPER["train.lr_min"]  # None there, which no flag can express
+PAPER["train.lr_min_d"] = _PAPER["train.lr_min"]  # None there, which means the same
 METHODS = {
     name: common.flags_of(fields)
     for name, fields in {

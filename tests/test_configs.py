@@ -5,7 +5,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from commands import succeed
+from commands import run_python, succeed
 from conftest import preset_with
 
 from ddgan_jax.config import presets
@@ -137,6 +137,23 @@ def test_the_decay_of_a_checkpoint_that_knows_one_floor_is_as_it_was():
     method = build(old)
     rates = [[float(rate(np.int32(step))) for step in (0, 4, 8)] for rate in (method.lr_g, method.lr_d)]
     np.testing.assert_allclose(rates, [[1.6e-4, 8.5e-5, 1e-5], [1.25e-4, 6.75e-5, 1e-5]], rtol=1e-6)
+
+
+def test_flags_set_optional_fields_to_none():
+    """The last flag of a field counts, also where the preset has a number. A required field refuses None."""
+    script = """if True:
+        import sys
+        from absl import flags
+        from ddgan_jax.config import presets
+        presets.read_flags(sys.argv, "mnist")
+        c = flags.FLAGS.config
+        print(c.loss.reconstruction_end, c.train.lr_min_d, c.data.path, c.train.num_steps)"""
+    none = ["--config.loss.reconstruction_end=None", "--config.train.lr_min_d", "None", "--config.data.path=None"]
+    steps = ("--config.train.num_steps=3", "-config.train.num_steps=None")
+    assert run_python(script, "--config=stacked_mnist:small", *none, steps[0]) == "None None None 3\n"
+    assert run_python(script, "--config=stacked_mnist:small", *steps) == "3.0 0.001 None None\n"
+    with pytest.raises(AssertionError, match=r"--config\.seed=None must be an integer"):
+        run_python(script, "--config.seed=None")
 
 
 @pytest.mark.slow

@@ -132,14 +132,16 @@ def test_a_digest_is_of_what_is_computed():
 
 @pytest.mark.slow
 def test_step_measures_all_programs():
-    found = last_line(run_module("benchmarks.step", "--config=configs/digits.py:smoke", "--batch=4", "--runs=1"))
+    # Wide enough that random numbers, 2 % of the work of sampling with the smoke variant's 8 channels, do not count.
+    flags = ("--config=configs/digits.py:smoke", "--config.generator.nf=32", "--batch=4", "--runs=1")
+    found = last_line(run_module("benchmarks.step", *flags))
     assert list(found["programs"]) == ["step", "step with R1", "D", "D with R1", "G", "forward", "sampling"]
     for row in found["programs"].values():
         assert all(value > 0 for value in row.values()), row
-    # A step is little more than its two phases, and sampling calls G once for each of four steps.
+    # A step is little more than its two phases, and sampling calls G once for each of three steps.
     gflop = {name: row["gflop"] for name, row in found["programs"].items()}
     assert gflop["step"] == pytest.approx(gflop["D"] + gflop["G"], rel=0.05)
-    assert gflop["sampling"] == pytest.approx(4 * gflop["forward"], rel=0.01)
+    assert gflop["sampling"] == pytest.approx(3 * gflop["forward"], rel=0.01)
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from ddgan_jax.commands.progress import overview
 from ddgan_jax.commands.run import Files, Run, ranked_by
 from ddgan_jax.commands.signals import Interrupt
 from ddgan_jax.config.settings import Config, as_dict, flat, read
-from ddgan_jax.data.resolve import check_batch, facts, labels_of, resolve_from_data
+from ddgan_jax.data.resolve import check_batch, facts, has_all_numbers, labels_of, resolve_from_data
 from ddgan_jax.data.sketch import sketch_of
 from ddgan_jax.data.sources import Data, open_data, prepare
 from ddgan_jax.devices import compiler, parallel, processes
@@ -68,7 +68,7 @@ def set_up(
         before = processes.broadcast_from_primary(lambda: None if restart else checkpoint.config_of(path))
     given = data is not None
     if not given:  # by process 0 first: the others find what is on a shared disk
-        processes.run_on_primary(lambda: prepare(read(config).data))
+        processes.run_on_primary(lambda: prepare(_that_fits(config).data))
     c, method, data = processes.run_on_all(lambda: _open(config, data, before, path))
     if jax.process_count() > 1:
         processes.assert_equal_across_processes(facts(c, data))
@@ -170,6 +170,14 @@ def _check_same(now: dict[str, Any], then: dict[str, Any], path: paths.Given) ->
                 f"--workdir={path} holds a run with {name}={then[name]}, and this configuration has {value}: "
                 "name another --workdir, or move that run aside with --restart"
             )
+
+
+def _that_fits(config: Any) -> Config:
+    """The settings. Raises UserError for those that fit no dataset, as far as that is known before a download."""
+    c = read(config)
+    if has_all_numbers(c):
+        check_batch(build(c).batch_size, c.train.accumulate)
+    return c
 
 
 def _open(config: Any, data: Data | None, before: dict[str, Any] | None, path: Path) -> tuple[Config, Method, Data]:

@@ -47,10 +47,14 @@ def resolve_from_data(c: Config, data: sources.Data | None = None) -> tuple[Conf
 
 def needs_data(c: Config) -> bool:
     """Whether any setting depends on the dataset."""
+    return not has_all_numbers(c) or bool(why_not_evaluated(c, labelled=False))
+
+
+def has_all_numbers(c: Config) -> bool:
+    """Whether no number is left to be chosen for the dataset."""
     train = c.train
     numbers = c.data.image_size, c.data.channels, train.num_steps, train.batch_size, train.steps_per_epoch
-    more = c.diffusion.beta_max, c.checkpoint.every, c.log.samples_every
-    return None in (*numbers, *more) or bool(why_not_evaluated(c, labelled=False))
+    return None not in (*numbers, c.diffusion.beta_max, c.checkpoint.every, c.log.samples_every)
 
 
 def choose(c: Config, num_images: int, labelled: bool, devices: int) -> tuple[Config, list[str]]:

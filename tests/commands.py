@@ -78,11 +78,16 @@ def assert_close(workdir, other):
 
 
 def assert_arrays_close(ours, theirs):
-    """{path: array} of two checkpoints are finite and equal to 1e-5; Adam's moments, to 1e-4 of their largest."""
+    """{path: array} of two checkpoints are finite and equal to 1e-5; Adam's moments, to 1e-4 of their largest.
+
+    The gradient of D's last bias is a difference of means of sigmoids, and as exact as these, however small it is.
+    """
     assert ours.keys() == theirs.keys() and ours["step"] == theirs["step"]
     for path, array in ours.items():
         assert array.shape == theirs[path].shape and np.isfinite(theirs[path]).all(), path
         tolerance = 1e-4 * np.abs(theirs[path]).max() if "_opt/" in path else 1e-5
+        if path.startswith("disc_opt/") and path.endswith("/out/bias"):
+            tolerance = 1e-7
         np.testing.assert_allclose(array, theirs[path], rtol=0, atol=tolerance, err_msg=path)
 
 

@@ -118,17 +118,6 @@ def value_of(flag: str, argv: Sequence[str]) -> str | None:
     return found
 
 
-def _without(flag: str, argv: Sequence[str]) -> list[str]:
-    """The arguments without a flag, as --flag=value or --flag value."""
-    rest, is_value = [], False
-    for argument in argv:
-        of_flag = argument.partition("=")[0] in (f"--{flag}", f"-{flag}")
-        if not of_flag and not is_value:
-            rest.append(argument)
-        is_value = of_flag and "=" not in argument
-    return rest
-
-
 def read_flags(argv: list[str], default: str) -> list[str]:
     """Parses a command line into absl's FLAGS, with `--config` as a preset or file; returns the arguments that are no
     flags.
@@ -139,15 +128,25 @@ def read_flags(argv: list[str], default: str) -> list[str]:
         argv = with_current_names(flags.FLAGS.read_flags_from_files(argv, force_gnu=False))
     name = value_of("config", argv)
     config = get(default if name is None else name)
-    rest = _without("config", argv)
+    rest, is_value = [], False
+    for argument in argv:
+        of_config = argument.partition("=")[0] in ("--config", "-config")
+        if not of_config and not is_value:
+            rest.append(argument)
+        is_value = of_config and "=" not in argument
+    is_none = {}  # whether the last flag of a field says so, which absl refuses for a number and reads as a text
     for argument in rest:
-        if found := re.match(r"--?(?:no)?config\.([^=]*)", argument):
-            _check_field(found[1], config)
-            if value_of(f"config.{found[1]}", rest) == "None" and _is_optional(found[1]):
-                rest = _set_none(found[1], rest, config)
+        if path := _field_of(argument):
+            _check_field(path, config)
+            is_none[path] = argument.endswith("=None") and _is_optional(path)
+    rest = [argument for argument in rest if not (argument.endswith("=None") and _is_optional(_field_of(argument)))]
     with errors.of_flags():
         config_flags.DEFINE_config_dict("config", config, "The configuration.", sys_argv=rest)
-        return flags.FLAGS(rest)
+        others = flags.FLAGS(rest)
+        for path in (path for path, none in is_none.items() if none):
+            group, _, field = path.rpartition(".")
+            (flags.FLAGS.config[group] if group else flags.FLAGS.config)[field] = None
+    return others
 
 
 def _check_field(path: str, config: ConfigDict) -> None:
@@ -162,21 +161,17 @@ def _check_field(path: str, config: ConfigDict) -> None:
     raise UserError(f"there is no flag --config.{path}: {hint}")
 
 
+def _field_of(argument: str) -> str:
+    """'train.num_steps' of '--config.train.num_steps=3'; '' for other arguments."""
+    found = re.match(r"--?(?:no)?config\.([^=]*)", argument)
+    return found[1] if found else ""
+
+
 def _is_optional(path: str) -> bool:
     """Whether a field such as 'train.num_steps' may be None."""
     group, _, field = path.rpartition(".")
-    cls = type(getattr(Config(), group)) if group else Config
+    cls = type(getattr(Config(), group, None)) if group else Config
     return optional(typing.get_type_hints(cls, include_extras=True).get(field)) is not None
-
-
-def _set_none(path: str, argv: list[str], config: ConfigDict) -> list[str]:
-    """Sets a field to None, and returns the arguments without its flags.
-
-    absl's flags refuse None for a number, and read it as the text 'None' for a path.
-    """
-    group, _, field = path.rpartition(".")
-    (config[group] if group else config)[field] = None
-    return _without(f"config.{path}", argv)
 
 
 @functools.cache

@@ -2,8 +2,8 @@
 
 `read` makes a `Config` from what a file of `configs/` returns, or from the JSON of a checkpoint. The defaults are the
 paper's for CIFAR-10: "(paper)" marks values that the paper gives, "(released code)" those that only its implementation
-has. `None` means that a field is not set. For fields that may be None, 0 and '' are read as None, because a command
-line cannot express None and old checkpoints do not contain it.
+has. `None` means that a field is not set. For fields that may be None, 0 and '' are read as None, as in old
+configurations and checkpoints.
 """
 
 import dataclasses

@@ -140,6 +140,11 @@ def test_configuration_files_that_cannot_be_used(name, content, message, refused
         (f"{SMOKE} --config.train.batch_size=6", "does not divide by 1 device and into groups of 4 images"),
         # Before the dataset is downloaded
         ("--config=stacked_mnist:small --config.data.dir=/proc/none --config.train.batch_size=6", "does not divide by"),
+        (
+            "--config=stacked_mnist:small --config.data.dir=/proc/none --config.model.patch_size=5",
+            "does not halve 1 times",
+        ),
+        ("--config=digits:smoke --mode=prepare --config.train.batch_size=6", "does not divide by"),
         (f"{SMOKE} --config.data.image_size=9", "data.image_size=9 does not halve"),
         (f"{SMOKE} --config.diffusion.kind=geometric", "not a diffusion"),
         (f"{SMOKE} --config.model.dtype=float16", "float32 or bfloat16"),

@@ -5,9 +5,9 @@ from typing import Any
 
 import jax
 
-from ddgan_jax.config.settings import read
+from ddgan_jax.commands.setup import that_fits
 from ddgan_jax.data.batches import evenly_spaced
-from ddgan_jax.data.resolve import resolve_from_data
+from ddgan_jax.data.resolve import check_batch, resolve_from_data
 from ddgan_jax.data.sources import directory, open_data
 from ddgan_jax.devices.processes import say
 from ddgan_jax.method.build import build, init_state
@@ -22,11 +22,12 @@ def prepare(config: Any) -> None:
 
     Raises UserError or Fault if something is missing that cannot be downloaded, or cannot be used, as a training would.
     """
-    c = read(config)
+    c = that_fits(config)
     c = dataclasses.replace(c, data=dataclasses.replace(c.data, in_memory_mib=0))
     data = open_data(c.data)
     c, _ = resolve_from_data(c, data)
     method = build(c)
+    check_batch(method.batch_size, c.train.accumulate)
     data.images[evenly_spaced(len(data.images), READ)]
     shape = "x".join(map(str, data.images.shape[1:]))
     say(f"the data is ready: {len(data.images):,} examples of {shape}; copies are in {directory(c.data.dir)}")

@@ -68,7 +68,7 @@ def set_up(
         before = processes.broadcast_from_primary(lambda: None if restart else checkpoint.config_of(path))
     given = data is not None
     if not given:  # by process 0 first: the others find what is on a shared disk
-        processes.run_on_primary(lambda: prepare(_that_fits(config).data))
+        processes.run_on_primary(lambda: prepare(that_fits(config).data))
     c, method, data = processes.run_on_all(lambda: _open(config, data, before, path))
     if jax.process_count() > 1:
         processes.assert_equal_across_processes(facts(c, data))
@@ -172,11 +172,13 @@ def _check_same(now: dict[str, Any], then: dict[str, Any], path: paths.Given) ->
             )
 
 
-def _that_fits(config: Any) -> Config:
+def that_fits(config: Any) -> Config:
     """The settings. Raises UserError for those that fit no dataset, as far as that is known before a download."""
     c = read(config)
+    if c.train.batch_size:
+        check_batch(c.train.batch_size, c.train.accumulate)
     if has_all_numbers(c):
-        check_batch(build(c).batch_size, c.train.accumulate)
+        build(c)
     return c
 
 

@@ -145,9 +145,12 @@ def workdir(name: str, methods: Mapping[str, Sequence[str]], method: str, seed: 
     return ROOT / "runs" / "experiments" / name / f"{list(methods).index(method)}_seed{seed}"
 
 
-def samples(name: str, methods: Mapping[str, Sequence[str]], num: int) -> dict[str, np.ndarray]:
-    """`num` samples of every method's first seed."""
-    return {method: ddgan_jax.load(str(workdir(name, methods, method, SEEDS[0]))).sample(num) for method in methods}
+def samples(
+    name: str, methods: Mapping[str, Sequence[str]], num: int, chosen: Collection[str] = ()
+) -> dict[str, np.ndarray]:
+    """`num` samples of the first seed of every method, or of those in `chosen`."""
+    workdirs = {method: workdir(name, methods, method, SEEDS[0]) for method in chosen or methods}
+    return {method: ddgan_jax.load(str(path)).sample(num) for method, path in workdirs.items()}
 
 
 def keep(name: str, file: str, arrays: Mapping[str, np.ndarray]) -> None:
@@ -157,14 +160,15 @@ def keep(name: str, file: str, arrays: Mapping[str, np.ndarray]) -> None:
     np.savez_compressed(folder / f"{file}.npz", **arrays)
 
 
-def draw_samples(figure: Any, folder: pathlib.Path, methods: Collection[str]) -> None:
-    """Draw a row of the kept samples of each method in a Matplotlib figure, two methods side by side."""
+def draw_samples(figure: Any, folder: pathlib.Path, methods: Collection[str], columns: int = 0) -> None:
+    """Draw the kept samples of each method in a Matplotlib figure, in one row or in `columns`, two methods a line."""
     with np.load(folder / "samples.npz") as arrays:
         axes = figure.subplots(-(-len(methods) // 2), 2)
-        for axis, method in zip(axes.flat, methods, strict=True):
-            axis.imshow(figures.grid(arrays[method], columns=len(arrays[method])))
-            axis.set_title(method, fontsize=9)
+        for axis in axes.flat:
             axis.axis("off")
+        for axis, method in zip(axes.flat, methods, strict=False):  # an odd number leaves one empty
+            axis.imshow(figures.grid(arrays[method], columns=columns or len(arrays[method])))
+            axis.set_title(method, fontsize=9)
 
 
 def of_method(results: dict[str, Any], method: str) -> list[dict[str, Any]]:
@@ -191,16 +195,23 @@ def method_table(
 
 
 def run(
-    file: str, experiment: Callable[[argparse.Namespace], dict[str, Any]], trains: bool = False, **options: str
+    file: str,
+    experiment: Callable[[argparse.Namespace], dict[str, Any]],
+    trains: bool = False,
+    methods: Collection[str] = (),
+    **options: str,
 ) -> None:
     """The command line of the experiment in `file`: writes results.json, its figure, and the tables in the pages.
 
-    `trains` adds `--at_once`. `options` maps the names of other required arguments to their help.
+    `trains` adds `--at_once`, and `methods` are those that `--only` may name. `options` maps the names of other
+    required arguments to their help.
     """
     name = pathlib.Path(file).stem
     parser = argparse.ArgumentParser(prog=f"python -m experiments.{name}")
     if trains:
         parser.add_argument("--at_once", type=int, default=1, help="runs at a time, each on an equal part of the cores")
+    if methods:
+        parser.add_argument("--only", nargs="+", choices=list(methods), metavar="METHOD", help="these methods alone")
     for option, meaning in options.items():
         parser.add_argument(f"--{option}", required=True, help=meaning)
     args = parser.parse_args()

@@ -14,18 +14,16 @@ import numpy as np
 
 from ddgan_jax.commands import figures
 from experiments import common
+from experiments.stacked_mnist import MEASURES
 
 NAME, STEPS, SHOWN = "stacked_ablations", 6_000, 32
 FIELDS = {"train.num_steps": STEPS, "eval.every": 0, "log.samples_every": 0}
 FLAGS = ["--config=configs/stacked_mnist.py:small", *common.flags_of(FIELDS)]
-SQUARED_ERROR = {"loss.discriminator_input": "x_t", "loss.reconstruction": 0, "loss.reconstruction_end": None}
-SQUARED_ERROR |= {"objective": "gaussian"}
+PLAIN = {"loss.discriminator_input": "x_t", "loss.reconstruction": 0, "loss.reconstruction_end": None}
 PAPER = {
     "diffusion.num_steps": 4,
     "diffusion.beta_max": 20.0,
-    "loss.discriminator_input": "x_t",
-    "loss.reconstruction": 0,
-    "loss.reconstruction_end": None,
+    **PLAIN,
     "discriminator.product": False,
     "train.lr_min_d": 1e-4,
 }
@@ -41,7 +39,7 @@ METHODS = {
         "T = 2": {"diffusion.num_steps": 2},
         "T = 4": {"diffusion.num_steps": 4},
         "T = 3 without z": {"generator.nz": 0},
-        ALONE: SQUARED_ERROR | {"train.num_steps": ALONE_STEPS},
+        ALONE: PLAIN | {"objective": "gaussian", "train.num_steps": ALONE_STEPS},
         WARM: {
             "train.num_steps": AFTER_STEPS,
             "train.init_from": f"runs/experiments/{NAME}/5_seed0",
@@ -53,13 +51,6 @@ METHODS = {
         "Gaussian denoiser, T = 4": PAPER | {"objective": "gaussian"},
         "Gaussian denoiser, T = 100": PAPER | {"objective": "gaussian", "diffusion.num_steps": 100},
     }.items()
-}
-MEASURES = {
-    "modes of 1,000": lambda judged: f"{judged['modes']:,}",
-    "KL": lambda judged: f"{judged['kl']:.3f}",
-    "classifier distance": lambda judged: f"{judged['classifier_frechet']:.0f}",
-    "precision": lambda judged: f"{judged['precision']:.2f}",
-    "recall": lambda judged: f"{judged['recall']:.2f}",
 }
 
 
@@ -89,7 +80,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def draw_figure(results: dict[str, Any], path: pathlib.Path) -> None:
-    """Draw KL and recall of each method, and samples."""
+    """Draw the measures of each method, and samples."""
     plt = figures.pyplot()
     figure = plt.figure(figsize=(14, 10), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(4, 6))

@@ -22,6 +22,13 @@ METHODS = {"DDGAN, T = 3, our recipe": [], "one-shot GAN, T = 1": ["--config.dif
 OURS, ONE_SHOT = METHODS
 CASES = [(OURS, 0), (ONE_SHOT, 0), (OURS, 1), (OURS, 2)]  # and seeds
 SHOWN = 64
+MEASURES = {
+    "modes of 1,000": lambda judged: f"{judged['modes']:,}",
+    "KL": lambda judged: f"{judged['kl']:.3f}",
+    "classifier distance": lambda judged: f"{judged['classifier_frechet']:.0f}",
+    "precision": lambda judged: f"{judged['precision']:.2f}",
+    "recall": lambda judged: f"{judged['recall']:.2f}",
+}
 ON_THE_WAY = {"modes": "modes of 1,000", "kl": "KL, nats", "classifier_frechet": "classifier distance"}
 
 
@@ -42,21 +49,14 @@ def experiment(args: argparse.Namespace) -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     """Markdown with a row for each method, seed and evaluated step."""
-    measures = {
-        "modes of 1,000": lambda judged: f"{judged['modes']:,}",
-        "KL": lambda judged: f"{judged['kl']:.3f}",
-        "classifier distance": lambda judged: f"{judged['classifier_frechet']:.0f}",
-        "precision": lambda judged: f"{judged['precision']:.2f}",
-        "recall": lambda judged: f"{judged['recall']:.2f}",
-    }
-    lines = [f"| method | seed | evaluated at | {' | '.join(measures)} |", "|---|---|---|" + "---|" * len(measures)]
+    lines = [f"| method | seed | evaluated at | {' | '.join(MEASURES)} |", "|---|---|---|" + "---|" * len(MEASURES)]
     for method in METHODS:
         for run in common.of_method(results, method):
             moments = {f"{run['steps']:,} steps": run["judged"]}
             if run["best"]["step"] != run["steps"]:
                 moments[f"{run['best']['step']:,} steps, the best"] = run["best"]
             for moment, judged in moments.items():
-                cells = [method, str(run["seed"]), moment, *(measure(judged) for measure in measures.values())]
+                cells = [method, str(run["seed"]), moment, *(measure(judged) for measure in MEASURES.values())]
                 lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

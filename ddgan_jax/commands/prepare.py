@@ -7,7 +7,7 @@ import jax
 
 from ddgan_jax.commands.setup import that_fits
 from ddgan_jax.data.batches import evenly_spaced
-from ddgan_jax.data.resolve import check_batch, resolve_from_data
+from ddgan_jax.data.resolve import resolve_from_data
 from ddgan_jax.data.sources import directory, open_data
 from ddgan_jax.devices.processes import say
 from ddgan_jax.method.build import build, init_state
@@ -27,7 +27,6 @@ def prepare(config: Any) -> None:
     data = open_data(c.data)
     c, _ = resolve_from_data(c, data)
     method = build(c)
-    check_batch(method.batch_size, c.train.accumulate)
     data.images[evenly_spaced(len(data.images), READ)]
     shape = "x".join(map(str, data.images.shape[1:]))
     say(f"the data is ready: {len(data.images):,} examples of {shape}; copies are in {directory(c.data.dir)}")

@@ -134,15 +134,17 @@ def read_flags(argv: list[str], default: str) -> list[str]:
         if not of_config and not is_value:
             rest.append(argument)
         is_value = of_config and "=" not in argument
-    is_none = {}  # whether the last flag of a field says so, which absl refuses for a number and reads as a text
+    given, is_none = [], {}  # absl refuses None for a number, and reads it as a text: the last flags that say so
     for argument in rest:
+        none = argument.endswith("=None") and _is_optional(_field_of(argument))
         if path := _field_of(argument):
             _check_field(path, config)
-            is_none[path] = argument.endswith("=None") and _is_optional(path)
-    rest = [argument for argument in rest if not (argument.endswith("=None") and _is_optional(_field_of(argument)))]
+            is_none[path] = none
+        if not none:
+            given.append(argument)
     with errors.of_flags():
-        config_flags.DEFINE_config_dict("config", config, "The configuration.", sys_argv=rest)
-        others = flags.FLAGS(rest)
+        config_flags.DEFINE_config_dict("config", config, "The configuration.", sys_argv=given)
+        others = flags.FLAGS(given)
         for path in (path for path, none in is_none.items() if none):
             group, _, field = path.rpartition(".")
             (flags.FLAGS.config[group] if group else flags.FLAGS.config)[field] = None

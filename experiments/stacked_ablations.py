@@ -1,6 +1,6 @@
 """Ablations on StackedMNIST: which steps and parts are needed where there are 1,000 modes? Same data and steps.
 
-    python -m experiments.stacked_ablations --at_once=2         # three hours; --only="T = 2" trains one method
+    python -m experiments.stacked_ablations --at_once=2         # 3 to 4 hours; --only="T = 2" trains one method
 
 Trains and evaluates configs/stacked_mnist.py:small, for about a tenth of its steps and with the changes of METHODS, in
 runs/experiments/stacked_ablations; finished runs are not repeated. With --only, other methods keep committed results.

@@ -694,6 +694,30 @@ runpy.run_path("main.py", run_name="__main__")
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+def test_a_signal_leaves_no_unfinished_files(tmp_path):
+    """Nor do threads begin others while the process ends."""
+    child = python(f"""
+import contextlib, itertools, os, signal, threading
+from absl import flags
+from ddgan_jax.commands import cli
+from ddgan_jax.storage import paths
+flags.FLAGS(["main.py", "--mode=sample"])
+signal.signal(signal.SIGINT, cli.exit_on_signal)
+def write(i):
+    with contextlib.suppress(OSError):  # its file is removed before it is renamed
+        for number in itertools.count():
+            paths.write(f"{tmp_path}/{{i}}_{{number % 50}}", b"A", sync=False)
+for i in range(8):
+    threading.Thread(target=write, args=(i,), daemon=True).start()
+threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
+signal.pause()
+""")
+    output, errors = child.communicate(timeout=120)
+    assert child.returncode == 130 and "Traceback" not in errors, output + errors
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written and not [name for name in written if name.endswith(".tmp")]
+
+
 def test_names_that_are_not_utf8_are_printed(monkeypatch):
     """As escapes, in messages and errors, also where the streams are strict."""
     streams = {name: io.TextIOWrapper(io.BytesIO(), "utf-8", "strict") for name in ("stdout", "stderr")}

@@ -229,7 +229,9 @@ def exit_on_signal(number: int, frame: Any) -> None:
     A module that is being imported could swallow an exception.
     """
     training = flags.FLAGS["mode"].value == "train"
-    if paths := sys.modules.get("ddgan_jax.storage.paths"):
+    paths: Any = sys.modules.get("ddgan_jax.storage.paths")
+    if hasattr(paths, "BEGINNING"):  # a module that is being imported lacks it
+        paths.BEGINNING.acquire(timeout=5)  # longer only if a disk hangs
         for file in list(paths.UNFINISHED):
             with contextlib.suppress(OSError):
                 os.unlink(file)

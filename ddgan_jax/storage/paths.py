@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import stat
+import threading
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
@@ -26,6 +27,9 @@ from ddgan_jax.storage.buckets import Given, bucket_reader, is_remote, os_errors
 
 Path = epath.Path
 UNFINISHED: set[str] = set()  # files that `writing` has begun, which a process that is ended removes
+# Held while a file is begun. A process that is ended keeps it, so that other threads begin no more files. Reentrant,
+# since a signal's handler runs in the main thread, which may hold it.
+BEGINNING = threading.RLock()
 
 
 def path(given: Given) -> epath.Path:
@@ -202,9 +206,11 @@ def writing(file: Given, sync: bool = True) -> Iterator[IO[bytes]]:
         target.parent.mkdir(parents=True, exist_ok=True)
         # `remove_unfinished` knows the name. Two containers may have equal process ids.
         aside = target.parent / f".{target.name}.{secrets.randbits(48)}.tmp"
-        UNFINISHED.add(os.fspath(aside))
         try:
-            with open(aside, "wb") as opened:
+            with BEGINNING:
+                UNFINISHED.add(os.fspath(aside))
+                opened = open(aside, "wb")
+            with opened:
                 yield opened
                 opened.flush()
                 if sync:

@@ -153,6 +153,13 @@ def samples(
     return {method: ddgan_jax.load(str(path)).sample(num) for method, path in workdirs.items()}
 
 
+def with_committed(name: str, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """These runs, and the committed ones of other methods or seeds."""
+    ours = {(run["method"], run["seed"]) for run in runs}
+    committed = read_results(name)["runs"] if name in names() else []
+    return runs + [run for run in committed if (run["method"], run["seed"]) not in ours]
+
+
 def keep(name: str, file: str, arrays: Mapping[str, np.ndarray]) -> None:
     """Write arrays that the figure of the experiment `name` shows, as `file`.npz beside its results."""
     folder = RESULTS / name
@@ -199,12 +206,13 @@ def run(
     experiment: Callable[[argparse.Namespace], dict[str, Any]],
     trains: bool = False,
     methods: Collection[str] = (),
+    seeds: bool = False,
     **options: str,
 ) -> None:
     """The command line of the experiment in `file`: writes results.json, its figure, and the tables in the pages.
 
-    `trains` adds `--at_once`, and `methods` are those that `--only` may name. `options` maps the names of other
-    required arguments to their help.
+    `trains` adds `--at_once`, `methods` are those that `--only` may name, and `seeds` adds `--seeds`. `options` maps
+    the names of other required arguments to their help.
     """
     name = pathlib.Path(file).stem
     parser = argparse.ArgumentParser(prog=f"python -m experiments.{name}")
@@ -212,6 +220,8 @@ def run(
         parser.add_argument("--at_once", type=int, default=1, help="runs at a time, each on an equal part of the cores")
     if methods:
         parser.add_argument("--only", nargs="+", choices=list(methods), metavar="METHOD", help="these methods alone")
+    if seeds:
+        parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, help="these seeds alone")
     for option, meaning in options.items():
         parser.add_argument(f"--{option}", required=True, help=meaning)
     args = parser.parse_args()

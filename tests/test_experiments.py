@@ -126,3 +126,12 @@ def test_results_of_other_flags_are_not_taken_for_these(tmp_path):
     assert common.train_and_evaluate(tmp_path, *found["flags"]) == found
     with pytest.raises(Fault, match=r"holds a run of --config=configs/digits.py --config.seed=0: move it away"):
         common.train_and_evaluate(tmp_path, "--config=configs/digits.py", "--config.seed=1")
+
+
+def test_committed_results_of_other_methods_and_seeds_stay(monkeypatch):
+    committed = [{"method": "a", "seed": 0, "old": True}, {"method": "a", "seed": 1}, {"method": "b", "seed": 0}]
+    monkeypatch.setattr(common, "names", lambda: ["known"])
+    monkeypatch.setattr(common, "read_results", lambda name: {"runs": committed})
+    new = [{"method": "a", "seed": 0}]
+    assert common.with_committed("known", new) == new + committed[1:]
+    assert common.with_committed("unknown", new) == new

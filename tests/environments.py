@@ -88,8 +88,8 @@ def jax_of_day(day: datetime.date, everything: bool = False) -> list[str]:
 
 
 def parts_of_day(day: datetime.date, everything: bool = False) -> list[str]:
-    """The longest parts of `.ci/run`: some on each of three days, one after the other also across New Year, or all."""
-    days = [["slow tests"], ["documented commands", "deployment"], ["chaos"]]
+    """The longest parts of `.ci/run`: some on each of four days, one after the other also across New Year, or all."""
+    days = [["resumed runs"], ["chaos"], ["documented commands", "deployment"], ["joined processes"]]
     return list(itertools.chain(*days)) if everything else days[day.toordinal() % len(days)]
 
 

@@ -21,7 +21,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in PAGES}
 # Flags of the other commands here, and of other programs. Those of XLA begin with xla_.
 OTHER_FLAGS = set(
-    "at_once seconds path batch largest only reference target "  # experiments, benchmarks
+    "at_once seconds path batch largest only seeds reference target "  # experiments, benchmarks
     "full record remove_old "  # tests, the list of copies
     "help file_format manual_dir logdir strict inplace "  # any command, tfds, TensorBoard, mkdocs, jupyter
     "accelerator-type command python recurse spot version worker zone "  # gcloud, uv

@@ -21,11 +21,11 @@ def test_one_version_a_day():
     assert jax_of_day(days[0], everything=True) == list(JAX)
 
 
-def test_the_longest_parts_run_in_three_days():
+def test_the_longest_parts_run_in_four_days():
     of_ci = re.findall(r'\$parts = \*"?(.+?)"?\* \]\]', (ROOT / ".ci" / "run").read_text())
     for first in (datetime.date(2026, 12, 1), datetime.date(2026, 12, 30)):
-        days = [parts_of_day(first + datetime.timedelta(days=i)) for i in range(3)]
-        assert sorted(days) == [["chaos"], ["documented commands", "deployment"], ["slow tests"]]
+        days = [parts_of_day(first + datetime.timedelta(days=i)) for i in range(4)]
+        assert len(set(map(tuple, days))) == 4
         assert sorted(parts_of_day(first, everything=True)) == sorted(of_ci) == sorted(itertools.chain(*days))
 
 

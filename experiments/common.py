@@ -153,6 +153,15 @@ def samples(
     return {method: ddgan_jax.load(str(path)).sample(num) for method, path in workdirs.items()}
 
 
+def keep_samples(name: str, methods: Mapping[str, Sequence[str]], num: int, chosen: Collection[str]) -> None:
+    """Keep `num` samples of the first seed of the methods `chosen`, beside the committed ones of other methods."""
+    images = samples(name, methods, num, chosen)
+    if name in names():
+        with np.load(RESULTS / name / "samples.npz") as before:
+            images = {method: before[method] for method in before.files} | images
+    keep(name, "samples", images)
+
+
 def with_committed(name: str, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """These runs, and the committed ones of other methods or seeds."""
     ours = {(run["method"], run["seed"]) for run in runs}
@@ -181,6 +190,16 @@ def draw_samples(figure: Any, folder: pathlib.Path, methods: Collection[str], co
 def of_method(results: dict[str, Any], method: str) -> list[dict[str, Any]]:
     """The runs of one method, ordered by seed."""
     return sorted((run for run in results["runs"] if run["method"] == method), key=lambda run: run["seed"])
+
+
+def trained(results: dict[str, Any], methods: Iterable[str]) -> list[str]:
+    """Those of the methods that have results."""
+    return [method for method in methods if of_method(results, method)]
+
+
+def measure(name: str, form: str) -> Callable[[dict[str, Any]], str]:
+    """A function that formats one result of an evaluation, for `method_table`."""
+    return lambda judged: format(judged[name], form)
 
 
 def method_table(

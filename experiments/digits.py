@@ -60,9 +60,9 @@ def experiment(args: argparse.Namespace) -> dict[str, Any]:
 def table(results: dict[str, Any]) -> str:
     """Markdown with a row for each method, and all seeds in it."""
     measures = {
-        "classifier distance": lambda judged: f"{judged['classifier_frechet']:.1f}",
-        "precision": lambda judged: f"{judged['precision']:.2f}",
-        "recall": lambda judged: f"{judged['recall']:.2f}",
+        "classifier distance": common.measure("classifier_frechet", ".1f"),
+        "precision": common.measure("precision", ".2f"),
+        "recall": common.measure("recall", ".2f"),
     }
     return common.method_table(results, METHODS, measures)
 

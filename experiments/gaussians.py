@@ -55,7 +55,7 @@ def table(results: dict[str, Any]) -> str:
     measures = {
         "modes of 25": lambda judged: str(judged["modes"]),
         "high quality, %": lambda judged: f"{100 * judged['high_quality']:.1f}",
-        "KL": lambda judged: f"{judged['kl']:.2g}",
+        "KL": common.measure("kl", ".2g"),
     }
     return common.method_table(results, METHODS, measures)
 

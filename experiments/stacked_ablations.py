@@ -11,14 +11,12 @@ import argparse
 import pathlib
 from typing import Any
 
-import numpy as np
-
 from ddgan_jax.commands import figures
 from experiments import common
 from experiments.stacked_mnist import MEASURES
 
 NAME, STEPS, SHOWN = "stacked_ablations", 6_000, 32
-FIELDS = {"diffusion.num_steps": 3, "train.num_steps": STEPS, "eval.every": 0, "log.samples_every": 0}
+FIELDS = {"train.num_steps": STEPS, "eval.every": 0, "log.samples_every": 0}
 FLAGS = ["--config=configs/stacked_mnist.py:small", *common.flags_of(FIELDS)]
 PLAIN = {"loss.discriminator_input": "x_t", "loss.reconstruction": 0, "loss.reconstruction_end": None}
 PAPER = {
@@ -61,22 +59,13 @@ def experiment(args: argparse.Namespace) -> dict[str, Any]:
     runs = common.sweep(NAME, FLAGS, METHODS, args.at_once, [(method, 0) for method in chosen if method != WARM])
     if WARM in chosen:
         runs += common.sweep(NAME, FLAGS, METHODS, 1, [(WARM, 0)])
-    images = common.samples(NAME, METHODS, SHOWN, chosen)
-    if args.only and NAME in common.names():
-        with np.load(common.RESULTS / NAME / "samples.npz") as before:
-            images = {method: before[method] for method in before.files} | images
-    common.keep(NAME, "samples", images)
+    common.keep_samples(NAME, METHODS, SHOWN, chosen)
     return {"runs": common.with_committed(NAME, runs)}
-
-
-def trained(results: dict[str, Any]) -> list[str]:
-    """The methods that have results, in the order of METHODS."""
-    return [method for method in METHODS if common.of_method(results, method)]
 
 
 def table(results: dict[str, Any]) -> str:
     """Markdown with a row for each method."""
-    return common.method_table(results, trained(results), MEASURES)
+    return common.method_table(results, common.trained(results, METHODS), MEASURES)
 
 
 def draw_figure(results: dict[str, Any], path: pathlib.Path) -> None:
@@ -90,7 +79,7 @@ def draw_figure(results: dict[str, Any], path: pathlib.Path) -> None:
         "precision": "precision",
         "recall": "recall",
     }
-    methods = trained(results)[::-1]  # the first on top
+    methods = common.trained(results, METHODS)[::-1]  # the first on top
     for axis, (measure, title) in zip(above.subplots(1, len(names), sharey=True), names.items(), strict=True):
         for method in methods:
             values = [run["judged"][measure] for run in common.of_method(results, method)]
@@ -98,7 +87,7 @@ def draw_figure(results: dict[str, Any], path: pathlib.Path) -> None:
             axis.plot(values, [method] * len(values), "o", color=color)
         axis.set(title=title, xlim=(0, None))
         axis.grid(alpha=0.3)
-    common.draw_samples(below, path.parent, trained(results), SHOWN // 2)
+    common.draw_samples(below, path.parent, methods[::-1], SHOWN // 2)
     figures.save_figure(figure, path)
 
 

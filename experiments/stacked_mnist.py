@@ -23,11 +23,11 @@ OURS, ONE_SHOT = METHODS
 CASES = [(OURS, 0), (ONE_SHOT, 0), (OURS, 1), (OURS, 2)]  # and seeds
 SHOWN = 64
 MEASURES = {
-    "modes of 1,000": lambda judged: f"{judged['modes']:,}",
-    "KL": lambda judged: f"{judged['kl']:.3f}",
-    "classifier distance": lambda judged: f"{judged['classifier_frechet']:.0f}",
-    "precision": lambda judged: f"{judged['precision']:.2f}",
-    "recall": lambda judged: f"{judged['recall']:.2f}",
+    "modes of 1,000": common.measure("modes", ","),
+    "KL": common.measure("kl", ".3f"),
+    "classifier distance": common.measure("classifier_frechet", ".0f"),
+    "precision": common.measure("precision", ".2f"),
+    "recall": common.measure("recall", ".2f"),
 }
 ON_THE_WAY = {"modes": "modes of 1,000", "kl": "KL, nats", "classifier_frechet": "classifier distance"}
 

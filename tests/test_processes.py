@@ -4,10 +4,12 @@ import json
 import signal
 import time
 
+import jax
 import numpy as np
 import pytest
 from commands import POINTS, SMOKE, all_succeed, assert_close, ends, free_port, python, read_until, start_group, succeed
 
+from ddgan_jax.devices.processes import is_lost_process
 from ddgan_jax.storage import checkpoint
 
 ENDLESS = [
@@ -175,6 +177,21 @@ def test_one_that_is_killed_ends_all(killed, cache, tmp_path):
     step = int(checkpoint.find(str(tmp_path)).name)
     outputs = all_succeed(start_group(2, *arguments, f"--config.train.num_steps={step + 2}"))
     assert f"resuming from step {step}" in outputs[0]
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (jax.errors.JaxRuntimeError("UNAVAILABLE: the coordination service is gone"), True),
+        (ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer [127.0.0.1]:23737"), True),
+        (ValueError("a batch of 3 images"), False),
+        (OSError("Connection refused"), False),
+    ],
+)
+def test_which_errors_mean_that_a_process_is_gone(error, lost, monkeypatch):
+    assert not is_lost_process(error)  # it has not joined others
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    assert is_lost_process(error) == lost
 
 
 def test_settings_and_data_that_differ_are_told_before_the_first_step(cache, tmp_path):

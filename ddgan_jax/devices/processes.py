@@ -234,10 +234,13 @@ def gather_rows(tree: Any) -> Any:
 
 
 def is_lost_process(error: BaseException) -> bool:
-    """Whether a collective or the coordination service raised this because another process has ended."""
+    """Whether a collective or the coordination service raised this because another process has ended.
+
+    If the connection breaks while jit starts a program, JAX raises the same status as a ValueError.
+    """
     return (
         jax.distributed.is_initialized()
-        and isinstance(error, jax.errors.JaxRuntimeError)
+        and isinstance(error, jax.errors.JaxRuntimeError | ValueError)
         and any(
             sign in str(error)
             for sign in ("Gloo", "NCCL", "coordination service", "Connection", "UNAVAILABLE", "heartbeat")

@@ -11,12 +11,18 @@ ships: not those of FID.
 
 import argparse
 import functools
+import json
 import pathlib
+import shutil
 from typing import Any
 
 import numpy as np
 
 from ddgan_jax.commands import figures
+from ddgan_jax.config import presets
+from ddgan_jax.config.settings import read
+from ddgan_jax.data import sources
+from ddgan_jax.data.batches import epoch_permutation
 from experiments import common
 from experiments.stacked_ablations import PAPER
 
@@ -35,10 +41,11 @@ FIELDS = {
     "eval.online_samples": 2_000,
     "log.samples_every": 0,
 }
+OURS = "DDGAN, T = 4, our recipe"
 METHODS = {
     name: common.flags_of(fields)
     for name, fields in {
-        "DDGAN, T = 4, our recipe": {},
+        OURS: {},
         "one-shot GAN, T = 1": {"diffusion.num_steps": 1},
         "Gaussian denoiser, T = 4": PAPER | {"objective": "gaussian"},
         "Gaussian denoiser, T = 100": PAPER | {"objective": "gaussian", "diffusion.num_steps": 100},
@@ -78,24 +85,46 @@ def features(images: np.ndarray) -> np.ndarray:
         return network().extract_features(x).mean((2, 3)).numpy()
 
 
+def real_images(flags: list[str], path: str) -> dict[str, float]:
+    """The measures of 10,000 training images that are not those of the comparison, for reference."""
+    folder = common.ROOT / "runs" / "experiments" / NAME / "real"
+    if not (folder / "results.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        config = presets.get("image_folder:small")
+        config.data.path = path
+        images, count = sources.open_data(read(config).data).images, config.eval.reference_samples
+        chosen = epoch_permutation(len(images), 0, 0)[count : 2 * count]  # an evaluation compares with the first ones
+        np.savez(folder / "real.npz", np.stack([images[i] for i in chosen]))
+        common.main(*flags, "--mode=evaluate", f"--samples={folder}/real.npz", f"--out={folder}")
+    judged = json.loads((folder / "results.json").read_text())
+    return {name: value for name, value in judged.items() if isinstance(value, float)}
+
+
 def experiment(args: argparse.Namespace) -> dict[str, Any]:
     """Train, evaluate and sample every method, or those of --only beside the committed results of the others."""
     chosen = args.only or list(METHODS)
-    path = f"--config.data.path={pathlib.Path(args.path).resolve()}"
-    flags = ["--config=configs/image_folder.py:small", path, *common.flags_of(FIELDS)]
+    path = str(pathlib.Path(args.path).resolve())
+    own = f"--config.data.path={path}"
+    flags = ["--config=configs/image_folder.py:small", own, *common.flags_of(FIELDS)]
+    real = real_images(flags, path)
     seeds = args.seeds or common.SEEDS[:1]
     cases = [(method, seed) for seed in seeds for method in chosen]
     runs = common.sweep(NAME, flags, METHODS, args.at_once, cases)
     for run in runs:
-        run["flags"] = [flag for flag in run["flags"] if flag != path]
+        run["flags"] = [flag for flag in run["flags"] if flag != own]
     if common.SEEDS[0] in seeds:
         common.keep_samples(NAME, METHODS, SHOWN, chosen)
-    return {"runs": common.with_committed(NAME, runs)}
+        if OURS in chosen:
+            evaluation = common.workdir(NAME, METHODS, OURS, common.SEEDS[0]) / "evaluation"
+            shutil.copy(evaluation / "neighbours.png", common.RESULTS / NAME)
+    return {"runs": common.with_committed(NAME, runs), "real": real}
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown with a row for each method."""
-    return common.method_table(results, common.trained(results, METHODS), MEASURES)
+    """Markdown with a row for each method, and one for real images."""
+    rows = common.method_table(results, common.trained(results, METHODS), MEASURES)
+    real = " | ".join(measure(results["real"]) for measure in MEASURES.values())
+    return f"{rows}\n| 10,000 other training images | | {real} | | |"
 
 
 def draw_figure(results: dict[str, Any], path: pathlib.Path) -> None:
@@ -114,8 +143,12 @@ def draw_figure(results: dict[str, Any], path: pathlib.Path) -> None:
             axes[0].plot(times, [at["frechet_distance"] for at in way], ".-", color=f"C{i}", label=label)
             calls = judged["sampling"]["network_calls"]
             axes[1].plot(calls, judged["frechet_distance"], "o", color=f"C{i}")
-            axes[2].plot(judged["recall"], judged["precision"], "o", color=f"C{i}")
-    axes[0].set(title="distance, of 2,000 samples", xlabel="hours of one core", yscale="log")
+            axes[2].plot(judged["recall"], judged["precision"], "o", color=f"C{i}", clip_on=False)
+    real = results["real"]
+    axes[1].axhline(real["frechet_distance"], linestyle="--", color="k", label="other training images")
+    axes[1].legend(fontsize=8, loc="center right")
+    axes[2].plot(real["recall"], real["precision"], "kx")
+    axes[0].set(title="distance, of 2,000 samples", xlabel="hours of one core", ylim=(0, None))
     axes[0].legend(fontsize=8)
     axes[1].set(title="distance, of 10,000 samples", xlabel="network calls", xscale="log", ylim=(0, None))
     axes[2].set(title="precision and recall", xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1))

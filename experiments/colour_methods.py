@@ -19,7 +19,6 @@ import argparse
 import functools
 import json
 import pathlib
-import shlex
 import shutil
 from typing import Any
 
@@ -30,7 +29,6 @@ from ddgan_jax.config import presets
 from ddgan_jax.config.settings import read
 from ddgan_jax.data import sources
 from ddgan_jax.data.batches import epoch_permutation
-from ddgan_jax.errors import Fault
 from experiments import common
 from experiments.stacked_ablations import PAPER
 
@@ -99,22 +97,19 @@ def real_images(flags: list[str], path: str) -> dict[str, float]:
     Raises: Fault if those that were measured before had other flags.
     """
     folder = common.ROOT / "runs" / "experiments" / NAME / "real"
-    done = folder / "measured.json"
-    if not done.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        config = presets.get("image_folder:small")
-        config.data.path = path
-        images, count = sources.open_data(read(config).data).images, config.eval.reference_samples
-        chosen = epoch_permutation(len(images), 0, 0)[count : 2 * count]  # an evaluation compares with the first ones
-        np.savez(folder / "real.npz", np.stack([images[i] for i in chosen]))
-        common.main(*flags, "--mode=evaluate", f"--samples={folder}/real.npz", f"--out={folder}")
-        judged = json.loads((folder / "results.json").read_text())
-        measures = {name: value for name, value in judged.items() if isinstance(value, float)}
-        done.write_text(json.dumps({"flags": flags, "measures": measures}, indent=2) + "\n")
-    found = json.loads(done.read_text())
-    if found["flags"] != flags:
-        raise Fault(f"{folder} holds an evaluation with {shlex.join(found['flags'])}: move it away, or delete it")
-    return found["measures"]
+    if found := common.finished(folder, flags):
+        return found["measures"]
+    folder.mkdir(parents=True, exist_ok=True)
+    config = presets.get("image_folder:small")
+    config.data.path = path
+    images, count = sources.open_data(read(config).data).images, config.eval.reference_samples
+    chosen = epoch_permutation(len(images), 0, 0)[count : 2 * count]  # an evaluation compares with the first ones
+    np.savez(folder / "real.npz", np.stack([images[i] for i in chosen]))
+    common.main(*flags, "--mode=evaluate", f"--samples={folder}/real.npz", f"--out={folder}")
+    judged = json.loads((folder / "results.json").read_text())
+    measures = {name: value for name, value in judged.items() if isinstance(value, float)}
+    common.keep_measured(folder, {"flags": flags, "measures": measures})
+    return measures
 
 
 def experiment(args: argparse.Namespace) -> dict[str, Any]:

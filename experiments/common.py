@@ -54,11 +54,7 @@ def train_and_evaluate(workdir: pathlib.Path, *flags: str, quiet: bool = False) 
 
     Raises: Fault if the finished run had other flags, since methods are numbered by their place in the experiment.
     """
-    done = workdir / "measured.json"
-    if done.exists():
-        found = json.loads(done.read_text())
-        if found["flags"] != list(flags):
-            raise Fault(f"{workdir} holds a run of {shlex.join(found['flags'])}: move it away, or delete it")
+    if found := finished(workdir, flags):
         return found
     workdir.mkdir(parents=True, exist_ok=True)
     output = workdir / "output.txt" if quiet else None
@@ -71,8 +67,25 @@ def train_and_evaluate(workdir: pathlib.Path, *flags: str, quiet: bool = False) 
     found["images_per_second"] = statistics.median(record["images_per_second"] for record in records)
     if way := [evaluated(record) for record in records if any(name.startswith("eval/") for name in record)]:
         found["on_the_way"] = way
-    done.write_text(json.dumps(found, indent=2) + "\n")
+    keep_measured(workdir, found)
     return found
+
+
+def finished(workdir: pathlib.Path, flags: Sequence[str]) -> dict[str, Any]:
+    """What `keep_measured` wrote in `workdir`; empty if it has not.
+
+    Raises: Fault if that had other flags.
+    """
+    file = workdir / "measured.json"
+    found = json.loads(file.read_text()) if file.exists() else {}
+    if found and found["flags"] != list(flags):
+        raise Fault(f"{workdir} holds a run of {shlex.join(found['flags'])}: move it away, or delete it")
+    return found
+
+
+def keep_measured(workdir: pathlib.Path, found: Mapping[str, Any]) -> None:
+    """Write the results of a run, with its `flags`, for `finished`."""
+    (workdir / "measured.json").write_text(json.dumps(found, indent=2) + "\n")
 
 
 def evaluated(record: dict[str, Any]) -> dict[str, float]:

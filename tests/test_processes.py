@@ -185,6 +185,7 @@ def test_one_that_is_killed_ends_all(killed, cache, tmp_path):
         (jax.errors.JaxRuntimeError("UNAVAILABLE: the coordination service is gone"), True),
         (ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer [127.0.0.1]:23737"), True),
         (ValueError("a batch of 3 images"), False),
+        (ValueError("Connection: no such setting of the bucket"), False),
         (OSError("Connection refused"), False),
     ],
 )

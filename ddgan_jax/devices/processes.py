@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import pickle
+import re
 import signal
 import sys
 import threading
@@ -236,11 +237,12 @@ def gather_rows(tree: Any) -> Any:
 def is_lost_process(error: BaseException) -> bool:
     """Whether a collective or the coordination service raised this because another process has ended.
 
-    If the connection breaks while jit starts a program, JAX raises the same status as a ValueError.
+    If the connection breaks while jit starts a program, JAX raises a ValueError with the status ("UNKNOWN: ...").
     """
+    is_status = isinstance(error, ValueError) and re.match("[A-Z_]+: ", str(error)) is not None
     return (
         jax.distributed.is_initialized()
-        and isinstance(error, jax.errors.JaxRuntimeError | ValueError)
+        and (is_status or isinstance(error, jax.errors.JaxRuntimeError))
         and any(
             sign in str(error)
             for sign in ("Gloo", "NCCL", "coordination service", "Connection", "UNAVAILABLE", "heartbeat")

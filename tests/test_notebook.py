@@ -143,9 +143,11 @@ def test_the_whole_notebook(tmp_path, name):
         shutil.copy(ROOT / part, tmp_path / "project" / part)
     folder = tmp_path / "project" / "colab"
     python = tmp_path / "venv" / "bin" / "python"
+    env = os.environ | {"JUPYTER_PATH": str(tmp_path / "venv" / "share" / "jupyter")}
+    env.pop("XLA_FLAGS", None)  # the tests' flags; the environment's XLA may not know them
 
     def run(*command):
-        result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        result = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
         return result.stdout
 
@@ -156,8 +158,6 @@ def test_the_whole_notebook(tmp_path, name):
     run(python, "-m", "pip", "install", "--quiet", *environment.preinstalled)
     run(python, "-m", "ipykernel", "install", "--prefix", str(tmp_path / "venv"), "--name", "clean")
     before = installed()
-    env = os.environ | {"JUPYTER_PATH": str(tmp_path / "venv" / "share" / "jupyter")}
-    env.pop("XLA_FLAGS", None)
     result = subprocess.run([sys.executable, "-c", EXECUTE, str(folder)], env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     after = installed()

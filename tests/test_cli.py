@@ -144,6 +144,13 @@ def test_configuration_files_that_cannot_be_used(name, content, message, refused
             "--config=stacked_mnist:small --config.data.dir=/proc/none --config.model.patch_size=5",
             "does not halve 1 times",
         ),
+        *(
+            (f"--config=stacked_mnist:small --config.data.dir=/proc/none --config.train.init_from={name}", message)
+            for name, message in (
+                ("runs/no", "no checkpoint in runs/no"),
+                ("x.safetensors", "there is no x.safetensors"),
+            )
+        ),
         ("--config=digits:smoke --mode=prepare --config.train.batch_size=6", "does not divide by"),
         (f"{SMOKE} --config.data.image_size=9", "data.image_size=9 does not halve"),
         (f"{SMOKE} --config.diffusion.kind=geometric", "not a diffusion"),

@@ -728,6 +728,13 @@ def test_other_labels_in_a_workdir(tmp_path, capsys):
     checks.check_data({k: v for k, v in before.items() if k != "classes"}, renamed, tmp_path, refuse=True)
 
 
+def test_the_workdir_of_another_run_is_refused_before_a_download(workdir):
+    config = presets.get("stacked_mnist:small")
+    config.data.dir = "/proc/none"
+    with pytest.raises(UserError, match=r"data\.name=gaussians, and this configuration has stacked_mnist"):
+        train(config, workdir)
+
+
 def test_a_refused_restart_moves_nothing(points_run, workdir, monkeypatch):
     """Such as by networks that are not there, or by a dashboard that does not accept the run."""
     with pytest.raises(UserError, match="no checkpoint in"):

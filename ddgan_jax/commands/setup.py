@@ -28,7 +28,7 @@ from ddgan_jax.method.build import build, init_state, network_fields, notes_on_l
 from ddgan_jax.method.train_step import Method
 from ddgan_jax.metrics.evaluator import open_evaluator
 from ddgan_jax.metrics.feature_networks import check_last_evaluation
-from ddgan_jax.model.loading import load_initial_networks
+from ddgan_jax.model.loading import check_is_there, load_initial_networks
 from ddgan_jax.model.sampler import Sampler
 from ddgan_jax.storage import checkpoint, manager, paths, workdir
 from ddgan_jax.storage.log import Log, read_metrics
@@ -66,17 +66,17 @@ def set_up(
     started = time.time()
     with interrupt.deferred():
         before = processes.broadcast_from_primary(lambda: None if restart else checkpoint.config_of(path))
+    begun = processes.run_on_all(lambda: as_begun(read(config), before, path))
     given = data is not None
     if not given:  # by process 0 first: the others find what is on a shared disk
-        processes.run_on_primary(lambda: prepare(that_fits(config).data))
-    c, method, data = processes.run_on_all(lambda: _open(config, data, before, path))
+        processes.run_on_primary(lambda: prepare(that_fits(begun, is_new=before is None).data))
+    c, method, data = processes.run_on_all(lambda: _open(begun, data, path, is_new=before is None))
     if jax.process_count() > 1:
         processes.assert_equal_across_processes(facts(c, data))
     labels = labels_of(data, method.denoiser.num_classes, c.data.name)
     shapes, initialize = compiler.trace_once(functools.partial(init_state, method, c.seed))
     check_memory(method, shapes)
     evaluator = open_evaluator(c, data) if c.eval.every else None  # refuses an evaluation that cannot work
-
     if c.eval.at_end and not given:
         check_last_evaluation(c, data, evaluator is not None)
 
@@ -172,9 +172,11 @@ def _check_same(now: dict[str, Any], then: dict[str, Any], path: paths.Given) ->
             )
 
 
-def that_fits(config: Any) -> Config:
+def that_fits(config: Any, is_new: bool = True) -> Config:
     """The settings. Raises UserError for those that fit no dataset, as far as that is known before a download."""
     c = read(config)
+    if is_new and c.train.init_from:  # later, those networks may be gone
+        check_is_there(c.train.init_from)
     if c.train.batch_size:
         check_batch(c.train.batch_size, c.train.accumulate)
     if has_all_numbers(c):
@@ -182,15 +184,14 @@ def that_fits(config: Any) -> Config:
     return c
 
 
-def _open(config: Any, data: Data | None, before: dict[str, Any] | None, path: Path) -> tuple[Config, Method, Data]:
+def _open(c: Config, data: Data | None, path: Path, is_new: bool) -> tuple[Config, Method, Data]:
     """The settings, method and data of a run. The data is decoded after everything else is known to fit."""
-    c = as_begun(read(config), before, path)
     if data is None and c.data.path and checkpoint.absolute(paths.path(c.data.path)) == checkpoint.absolute(path):
         raise UserError(f"--workdir={path} is also data.path, the folder of the images: name another --workdir")
     c, chosen = resolve_from_data(c, data)
     method = build(c)
     check_batch(method.batch_size, c.train.accumulate)
-    for sentence in (*chosen, *([] if before else notes_on_levels(c))):
+    for sentence in (*chosen, *(notes_on_levels(c) if is_new else [])):
         say(sentence)
     data = data or open_data(c.data)
     if data.images.shape[1:] != method.denoiser.image_shape:

@@ -147,6 +147,15 @@ def config_of(path: str) -> Config:
         raise checkpoint.Damaged(f"the checkpoint {found} is damaged: {error}") from error
 
 
+def check_is_there(path: str) -> None:
+    """Raises UserError if `path` names no model on this machine or in a bucket; one on the Hub is not looked up."""
+    file = file_of(path)
+    if not file:
+        checkpoint.find(path)
+    elif not hub.is_hub(file) and not paths.exists(file):
+        raise UserError(f"there is no {file}: name a workdir, a checkpoint or a file")
+
+
 def load_initial_networks(c: Config, like: Any) -> tuple[str, Any, Any]:
     """The networks that `train.init_from` of `c` names, in the tree of the state `like`.
 

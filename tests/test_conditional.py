@@ -9,13 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import run_python, succeed
-from conftest import preset_with
 from test_model import grow, workdir_of
 from test_parallel import run_with_devices
 
 import ddgan_jax
 from ddgan_jax.commands import demo_page, figures, generate
-from ddgan_jax.commands.train import train
 from ddgan_jax.config import presets
 from ddgan_jax.config.settings import DataConfig, as_dict
 from ddgan_jax.data.batches import batches, match_label_frequencies
@@ -300,16 +298,6 @@ def test_a_file_without_names_of_classes(model, tmp_path, classes):
     old = ddgan_jax.load(tmp_path / "old.safetensors")
     assert old.classes == ("0", "1", "2")
     np.testing.assert_array_equal(old.sample(3, label="2"), model.sample(3, label=2))
-
-
-def test_a_checkpoint_has_the_names_of_the_classes_of_its_data(tmp_path):
-    config = preset_with("digits:smoke", model__num_classes=3, train__num_steps=1, train__r1_every=1)
-    images, labels = np.random.default_rng(0).integers(0, 256, (96, 8, 8, 1), np.uint8), np.arange(96) % 3
-    train(config, str(tmp_path), Data(images, labels, ("ant", "bee", "Zebra")))
-    model = ddgan_jax.load(str(tmp_path))
-    assert (model.step, model.classes) == (1, ("ant", "bee", "Zebra"))
-    with pytest.raises(UserError, match="holds a run on the classes ant, bee, Zebra, and those of the data are ant, w"):
-        train(config, str(tmp_path), Data(images, labels, ("ant", "wasp", "Zebra")))
 
 
 def test_a_histogram_shows_the_names_of_classes(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ long as it lasts. Findings change nothing in the training.
 
 import math
 import numbers
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -93,7 +94,7 @@ def _apart(record: Record) -> set[str]:
     losses = {name: loss for name, loss in record.items() if name.startswith("d_loss_t") and loss is not None}
     found = set()
     for name, loss in losses.items():
-        median = np.median([other for t, other in losses.items() if t != name] or [loss])
+        median = statistics.median([other for t, other in losses.items() if t != name] or [loss])
         if not 1 / APART < loss / max(median, 1e-9) < APART and abs(loss - CHANCE) > abs(median - CHANCE):
             found.add(name)
     return found

@@ -300,7 +300,7 @@ def test_bad_files_are_skipped_and_listed(tmp_path, capsys):
     (folder / "link.png").symlink_to(secret)
     (folder / "loop").symlink_to(folder)
     (folder / "nowhere.png").symlink_to(folder / "missing.png")
-    with pytest.raises(UserError, match=r"7 of 28 files .* more than 10 files and the fraction 0 of them"):
+    with pytest.raises(UserError, match=r"7 of 28 files .* That is more than none: remove them, or allow"):
         open_folder(folder, tmp_path / "cache", max_bad_share=0)
     images, labels, classes = open_folder(folder, tmp_path / "cache", max_bad_share=0.5)
     assert images.shape == (20, 8, 8, 3) and len(labels) == 20 and classes == [""]
@@ -1049,6 +1049,12 @@ def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(orientation, mode, mo
     assert decoding._draft(decoding._open(content), 100) == 0
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
+def test_large_jpegs_become_tiny(size):
+    """libjpeg rounds the sides of a reduced image up, to more than an eighth of 97 px."""
+    assert decoding.decode(encoded(noise(97, 97), "jpeg"), size, 3).shape == (size, size, 3)
+
+
 # --- Room for the copy ---------------------------------------------------------------------------------------------
 
 
@@ -1056,8 +1062,8 @@ def test_the_disk_space_is_checked_before_anything_is_decoded(tmp_path, monkeypa
     path, cache = a_set(tmp_path, "folder"), tmp_path / "cache"
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**40, 2**40, 2**20))
     monkeypatch.setattr(preparing, "decode", lambda *_: pytest.fail("decoded"))
-    message = rf"the copy of .* at 512 px takes 5 MiB, but {cache}/image_folder has 1 MiB free: .* set data.dir"
-    with pytest.raises(UserError, match=message):
+    message = rf"the copy of .* at 512 px takes 5 MiB, and {cache}/image_folder has 1 MiB free: .* set data.dir"
+    with pytest.raises(Fault, match=message):
         open_folder(path, cache, 512, 3)
 
 
@@ -1118,7 +1124,10 @@ def count_decoded(monkeypatch):
 
 @pytest.mark.parametrize(
     "end, rest",
-    [("no line", 4), ("half a line", 5), ("no pixels", 5), ("garbage first", 21), ("one more file", 22)],
+    [
+        *(("no line", 4), ("half a line", 5), ("no pixels", 5), ("no file of pixels", 21), ("garbage first", 21)),
+        ("one more file", 22),
+    ],
 )
 def test_a_preparation_continues_where_it_ended(tmp_path, monkeypatch, end, rest):
     """At the last block whose pixels and line are complete; from the start if the folder has changed since."""
@@ -1136,6 +1145,8 @@ def test_a_preparation_continues_where_it_ended(tmp_path, monkeypatch, end, rest
         log.write_bytes(lines[:-9])
     elif end == "no pixels":
         pixels.write_bytes(pixels.read_bytes()[:-1])
+    elif end == "no file of pixels":
+        pixels.unlink()
     elif end == "garbage first":
         log.write_bytes(b"\xff\n" + lines)
     elif end == "one more file":
@@ -1148,6 +1159,23 @@ def test_a_preparation_continues_where_it_ended(tmp_path, monkeypatch, end, rest
     assert classes == ["a", "b", "c"][: 2 + len(more)] and list(labels) == [0] * 10 + [1] * 10 + [2] * len(more)
     assert "05.png" in next(cache.rglob("skipped.json")).read_text()
     assert len(list(cache.rglob("progress.jsonl"))) == len(more)  # of the folder as it was
+
+
+def test_a_preparation_that_is_interrupted_twice(tmp_path, monkeypatch):
+    """In the middle of a line of its log, and later once more."""
+    path, cache = photos(tmp_path / "in", 20), tmp_path / "cache"
+    monkeypatch.setattr(preparing, "BLOCK_SECONDS", 0)
+    for stops, cut in (("09.png", 9), ("15.png", 0)):
+        with monkeypatch.context() as patch:
+            fail_on(patch, paths, "read", OSError(errno.EIO, "Input/output error"), stops)
+            with pytest.raises(Fault, match=r".png cannot be read"):
+                open_folder(path, cache)
+        (log,) = cache.rglob("progress.jsonl")
+        log.write_bytes(log.read_bytes()[: -cut or None])
+    decoded = count_decoded(monkeypatch)
+    images = open_folder(path, cache)[0]
+    assert len(decoded) == 5
+    np.testing.assert_array_equal(images, [noise(8, 8, i) for i in range(20)])
 
 
 @pytest.mark.parametrize("links", [True, False])
@@ -1179,7 +1207,7 @@ def test_a_folder_that_grows_costs_what_is_new(tmp_path, monkeypatch, capsys, li
     np.testing.assert_array_equal(open_folder(path, cache, max_bad_share=0.5)[0], images)
 
 
-@pytest.mark.parametrize("change", ["content", "damage", "most are gone"])
+@pytest.mark.parametrize("change", ["content", "damage", "damaged pixels", "most are gone"])
 def test_an_earlier_copy_that_is_not_shared(tmp_path, monkeypatch, change):
     """Files whose content changed and whose times did not, and copies that are damaged or mostly unused."""
     path, cache = tmp_path / "in", tmp_path / "cache"
@@ -1194,6 +1222,9 @@ def test_an_earlier_copy_that_is_not_shared(tmp_path, monkeypatch, change):
         os.utime(path / "x" / "4.bmp", (1, 1))
     elif change == "damage":
         next(cache.rglob("index.npz")).write_bytes(b"")
+    elif change == "damaged pixels":
+        (pixels,) = cache.rglob("images.0.bin")
+        pixels.write_bytes(pixels.read_bytes()[:-1] + b"\0\1"[pixels.read_bytes()[-1] == 0 :][:1])
     else:
         kept = range(6, 9)
         for i in range(6):
@@ -1241,6 +1272,44 @@ def test_a_set_is_listed_once(tmp_path, monkeypatch, kind):
     assert len(opened) == 1
     inspect(c)
     assert len(opened) == 2
+
+
+def test_folders_whose_names_have_dots_are_told_apart(tmp_path):
+    for name, count, side in (("photos.v1.0", 3, 16), ("photos.v1.1", 5, 32)):
+        photos(tmp_path / name, count, side, side)
+        for _ in range(2):
+            assert inspect_files(tmp_path / name, tmp_path / "cache") == (count, (side, side, 3), [""])
+
+
+def test_a_folder_with_a_long_name(tmp_path):
+    photos(tmp_path / ("x" * 240), 2)
+    assert len(open_folder(tmp_path / ("x" * 240), tmp_path / "cache")[0]) == 2
+
+
+def test_a_copy_that_cannot_be_read_is_not_old(tmp_path, monkeypatch, capsys):
+    photos(tmp_path / "in", 2)
+    open_folder(tmp_path / "in", tmp_path / "cache")
+    with monkeypatch.context() as patch:
+        fail_on(patch, paths, "read", OSError(errno.EIO, "Input/output error"), "dataset.json")
+        assert copies.main([f"--dir={tmp_path}/cache", "--remove_old"]) == 0
+    assert "dataset.json cannot be read: OSError: " in (said := capsys.readouterr().out) and "no old copies" in said
+    name = next(tmp_path.rglob("dataset.json")).parent.name
+    fail_on(monkeypatch, shutil, "rmtree", OSError(errno.EACCES, "Permission denied"), name)
+    assert copies.main([f"--dir={tmp_path}/cache", f"--remove={name}"]) == 1
+    assert "cannot be removed: PermissionError: " in capsys.readouterr().out
+
+
+def test_the_working_directory_is_not_taken_for_the_data(tmp_path, monkeypatch):
+    photos(tmp_path / "in", 2)
+    open_folder(tmp_path / "in", tmp_path / "cache")
+    monkeypatch.chdir(next(tmp_path.rglob("dataset.json")).parent)
+    with pytest.raises(UserError, match=r"data\.path='' does not exist"):
+        open_data(DataConfig("image_folder", path=""))
+
+
+def test_data_dir_is_a_path(tmp_path):
+    with pytest.raises(UserError, match="paths are local or gs://bucket/name, not s3://"):
+        open_data(DataConfig("image_folder", path=str(photos(tmp_path, 2)), dir="s3://bucket/data"))
 
 
 def test_old_copies_are_listed_and_removed(tmp_path, capsys):

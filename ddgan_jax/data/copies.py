@@ -3,8 +3,9 @@
     python -m ddgan_jax.data.copies              a line for each copy
     python -m ddgan_jax.data.copies --remove_old
 
-Other options: `--dir=DIR`, the `config.data.dir` of the runs; `--remove=NAME`, one copy. An old copy is one of a folder
-that has a newer copy of the same size, and one that was never completed. A copy that is being made is not removed.
+Other options: `--dir=DIR`, the `config.data.dir` of the runs; `--remove=NAME`, one copy. An old copy is one
+whose folder has a copy of the same size that was used later, or one that is incomplete, damaged or of an older version.
+A copy that is being made, or that cannot be read, is not old.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ddgan_jax.data import folder, keyed, preparing, sources
+from ddgan_jax.errors import reason_of
 from ddgan_jax.storage import paths
 from ddgan_jax.storage.downloads import locked
 
@@ -25,7 +27,8 @@ class Found(NamedTuple):
     """A copy on disk."""
 
     path: pathlib.Path
-    of: tuple[str, ...]  # the folder and the shape; () if the copy is incomplete, damaged, or of an older version
+    of: tuple[str, ...]  # the folder and the shape; () if the copy is incomplete, damaged, or of an older version;
+    # why it cannot be read
     images: int
     used: float  # seconds since the epoch
     num_bytes: int  # that removing it would free: other copies may share the rest
@@ -51,8 +54,10 @@ def read(path: pathlib.Path) -> Found:
         shape = "x".join(str(side) for side in about["shape"])
         complete = about["format"] == preparing.FORMAT and not path.name.startswith("incomplete.")
         return Found(path, (str(about["source"]), shape) if complete else (), int(about["images"]), used, freed)
-    except (OSError, *keyed.DAMAGE):
+    except (FileNotFoundError, *keyed.DAMAGE):
         return Found(path, (), 0, used, freed)
+    except OSError as error:  # which says nothing about the copy
+        return Found(path, (f"{path / 'dataset.json'} cannot be read: {reason_of(error)}",), 0, used, freed)
 
 
 def old(copies: Sequence[Found]) -> list[Found]:
@@ -88,11 +93,15 @@ def main(argv: Sequence[str]) -> int:
         return 2
     replaced = old(copies)
     chosen = [copy for copy in copies if copy.name == options.remove or (options.remove_old and copy in replaced)]
+    code = 0
     for copy in chosen or copies:
         what = " at ".join(copy.of) or "not complete, or of another version"
         note = "old" if copy in replaced else ""
         if chosen:
-            note = "removed" if remove(copy) else "another process is making it"
+            try:
+                note = "removed" if remove(copy) else "another process is making it"
+            except OSError as error:
+                note, code = f"cannot be removed: {reason_of(error)}", 1
         date = time.strftime("%Y-%m-%d", time.localtime(copy.used))
         print(f"{copy.name}  {copy.num_bytes / 2**20:,.0f} MiB  used {date}  {copy.images:,} images: {what}  {note}")
     if not copies:
@@ -101,7 +110,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"--remove_old frees {sum(copy.num_bytes for copy in replaced) / 2**20:,.0f} MiB")
     elif options.remove_old and not chosen:
         print("there are no old copies")
-    return 0
+    return code
 
 
 if __name__ == "__main__":

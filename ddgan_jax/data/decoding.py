@@ -64,7 +64,7 @@ def _draft(image: Any, size: int) -> int:
         return 0
     width = image.width
     image.draft(None, (3 * size, 3 * size))
-    return round(width / image.width) if image.width < width else 0
+    return next((factor for factor in (8, 4, 2) if -(-width // factor) == image.width), 0)
 
 
 def decode_mask(content: bytes, size: int) -> np.ndarray:

@@ -34,6 +34,7 @@ from ddgan_jax.storage import paths
 WINDOW = 256  # files that are processed ahead of the one that is returned
 UNFINISHED = ".unfinished"  # a file in a folder to which samples are being written
 MAX_SKIPPED = 10  # files that may be skipped, however few there are
+MAX_STEM = 50  # characters
 BUCKET_THREADS = 32  # they mostly wait for the network
 
 
@@ -174,7 +175,7 @@ def open_files(path: str) -> Iterator[ImageFiles]:
         if listed is not None and path in listed:
             yield listed[path]
             return
-        files = paths.retry(path, lambda: _open(path))
+        files = _open(path)
         files.path = path
         with contextlib.closing(files) if listed is None else contextlib.nullcontext():
             if listed is not None:
@@ -202,13 +203,15 @@ def _open(path: str) -> ImageFiles:
                 "data.path to the copy"
             )
         return Lmdb(given)
-    return Folder(given) if paths.is_dir(given) else Zip(given)
+    kind = Folder if paths.is_dir(given) else Zip
+    # What lists a bucket retries itself.
+    return kind(given) if remote and kind is Folder else paths.retry(path, lambda: kind(given))
 
 
 def stem(files: ImageFiles) -> str:
-    """The name of the folder, zip or LMDB, without a suffix."""
+    """The name of the folder, zip or LMDB, without a suffix, and cut where names of files would become too long."""
     given = paths.path(files.path)
-    return given.stem if files.remote else pathlib.Path(given).resolve().stem
+    return (given if files.remote else pathlib.Path(given).resolve()).stem[:MAX_STEM]
 
 
 def source(files: ImageFiles) -> str:
@@ -283,8 +286,8 @@ def check_skipped(
         raise UserError(f"{text}. At least one image is needed")
     if len(skipped) > (max(MAX_SKIPPED, max_share * num_files) if max_share else 0):
         share = math.ceil(100 * len(skipped) / num_files) / 100
+        limit = f"{MAX_SKIPPED} files and the fraction {max_share:g} of them" if max_share else "none"
         raise UserError(
-            f"{text}. That is more than {MAX_SKIPPED} files and the fraction {max_share:g} of them: remove them, or "
-            f"allow it with --config.data.max_bad_share={share:g}"
+            f"{text}. That is more than {limit}: remove them, or allow it with --config.data.max_bad_share={share:g}"
         )
     return text

@@ -31,7 +31,8 @@ def inspect(
     `channels` None means 3, or 1 if all images are grey. The result is kept in `cache_dir`, and so is what the header
     of each file says. Raises UserError if no file is an image, or too many are not (`folder.check_skipped`).
     """
-    kept = folder.cache_path(files, cache_dir, "look 2").with_suffix(".json")
+    copy = folder.cache_path(files, cache_dir, "look 2")
+    kept = copy.with_name(f"{copy.name}.json")  # not with_suffix: the name of the folder may have a dot
     try:
         found = json.loads(kept.read_bytes())
         count, side, grey = int(found["images"]), float(found["side"]), bool(found["grey"])

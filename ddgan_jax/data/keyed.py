@@ -27,10 +27,10 @@ def digests(texts: Sequence[str]) -> np.ndarray:
 
 def find(known: np.ndarray, keys: np.ndarray) -> np.ndarray:
     """The position in `known` of each of `keys`, int64 [N]; -1 where it is not there."""
-    order = np.argsort(known)
-    place = np.searchsorted(known, keys, sorter=order).clip(max=max(len(known) - 1, 0))
     if not len(known):
         return np.full(len(keys), -1)
+    order = np.argsort(known)
+    place = np.searchsorted(known, keys, sorter=order).clip(max=len(known) - 1)
     return np.where(known[order[place]] == keys, order[place], -1)
 
 

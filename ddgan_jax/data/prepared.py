@@ -157,8 +157,10 @@ def open_folder(
 
 def is_copy(path: paths.Given) -> bool:
     """Whether a path is that of a prepared copy on a local disk."""
-    return not paths.is_remote(path) and all(
-        paths.exists(os.path.join(os.path.expanduser(path), name)) for name in ("dataset.json", "index.npz")
+    return (
+        bool(path)
+        and not paths.is_remote(path)
+        and all(paths.exists(os.path.join(os.path.expanduser(path), name)) for name in ("dataset.json", "index.npz"))
     )
 
 

@@ -22,9 +22,9 @@ from ddgan_jax.data import folder, keyed
 from ddgan_jax.data.archives import ImageFiles, class_of
 from ddgan_jax.data.batches import evenly_spaced
 from ddgan_jax.data.decoding import decode
-from ddgan_jax.errors import UserError, of_a_folder
+from ddgan_jax.errors import of_a_folder
 from ddgan_jax.storage import paths
-from ddgan_jax.storage.downloads import locked
+from ddgan_jax.storage.downloads import LARGER_DISK, check_room, locked
 
 FORMAT = 7  # of the copy; a change of how files are found or decoded raises it
 # Of index.npz, for each file: the number of the file of pixels, the row in it (-1 for a skipped file), the CRC-32 of
@@ -33,6 +33,7 @@ COLUMNS = {"parts": np.uint16, "rows": np.int64, "checksums": np.uint32, "labels
 BLOCK_SECONDS = 2.0  # of decoding: as much is lost if the preparation is interrupted
 COMPARED = 32  # images of an earlier copy that are decoded again, to see that they are still the same
 MAX_PARTS = 64
+COPIES = "python -m ddgan_jax.data.copies"
 
 
 def copy_path(files: ImageFiles, cache_dir: str, size: int, channels: int) -> pathlib.Path:
@@ -44,8 +45,8 @@ def prepare(files: ImageFiles, copy: pathlib.Path, size: int, channels: int, max
     """Writes a copy into a temporary folder, which becomes `copy` when it is complete.
 
     The lock makes a second process wait for the copy of the first. A process that ends loses its lock, and the next
-    one continues. Raises UserError if there is no image, no room or no such place, and as soon as too many files are
-    bad (`folder.check_skipped`); Fault for a failed read or write.
+    one continues. Raises UserError if there is no image or no such place, and as soon as too many files are bad
+    (`folder.check_skipped`); Fault for a failed read or write, or if there is no room.
     """
     aside, shape = copy.with_name(f"incomplete.{copy.name}"), (size, size, channels)
     with of_a_folder(f"the copy of {files.path} cannot be written to {copy.parent}", "set data.dir to another folder"):
@@ -60,7 +61,8 @@ def prepare(files: ImageFiles, copy: pathlib.Path, size: int, channels: int, max
             aside.mkdir(exist_ok=True)
             work = Work(aside, earlier.parts, new, shape)
             done = work.resume()
-            _check_room(files, copy.parent, (len(new) - done) * math.prod(shape), size)
+            what, needed = f"the copy of {files.path} at {size} px takes", (len(new) - done) * math.prod(shape)
+            check_room(what, copy.parent, needed, f" (`{COPIES}` lists older copies), or {LARGER_DISK}")
             shared = f", {len(names) - len(new):,} of them shared with {earlier.path.name}" * (len(new) < len(names))
             before = f", {done:,} of them already decoded" * bool(done)
             print(
@@ -72,15 +74,6 @@ def prepare(files: ImageFiles, copy: pathlib.Path, size: int, channels: int, max
             shutil.rmtree(copy, ignore_errors=True)  # a copy that has lost its dataset.json
             aside.rename(copy)
             (copy / work.log.name).unlink(missing_ok=True)
-
-
-def _check_room(files: ImageFiles, directory: pathlib.Path, needed: int, size: int) -> None:
-    if needed > (free := shutil.disk_usage(directory).free):
-        raise UserError(
-            f"the copy of {files.path} at {size} px takes {math.ceil(needed / 2**20):,} MiB, but {directory} has "
-            f"{free // 2**20:,} MiB free: make room there (`python -m ddgan_jax.data.copies` lists older copies), or "
-            "set data.dir to a folder on a larger disk"
-        )
 
 
 # --- An earlier copy ------------------------------------------------------------------------------------------------
@@ -103,7 +96,8 @@ class Earlier(NamedTuple):
 def find_earlier(files: ImageFiles, keys: np.ndarray, copy: pathlib.Path, shape: tuple[int, int, int]) -> Earlier:
     """The copy of this folder, at this size, that has the most of its files unchanged.
 
-    A copy is not used if less than half of its pixels would be, or if an image in it differs from its decoded file.
+    A copy is not used if less than half of its pixels would be, or if an image in it is damaged or differs from its
+    decoded file.
     """
     best, most = Earlier(copy, keyed.empty(COLUMNS), 0), 0
     for path in sorted(copy.parent.glob(f"{glob.escape(folder.stem(files))}-*")):
@@ -119,7 +113,7 @@ def find_earlier(files: ImageFiles, keys: np.ndarray, copy: pathlib.Path, shape:
             stored = sum(os.stat(path / f"images.{i}.bin").st_size for i in range(about["parts"]))
             if used <= most or 2 * used * math.prod(shape) < stored:
                 continue
-            if _same_pixels(files, place, found, shape):
+            if _same_pixels(files, place, found, shape) and _intact(found, place[place >= 0], shape):
                 best, most = found, used
     return best
 
@@ -134,6 +128,18 @@ def _same_pixels(files: ImageFiles, place: np.ndarray, earlier: Earlier, shape: 
             return False
         if checksum != earlier.table["checksums"][place[i]]:
             return False
+    return True
+
+
+def _intact(earlier: Earlier, place: np.ndarray, shape: tuple[int, int, int]) -> bool:
+    """Whether the stored images in these rows of the table of a copy still have their checksums."""
+    parts, rows, checksums = (earlier.table[name][place] for name in ("parts", "rows", "checksums"))
+    for number in range(earlier.parts):
+        with open(earlier.path / f"images.{number}.bin", "rb") as pixels:
+            for i in sorted(np.flatnonzero(parts == number), key=rows.__getitem__):  # in the order of the file
+                pixels.seek(int(rows[i]) * math.prod(shape))
+                if zlib.crc32(pixels.read(math.prod(shape))) != checksums[i]:
+                    return False
     return True
 
 
@@ -161,8 +167,12 @@ class Work:
         for file in self.aside.glob("images.*.bin"):
             if file != self.pixels:
                 file.unlink()
-        last, blocks = "", iter(paths.read(self.log).splitlines() if paths.exists(self.log) else [])
-        with contextlib.suppress(ValueError, KeyError, TypeError, StopIteration):  # of a line that was not finished
+        log = paths.read(self.log) if paths.exists(self.log) else b""
+        whole = log[: log.rfind(b"\n") + 1]  # without a line that was not finished
+        if whole != log:
+            os.truncate(self.log, len(whole))
+        last, blocks = "", iter(whole.splitlines())
+        with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError, StopIteration):  # damage
             if json.loads(next(blocks)) == self._about:
                 rows = self.pixels.stat().st_size // math.prod(self.shape)
                 for block in map(json.loads, blocks):
@@ -172,8 +182,8 @@ class Work:
                         self.skipped |= block["skipped"]
                         last = block["last"]
         if not last:
-            self.log.write_text(json.dumps(self._about) + "\n")
             self.pixels.write_bytes(b"")
+            self.log.write_text(json.dumps(self._about) + "\n")
         return self._names.index(last) + 1 if last else 0
 
     def decode(self, files: ImageFiles, done: int, max_bad_share: float) -> None:

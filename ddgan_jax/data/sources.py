@@ -146,8 +146,8 @@ def inspect(c: DataConfig) -> DatasetInfo:
 
 
 def directory(dir: str | None = None) -> str:
-    """The folder of the datasets: `dir`, else $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
-    return os.path.expanduser(dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+    """The folder of the datasets: `dir`, else $TFDS_DATA_DIR, else ~/tensorflow_datasets. Raises as `paths.path`."""
+    return os.fspath(paths.path(dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"))
 
 
 def fingerprint(images: Any, name: str = "", labels: str = "") -> str:

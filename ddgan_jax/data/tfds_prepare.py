@@ -103,8 +103,7 @@ def _download(name: str, builder: Any, data_dir: pathlib.Path) -> pathlib.Path:
     if builder.BUILDER_CONFIGS or len(files) > MAX_FILES or not all(info.filename for info in files.values()):
         return folder
     needed = PREPARED_SIZE * sum(int(info.size) for info in files.values())
-    what = f"dataset {name} takes up to {{}} while it is prepared"
-    downloads.check_room(what, data_dir, needed, ", or set data.dir to a folder on a larger disk")
+    downloads.check_room(f"preparing dataset {name} takes up to", data_dir, needed, f", or {downloads.LARGER_DISK}")
     try:
         for url, info in files.items():
             downloads.fetch(url, folder / info.filename, info.checksum, int(info.size))

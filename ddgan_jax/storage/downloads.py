@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import hashlib
 import http.client
+import math
 import os
 import pathlib
 import shutil
@@ -26,6 +27,7 @@ MIRROR = "DDGAN_MIRROR"
 TIMEOUT = 30.0  # seconds without a byte
 MAX_BYTES = 2**31  # of a file of unknown size: a server may send without end
 PART = 2**20  # bytes that are written at once
+LARGER_DISK = "set data.dir to a folder on a larger disk"
 PASSING = (408, 425, 429)  # statuses that may pass, besides those from 500 on
 
 
@@ -88,10 +90,10 @@ def locked(file: pathlib.Path, wait: bool = True) -> Iterator[None]:
 
 
 def check_room(what: str, folder: pathlib.Path, needed: int, remedy: str = "") -> None:
-    """Raises Fault unless a folder has room for `needed` bytes, which `what` names: 'the files take {}'."""
+    """Raises Fault unless a folder has room for `needed` bytes. `what` is the beginning of the message: 'X takes'."""
     if needed > (free := shutil.disk_usage(folder).free):
-        takes = what.replace("{}", f"{needed / 2**20:,.0f} MiB")
-        raise Fault(f"{takes}, and {folder} has {free / 2**20:,.0f} MiB free: make room there{remedy}")
+        takes = f"{what} {math.ceil(needed / 2**20):,} MiB"
+        raise Fault(f"{takes}, and {folder} has {free // 2**20:,} MiB free: make room there{remedy}")
 
 
 def _fetch(url: str, file: pathlib.Path, sha256: str, size: int) -> None:
@@ -136,7 +138,7 @@ def _receive(url: str, part: pathlib.Path, size: int) -> None:
             length = response.headers.get("Content-Length", "")
             total = begun + int(length) if length.isdigit() else None
             received = begun
-            check_room(f"{url} takes {{}}", part.parent, (total or 0) - begun)
+            check_room(f"{url} takes", part.parent, (total or 0) - begun)
             with (
                 part.open("ab" if begun else "wb") as file,
                 tqdm(total=total, initial=begun, unit="B", unit_scale=True, desc=part.stem, disable=None) as bar,

@@ -48,6 +48,12 @@ def test_forms_of_images(images, options, expected):
     np.testing.assert_array_equal(found, expected)
 
 
+def test_a_range_is_rounded_as_the_images_are():
+    """float32 0.1 is above 0.1."""
+    images = as_data(np.float32(COLOUR) / 255 * np.float32(0.1), value_range=(0, 0.1)).images
+    np.testing.assert_array_equal(images, COLOUR)
+
+
 def test_a_tensor():
     torch = pytest.importorskip("torch")
     tensor = torch.from_numpy(COLOUR.transpose(0, 3, 1, 2).copy()).float() / 255
@@ -102,7 +108,7 @@ def test_labels(labels, classes, ids, names):
         (COLOUR / 255, {"value_range": 1}, "value_range=1 must be the numbers"),
         (COLOUR / 255, {"value_range": ("a", "b")}, "value_range=.* must be the numbers"),
         (COLOUR / 255, {"value_range": (0, np.inf)}, "value_range=.* must be the numbers"),
-        (COLOUR[:0] / 255, {"value_range": (0, 1)}, r"the set is empty: .* these are \[0, 8, 8, 3\]"),
+        (COLOUR[:0] / 255, {"value_range": (0, 1)}, r"the set is empty: .* these are uint8 \[0, 8, 8, 3\]"),
         (COLOUR, {"image_size": 4.0}, "image_size=4.0 must be an integer"),
         (COLOUR, {"image_size": "4"}, "image_size='4' must be an integer"),
         (COLOUR, {"image_size": 10**7}, "image_size=10000000 must be an integer of at most 4096"),
@@ -132,6 +138,13 @@ def test_labels(labels, classes, ids, names):
         (GREY, {"classes": ("a", "b")}, r"classes=\('a', 'b'\) name the labels, and there are none"),
         (sources.Data(GREY), {"labels": [0]}, "labels are given twice"),
         (sources.Data(GREY), {"classes": ("a",)}, "classes are given twice"),
+        (sources.Data(GREY), {"image_size": 4}, "image_size=4 is for arrays and lists: a Data of 8 px is not resized"),
+        (np.array([], object), {}, "the set is empty"),
+        (GREY[:0], {"image_size": 4}, r"the set is empty: .* these are uint8 \[0, 8, 8, 1\]"),
+        (np.zeros((0, 2), np.float32), {}, r"the set is empty: .* these are float32 \[0, 2\]"),
+        (np.zeros((3, 0), np.float32), {}, r"the set is empty: .* these are float32 \[3, 0\]"),
+        ([COLOUR[0][:0]], {}, r"an image is uint8 \[0, 8, 3\]"),
+        (GREY, {"labels": np.zeros((12, 0), int)}, r"one for each example, but these are \[12, 0\]"),
     ],
 )
 def test_what_is_refused(images, options, message):
@@ -246,6 +259,10 @@ def test_points(tmp_path):
         (dict(images=COLOUR, preset="digits:smoke", train__num_step=3), "did you mean train__num_steps"),
         (dict(images=COLOUR, preset="digits:smoke", training__num_steps=3), "there is no setting training.num_steps"),
         (dict(images="photos", labels=[1]), "the classes of a folder are its subfolders"),
+        (dict(images="photos", value_range=(0, 1)), r"value_range=\(0, 1\) is for arrays: leave it out"),
+        (dict(preset="digits:smoke", value_range=(0, 1)), r"value_range=\(0, 1\) is for arrays: leave it out"),
+        (dict(preset="digits:smoke", image_size=9), "data__image_size=9 does not halve"),
+        (dict(images=RNG.normal(size=(9, 2)), image_size=9), "image_size=9 is for images, and these are points"),
         (dict(images="photos", classes=("a", "b")), "the classes of a folder are its subfolders"),
         (dict(labels=[0, 1], preset="digits:smoke"), "labels and classes are those of images: pass images too"),
         (dict(images="nowhere", preset="image_folder:small"), "data__path='nowhere' does not exist"),

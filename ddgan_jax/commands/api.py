@@ -80,19 +80,24 @@ def train(
         )
     if former or not isinstance(workdir, str | os.PathLike) or not os.fspath(workdir):
         raise UserError("name the folder of the run, and other arguments: train(images, labels, workdir='runs/mine')")
-    data, with_classes = None, labels is not None or bool(as_names(classes))
+    data, shape, with_classes = None, None, labels is not None or bool(as_names(classes))
+    if value_range is not None and (images is None or isinstance(images, str | os.PathLike | Data)):
+        raise UserError(f"value_range={value_range} is for arrays: leave it out")
+    if image_size and (images is None or isinstance(images, str | os.PathLike)):
+        fields = {"data__image_size": image_size} | fields
     if isinstance(images, str | os.PathLike):
         if with_classes:
             raise UserError(
                 "the classes of a folder are its subfolders: leave labels and classes out, and set model__num_classes"
             )
-        fields = {"data__path": os.fspath(images)} | ({"data__image_size": image_size} if image_size else {}) | fields
-        shape = None
+        fields = {"data__path": os.fspath(images)} | fields
     elif images is not None:
         for name in sorted({field.replace("__", ".") for field in fields} & {"data.name", "data.path", "data.split"}):
             raise UserError(f"{name} names other images than those that are passed: leave out one of the two")
         data = as_data(images, labels, classes, value_range, image_size)
         shape = tuple(data.images.shape[1:])
+        if image_size and len(shape) == 1:
+            raise UserError(f"image_size={image_size} is for images, and these are points: leave it out")
     elif with_classes:
         raise UserError("labels and classes are those of images: pass images too, or leave them out")
     if preset is None and images is not None:

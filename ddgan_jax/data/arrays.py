@@ -58,6 +58,9 @@ def as_data(
         if labels is not None or names:
             twice = "classes" if labels is None else "labels"
             raise UserError(f"{twice} are given twice: they belong into Data(images, labels, classes)")
+        shape = images.images.shape
+        if len(shape) == 4 and image_size not in (None, shape[1]):
+            raise UserError(f"image_size={image_size} is for arrays and lists: a Data of {shape[1]} px is not resized")
         return images
     if labels is None and names:
         raise UserError(f"classes={names} name the labels, and there are none: pass labels too, or no classes")
@@ -110,11 +113,9 @@ def _is_list(images: Any) -> bool:
     """Whether each image is an object: a file, a PIL image, or an array."""
     if (dtype := getattr(images, "dtype", None)) is not None:  # also of a column of a table, whose dtype is pandas'
         return getattr(dtype, "kind", "-") in "OUS" or str(dtype) in ("object", "str", "string")
-    return isinstance(images, Sequence) and not isinstance(images, str) and len(images) > 0 and _is_one(images[0])
-
-
-def _is_one(image: Any) -> bool:
-    return isinstance(image, str | os.PathLike | np.ndarray) or hasattr(image, "getexif")
+    if not isinstance(images, Sequence) or isinstance(images, str) or not images:
+        return False
+    return _is_path(images[0]) or isinstance(images[0], np.ndarray) or hasattr(images[0], "getexif")
 
 
 def _from_array(images: Any, value_range: Range | None, size: int | None) -> np.ndarray:
@@ -135,6 +136,8 @@ def _from_array(images: Any, value_range: Range | None, size: int | None) -> np.
         raise UserError(
             f"images must be [N, H, W], or [N, H, W, C] with 1, 3 or 4 channels, but these are {list(array.shape)}"
         )
+    if not array.size:
+        return array.astype(np.uint8)  # which `Data` refuses
     array = _to_uint8(array, value_range)
     height, width, channels = array.shape[1:]
     if size is None and height != width:
@@ -151,28 +154,28 @@ def _to_uint8(array: np.ndarray, value_range: Range | None) -> np.ndarray:
     """Numbers in `value_range` as 0 to 255. Raises UserError if they are not in it, or if it is needed and missing."""
     if value_range is None:
         array = array.astype(np.uint8) * 255 if array.dtype == bool else array
-        if array.dtype == np.uint8 or not array.size or array.dtype.kind not in "iuf":
+        if array.dtype == np.uint8 or array.dtype.kind not in "iuf":
             return array  # which `Data` checks
         raise UserError(
             f"the images are {array.dtype} from {array.min():.6g} to {array.max():.6g}, and not uint8: pass "
             "value_range, the numbers of black and white, such as (0, 1) or (0, 255)"
         )
-    if not array.size:
-        raise UserError(f"the set is empty: there must be at least one image, but these are {list(array.shape)}")
-    low, high = value_range
-    found = float(array.min()), float(array.max())
-    if np.isnan(found[0]):
+    lowest, highest = array.min(), array.max()
+    if np.isnan(lowest):
         raise UserError(f"the images hold {np.isnan(array).sum():,} NaN: replace them by numbers in {value_range}")
-    if not (low <= found[0] and found[1] <= high):
-        raise UserError(
-            f"the images have values from {found[0]:.6g} to {found[1]:.6g}, not in value_range={value_range}"
-        )
+    # Rounded as the images are: float32 0.1 is above 0.1
+    black, white = np.array(value_range, array.dtype if array.dtype.kind == "f" else np.float64)
+    if not (black <= lowest and highest <= white):
+        raise UserError(f"the images have values from {lowest:.6g} to {highest:.6g}, not in value_range={value_range}")
+    low, high = value_range
     scaled = (array.astype(np.float32) - low) * (255 / (high - low))
-    return np.rint(scaled, out=scaled).astype(np.uint8)
+    return np.rint(scaled, out=scaled).clip(0, 255).astype(np.uint8)
 
 
 def _from_list(images: Any, size: int | None) -> np.ndarray:
     """uint8 [N, size, size, C] from files, PIL images or arrays; C is 1 if all are grey."""
+    if not len(images):
+        raise UserError("the set is empty: there must be at least one image")
     headers = _in_threads(_header, images)
     sides, greys = zip(*headers, strict=True)
     size = size or min(2 ** int(np.log2(np.median(sides))), MAX_DEFAULT_SIZE)
@@ -226,7 +229,8 @@ def _as_pillow(image: Any) -> Any:
     array = np.asanyarray(image)
     check_values(array)
     array = array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array
-    if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (3, 4))):
+    is_image = array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (3, 4))
+    if array.dtype != np.uint8 or not is_image or not array.size:
         raise UserError(
             f"an image is {array.dtype} {list(array.shape)}: in a list, images must be uint8 [H, W] or [H, W, C] with "
             "1, 3 or 4 channels"

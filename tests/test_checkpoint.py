@@ -283,6 +283,7 @@ def test_an_older_best_json_keeps_the_best_by_earlier_yardsticks(tmp_path):
     (tmp_path / "best.json").write_text(json.dumps(checkpoint.sealed(older)))
     again = manager.Checkpoints(str(tmp_path), keep=1)
     assert not again.update_best(3, "fid", 6.0, "b")
+    assert not again.update_best(3, "fid", float("inf"), "d")
     assert again.update_best(3, "fid", 4.0, "b")
     again.close()
     assert again.steps() == [1, 3] and checkpoint.best(tmp_path)["earlier"] == [{"step": 1}]

@@ -362,6 +362,8 @@ def test_samples_are_written_while_they_are_generated(model, tmp_path, monkeypat
     assert len(written) < 100
     monkeypatch.setattr(paths.os, "fsync", lambda _: full(None, None) or pytest.fail("written"))
     written[:] = range(19)
+    with pytest.raises(OSError, match=r"x cannot be written: TimeoutError"), paths.writing(tmp_path / "x"):
+        raise TimeoutError
     with pytest.raises(OSError, match=r"y.npz cannot be written: No space left"):
         generate.sample(small, str(tmp_path / "y.npz"), 30, seed=3)
     assert sorted(os.listdir(tmp_path)) == ["x", "x.npz", "y"]
@@ -1010,6 +1012,13 @@ def test_metadata_that_cannot_be_read(model, tmp_path, metadata):
         ddgan_jax.load(file)
     with pytest.raises(UserError, match="null character"):
         ddgan_jax.load("a\0b")
+
+
+def test_a_file_with_null_for_metadata(tmp_path):
+    header = b'{"__metadata__":null}'
+    (tmp_path / "m.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(UserError, match=r"m.safetensors was not written by ddgan_jax: it has no configuration"):
+        ddgan_jax.load(tmp_path / "m.safetensors")
 
 
 def test_hints_are_for_pth_files():

@@ -128,6 +128,7 @@ def test_names_of_the_reference_and_of_this_project_are_hints():
         (dict(attn_resolutions=16), "generator.attn_resolutions=16 must be"),
         (dict(ch_mult=2), "generator.ch_mult=2 must be"),
         (dict(path=1), "unknown hint 'path'"),
+        (dict(num_timesteps=4, num_steps=2), "num_timesteps=4 and num_steps=2 are the same setting"),
         (dict(imagesize=32), "unknown hint 'imagesize'"),
         (dict(embedding_type="fourier"), "Fourier"),
         (dict(nf=64), "all_modules.0.weight .time_0/kernel. is .8, 32., not .64, 256."),

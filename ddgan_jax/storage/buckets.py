@@ -92,20 +92,15 @@ def silence_gcsfs() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-def _bucket_files() -> Any:
-    """The file system of gs:// paths, the same object that epath uses: fsspec keeps one per set of arguments."""
-    import fsspec
-
-    silence_gcsfs()
-    return fsspec.filesystem("gcs", finalize_on_close=True)
-
-
 @functools.cache
 def bucket_reader() -> Any:
     """The file system that reads from buckets, without a cache of listings.
 
     It has none of gcsfs's own retries, which take 30 s per request: `retry` replaces them.
     """
-    kind = type(_bucket_files())
+    import fsspec
+
+    silence_gcsfs()
+    kind = fsspec.get_filesystem_class("gcs")
     request = getattr(kind._request, "__wrapped__", kind._request)  # what a decorator retries
     return type("Reader", (kind,), {"_request": request})(use_listings_cache=False)

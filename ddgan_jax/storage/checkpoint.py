@@ -36,16 +36,17 @@ EMA = "ema_params/"
 
 def flatten(tree: Any) -> Arrays:
     """The arrays of a tree, on the host, by their paths with slashes."""
-    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(tree))
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
+    return {path: np.asarray(leaf) for path, leaf in _by_path(jax.device_get(tree)).items()}
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def unflatten(arrays: Arrays, like: Any, what: str = "the checkpoint") -> Any:
     """The tree of `like` from arrays by path. Raises UserError where paths, shapes or types differ."""
-    expected = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(like)
-    }
+    expected = _by_path(like)
     for path in sorted(expected.keys() | arrays.keys()):
         if path not in arrays or path not in expected:
             raise UserError(

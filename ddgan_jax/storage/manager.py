@@ -144,12 +144,13 @@ class Checkpoints:
     def update_best(self, step: int, measure: str, value: float, yardstick: str = "") -> bool:
         """Marks the checkpoint of `step` as the best if `value` of `measure` is the smallest so far; returns whether.
 
-        It is then `workdir`/best for `find`, and is kept. NaN is never the best. Values compare only if they are of one
-        measure and `yardstick`, such as the networks and images that samples are compared with; '' stands for any. With
-        another one, the best by that one is marked, and the best one so far is kept. Waits until the save is complete.
+        It is then `workdir`/best for `find`, and is kept. NaN and infinity are never the best. Values compare only if
+        they are of one measure and `yardstick`, such as the networks and images that samples are compared with; ''
+        stands for any. With another one, the best by that one is marked, and the best one so far is kept. Waits until
+        the save is complete.
         """
         value = float(f"{value:.6g}")  # rounded as in metrics.jsonl, from which a resumed run takes it
-        if math.isnan(value):
+        if not math.isfinite(value):
             return False
         before, steps = self._best.marked or {}, self.steps()
         known = [mark for mark in (before, *self._best.earlier) if mark.get("step") in steps]
@@ -189,7 +190,7 @@ class Checkpoints:
     def find_best(self, measure: str, yardstick: str, read_records: Callable[[], list[dict[str, Any]]]) -> None:
         """Marks the best again from the records of the run, if best.json is missing, damaged or forgotten.
 
-        So it does if the best checkpoint was deleted.
+        It also does so if the best checkpoint was deleted.
         """
         steps, marked = set(self.steps()), self._best.marked
         if marked == {} or (marked and marked["step"] in steps):

@@ -38,7 +38,7 @@ def path(given: Given) -> epath.Path:
     Raises UserError for another scheme, such as https://, or if gcsfs is missing.
     """
     text = os.fspath(given)
-    scheme = re.match(r"(\w+):/", text)
+    scheme = re.match(r"([\w.+-]+):/", text)
     if scheme and scheme[1] != "gs":
         raise UserError(f"{text}: paths are local or gs://bucket/name, not {scheme[1]}://")
     if not scheme:
@@ -221,7 +221,7 @@ def writing(file: Given, sync: bool = True) -> Iterator[IO[bytes]]:
                 os.unlink(aside)
             UNFINISHED.discard(os.fspath(aside))
     except OSError as error:
-        reason = error.strerror or str(error).strip().splitlines()[0]
+        reason = error.strerror or str(error).strip().partition("\n")[0] or type(error).__name__
         raise OSError(f"{target} cannot be written: {reason}") from error
 
 

@@ -66,7 +66,7 @@ def metadata(file: paths.Given) -> dict[str, str]:
 
 def _metadata(content: bytes) -> dict[str, str]:
     """The metadata in the JSON at the start of a file, after 8 bytes with the JSON's length."""
-    return json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__", {})
+    return json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__") or {}
 
 
 def _checksum(arrays: Arrays, metadata: Mapping[str, str]) -> str:

@@ -58,8 +58,8 @@ def lock(path: Path, held: contextlib.ExitStack) -> None:
 def move_aside(path: Path) -> Path | None:
     """Moves what an earlier run wrote to a folder before-N of the workdir, which is returned; None without any.
 
-    If the process is killed meanwhile, the next call continues in the same folder. The checkpoints are moved first, and
-    a new run creates their folder first.
+    If the process is killed meanwhile, the next call continues in the same folder; in a bucket, where files are copied
+    first, in another one. The checkpoints are moved first, and a new run creates their folder first.
     """
     found = [entry for entry in WRITTEN if paths.exists(path / entry)]
     if not found:

@@ -57,10 +57,13 @@ def settings_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def settings_of_hints(hints: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that a user's hints amount to. Raises UserError for an unknown hint."""
-    for name in hints:
+    """The settings that a user's hints amount to. Raises UserError for an unknown hint, or two of one setting."""
+    for name, value in hints.items():
         if name not in SETTINGS and name not in TRANSLATED:
             raise UserError(f"unknown hint {name!r}: hints are {', '.join([*SETTINGS, *TRANSLATED])}")
+        same = [other for other in hints if SETTINGS.get(other, other) == SETTINGS.get(name)]
+        if other := [f"{other}={hints[other]}" for other in same if hints[other] != value]:
+            raise UserError(f"{name}={value} and {other[0]} are the same setting: leave one of them out")
     return settings_of(hints)
 
 

@@ -89,7 +89,7 @@ def _keys(params: Params) -> dict[str, str]:
     for name, prefix, parts in layers:
         found = [path.rpartition("/") for path in traverse_util.flatten_dict(params.get(name, {}), sep="/")]
         for part, slash, leaf in sorted(found, key=lambda path: (list(parts).index(path[0]), path[2] == "bias")):
-            theirs = {"bias": "bias"}.get(leaf, "weight")
+            theirs = "bias" if leaf == "bias" else "weight"
             if parts[part].startswith("NIN"):
                 theirs = {"kernel": "W", "bias": "b"}[leaf]
             keys[".".join(filter(None, (prefix, parts[part], theirs)))] = f"{name}/{part}{slash}{leaf}"

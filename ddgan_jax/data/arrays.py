@@ -128,6 +128,8 @@ def _from_array(images: Any, value_range: Range | None, size: int | None) -> np.
                 f"value_range is for images, and an array {list(array.shape)} holds points: images are [N, H, W], "
                 "such as images.reshape(-1, 8, 8)"
             )
+        if not array.size:
+            raise UserError(f"the set is empty: points must be float [N, d], but these are {list(array.shape)}")
         return array  # points, which `Data` checks
     if array.ndim == 4 and array.shape[-1] not in (1, 3, 4) and array.shape[1] in (1, 3, 4):
         array = array.transpose(0, 2, 3, 1)  # channels first, as in PyTorch

@@ -15,8 +15,6 @@ def checked_examples(images: Any) -> Any:
         raise UserError(f"the images are a {type(images).__name__}: convert them with np.asarray(images)")
     check_values(images)
     found = f"these are {images.dtype} {list(shape)}"
-    if 0 in shape and any(shape):  # (0, 0, 0, 0) means no images, where published statistics replace them
-        raise UserError(f"the set is empty: it needs points float32 [N, d] or images uint8 [N, H, W, C], but {found}")
     if len(shape) == 2 and images.dtype.kind == "f":
         with np.errstate(over="ignore"):  # an overflow gives infinity, which the next lines refuse
             points = np.asarray(images, np.float32)
@@ -28,6 +26,8 @@ def checked_examples(images: Any) -> Any:
     if len(shape) != 4:
         hint = ": add the axis of the channels, images[..., None]" if len(shape) == 3 else ""
         raise UserError(f"images must be uint8 [N, H, W, C], but {found}{hint}")
+    if 0 in shape and any(shape):  # (0, 0, 0, 0) means no images, where published statistics replace them
+        raise UserError(f"the set is empty: images must be uint8 [N, H, W, C], but {found}")
     if images.dtype != np.uint8:
         how = _conversion_to_uint8(images) if images.dtype.kind in "biuf" else ""
         raise UserError(f"images must be uint8 from 0 to 255, but {found}{how}")

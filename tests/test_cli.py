@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from commands import POINTS, ROOT, SMOKE, succeed
 
+from ddgan_jax.commands import cli
 from ddgan_jax.commands.progress import next_commands
 from ddgan_jax.config import presets
 from ddgan_jax.config.settings import as_dict, read
@@ -41,6 +42,16 @@ def test_flags_change_the_configuration_of_the_evaluated_run(points_run, tmp_pat
         named = f"--checkpoint={checkpoint}", f"--out={tmp_path / 'of'}"
         succeed("--mode=evaluate", *named, "--config.eval.num_samples=40")
         assert json.loads((tmp_path / "of" / "results.json").read_text())["num_samples"] == 40
+
+
+def test_the_run_that_an_evaluation_finds_without_flags(tmp_path, monkeypatch):
+    """It has the configuration of that run, which flags change; samples of a file have that of the preset."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / presets.DEFAULT).mkdir(parents=True)
+    (tmp_path / "runs" / presets.DEFAULT / "config.json").write_text("{}")
+    for flags in (["--config.eval.k=4"], ["--checkpoint=best", "--config.eval.k=4"]):
+        assert cli.config_of_run(["main.py", "--mode=evaluate", *flags]) == f"runs/{presets.DEFAULT}/config.json"
+    assert cli.config_of_run(["main.py", "--mode=evaluate", "--samples=x.npz"]) is None
 
 
 def test_fields_that_have_no_effect_on_a_model_are_noted(points_run, tmp_path):
@@ -132,6 +143,10 @@ def test_configuration_files_that_cannot_be_used(name, content, message, refused
         ("--workdir=", "--workdir= is empty: name a path, or leave it out"),
         ("--mode=evaluate --posterior=deterministic", "--posterior does nothing in --mode=evaluate: it is for"),
         ("--mode=evaluate --label=3", "--label does nothing in --mode=evaluate"),
+        ("--mode=demo --out=x", "--out does nothing in --mode=demo"),
+        ("--mode=export --sample_seed=3", "--sample_seed does nothing in --mode=export"),
+        ("--help=1", "--help lists the flags, and has no value"),
+        ("--mode=sample --checkpoint=digits --trajectory=x.mp4", "--trajectory=x.mp4 must end in .png (a grid)"),
         ("--mode=sample --start_step=1", "--start_step does nothing in --mode=sample: it is for edit; leave it"),
         ("--checkpoint=digits", "--checkpoint does nothing in --mode=train"),
         (f"{SMOKE} --mode=dream", "unknown --mode=dream: it is one of train, prepare, sample, vary, edit"),
@@ -192,8 +207,10 @@ def test_names_in_a_message_become_arguments():
 @pytest.mark.parametrize(
     "program, installed, expected",
     [
-        ("/a b/main.py", False, "python '/a b/main.py'"),
-        ("/x/ddgan_jax/__main__.py", True, "python -m ddgan_jax"),
+        (f"{ROOT}/main.py", False, f"python {ROOT}/main.py"),
+        (f"{ROOT}/ddgan_jax/__main__.py", True, "python -m ddgan_jax"),
+        ("/x/main.py", True, "ddgan-jax"),
+        ("/x/__main__.py", False, "python -m ddgan_jax"),
         ("/bin/ddgan-jax", True, "ddgan-jax"),
         ("mine.py", True, "ddgan-jax"),
         ("mine.py", False, "python -m ddgan_jax"),

@@ -682,6 +682,16 @@ def test_the_evaluation_at_the_end(tmp_path, capsys):
     assert f"the evaluation of step 2 is in {folder}/2-2/results.json" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("theirs, ours", [("x.npz", None), (None, "x.npz"), ("x.npz", "y.npz"), ("x.npz", "x.npz")])
+def test_an_evaluation_with_other_statistics_has_a_folder_of_its_own(theirs, ours, tmp_path):
+    c = read(config("cifar10", "smoke", reference_statistics=ours))
+    known = {"num_samples": 5, "features": c.eval.features, "data": f"{c.data.name} {c.data.split}"}
+    known |= {"reference_statistics": theirs} if theirs else {}
+    (tmp_path / "8").mkdir()
+    (tmp_path / "8" / "results.json").write_text(json.dumps(known))
+    assert evaluate.without_other_results(f"{tmp_path}/8", c, 5) == f"{tmp_path}/8{'-2' * (theirs != ours)}"
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [

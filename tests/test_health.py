@@ -199,6 +199,18 @@ def test_a_sound_run_has_no_findings(tmp_path, capsys, monkeypatch):
     assert "note: step" not in capsys.readouterr().out and not begun(ours)
 
 
+def test_curves_of_every_t(tmp_path, monkeypatch):
+    """Also of one that the last record lacks, in the order of t."""
+    legends, save = [], figures.save_figure
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: (legends.append(figure.axes), save(figure, path)))
+    made = [{"step": step, **{f"d_loss_t{t}": 1.0 for t in (10, 0, 2)}} for step in (1, 2)]
+    del made[-1]["d_loss_t2"]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in made))
+    figures.curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    (panel,) = (axis for axis in legends[0] if axis.get_title() == "loss of D by t")
+    assert panel.get_legend_handles_labels()[1] == ["d_loss_t0", "d_loss_t2", "d_loss_t10"]
+
+
 def test_curves_mark_where_findings_began(tmp_path, monkeypatch):
     drawn, save = [], figures.save_figure
 

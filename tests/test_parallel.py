@@ -245,7 +245,9 @@ def test_the_programs_that_were_read_least_recently_are_removed(tmp_path):
     for age, name in enumerate("abcd"):
         (tmp_path / name).write_bytes(bytes(10))
         os.utime(tmp_path / name, (100 - age, 50 + age))
+    (tmp_path / "gone").symlink_to(tmp_path / "nothing")  # as a file that another process removes meanwhile
     compiler.remove_oldest(tmp_path, limit=25)
+    (tmp_path / "gone").unlink()
     assert {file.name for file in tmp_path.iterdir()} == {"a", "b"}
 
 

@@ -764,7 +764,7 @@ def test_a_resumed_run_keeps_what_it_was_started_to_keep(tmp_path, capsys):
     assert (tmp_path / "results.json").exists()
     train(points(train__num_steps=18, checkpoint__keep_period=0, **fields), tmp_path)
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"4", "8", "12", "16", "18"}
-    assert "note: checkpoint.keep_period is 4, as " in capsys.readouterr().out
+    assert "note: checkpoint.keep_period is 4, which keeps what " in capsys.readouterr().out
     assert json.loads((tmp_path / "config.json").read_text())["checkpoint"]["keep_period"] == 4
     assert json.loads((tmp_path / "results.json").read_text())["step"] == 18
 
@@ -792,6 +792,28 @@ def test_ctrl_c_in_a_pipe_saves_the_step(tmp_path, every):
         child.wait(timeout=120)
         errors = child.stderr.read()
     assert child.returncode == 75 and "Traceback" not in errors and list((tmp_path / "checkpoints").iterdir()), errors
+
+
+def test_a_signal_in_the_last_step_leaves_the_evaluation_for_later(workdir, monkeypatch):
+    config = points(eval__at_end=True, eval__num_samples=50)
+    monkeypatch.setattr(train_module.processes, "exchange", lambda mine: ["SIGTERM"])
+    with pytest.raises(Interrupted, match=r"SIGTERM: saved step 8 in .*; run the same command to evaluate it"):
+        train(config, workdir)
+    assert not (workdir / "evaluation").exists()
+    monkeypatch.undo()
+    train(config, workdir)
+    assert (workdir / "evaluation" / "8" / "results.json").exists()
+
+
+def test_an_ignored_signal_stays_ignored():
+    """As in a script's `command &`."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Interrupt() as interrupt:
+            os.kill(os.getpid(), signal.SIGINT)
+        assert not interrupt.signal and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_results_of_an_earlier_end_are_removed_when_the_run_goes_on(workdir, monkeypatch):

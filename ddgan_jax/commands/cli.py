@@ -26,8 +26,8 @@ OF_A_MODEL = MODES[2:]  # the modes that use a trained model
 MODES_OF_FLAG = {
     "checkpoint": OF_A_MODEL,
     "samples": ("evaluate",),
-    "out": OF_A_MODEL,
-    "sample_seed": OF_A_MODEL,
+    "out": tuple(mode for mode in OF_A_MODEL if mode != "demo"),
+    "sample_seed": ("sample", "vary", "edit", "inpaint", "interpolate", "evaluate"),
     "host": ("demo",),
     "port": ("demo",),
     "num_samples": ("sample", "evaluate"),
@@ -79,6 +79,7 @@ def run(argv: list[str]) -> None:
     FLAGS = flags.FLAGS
     with of_flags():
         argv = FLAGS.read_flags_from_files(argv, force_gnu=False)  # of --flagfile, for the lines below that read argv
+    FLAGS["mode"].value = presets.value_of("mode", argv) or "train"  # for a signal before the flags are parsed
     if {"--help", "-help", "-h"} & set(argv):
         if hasattr(signal, "SIGPIPE"):
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as for `--help | head`
@@ -137,12 +138,14 @@ def run(argv: list[str]) -> None:
 
 
 def config_of_run(argv: list[str]) -> str | None:
-    """The config.json of the run that --checkpoint or --workdir names in --mode=evaluate; None without one.
+    """The config.json of the run that --mode=evaluate evaluates, if --config is not given; None without one.
 
     Flags such as --config.eval.num_samples=100 then change the configuration of that run.
     """
     given = presets.value_of("checkpoint", argv)
     given = presets.value_of("workdir", argv) if given in (None, "best") else given
+    if given is None and presets.value_of("samples", argv) is None:
+        given = f"runs/{presets.DEFAULT}"
     if presets.value_of("mode", argv) != "evaluate" or not given:
         return None
     path = pathlib.Path(given).expanduser()

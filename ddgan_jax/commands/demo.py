@@ -5,7 +5,6 @@ nothing from other servers, and keeps uploads in a temporary folder that is remo
 """
 
 import os
-import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
@@ -196,18 +195,17 @@ def build(gr: Any, model: Model, name: str, folder: str) -> Any:
 
 def demo(model: Model, name: str, host: str = "127.0.0.1", port: int = 7860) -> None:
     """Serve the page of a model until Ctrl-C. Raises UserError if Gradio is missing, or the port cannot be used."""
-    folder = tempfile.mkdtemp(prefix="ddgan_jax_demo")
-    os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False"}
-    try:
-        import gradio as gr
-    except ModuleNotFoundError as error:
-        raise UserError(f"the page needs {error.name}: run `pip install gradio`") from error
-    Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses twice this number
-    blocks = build(gr, model, name, folder)
-    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # no fonts from the web
-    for number in (signal.SIGTERM, signal.SIGINT):  # both end the page and remove the folder
-        signal.signal(number, signal.default_int_handler)
-    try:
+    with tempfile.TemporaryDirectory(prefix="ddgan_jax_demo", ignore_cleanup_errors=True) as folder:
+        os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False"}
+        try:
+            import gradio as gr
+        except ModuleNotFoundError as error:
+            raise UserError(f"the page needs {error.name}: run `pip install gradio`") from error
+        Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses twice this number
+        blocks = build(gr, model, name, folder)
+        theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # no fonts from the web
+        for number in (signal.SIGTERM, signal.SIGINT):  # both end the page and remove the folder
+            signal.signal(number, signal.default_int_handler)
         try:
             blocks.queue(max_size=64, api_open=False).launch(
                 server_name=host,
@@ -225,5 +223,3 @@ def demo(model: Model, name: str, host: str = "127.0.0.1", port: int = 7860) -> 
             raise UserError(f"--port={port} of {host} cannot be used: {error}") from error
         print(f"open {blocks.local_url} in a browser; Ctrl-C ends it", flush=True)
         blocks.block_thread()
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

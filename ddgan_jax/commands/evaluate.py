@@ -1,6 +1,5 @@
 """The command `evaluate`: measures of a checkpoint, or of samples in a file or folder; see metrics/evaluator.py."""
 
-import contextlib
 import itertools
 import json
 import os
@@ -97,8 +96,7 @@ def evaluate(config: Any, path: str, samples: str = "", out: str = "", num_sampl
         results["seconds"] = round(time.time() - start, 1)
         if paths.exists(target / "results.json"):  # figures of an earlier evaluation
             for name in ("curves.png", "modes.png", "manifold.png", "neighbours.png"):
-                with contextlib.suppress(FileNotFoundError):
-                    (target / name).unlink()
+                (target / name).unlink(missing_ok=True)
         paths.write(target / "results.json", as_json(results, indent=2) + "\n")
         papers = papers_results(c)
         compared = papers if count >= PAPER_SAMPLES else {}
@@ -142,13 +140,13 @@ def without_other_results(folder: str, c: Config, count: int, data: Data | None 
 def _is_of(file: Path, c: Config, count: int, data: Data | None) -> bool:
     """Whether a results.json is of `count` samples, measured and compared as `c` says, with `data` if it is given."""
     ours = {"num_samples": count, "features": c.eval.features, "data": f"{c.data.name} {c.data.split}"}
-    ours |= {"reference_statistics": c.eval.reference_statistics} if c.eval.reference_statistics else {}
     ours |= {"data_fingerprint": data.fingerprint} if data else {}
     try:
         theirs = json.loads(paths.read(file))
     except ValueError:  # of a file that is not JSON: it is not of this evaluation
         return False
-    return isinstance(theirs, dict) and all(theirs.get(name, value) == value for name, value in ours.items())
+    same = isinstance(theirs, dict) and theirs.get("reference_statistics") == c.eval.reference_statistics
+    return same and all(theirs.get(name, value) == value for name, value in ours.items())
 
 
 def _trusted(c: Config, path: str) -> Config:

@@ -225,6 +225,12 @@ def trajectory(x: np.ndarray, x0_hat: np.ndarray, names: Sequence[str], outputs:
     save_figure(figure, path)
 
 
+def _by_t(records: Sequence[dict[str, Any]], name: str) -> list[str]:
+    """The metrics of the records whose names are `name` and a number t, such as 'd_loss_t0', in the order of t."""
+    found = {key for record in records for key in record if key.startswith(name)}
+    return sorted(found, key=lambda key: int(key.removeprefix(name)))
+
+
 def curves(metrics: Given, path: Given) -> None:
     """Draw a metrics.jsonl: losses, logits, losses by t, R1, norms of gradients and parameters, and evaluations.
 
@@ -235,8 +241,8 @@ def curves(metrics: Given, path: Given) -> None:
     panels: list[tuple[str, Sequence[str]]] = [
         ("losses", ("d_loss", "g_loss", "g_squared_error")),
         ("mean logits", ("d_real", "d_fake")),
-        ("loss of D by t", [k for k in sorted(records[-1]) if k.startswith("d_loss_t")] if records else []),
-        ("loss of G by t", [k for k in sorted(records[-1]) if k.startswith("g_loss_t")] if records else []),
+        ("loss of D by t", _by_t(records, "d_loss_t")),
+        ("loss of G by t", _by_t(records, "g_loss_t")),
         ("gradient norms, R1", ("d_grad_norm", "g_grad_norm", "r1")),
         ("parameter norms", ("d_param_norm", "g_param_norm")),
     ]

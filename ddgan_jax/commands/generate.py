@@ -35,7 +35,7 @@ def sample(model: Model, out: str, num: int, trajectory: str = "", **options: An
     """Write samples 0..num-1 and, into the .png or .gif `trajectory`, the denoising of the first of them."""
     check_out(out, ".png", ".npz", *_directory(model), num=num)
     if trajectory:
-        check_out(trajectory, ".png", ".gif")
+        check_out(trajectory, ".png", ".gif", flag="--trajectory")
         target, folder = (os.path.realpath(paths.path(path)) for path in (trajectory, out))
         if pathlib.Path(target).is_relative_to(folder):
             raise UserError(f"--trajectory={trajectory} is --out, or a file in it: name another file")

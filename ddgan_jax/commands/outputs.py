@@ -30,14 +30,14 @@ KINDS = {
 }
 
 
-def check_out(out: str, *kinds: str, num: int = 0) -> None:
-    """Raises UserError unless `out` ends in one of `kinds` and, if it is a directory, can take `num` images.
+def check_out(out: str, *kinds: str, num: int = 0, flag: str = "--out") -> None:
+    """Raises UserError unless `out` of `flag` ends in one of `kinds` and, if it is a directory, can take `num` images.
 
     Call it before the work.
     """
     if paths.path(out).suffix not in kinds:
         endings = ", ".join(f"in {kind} ({KINDS[kind]})" for kind in kinds if kind)
-        raise UserError(f"--out={out} must end {endings}" + (" or name a directory" if "" in kinds else ""))
+        raise UserError(f"{flag}={out} must end {endings}" + (" or name a directory" if "" in kinds else ""))
     if num:
         processes.run_on_primary(lambda: _check_directory(out, num))
 

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import pathlib
 import shlex
 import shutil
 import sys
@@ -44,7 +45,9 @@ def next_commands(workdir: str, c: Config, data: Data | None) -> tuple[list[str]
     The command that evaluates is left out without `data`, if the run evaluates itself at its end, and where it cannot
     run: a note then says why.
     """
-    script = {"main.py": shlex.quote(sys.argv[0]), "__main__.py": "-m ddgan_jax"}.get(os.path.basename(sys.argv[0]))
+    root = pathlib.Path(__file__).resolve().parents[2]
+    ours = {root / "main.py": shlex.quote(sys.argv[0]), root / "ddgan_jax" / "__main__.py": "-m ddgan_jax"}
+    script = ours.get(pathlib.Path(sys.argv[0]).resolve())  # of another program, None
     if script is None and not shutil.which("ddgan-jax"):  # a program in a checkout, which does not install the command
         script = "-m ddgan_jax"
     program = f"{shlex.quote(sys.orig_argv[0])} {script}" if script else "ddgan-jax"

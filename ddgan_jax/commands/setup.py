@@ -154,7 +154,7 @@ def as_begun(c: Config, before: dict[str, Any] | None, path: paths.Given) -> Con
     groups["checkpoint"] = dataclasses.replace(kept, keep=max(kept.keep, then.keep), keep_period=period)
     for name in ("keep", "keep_period"):
         if getattr(kept, name) != (value := getattr(groups["checkpoint"], name)):
-            say(f"note: checkpoint.{name} is {value}, as {path} was started to keep: delete what you do not need")
+            say(f"note: checkpoint.{name} is {value}, which keeps what {path} was started to keep: delete the rest")
     c = dataclasses.replace(c, **groups)
     now = flat(as_dict(c))
     _check_same({name: now[name] for name in FIXED}, flat(as_dict(old)), path)

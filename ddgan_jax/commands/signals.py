@@ -19,6 +19,8 @@ AGAIN = 1.0  # seconds; a launcher may send one signal both to a process and to 
 class Interrupt:
     """A context that handles SIGNALS: the first one raises Interrupted, or within `held` only sets `signal`.
 
+    Those that are ignored stay so, such as SIGINT in a command that a script starts with `&`.
+
     Another one, at least a second later, ends the process immediately.
     """
 
@@ -32,7 +34,8 @@ class Interrupt:
         self._before, self._hook = {}, sys.unraisablehook
         sys.unraisablehook = self._unraisable
         if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
-            self._before = {number: signal.signal(number, self._come) for number in SIGNALS}
+            handled = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._come) for number in handled}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -61,7 +64,7 @@ class Interrupt:
             return
         self.signal, self._time = signal.Signals(number).name, time.monotonic()
         if not self._held:
-            raise Interrupted(self._text())
+            self.check()
         if number == signal.SIGINT:  # someone waits at a terminal; print() may be what was interrupted
             with contextlib.suppress(OSError):
                 os.write(2, b"\nstopping; Ctrl-C again after a second ends the process at once, without saving\n")
@@ -76,10 +79,7 @@ class Interrupt:
     def check(self) -> None:
         """Raises Interrupted if a signal has come."""
         if self.signal:
-            raise Interrupted(self._text())
-
-    def _text(self) -> str:
-        return f"{self.signal}: {NOTHING_LOST}"
+            raise Interrupted(f"{self.signal}: {NOTHING_LOST}")
 
     def _unraisable(self, what: Any) -> None:
         if not isinstance(what.exc_value, Interrupted):  # `held` will raise it

@@ -68,10 +68,12 @@ def train(
                 finish(run, then)
             elif run.files:
                 run.files.log.close()
-        if outcome is STOPPED:
+        evaluates = run.config.eval.at_end and data is None
+        if outcome is STOPPED or (signals and evaluates):
             same = "the same command without --restart" if restart else "the same command"
-            raise Interrupted(f"{signals[0]}: saved step {run.step} in {workdir}; run {same} to continue")
-    if run.config.eval.at_end and data is None:  # after the signals' handlers, since everything is saved
+            aim = "continue" if outcome is STOPPED else "evaluate it"
+            raise Interrupted(f"{signals[0]}: saved step {run.step} in {workdir}; run {same} to {aim}")
+    if evaluates:  # after the signals' handlers, since everything is saved
         evaluate_last(run.config, workdir, run.step)
     say("next: " + "\n      ".join(then) + note)
     return run.state

@@ -115,9 +115,12 @@ def default_cache() -> pathlib.Path | None:
 
 def remove_oldest(folder: pathlib.Path, limit: int = MAX_CACHE) -> None:
     """Removes the files of `folder` that were read least recently until the others take at most `limit` bytes."""
-    found = sorted(((file, file.stat()) for file in folder.iterdir()), key=lambda pair: -pair[1].st_atime)
+    found = []
+    for file in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another process has removed it
+            found.append((file, file.stat()))
     total = 0
-    for file, info in found:
+    for file, info in sorted(found, key=lambda pair: -pair[1].st_atime):
         total += info.st_size
         if total > limit:
             file.unlink(missing_ok=True)

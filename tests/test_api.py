@@ -322,6 +322,7 @@ def test_images_that_inception_cannot_read_are_trained_on_without_it():
     assert chosen.eval.every and chosen.eval.at_end
 
 
+@pytest.mark.slow
 def test_a_folder(tmp_path):
     for i in range(12):
         file = pathlib.Path(tmp_path / "photos" / f"{i}.png")

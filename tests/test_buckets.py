@@ -63,6 +63,7 @@ def test_what_a_run_leaves(bucket, trained, cache, tmp_path):  # noqa: F811
     assert [json.loads(line)["step"] for line in lines if line] == [2, 4, 6, 8]
 
 
+@pytest.mark.slow
 def test_every_mode_reads_and_writes_there(bucket, trained, cache, tmp_path):  # noqa: F811
     """With TensorFlow out of the way, in a process that may not import it."""
     out = f"{bucket.url}/out"
@@ -99,6 +100,7 @@ def test_programs_are_kept_there(bucket, tmp_path):  # noqa: F811
     assert any(name.endswith("-cache") for name in bucket.contents("programs/"))
 
 
+@pytest.mark.slow
 def test_a_save_that_is_killed_is_no_checkpoint(bucket, trained, cache, tmp_path):  # noqa: F811
     """Killed between the first file of the checkpoint of step 8 and its last; the run goes on from 4, to the end."""
     workdir = f"{bucket.url}/killed"
@@ -124,6 +126,7 @@ def test_a_save_that_is_killed_is_no_checkpoint(bucket, trained, cache, tmp_path
     assert_same_runs(bucket, workdir, trained, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_set_aside(bucket, trained, cache, tmp_path):  # noqa: F811
     """It is moved to `damaged`, file by file, and the run goes on from the one before, to the same end."""
     workdir = f"{bucket.url}/damaged"

@@ -25,6 +25,7 @@ def points_run(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_samples_are_compared_with_the_data_of_the_run(refused, points_run, tmp_path):
     """Not with the default digits, with which these would be compared in silence."""
     np.savez(tmp_path / "x.npz", np.zeros((70, 2), np.float32))
@@ -37,6 +38,7 @@ def test_samples_are_compared_with_the_data_of_the_run(refused, points_run, tmp_
     assert "there is no config.json in gaussians: name the configuration" in nowhere
 
 
+@pytest.mark.slow
 def test_flags_change_the_configuration_of_the_evaluated_run(points_run, tmp_path):
     for checkpoint in (points_run, points_run / "best", points_run / "checkpoints" / "4"):
         named = f"--checkpoint={checkpoint}", f"--out={tmp_path / 'of'}"
@@ -64,6 +66,7 @@ def test_fields_that_have_no_effect_on_a_model_are_noted(points_run, tmp_path):
     assert "note" not in same.stdout
 
 
+@pytest.mark.slow
 def test_the_configuration_that_a_run_writes(points_run, tmp_path):
     """It is accepted by every mode, and is the configuration of that run."""
     file = points_run / "config.json"
@@ -224,6 +227,7 @@ def test_the_commands_to_try_next_begin_as_this_one(program, installed, expected
     assert next_commands("runs/x", config, None)[0][0] == f"{expected} --mode=sample --workdir=runs/x"
 
 
+@pytest.mark.slow
 def test_the_commands_that_a_training_prints_run_as_printed(tmp_path):
     """Also from another directory; an evaluation that lacks weights or labels is not among them."""
     command = [sys.executable, str(ROOT / "main.py"), "--config=gaussians:smoke", "--config.train.num_steps=2"]
@@ -254,6 +258,7 @@ def test_an_evaluation_that_cannot_run_is_not_suggested(features, evaluates, not
     assert len(commands) == 2 + evaluates and (note in found if note else not found)
 
 
+@pytest.mark.slow
 def test_the_time_to_go_does_not_count_compilation(points_run, tmp_path):
     """Also after a resume, nor the grid of samples that the interrupted run did not write."""
     workdir = tmp_path / "run"

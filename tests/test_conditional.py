@@ -315,6 +315,7 @@ def test_a_histogram_shows_the_names_of_classes(tmp_path, monkeypatch):
     assert shown == [["ant", "Zebra", "1", "\\udce9", r"a\$b\$c"], ["0", "1", "2"], []]
 
 
+@pytest.mark.slow
 def test_as_commands(refused, tmp_path):
     """Trained, evaluated while and after, resumed, and sampled with --label; wrong labels are one sentence."""
     options = (*CONDITIONAL, f"--workdir={tmp_path}")

@@ -197,6 +197,7 @@ def test_the_yardstick_is_of_the_network_the_images_and_their_numbers(digits, mo
     assert len({yardstick(300), yardstick(400), yardstick(300, online_samples=50)}) == 3
 
 
+@pytest.mark.slow
 def test_corrected_labels_train_another_classifier(digits, tmp_path, monkeypatch):
     """Also where the classes have no names."""
     monkeypatch.setattr(feature_networks.classifier, "STEPS", 300)
@@ -504,6 +505,7 @@ def test_a_function_of_the_user_measures_a_checkpoint(own_features, digits):
     assert (own_features / "digits.evaluation" / "neighbours.png").exists()
 
 
+@pytest.mark.slow
 def test_a_function_of_the_user_ranks_checkpoints(own_features, digits):
     flags = f"--config.data.dir={digits[0]['data']['dir']}", "--config.data.name=digits", "--workdir=run"
     evaluation = "--config.eval.features=my_features:thumbnails", "--config.eval.online_samples=20"
@@ -590,6 +592,7 @@ def published(tmp_path_factory):
     return c
 
 
+@pytest.mark.slow
 def test_the_measures_of_the_paper(published, tmp_path, capsys):
     opened = evaluator.open_evaluator(published)
     assert "note: with 12 images, the measures are rough" in capsys.readouterr().out
@@ -611,6 +614,7 @@ def test_the_measures_of_the_paper(published, tmp_path, capsys):
         with_statistics("small.npz")
 
 
+@pytest.mark.slow
 def test_a_file_of_the_reference_is_evaluated_and_trained_from_under_its_configuration(published, tmp_path):
     """netG_1.pth holds only arrays, and a configuration supplies the rest; an error reports where they disagree."""
     for name in ("netG_1", "content"):

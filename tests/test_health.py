@@ -161,6 +161,7 @@ def test_the_guide_has_every_rule():
         assert set(re.findall(r"--config\.([\w.]+\w)", sentence)) <= fields
 
 
+@pytest.mark.slow
 def test_a_run_whose_d_learns_nothing(tmp_path):
     """It says so once, with the same results; a run that is resumed does not repeat it."""
     still = ["--config.train.lr_d=0.0", "--config.train.lr_min=0.0", "--config.train.lr_min_d=1e-12"]

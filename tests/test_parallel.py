@@ -120,6 +120,7 @@ def run_with_devices(script: str, devices: int) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_one_replica_equals_four():
     worst = json.loads(run_with_devices(SCRIPT, 4).splitlines()[-1])
     assert worst["moved"] > 1e-4

@@ -78,6 +78,7 @@ def test_points(refused, tmp_path):
     assert "must end in .png (a grid), in .npz (an array)" in error
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_the_networks_of_another(refused, tmp_path):
     """The moving average of its G, and its D; with learning rates of 0 they are still there at the end."""
     still = [f"--config.train.{name}=0.0" for name in ("lr_g", "lr_d", "lr_min")]
@@ -274,6 +275,7 @@ def test_a_broken_tensorflow_ends_no_training(tmp_path, monkeypatch, capsys):
     assert len(log.read_metrics(tmp_path / "metrics.jsonl")) == 2
 
 
+@pytest.mark.slow
 def test_tensorboard_keeps_no_numbers_in_memory(tmp_path):
     """Of 10,000, each of which would be a block of memory or more."""
     pytest.importorskip("clu")
@@ -418,6 +420,7 @@ epy.lazy_imports = checked
 """
 
 
+@pytest.mark.slow
 def test_nothing_makes_imports_lazy_while_a_thread_traces(tmp_path):
     """etils.epy.lazy_imports, which grain uses, replaces `import` in all threads; JAX imports while it traces."""
     (output,) = all_succeed(
@@ -591,6 +594,7 @@ def test_an_evaluation_that_fails_ends_nothing(points_run, tmp_path, monkeypatch
     assert ours == theirs
 
 
+@pytest.mark.slow
 def test_the_checkpoint_is_saved_before_the_evaluation(tmp_path, monkeypatch):
     """A process that dies in the evaluation has saved its step, which it evaluates when it is started again."""
 
@@ -883,6 +887,7 @@ def test_a_signal_in_a_restore_waits_for_its_end(points_run, workdir, monkeypatc
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+@pytest.mark.slow
 def test_the_best_of_a_run_that_has_gone_back(tmp_path):
     def values_and_best():
         records = log.read_metrics(tmp_path / "metrics.jsonl")

@@ -109,6 +109,7 @@ def test_labels(labels, classes, ids, names):
         (COLOUR / 255, {"value_range": ("a", "b")}, "value_range=.* must be the numbers"),
         (COLOUR / 255, {"value_range": (0, np.inf)}, "value_range=.* must be the numbers"),
         (COLOUR[:0] / 255, {"value_range": (0, 1)}, r"the set is empty: .* these are uint8 \[0, 8, 8, 3\]"),
+        (GREY > 127, {"value_range": (2, 3)}, r"the images have values from 0 to 1, not in value_range=\(2, 3\)"),
         (COLOUR, {"image_size": 4.0}, "image_size=4.0 must be an integer"),
         (COLOUR, {"image_size": "4"}, "image_size='4' must be an integer"),
         (COLOUR, {"image_size": 10**7}, "image_size=10000000 must be an integer of at most 4096"),

@@ -227,8 +227,8 @@ def trajectory(x: np.ndarray, x0_hat: np.ndarray, names: Sequence[str], outputs:
 
 def _by_t(records: Sequence[dict[str, Any]], name: str) -> list[str]:
     """The metrics of the records whose names are `name` and a number t, such as 'd_loss_t0', in the order of t."""
-    found = {key for record in records for key in record if key.startswith(name)}
-    return sorted(found, key=lambda key: int(key.removeprefix(name)))
+    found = {key.removeprefix(name) for record in records for key in record if key.startswith(name)}
+    return [f"{name}{t}" for t in sorted(int(t) for t in found if t.isdecimal())]
 
 
 def curves(metrics: Given, path: Given) -> None:

@@ -162,7 +162,7 @@ def _to_uint8(array: np.ndarray, value_range: Range | None) -> np.ndarray:
             f"the images are {array.dtype} from {array.min():.6g} to {array.max():.6g}, and not uint8: pass "
             "value_range, the numbers of black and white, such as (0, 1) or (0, 255)"
         )
-    lowest, highest = array.min(), array.max()
+    lowest, highest = float(array.min()), float(array.max())
     if np.isnan(lowest):
         raise UserError(f"the images hold {np.isnan(array).sum():,} NaN: replace them by numbers in {value_range}")
     # Rounded as the images are: float32 0.1 is above 0.1

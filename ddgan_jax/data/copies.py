@@ -27,8 +27,8 @@ class Found(NamedTuple):
     """A copy on disk."""
 
     path: pathlib.Path
-    of: tuple[str, ...]  # the folder and the shape; () if the copy is incomplete, damaged, or of an older version;
-    # why it cannot be read
+    # The folder and the shape; () if the copy is incomplete, damaged, or of an older version; why it cannot be read
+    of: tuple[str, ...]
     images: int
     used: float  # seconds since the epoch
     num_bytes: int  # that removing it would free: other copies may share the rest

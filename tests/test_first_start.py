@@ -100,7 +100,7 @@ shutil.disk_usage = lambda path: types.SimpleNamespace(free=1000)
     "fault, script, code, message",
     [
         ("", WITHOUT_TENSORFLOW, 2, "preparing it needs TensorFlow: run `pip install -r requirements.txt`"),
-        ("", FULL_DISK, 1, "preparing dataset cifar10 takes up to 1 MiB, and"),
+        ("", FULL_DISK, 1, "preparing dataset cifar10 takes up to 2 MiB, and"),
         (f"/{published.ARCHIVE}", "", 1, "the server answers 404 Not Found: run the same command again, or put the"),
         (
             f"/{inception.FILE}",

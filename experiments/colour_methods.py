@@ -52,7 +52,7 @@ METHODS = {
     name: common.flags_of(fields)
     for name, fields in {
         OURS: {},
-        # With T = 1, the squared error asks for the mean of all images: it ends with as little as on StackedMNIST.
+        # With T = 1, squared error asks for the mean of all images: its weight falls, as on StackedMNIST.
         "one-shot GAN, T = 1": {"diffusion.num_steps": 1, "loss.reconstruction_end": 3.0},
         "Gaussian denoiser, T = 4": PAPER | {"objective": "gaussian"},
         "Gaussian denoiser, T = 100": PAPER | {"objective": "gaussian", "diffusion.num_steps": 100},

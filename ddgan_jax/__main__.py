@@ -3,7 +3,7 @@
 import signal
 import sys
 
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else ignored, as in a script's `command &`
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as in the background
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of Ctrl-C during the imports; `main` handles the rest
 
 from ddgan_jax.commands.cli import main

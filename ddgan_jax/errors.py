@@ -42,9 +42,9 @@ def of_flags() -> Iterator[None]:
     try:
         yield
     except flags.UnrecognizedFlagError as error:
-        near = difflib.get_close_matches(error.flagname, list(flags.FLAGS), 1)
         if error.flagname.startswith("help"):
             raise UserError("--help lists the flags, and has no value") from error
+        near = difflib.get_close_matches(error.flagname, list(flags.FLAGS), 1)
         hint = f"did you mean --{near[0]}?" if near else "--help lists the flags"
         raise UserError(f"there is no flag --{error.flagname}: {hint}") from error
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OverflowError, OSError) as error:

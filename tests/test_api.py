@@ -155,17 +155,17 @@ def test_what_is_refused(images, options, message):
 
 def test_a_model_is_trained_sampled_and_evaluated(tmp_path):
     """Class-conditional, by the names of classes; the same call continues; other images or classes are refused."""
-    labels = ["b", "a", "c"] * 4
-    model = ddgan_jax.train(COLOUR, labels, workdir=tmp_path / "run", **SMOKE)
+    run, labels, named = f"{tmp_path}/run", ["b", "a", "c"] * 4, {"classes": ("c", "a", "b")} | SMOKE
+    model = ddgan_jax.train(COLOUR, labels, workdir=run, **named)
     assert model.step == 2 and model.denoiser.image_shape == (8, 8, 3)
-    assert model.num_classes == 3 and model.classes == ddgan_jax.load(tmp_path / "run").classes == ("a", "b", "c")
+    assert model.num_classes == 3 and model.classes == ddgan_jax.load(run).classes == ("c", "a", "b")
     assert model.sample(4).shape == (4, 8, 8, 3)
-    assert ddgan_jax.train(COLOUR, labels, workdir=tmp_path / "run", **SMOKE | {"train__num_steps": 3}).step == 3
-    names = rf"workdir={tmp_path}/run holds a run on other data .*\(train__init_from={tmp_path}/run starts .* restart=T"
-    with pytest.raises(UserError, match=names):
-        ddgan_jax.train(255 - COLOUR, labels, workdir=tmp_path / "run", **SMOKE)
-    with pytest.raises(UserError, match="holds a run on the classes a, b, c, and those of the data are b, c, w"):
-        ddgan_jax.train(COLOUR, ["b", "w", "c"] * 4, workdir=tmp_path / "run", **SMOKE)
+    assert ddgan_jax.train(COLOUR, labels, workdir=run, **named | {"train__num_steps": 3}).step == 3
+    message = rf"workdir={run} holds a run on other data .*\(train__init_from={run} starts .* restart=True"
+    with pytest.raises(UserError, match=message):
+        ddgan_jax.train(255 - COLOUR, labels, workdir=run, **named)
+    with pytest.raises(UserError, match="holds a run on the classes c, a, b, and those of the data are b, c, w"):
+        ddgan_jax.train(COLOUR, ["b", "w", "c"] * 4, workdir=run, **SMOKE)
     found = ddgan_jax.evaluate(model, COLOUR, num_samples=12, eval__features=f"{__name__}:means", eval__k=2)
     assert all(type(value) in (int, float, str, list) for value in found.values())
     assert found["num_samples"] == 12 and found["frechet_distance"] > 0 and 0 <= found["recall"] <= 1

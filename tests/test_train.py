@@ -810,7 +810,7 @@ def test_a_signal_in_the_last_step_leaves_the_evaluation_for_later(workdir, monk
 
 
 def test_an_ignored_signal_stays_ignored():
-    """As in a script's `command &`."""
+    """A shell ignores SIGINT for a command that a script starts in the background."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with Interrupt() as interrupt:

@@ -81,11 +81,12 @@ def train(
     if former or not isinstance(workdir, str | os.PathLike) or not os.fspath(workdir):
         raise UserError("name the folder of the run, and other arguments: train(images, labels, workdir='runs/mine')")
     data, shape, with_classes = None, None, labels is not None or bool(as_names(classes))
-    if value_range is not None and (images is None or isinstance(images, str | os.PathLike | Data)):
+    is_path = isinstance(images, str | os.PathLike)
+    if value_range is not None and (images is None or is_path or isinstance(images, Data)):
         raise UserError(f"value_range={value_range} is for arrays: leave it out")
-    if image_size and (images is None or isinstance(images, str | os.PathLike)):
+    if image_size and (images is None or is_path):
         fields = {"data__image_size": image_size} | fields
-    if isinstance(images, str | os.PathLike):
+    if is_path:
         if with_classes:
             raise UserError(
                 "the classes of a folder are its subfolders: leave labels and classes out, and set model__num_classes"

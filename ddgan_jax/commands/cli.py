@@ -91,7 +91,7 @@ def run(argv: list[str]) -> None:
     rest, config = presets.read_flags(argv, of_run or presets.DEFAULT), FLAGS.config
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}: every option is a flag, --name=value")
-    workdir = FLAGS.workdir or f"runs/{presets.name_of(named or presets.DEFAULT)}"
+    workdir = FLAGS.workdir or default_workdir(named)
     check_flags()
     check_features(named or of_run or "", config, argv)
     if FLAGS.mode == "train":
@@ -137,6 +137,11 @@ def run(argv: list[str]) -> None:
         processes.run_on_primary(lambda: generate(config if named else None, path, argv))
 
 
+def default_workdir(config: str | None) -> str:
+    """The workdir of a run of the preset or file `config`, by default of the default preset."""
+    return f"runs/{presets.name_of(config or presets.DEFAULT)}"
+
+
 def config_of_run(argv: list[str]) -> str | None:
     """The config.json of the run that --mode=evaluate evaluates, if --config is not given; None without one.
 
@@ -145,7 +150,7 @@ def config_of_run(argv: list[str]) -> str | None:
     given = presets.value_of("checkpoint", argv)
     given = presets.value_of("workdir", argv) if given in (None, "best") else given
     if given is None and presets.value_of("samples", argv) is None:
-        given = f"runs/{presets.DEFAULT}"
+        given = default_workdir(None)
     if presets.value_of("mode", argv) != "evaluate" or not given:
         return None
     path = pathlib.Path(given).expanduser()

@@ -19,7 +19,7 @@ AGAIN = 1.0  # seconds; a launcher may send one signal both to a process and to 
 class Interrupt:
     """A context that handles SIGNALS: the first one raises Interrupted, or within `held` only sets `signal`.
 
-    Those that are ignored stay so, such as SIGINT in a command that a script starts with `&`.
+    Signals that are ignored stay ignored, such as SIGINT in a command that a script starts in the background.
 
     Another one, at least a second later, ends the process immediately.
     """

@@ -828,6 +828,8 @@ def test_a_cache_that_cannot_be_read_is_computed_again(tmp_path, monkeypatch, ca
         assert features.read_cached(file, lambda: npz.read_npz(str(file))) is None
     assert capsys.readouterr().out == f"note: {file} {message}; it is computed again\n"
     assert features.read_cached(file, lambda: npz.read_npz(str(file))) == {"a": 1}
+    assert features.read_cached(file, lambda: features._read_features(file)) is None
+    assert capsys.readouterr().out == f"note: {file} must hold the arrays features and logits; it is computed again\n"
     assert features.read_cached(tmp_path / "none.npz", pytest.fail) is None and not capsys.readouterr().out
 
 
@@ -1019,7 +1021,8 @@ def test_a_file_of_a_folder_needs_its_path(tmp_path):
     "fields, message",
     [
         ({"eval__features": "nosuch:f"}, "there is no module nosuch"),
-        ({"eval__features": "os:nosuch"}, "has no nosuch"),
+        ({"eval__features": "os:nosuch"}, r"os.py has no nosuch"),
+        ({"eval__features": "time:nosuch"}, "eval.features=time:nosuch: time has no nosuch"),  # built in
         ({"eval__features": "inception", "eval__inception_weights": "junk.npz", "eval__download": False}, "junk.npz"),
         ({"eval__features": "classifier", "eval__k": 100}, "needs at least 101"),
     ],

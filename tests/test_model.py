@@ -31,7 +31,7 @@ from ddgan_jax.method.build import build, init_state
 from ddgan_jax.method.diffusion import Schedule, deterministic_posterior, q_sample
 from ddgan_jax.model.inputs import as_image
 from ddgan_jax.model.loading import PRETRAINED, default_output
-from ddgan_jax.model.model import to_images, to_x0
+from ddgan_jax.model.model import to_x0
 from ddgan_jax.storage import checkpoint, manager, paths
 from ddgan_jax.storage import safetensors as own_format
 
@@ -96,7 +96,9 @@ def test_trajectories_end_in_the_samples(model, posterior):
     steps = model.trajectory(6, 2, posterior)
     assert steps.x_t.shape == (4, 6, 8, 8, 1)
     samples = model.sample(6, 2, posterior)
-    assert np.abs(np.asarray(to_images(steps.x_t[0])).astype(int) - samples).max() <= 1  # two programs round apart
+    assert (
+        np.abs(np.asarray(model.to_images(steps.x_t[0])).astype(int) - samples).max() <= 1
+    )  # two programs round apart
 
 
 def test_the_deterministic_posterior():
@@ -275,11 +277,14 @@ def test_draws_of_equal_length_are_mixed_as_shoemake_does():
         (lambda m, x: m.save("x.safetensors", about={"step": "1"}), "about has 'step': '1', and must be text by names"),
         (lambda m, x: m.save("x.safetensors", about={"fid": 1.0}), "about has 'fid': 1.0, and must be text"),
         (lambda m, x: m.save("x.safetensors", about={"classes": "[]"}), "about has 'classes': .*, and must be text by"),
+        (lambda m, x: m.save("x.safetensors", about=[1]), r"about=\[1\] must be a dict of texts by name"),
         (lambda m, x: m.sample(1, seed=-1), "seed=-1 must be an integer from 0 to 4294967295"),
         (lambda m, x: m.edit(x, 1, seed=2**32), "seed=4294967296 must be an integer from 0 to 4294967295"),
         (lambda m, x: m.interpolate(2, seed=0.5), "seed=0.5 must be an integer from 0 to 4294967295"),
         (lambda m, x: m.sample(1, posterior="ddim"), "posterior='ddim' is not supported: it is gaussian or deter"),
         (lambda m, x: m.vary(1, 4), "t=4 must be a step of this model, an integer from 0 to 3"),
+        (lambda m, x: m.edit(x, 0, seed=-1), "seed=-1 must be an integer from 0"),
+        (lambda m, x: m.edit(x, 0, posterior="ddim"), "posterior='ddim' is not supported"),
         (lambda m, x: m.edit(x, 5), "start_step=5 must be a step of this model, an integer from 0 to 4"),
         (
             lambda m, x: m.edit(x[:0], 1),
@@ -300,7 +305,10 @@ def test_draws_of_equal_length_are_mixed_as_shoemake_does():
             lambda m, x: m.vary(1, 1, "README.md"),
             "image=README.md cannot be read: it is not an image that Pillow can read",
         ),
-        (lambda m, x: m.inpaint(x, x), r"known is \[8, 8, 1\], and must be \[H, W\]: True where the image is kept"),
+        (lambda m, x: m.inpaint(x, x), r"known is uint8 \[8, 8, 1\], and must be finite numbers \[H, W\]: True where"),
+        (lambda m, x: m.inpaint(x, np.full((8, 8), np.nan)), "known is float64 .*, and must be finite numbers"),
+        (lambda m, x: m.inpaint(x, [["False"] * 8] * 8), "known is <U5 .*, and must be finite numbers"),
+        (lambda m, x: m.inpaint(x, np.full((8, 8), None)), "known is object .*, and must be finite numbers"),
         (lambda m, x: m.inpaint(x, "m.png"), "known is an array .*: pass an image, white elsewhere, as mask"),
         (
             lambda m, x: m.inpaint(x),
@@ -793,6 +801,7 @@ def test_points_of_another_scale(points):
     assert scale > 1
     steps, samples = model.trajectory(5), model.sample(5)
     np.testing.assert_allclose(steps.x_t[0] / scale, samples, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(model.to_images(steps.x_t), steps.x_t / scale, rtol=1e-6)  # of all steps at once
     point = np.array([2.0, -4.0], np.float32)
     np.testing.assert_array_equal(model.edit(point, 0, 2), [point, point])
     noisy, _ = model.vary(1, 0, point)

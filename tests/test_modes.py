@@ -40,9 +40,11 @@ def test_kl_of_as_many_samples_as_are_drawn_of_stacked_mnist():
         ("N >= 1", lambda: mode_report(np.zeros(0, int), 10)),
         ("whole numbers", lambda: mode_report([0.5], 10)),
         (r"not int64 \[1, 1\]", lambda: mode_report([[1]], 10)),
-        (r"\[N, 2\], N >= 1, not of shape \[3\]", lambda: gaussian_report(np.zeros(3))),
-        ("N >= 1", lambda: gaussian_report(np.zeros((0, 2)))),
-        ("point 1 holds NaN", lambda: gaussian_report([[0, 0], [0, np.nan]])),
+        (r"\[N, D\], one row a sample, not of shape \[3\]", lambda: gaussian_report(np.zeros(3))),
+        (r"\[N, 2\], N >= 1, not of shape \[2, 3\]", lambda: gaussian_report(np.zeros((2, 3)))),
+        ("points hold 0 samples", lambda: gaussian_report(np.zeros((0, 2)))),
+        ("points must be real numbers", lambda: gaussian_report([["1", "2"]])),
+        ("sample 1 holds NaN", lambda: gaussian_report([[0, 0], [0, np.nan]])),
     ],
 )
 def test_bad_input(message, call):

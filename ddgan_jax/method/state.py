@@ -3,7 +3,6 @@
 Randomness, data order and learning rates are functions of the training step.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -90,4 +89,4 @@ def norms(state: TrainState) -> dict[str, jax.Array]:
 
 def num_bytes(shapes: Any) -> int:
     """Total size in bytes of all arrays, or shapes of arrays, in a tree."""
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))

@@ -32,7 +32,8 @@ def check_sizes(c: Config, num_real: int, num_samples: int = 0, manifolds: bool 
         needs += [(count, samples, SCORE_SPLITS, f"the Inception Score of {SCORE_SPLITS} splits")]
         needs += [(reference, real, 2, "KID")] if num_real else []
     elif e.features == "classifier":
-        needs += [(num_real, real, 5, "a classifier that is tested on a fifth of them")]
+        everything = f"a set of {num_real} real images"  # of which `reference` are compared with the samples
+        needs += [(num_real, everything, 5, "a classifier that is tested on a fifth of them")]
     if manifolds:
         why, least = f"the precision and recall of eval.k={e.k}", e.k + 1
         needs += [(count, samples, least, why), (reference, real, least, why)]

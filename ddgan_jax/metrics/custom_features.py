@@ -52,7 +52,8 @@ def _import(name: str) -> Callable[[np.ndarray], Any]:
     try:
         function = operator.attrgetter(function_name)(module)
     except AttributeError as error:
-        raise UserError(f"eval.features={name}: {module.__file__} has no {function_name}") from error
+        where = getattr(module, "__file__", None) or module_name  # built-in modules and namespaces have no file
+        raise UserError(f"eval.features={name}: {where} has no {function_name}") from error
     if not callable(function):
         raise UserError(f"eval.features={name} is of type {type(function).__name__}, and must be a function")
     return function

@@ -28,8 +28,11 @@ def check_features(x: ArrayLike, what: str, at_least: int = 1) -> np.ndarray:
 
     Raises UserError, which names it as `what`, unless it is real, two-dimensional, finite, and has `at_least` rows.
     """
-    x = np.asarray(x)
-    if x.dtype.kind == "V":  # bfloat16, which NumPy does not know
+    try:
+        x = np.asarray(x)
+    except ValueError as error:  # lists of different lengths
+        raise UserError(f"{what} must be an array [N, D], not lists of different lengths") from error
+    if x.dtype.kind == "V" and x.dtype.names is None:  # bfloat16, which NumPy does not know
         x = x.astype(np.float32)
     if x.dtype.kind not in "biuf":
         raise UserError(f"{what} must be real numbers, not {x.dtype}")
@@ -85,7 +88,7 @@ def moments(chunks: Iterable[ArrayLike]) -> Moments:
 
 def moments_of(features: np.ndarray) -> Moments:
     """`moments` of features [N, D] in memory."""
-    return moments(features[i : i + 1024] for i in range(0, len(features), 1024))
+    return moments(features[i : i + ROWS] for i in range(0, len(features), ROWS))
 
 
 def _updated(mu: np.ndarray, sigma: np.ndarray, count: int, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -205,6 +208,8 @@ def kernel_distance(x: ArrayLike, y: ArrayLike, block_size: int = 1000, seed: in
     """
     x, y = check_features(x, "the first features", 2), check_features(y, "the second features", 2)
     check_same_width(x, y)
+    if seed < 0:
+        raise UserError(f"the seed of the kernel distance must be at least 0, not seed={seed}")
     if block_size < 2:
         raise UserError(f"a block of the kernel distance needs at least 2 samples, not block_size={block_size}")
     smaller = min(len(x), len(y))

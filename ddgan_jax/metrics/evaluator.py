@@ -108,7 +108,7 @@ class EvaluationResult:
     """The measures of a set of samples, and the data of the figures."""
 
     results: Results
-    samples: np.ndarray  # the first MAX_NEIGHBOURS
+    samples: np.ndarray  # the first MAX_NEIGHBOURS; all, if they are points
     features: list[Features] = dataclasses.field(default_factory=list)  # of all samples, for each network
     manifolds: manifold.Manifold | None = None
     histogram: np.ndarray | None = None  # samples of each mode

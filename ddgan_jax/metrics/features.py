@@ -134,7 +134,7 @@ def reference_features(c: Config, data: sources.Data, reference: np.ndarray, net
     if not len(reference):
         return empty
     path = _cache_of_images(c, "features", data, network, len(reference))
-    cached = read_cached(path, lambda: Features(**npz.read_npz(path))) if processes.is_primary() else None
+    cached = read_cached(path, lambda: _read_features(path)) if processes.is_primary() else None
     if cached is not None and len(cached.features) != len(reference):
         cached = None
     if not processes.broadcast_from_primary(lambda: cached is None):
@@ -142,6 +142,13 @@ def reference_features(c: Config, data: sources.Data, reference: np.ndarray, net
     found = _joined([features for (features,) in _of_images(c, data, reference, network)])
     processes.run_on_primary(lambda: write_cached(path, lambda file: np.savez(file, **found._asdict())))
     return found
+
+
+def _read_features(path: Path) -> Features:
+    arrays = npz.read_npz(path, Features._fields)
+    if len(arrays) < len(Features._fields):
+        raise UserError(f"{path} must hold the arrays {' and '.join(Features._fields)}")
+    return Features(**arrays)
 
 
 def reference_moments(c: Config, data: sources.Data, reference: np.ndarray, network: Network) -> Moments:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ddgan_jax.errors import UserError
+from ddgan_jax.metrics.distances import check_features
 
 
 class ModeReport(NamedTuple):
@@ -68,12 +69,9 @@ def gaussian_report(points: ArrayLike, side: int = 5, spacing: float = 2.0, std:
     (1) counts only high-quality points, as PacGAN's code does. 98.9 % of exact samples have high quality. Raises
     UserError for another shape, NaN or infinity.
     """
-    points = np.asarray(points, np.float64)
-    if points.ndim != 2 or points.shape[1] != 2 or not len(points):
+    points = check_features(points, "points").astype(np.float64)
+    if points.shape[1] != 2:
         raise UserError(f"points must be an array [N, 2], N >= 1, not of shape {list(points.shape)}")
-    if not np.isfinite(points).all():
-        bad = np.flatnonzero(~np.isfinite(points).all(axis=1))
-        raise UserError(f"points must be finite, but point {bad[0]} holds NaN or infinity")
     # On a grid, the nearest centre is the nearest along each axis.
     cell = np.clip(np.rint(points / spacing + (side - 1) / 2), 0, side - 1).astype(np.int64)
     mode = side * cell[:, 0] + cell[:, 1]

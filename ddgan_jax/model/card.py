@@ -5,7 +5,6 @@ from the defaults. Measures, the licence and the name of the repository are the 
 """
 
 import json
-import math
 import numbers
 import re
 import zlib
@@ -163,7 +162,7 @@ def _facts(model: Any) -> list[tuple[str, str]]:
         size,
         ("denoising steps T", f"{model.num_steps}"),
         ("training steps", f"{model.step:,}"),
-        ("parameters", f"{sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model.params)):,}"),
+        ("parameters", f"{sum(leaf.size for leaf in jax.tree.leaves(model.params)):,}"),
     ]
 
 

@@ -82,6 +82,8 @@ def as_count(name: str, value: Any, least: int, most: int, bytes_each: int) -> i
 
 def check_about(about: Mapping[str, str]) -> None:
     """Raises UserError unless further metadata of a file are text, by names that the file does not use itself."""
+    if not isinstance(about, Mapping):
+        raise UserError(f"about={about!r:.100} must be a dict of texts by name")
     for name, text in about.items():
         if not isinstance(name, str) or not isinstance(text, str) or name in safetensors.RESERVED:
             own = ", ".join(safetensors.RESERVED)
@@ -89,7 +91,10 @@ def check_about(about: Mapping[str, str]) -> None:
 
 
 def free_memory() -> int:
-    """Bytes of memory that this process may still use: available in the system, and allowed to the container."""
+    """An upper bound of the bytes that this process may still use: available in the system, and the container's limit.
+
+    Of the limit, other processes of the container may have used a part.
+    """
     bounds = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     for file, pattern, unit in (
         ("/proc/meminfo", r"MemAvailable: +(\d+) kB", 1024),

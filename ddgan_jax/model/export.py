@@ -19,9 +19,12 @@ def for_jax(denoiser: Denoiser, params: Any, posterior: str = "gaussian") -> byt
     """The sampler as `jax.export` serializes it, for a CPU, GPU or TPU.
 
     `jax.export.deserialize(data).call(seed, indices)` with uint32 [] and int32 [B], any B, returns the samples of
-    these indices: float32 [B, H, W, C] in [-1, 1], or points. A class-conditional sampler is called with
+    these indices: float32 [B, H, W, C] (see below), or points. A class-conditional sampler is called with
     (seed, indices, labels), where labels are int32 [B]. Its `fun_name` contains the version of jax that wrote it. Older
     versions may refuse the file; jax promises to read it for six months.
+
+    Images are in [-1, 1] if the generator ends in a tanh. Otherwise, as of every one that predicts x_t or the noise,
+    clip them.
     """
 
     def sampler(seed: jax.Array, indices: jax.Array, y: Any = None) -> jax.Array:
@@ -42,7 +45,7 @@ def for_onnx(denoiser: Denoiser, params: Any, posterior: str = "gaussian", class
 
     Inputs: `x_T` float32 [B, H, W, C] (points: [B, d]), `z` [T, B, nz] if G has a latent, `noise` [T, B, H, W, C] of
     the Gaussian posterior (absent if G outputs x_t), and for a class-conditional model `labels` int32 [B]. Output:
-    `x_0` float32 [B, H, W, C] in [-1, 1], or points. The metadata `classes` are a JSON list of the names of the
+    `x_0` float32 [B, H, W, C], as of `for_jax`, or points. The metadata `classes` are a JSON list of the names of the
     `classes`, if there are any.
 
     Raises:
@@ -87,4 +90,4 @@ def for_onnx(denoiser: Denoiser, params: Any, posterior: str = "gaussian", class
 
 
 def _images_or_points(denoiser: Denoiser, x0: jax.Array) -> jax.Array:
-    return x0 if x0.ndim > 2 else to_images(x0, denoiser.scale)
+    return x0 if len(denoiser.image_shape) == 3 else to_images(denoiser, x0)

@@ -54,7 +54,8 @@ def as_image(image: Any, shape: tuple[int, ...], name: str = "image") -> np.ndar
 def as_known(known: Any, mask: Any, size: int) -> np.ndarray:
     """Where an image is kept, bool [size, size].
 
-    Either `known` is an array [H, W] that is True there, or `mask` is a mask for `as_hole`. Raises as `as_hole`.
+    Either `known` is an array [H, W] of numbers that are not 0 there, of which all or none may be 0, or `mask` is a
+    mask for `as_hole`. Raises UserError for another array, and as `as_hole` for a mask.
     """
     if (known is None) == (mask is None):
         raise UserError(
@@ -66,9 +67,11 @@ def as_known(known: Any, mask: Any, size: int) -> np.ndarray:
         raise UserError(
             "known is an array that is True where the image is kept: pass an image, white elsewhere, as mask"
         )
-    array = as_array("known", known).astype(bool)
-    if array.ndim != 2 or not array.size:
-        raise UserError(f"known is {list(array.shape)}, and must be [H, W]: True where the image is kept")
+    array = as_array("known", known)
+    if array.dtype.kind not in "biuf" or array.ndim != 2 or not array.size or not np.isfinite(array).all():
+        found = f"{array.dtype} {list(array.shape)}"
+        raise UserError(f"known is {found}, and must be finite numbers [H, W]: True where the image is kept")
+    array = array.astype(bool)
     return array if array.shape == (size, size) else _brightest(~array, size, "known") <= 127
 
 

@@ -47,11 +47,11 @@ def _trajectory(gen: Any, denoiser: Denoiser, posterior: Any, noise: sampling.No
 
 
 def _vary(gen: Any, denoiser: Denoiser, posterior: Any, x_tp1: jax.Array, t: Any, z: jax.Array) -> jax.Array:
-    return to_images(editing.vary(gen, x_tp1, t, z), denoiser.scale)
+    return to_images(denoiser, editing.vary(gen, x_tp1, t, z))
 
 
 def _edit(gen: Any, denoiser: Denoiser, posterior: Any, start_step: int, x0: jax.Array, noise: Any) -> jax.Array:
-    return to_images(editing.edit(gen, denoiser.schedule, x0, start_step, noise, posterior), denoiser.scale)
+    return to_images(denoiser, editing.edit(gen, denoiser.schedule, x0, start_step, noise, posterior))
 
 
 def _inpaint(
@@ -59,7 +59,7 @@ def _inpaint(
 ) -> jax.Array:
     key, schedule, nz = jax.random.key(seed), denoiser.schedule, denoiser.nz
     x = editing.inpaint(gen, schedule, x0, known, key, indices, nz, rounds, posterior)
-    return to_images(x, denoiser.scale)
+    return to_images(denoiser, x)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -132,8 +132,9 @@ class Model:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Images that the generator sees in one x_{t+1}, which differ only in z: Figure 8 of the paper.
 
-        Returns x_{t+1}, float32 [H, W, C], and `num` samples of x_0 (of x_t, if G predicts that), uint8. x_{t+1} is a
-        step of sample `index` of `seed`, or `image` diffused to it; t in 0..T-1.
+        Returns x_{t+1}, float32 [H, W, C] or [d], in the units of `trajectory`, and `num` samples of x_0 (of x_t, if G
+        predicts that), uint8 or points. x_{t+1} is a step of sample `index` of `seed`, or `image` diffused to it; t in
+        0..T-1.
         """
         num, t = self.check_count("num", num), self._checked_step("t", t, self.num_steps - 1)
         index = as_integer("index", index, 0, MAX_INDEX)
@@ -166,6 +167,7 @@ class Model:
         num = self.check_count("num_variants", num_variants)
         start_step = self._checked_step("start_step", start_step, self.num_steps)
         image, y = as_input(image, self.denoiser.image_shape), self.labels(label, num)
+        seed, posterior = as_seed(seed), as_posterior(posterior, self.denoiser)
         if not start_step:
             return np.repeat(image[None], num, axis=0)
 
@@ -228,8 +230,8 @@ class Model:
         return in_batches(run, num, self.config.sample.batch_size)
 
     def to_images(self, x: Any) -> jax.Array:
-        """Steps of a chain, float32 [N, ...], as uint8 images or as points."""
-        return to_images(x, self.denoiser.scale)
+        """Steps of a chain, float32 [..., H, W, C] or [..., d], as uint8 images or as points in the data's units."""
+        return to_images(self.denoiser, x)
 
     def export(self, posterior: str = "gaussian") -> bytes:
         """The sampler, weights included, for jax alone on a CPU, GPU or TPU: see `export.for_jax`.

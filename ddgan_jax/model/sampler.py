@@ -23,9 +23,10 @@ def posterior_of(denoiser: Denoiser, name: str) -> Posterior:
     return no_posterior if denoiser.predicts_x_t else POSTERIORS[name]
 
 
-def to_images(x0: Any, scale: float = 1.0) -> jax.Array:
-    """float32 [..., H, W, C] in [-1, 1] as uint8 images; points [N, d] in the units of the data."""
-    return jnp.round((jnp.clip(x0, -1, 1) + 1) * 127.5).astype(jnp.uint8) if x0.ndim > 2 else x0 / scale
+def to_images(denoiser: Denoiser, x: Any) -> jax.Array:
+    """float32 [..., H, W, C], clipped to [-1, 1], as uint8 images; points [..., d] in the units of the data."""
+    is_image = len(denoiser.image_shape) == 3
+    return jnp.round((jnp.clip(x, -1, 1) + 1) * 127.5).astype(jnp.uint8) if is_image else x / denoiser.scale
 
 
 def default_labels(num_classes: int, indices: np.ndarray) -> np.ndarray | None:
@@ -40,7 +41,7 @@ def noise_of(denoiser: Denoiser, seed: jax.Array, indices: jax.Array) -> samplin
 
 
 def sample(denoiser: Denoiser, posterior: str, params: Any, seed: jax.Array, indices: jax.Array, y: Any) -> jax.Array:
-    """Samples `indices` [B] in [-1, 1], or points, with the labels `y` [B] if the model is class-conditional."""
+    """Samples `indices` [B], float32, not yet clipped; with labels `y` [B] if the model is class-conditional."""
     return sampling.sample(denoiser, params, jax.random.key(seed), indices, y, posterior_of(denoiser, posterior))
 
 
@@ -65,7 +66,7 @@ def in_batches(run: Callable[[np.ndarray], Any], num: int, batch_size: int, axis
 @functools.lru_cache(maxsize=16)
 def _mapped_sample(denoiser: Denoiser, posterior: str) -> Any:
     return parallel.map_local(
-        lambda *inputs: to_images(sample(denoiser, posterior, *inputs), denoiser.scale), (None, None, 0, 0)
+        lambda *inputs: to_images(denoiser, sample(denoiser, posterior, *inputs)), (None, None, 0, 0)
     )
 
 

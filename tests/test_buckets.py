@@ -90,6 +90,7 @@ sys.exit(main.main())
     assert f"the networks are those of {trained}/checkpoints/8" in result.stdout
 
 
+@pytest.mark.slow
 def test_programs_are_kept_there(bucket, tmp_path):  # noqa: F811
     """Written by process 0, as for a pod whose hosts share no disk; the other hosts read them."""
     env = bucket.env | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_DEBUG_LOG_MODULES": "jax._src.compiler"}
@@ -173,6 +174,7 @@ def test_the_best_is_found_there(bucket, cache, tmp_path):  # noqa: F811
     assert "sample of step" in result.stdout
 
 
+@pytest.mark.slow
 def test_a_bucket_that_refuses_writes_loses_nothing(bucket, trained, cache, tmp_path):  # noqa: F811
     workdir = f"{bucket.url}/refused"
     arguments = POINTS, f"--workdir={workdir}", NO_TENSORFLOW, cache

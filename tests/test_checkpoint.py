@@ -330,6 +330,7 @@ except Fault as error:
     assert int(restore(workdir)[0].step) == 3
 
 
+@pytest.mark.slow
 def test_a_run_of_an_older_version_goes_on_and_samples_as_it_did(tmp_path):
     """`old_run.tar.xz`: a checkpoint of step 4, from before settings had a `None`, and what that version made of it.
 

@@ -310,6 +310,7 @@ def test_some_of_the_samples_of_a_file_are_from_all_of_it(tmp_path):
             assert count == num == found.sum() and np.abs(found / num - 0.1).max() < 0.05
 
 
+@pytest.mark.slow
 def test_another_evaluation_of_a_step_has_a_folder_of_its_own(gaussians_run):
     """A quick look does not replace the results of many samples; the same command replaces its own."""
     folder, c = gaussians_run / "evaluation", str(gaussians_run)

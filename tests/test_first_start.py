@@ -74,6 +74,7 @@ def test_one_command(count, start, server, tmp_path):
     assert sum(requested(server).values()) == 3
 
 
+@pytest.mark.slow
 def test_prepare_alone_then_without_a_network(start, server, tmp_path):
     """Cut downloads are resumed by the same command."""
     server.faults = [1000]
@@ -120,6 +121,7 @@ def test_faults(fault, script, code, message, start, server, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_what_is_there_and_damaged(start, server, tmp_path):
     """`--mode=prepare` finds it, where it can still be downloaded again, and says what to remove."""
     all_succeed(start("--mode=prepare"))

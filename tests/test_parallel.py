@@ -195,6 +195,7 @@ def test_facts_that_differ_are_named(monkeypatch):
     processes.assert_equal_across_processes(facts)
 
 
+@pytest.mark.slow
 def test_entries_of_the_compilation_cache_that_were_cut_short_are_replaced(tmp_path):
     """At the next start; JAX alone would report them for ever."""
     cache, env = tmp_path / "cache", {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
@@ -252,6 +253,7 @@ def test_the_programs_that_were_read_least_recently_are_removed(tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == {"a", "b"}
 
 
+@pytest.mark.slow
 def test_commands_keep_their_programs(tmp_path):
     """Compiled as for users, with the compiler's options for a training step."""
     env = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "XDG_CACHE_HOME": str(tmp_path / "home"), "XLA_FLAGS": ""}

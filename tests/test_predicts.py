@@ -127,7 +127,7 @@ def test_the_squared_error_of_the_noise():
     np.testing.assert_allclose(values["g_squared_error"], expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("predicts", ["x_t", "noise"])
+@pytest.mark.parametrize("predicts", ["x_t", pytest.param("noise", marks=pytest.mark.slow)])
 def test_every_use(predicts, tmp_path):
     """Training, samples, files and exports know what the generator predicts; so does editing, whose steps are these."""
     train(preset(predicts, eval__every=8), str(tmp_path / "run"))

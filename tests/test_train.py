@@ -783,7 +783,7 @@ def test_another_period_keeps_what_the_first_one_kept():
         assert setup.as_begun(read(config), before, "runs/x").checkpoint.keep_period == kept
 
 
-@pytest.mark.parametrize("every", [1, 1_000])
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 1_000])
 def test_ctrl_c_in_a_pipe_saves_the_step(tmp_path, every):
     """The terminal sends it to all processes of a pipe, so that `| tee log` is gone when the step is saved."""
     fields = "--config.train.num_steps=100000", f"--config.log.every={every}", "--config.eval.every=0"

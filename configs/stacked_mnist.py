@@ -21,16 +21,14 @@ def get_config(variant: str = "paper") -> ConfigDict:
         return presets.apply_variant(config, variant, "small", "mnist_5k")
     presets.small(config)
     # Sharp digits first, the adversarial loss at the end.
-    config.loss.update(reconstruction=100.0, reconstruction_end=3.0)
+    config.loss.update(reconstruction=100.0, reconstruction_end=3.0 if variant == "small" else 12.7)
     config.eval.update(online_samples=5_000, at_end=False)
     if variant == "small":
-        config.generator.update(nf=48, ch_mult=(1, 1))
-        config.discriminator.update(start=4, stages=((2, False), (4, True), (4, False)))
-        config.train.update(num_steps=68_000, ema_decay=0.9995)
+        presets.longer(config)
+        config.train.num_steps = 68_000
         config.eval.every = 8_500
     else:
         config.data.name = "stacked_mnist_5k"
-        config.loss.reconstruction_end = 12.7
-        config.train.update(num_steps=21_000, ema_decay=0.999)
+        config.train.num_steps = 21_000
         config.eval.every = 3_000
     return config

@@ -32,19 +32,10 @@ from ddgan_jax.data.batches import epoch_permutation
 from experiments import common
 from experiments.stacked_ablations import PAPER
 
-NAME, STEPS, SHOWN, SIDE = "colour_methods", 42_000, 32, 128
+NAME, SHOWN, SIDE = "colour_methods", 32, 128
 FIELDS = {
-    "diffusion.num_steps": 4,
-    "generator.nf": 48,
-    "generator.ch_mult": (1, 1),
-    "discriminator.start": 4,
-    "discriminator.stages": ((2, False), (4, True), (4, False)),
-    "loss.reconstruction_end": 30.0,  # the weight at the beginning, too
-    "train.num_steps": STEPS,
-    "train.ema_decay": 0.9995,
     "eval.features": "experiments.colour_methods:features",
-    "eval.every": STEPS // 6,
-    "eval.online_samples": 2_000,
+    "eval.every": 7_000,
     "log.samples_every": 0,
 }
 OURS = "DDGAN, T = 4, our recipe"

@@ -41,8 +41,8 @@ MEGABYTES = 9  # of all models together
 def experiment(args: argparse.Namespace) -> dict[str, Any]:
     """Train, write and evaluate each model."""
     results = common.RESULTS / NAME / "results.json"
-    before = json.loads(results.read_text())["models"] if results.exists() else {}
-    runs = {}
+    found = json.loads(results.read_text()) if results.exists() else {"models": {}, "machine": common.machine()}
+    before, machines, runs = found["models"], {found["machine"], common.machine()}, {}
     for name, (what, flags) in MODELS.items():
         if name in before and (PRETRAINED / f"{name}.safetensors").exists():
             runs[name] = before[name]
@@ -67,7 +67,7 @@ def experiment(args: argparse.Namespace) -> dict[str, Any]:
     assert size <= MEGABYTES, f"{size:.1f} MB are too much for a package"
     count = {"gaussians": 2_000}
     common.keep(NAME, "samples", {name: ddgan_jax.load(name).sample(count.get(name, SHOWN)) for name in MODELS})
-    return {"models": runs}
+    return {"models": runs, "machine": " or ".join(sorted(machines))}  # of these models, and of those that stayed
 
 
 def table(results: dict[str, Any]) -> str:

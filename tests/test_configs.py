@@ -149,7 +149,8 @@ def test_flags_set_optional_fields_to_none():
         c = flags.FLAGS.config
         print(c.loss.reconstruction_end, c.train.lr_min_d, c.data.path, c.train.num_steps)"""
     small = "--config=stacked_mnist:small"
-    none = [f"--config.{field}=None" for field in ("loss.reconstruction_end", "train.lr_min_d", "data.path")]
+    none = [f"--config.{field}=None" for field in ("loss.reconstruction_end", "train.lr_min_d")]
+    none += ["--config.data.path", "None"]
     steps = ("--config.train.num_steps", "3", "-config.train.num_steps=None")
     assert run_python(script, small, *none, "--config.log.tensorboard", *steps) == "None None None None\n"
     assert run_python(script, small, *steps[2:], *steps[:2], "--noconfig.log.tensorboard") == "3.0 0.001 None 3\n"

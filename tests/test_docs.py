@@ -22,7 +22,7 @@ TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in PAGES}
 # Flags of the other commands here, and of other programs. Those of XLA begin with xla_.
 OTHER_FLAGS = set(
     "at_once seconds path batch largest only seeds reference target "  # experiments, benchmarks
-    "full record remove_old "  # tests, the list of copies
+    "full record remove_old dir "  # tests, the list of copies
     "help file_format manual_dir logdir strict inplace "  # any command, tfds, TensorBoard, mkdocs, jupyter
     "accelerator-type command python recurse spot version worker zone "  # gcloud, uv
     "project private "  # wandb, hf

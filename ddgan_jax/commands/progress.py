@@ -80,7 +80,7 @@ def overview(method: Method, shapes: Any, per_device: int, data: Data, dtype: st
         say("note: JAX does not see this machine's NVIDIA GPUs: `pip install -U 'jax[cuda13]'`, or jax[cuda12]")
     large = count(shapes.gen_params) > LARGE
     if device.platform == "cpu" and large:
-        say("note: networks of this size train for days on a CPU; configs/image_folder.py:small takes about an hour")
+        say("note: networks of this size train for days on a CPU; configs/image_folder.py:small takes 2 to 3 hours")
     without_bfloat16 = str(getattr(device, "compute_capability", "")).startswith(("5.", "6.", "7."))  # V100, T4
     if device.platform != "cpu" and large and dtype == "float32" and not without_bfloat16:
         say(

@@ -128,10 +128,13 @@ def read_flags(argv: list[str], default: str) -> list[str]:
         argv = with_current_names(flags.FLAGS.read_flags_from_files(argv, force_gnu=False))
     name = value_of("config", argv)
     config = get(default if name is None else name)
-    rest, is_value = [], False
+    rest: list[str] = []
+    is_value = False
     for argument in argv:
         of_config = argument.partition("=")[0] in ("--config", "-config")
-        if not of_config and not is_value:
+        if argument == "None" and rest and "=" not in rest[-1] and _field_of(rest[-1]):
+            rest[-1] += "=None"
+        elif not of_config and not is_value:
             rest.append(argument)
         is_value = of_config and "=" not in argument
     given, is_none = [], {}  # absl refuses None for a number, and reads it as a text: the last flags that say so
@@ -274,6 +277,13 @@ def small(config: ConfigDict) -> None:
     config.train.update(num_steps=21_000, batch_size=32, ema_decay=0.999, steps_per_epoch=1)
     config.checkpoint.update(every=1_000, keep_period=0)
     config.log.update(every=50, samples_every=1_000)
+
+
+def longer(config: ConfigDict) -> None:
+    """`small` for two hours of a CPU core and more: other networks, which end sharper (docs/claims.md)."""
+    config.generator.update(nf=48, ch_mult=(1, 1))
+    config.discriminator.update(start=4, stages=((2, False), (4, True), (4, False)))
+    config.train.ema_decay = 0.9995
 
 
 def smoke(config: ConfigDict) -> None:

@@ -111,7 +111,7 @@ class LossConfig:
 class CheckpointConfig:
     """Checkpoints, and how many of them are kept."""
 
-    every: Positive | None = 5_000  # steps between checkpoints; None: about a fiftieth of the training
+    every: Positive | None = 5_000  # steps between checkpoints, beside those of evaluations; None: a fiftieth of all
     keep: Positive = 3  # number of last checkpoints that are kept
     keep_period: Count = 50_000  # also keep every multiple of this permanently; 0: none
 

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import importlib
 import json
+import math
 import os
 import pathlib
 import queue
@@ -98,6 +99,11 @@ def flags_of(fields: Mapping[str, Any]) -> list[str]:
     return [f"--config.{field}={value}" for field, value in fields.items()]
 
 
+def own_cores() -> list[int]:
+    """The numbers of the cores of this process; empty where the system does not tell."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
 def run_all(jobs: Mapping[pathlib.Path, Sequence[str]], at_once: int) -> list[dict[str, Any]]:
     """`train_and_evaluate` for every workdir and its flags, `at_once` at a time. Returns the results in order.
 
@@ -106,7 +112,7 @@ def run_all(jobs: Mapping[pathlib.Path, Sequence[str]], at_once: int) -> list[di
     time, their output is in WORKDIR/output.txt.
     """
     cores: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
-    ours = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    ours = own_cores()
     for i in range(at_once):
         cores.put(ours[i::at_once])
 
@@ -133,15 +139,14 @@ def sweep(
     common_flags: Sequence[str],
     methods: Mapping[str, Sequence[str]],
     at_once: int,
-    cases: Sequence[tuple[str, int]] = (),
+    cases: Sequence[tuple[str, int]] | None = None,
 ) -> list[dict[str, Any]]:
     """`run_all` of every method (a name and its flags) with every seed. Returns results with `method` and `seed`.
 
     `cases` lists the methods and seeds to run, if they are not all.
     """
-    cases = cases or [
-        (method, seed) for seed in SEEDS for method in methods
-    ]  # the first seed of all methods comes first
+    if cases is None:  # the first seed of all methods comes first
+        cases = [(method, seed) for seed in SEEDS for method in methods]
     found = run_all(dict(job(name, common_flags, methods, *case) for case in cases), at_once)
     return [{"method": method, "seed": seed} | run for (method, seed), run in zip(cases, found, strict=True)]
 
@@ -212,8 +217,8 @@ def trained(results: dict[str, Any], methods: Iterable[str]) -> list[str]:
 
 
 def measure(name: str, form: str) -> Callable[[dict[str, Any]], str]:
-    """A function that formats one result of an evaluation, for `method_table`."""
-    return lambda judged: format(judged[name], form)
+    """A function that formats one result of an evaluation, for `method_table`; one that is not finite is None there."""
+    return lambda judged: format(math.nan if judged[name] is None else judged[name], form)
 
 
 def method_table(
@@ -258,11 +263,17 @@ def run(
     for option, meaning in options.items():
         parser.add_argument(f"--{option}", required=True, help=meaning)
     args = parser.parse_args()
-    if trains and args.at_once < 1:
-        parser.error(f"--at_once={args.at_once} must be 1 or more")
+    for repeated in ("only", "seeds"):
+        if values := getattr(args, repeated, None):
+            setattr(args, repeated, list(dict.fromkeys(values)))
+    if trains and not 1 <= args.at_once <= (most := len(own_cores()) or os.cpu_count() or 1):
+        parser.error(f"--at_once={args.at_once} must be from 1 to {most}, the number of cores")
     try:
         results = experiment(args)
-    except (Fault, UserError) as error:
+    except UserError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from error
+    except Fault as error:
         raise SystemExit(str(error)) from error
     command = shlex.join(["python", "-m", f"experiments.{name}", *sys.argv[1:]])
     folder = RESULTS / name

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import time
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from ddgan_jax.config import presets
 from ddgan_jax.config.settings import as_dict, flat
-from ddgan_jax.errors import Fault
+from ddgan_jax.errors import Fault, UserError
 from ddgan_jax.method.diffusion import Schedule
 from ddgan_jax.metrics.modes import grid_centres
 from experiments import common, gaussians, recipe, trilemma
@@ -126,6 +127,41 @@ def test_results_of_other_flags_are_not_taken_for_these(tmp_path):
     assert common.train_and_evaluate(tmp_path, *found["flags"]) == found
     with pytest.raises(Fault, match=r"holds a run of --config=configs/digits.py --config.seed=0: move it away"):
         common.train_and_evaluate(tmp_path, "--config=configs/digits.py", "--config.seed=1")
+
+
+def test_a_sweep_of_no_cases_trains_nothing(monkeypatch):
+    monkeypatch.setattr(common, "train_and_evaluate", lambda workdir, *flags, quiet: {})
+    methods = {"a": [], "b": []}
+    assert common.sweep("known", [], methods, 1, []) == []
+    assert len(common.sweep("known", [], methods, 1)) == len(methods) * len(common.SEEDS)
+
+
+def test_a_measure_that_is_not_finite_is_nan_in_a_table():
+    assert common.measure("kl", ".2f")({"kl": None}) == "nan" and common.measure("kl", ".2f")({"kl": 0.126}) == "0.13"
+
+
+@pytest.mark.parametrize(
+    "arguments, error, code, message",
+    [
+        (["--at_once=1000"], None, 2, "--at_once=1000 must be from 1 to "),
+        ([], UserError("there is no folder x"), 2, "there is no folder x"),
+        ([], Fault("a run ended with exit code 1"), 1, "a run ended with exit code 1"),
+    ],
+)
+def test_exit_codes(arguments, error, code, message, monkeypatch, capsys):
+    def experiment(args):
+        assert args.only == ["b", "a"] and args.seeds == [1]
+        raise error
+
+    given = ["x", "--only", "b", "a", "b", "--seeds", "1", "1", *arguments]
+    monkeypatch.setattr(sys, "argv", given)
+    with pytest.raises(SystemExit) as ended:
+        common.run("x.py", experiment, trains=True, methods=["a", "b"], seeds=True)
+    told = capsys.readouterr().err
+    if code == 1:  # which Python prints, with exit code 1
+        assert ended.value.code == message
+    else:
+        assert ended.value.code == 2 and message in told
 
 
 def test_committed_results_of_other_methods_and_seeds_stay(monkeypatch):

@@ -220,6 +220,7 @@ def test_curves_mark_where_findings_began(tmp_path, monkeypatch):
         save(figure, path)
 
     monkeypatch.setattr(figures, "save_figure", keep)
+    monkeypatch.setattr(figures, "MAX_POINTS", 3)  # of a curve: the others have findings, too
     for marked in (False, True):
         made = records(r1=0.1)
         for record in made[8:] if marked else []:

@@ -143,7 +143,7 @@ def neighbours(samples: np.ndarray, nearest: np.ndarray, distance: np.ndarray, p
     """
     plt = pyplot()
     half = -(-len(samples) // 2)
-    figure, panels = plt.subplots(4, half, figsize=(1.5 * half, 7), constrained_layout=True)
+    figure, panels = plt.subplots(4, half, figsize=(1.5 * half, 7), constrained_layout=True, squeeze=False)
     for axis in panels.flat:
         axis.axis("off")
     for i, pair in enumerate(zip(samples, nearest, strict=True)):
@@ -250,7 +250,7 @@ def curves(metrics: Given, path: Given) -> None:
     distances = [name for name in evaluated if name.endswith(("frechet", "/fid", "variation", "/frechet_distance"))]
     fractions = [name for name in evaluated if name.endswith(("/precision", "/recall", "/coverage", "/high_quality"))]
     panels += [("evaluation: distances", distances), ("evaluation: fractions", fractions)] if evaluated else []
-    beginnings = health.begun(records)
+    beginnings = health.begun(read_metrics(metrics))  # all records: findings compare each with its neighbours
     figure, axes = plt.subplots(2, len(panels) // 2, figsize=(2.5 * len(panels), 7), constrained_layout=True)
     for axis, (title, names) in zip(axes.T.flat, panels, strict=True):
         for step in sorted({step for step, _ in beginnings}):

@@ -3,8 +3,8 @@
     python -m experiments.stacked_ablations --at_once=2         # 3 to 4 hours; --only="T = 2" trains one method
 
 Trains and evaluates configs/stacked_mnist.py:small, for about a tenth of its steps and with the changes of METHODS, in
-runs/experiments/stacked_ablations; finished runs are not repeated. With --only, other methods keep committed results.
-The training after squared error alone starts from the finished run of that method.
+runs/experiments/stacked_ablations: seed 0, or those of --seeds. Finished runs are not repeated, and other methods and
+seeds keep committed results. The training after squared error alone starts from that method's finished run of seed 0.
 """
 
 import argparse
@@ -55,11 +55,13 @@ METHODS[WARM] += common.flags_of(
 
 def experiment(args: argparse.Namespace) -> dict[str, Any]:
     """Train, evaluate and sample every method, or those of --only beside the committed results of the others."""
-    chosen = args.only or list(METHODS)
-    runs = common.sweep(NAME, FLAGS, METHODS, args.at_once, [(method, 0) for method in chosen if method != WARM])
+    chosen, seeds = args.only or list(METHODS), args.seeds or common.SEEDS[:1]
+    cases = [(method, seed) for seed in seeds for method in chosen]
+    runs = common.sweep(NAME, FLAGS, METHODS, args.at_once, [case for case in cases if case[0] != WARM])
     if WARM in chosen:
-        runs += common.sweep(NAME, FLAGS, METHODS, 1, [(WARM, 0)])
-    common.keep_samples(NAME, METHODS, SHOWN, chosen)
+        runs += common.sweep(NAME, FLAGS, METHODS, 1, [(WARM, seed) for seed in seeds])
+    if common.SEEDS[0] in seeds:
+        common.keep_samples(NAME, METHODS, SHOWN, chosen)
     return {"runs": common.with_committed(NAME, runs)}
 
 
@@ -92,4 +94,4 @@ def draw_figure(results: dict[str, Any], path: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    common.run(__file__, experiment, trains=True, methods=METHODS)
+    common.run(__file__, experiment, trains=True, methods=METHODS, seeds=True)

@@ -30,7 +30,7 @@ from ddgan_jax.config.settings import read
 from ddgan_jax.data import sources
 from ddgan_jax.data.batches import epoch_permutation
 from experiments import common
-from experiments.stacked_ablations import PAPER
+from experiments.stacked_ablations import PAPER, PLAIN
 
 NAME, SHOWN, SIDE = "colour_methods", 32, 128
 FIELDS = {
@@ -39,6 +39,10 @@ FIELDS = {
     "log.samples_every": 0,
 }
 OURS = "DDGAN, T = 4, our recipe"
+# The second starts from the first.
+ALONE, WARM = "squared error alone, T = 4", "DDGAN, T = 4, after squared error alone"
+# About a third of the work of 42,000 adversarial steps, and the rest of it, if squared error alone takes half the work.
+ALONE_STEPS, AFTER_STEPS = 25_000, 28_000
 METHODS = {
     name: common.flags_of(fields)
     for name, fields in {
@@ -51,8 +55,13 @@ METHODS = {
         "the paper's losses, G predicts x_t": PAPER | {"diffusion.predicts": "x_t"},
         "the paper's losses, G predicts the noise": PAPER | {"diffusion.predicts": "noise"},
         "DDGAN, T = 4, ours, but the squared error's weight falls to 3": {"loss.reconstruction_end": 3.0},
+        ALONE: PLAIN | {"objective": "gaussian", "train.num_steps": ALONE_STEPS},
+        WARM: {"train.num_steps": AFTER_STEPS},
     }.items()
 }
+METHODS[WARM] += common.flags_of(
+    {"train.init_from": common.workdir(NAME, METHODS, ALONE, 0).relative_to(common.ROOT)},
+)
 MEASURES = {
     "distance": common.measure("frechet_distance", ".2f"),
     "kernel distance": common.measure("kernel_distance", ".4f"),
@@ -87,12 +96,11 @@ def features(images: np.ndarray) -> np.ndarray:
 def real_images(flags: list[str], path: str) -> dict[str, float]:
     """The measures of 10,000 training images that are not those of the comparison, for reference.
 
-    Raises: Fault if those that were measured before had other flags.
+    Raises: Fault if those of other flags are measured in this folder.
     """
     folder = common.ROOT / "runs" / "experiments" / NAME / "real"
     if found := common.finished(folder, flags):
         return found["measures"]
-    folder.mkdir(parents=True, exist_ok=True)
     config = presets.get("image_folder:small")
     config.data.path = path
     images, count = sources.open_data(read(config).data).images, config.eval.reference_samples
@@ -101,7 +109,7 @@ def real_images(flags: list[str], path: str) -> dict[str, float]:
     common.main(*flags, "--mode=evaluate", f"--samples={folder}/real.npz", f"--out={folder}")
     judged = json.loads((folder / "results.json").read_text())
     measures = {name: value for name, value in judged.items() if isinstance(value, float)}
-    common.keep_measured(folder, {"flags": flags, "measures": measures})
+    common.keep_measured(folder, flags, {"measures": measures})
     return measures
 
 
@@ -114,7 +122,7 @@ def experiment(args: argparse.Namespace) -> dict[str, Any]:
     real = real_images(flags, path)
     seeds = args.seeds or common.SEEDS[:1]
     cases = [(method, seed) for seed in seeds for method in chosen]
-    runs = common.sweep(NAME, flags, METHODS, args.at_once, cases)
+    runs = common.sweep(NAME, flags, METHODS, args.at_once, cases, last=WARM)
     for run in runs:
         run["flags"] = [flag for flag in run["flags"] if flag != own]
     if common.SEEDS[0] in seeds:

@@ -53,40 +53,43 @@ def main(*flags: str, output: pathlib.Path | None = None) -> None:
 def train_and_evaluate(workdir: pathlib.Path, *flags: str, quiet: bool = False) -> dict[str, Any]:
     """Train in `workdir`, or resume there, and evaluate. Returns the results of both; a finished run is not repeated.
 
-    Raises: Fault if the finished run had other flags, since methods are numbered by their place in the experiment.
+    Raises: Fault if the run there had other flags, since methods are numbered by their place in the experiment.
     """
     if found := finished(workdir, flags):
         return found
-    workdir.mkdir(parents=True, exist_ok=True)
     output = workdir / "output.txt" if quiet else None
     main(*flags, f"--workdir={workdir}", output=output)
     main(*flags, f"--workdir={workdir}", "--mode=evaluate", f"--out={workdir}/evaluation", output=output)
     trained, judged = (json.loads((workdir / name).read_text()) for name in ("results.json", "evaluation/results.json"))
-    found = {"flags": list(flags), "steps": trained["step"], "train_seconds": trained["seconds"], "machine": machine()}
+    found = {"steps": trained["step"], "train_seconds": trained["seconds"], "machine": machine()}
     found["judged"] = {k: v for k, v in judged.items() if k not in ("checkpoint", "samples", "data", "networks")}
     records = read_metrics(workdir / "metrics.jsonl")
     found["images_per_second"] = statistics.median(record["images_per_second"] for record in records)
     if way := [evaluated(record) for record in records if any(name.startswith("eval/") for name in record)]:
         found["on_the_way"] = way
-    keep_measured(workdir, found)
-    return found
+    return keep_measured(workdir, flags, found)
 
 
 def finished(workdir: pathlib.Path, flags: Sequence[str]) -> dict[str, Any]:
-    """What `keep_measured` wrote in `workdir`; empty if it has not.
+    """What `keep_measured` wrote in `workdir`; empty if there is nothing, and the run of these flags begins there.
 
-    Raises: Fault if that had other flags.
+    Raises: Fault if a run of other flags began in `workdir`.
     """
     file = workdir / "measured.json"
-    found = json.loads(file.read_text()) if file.exists() else {}
-    if found and found["flags"] != list(flags):
+    if not file.exists():
+        workdir.mkdir(parents=True, exist_ok=True)
+        keep_measured(workdir, flags, {})
+    found = json.loads(file.read_text())
+    if found["flags"] != list(flags):
         raise Fault(f"{workdir} holds a run of {shlex.join(found['flags'])}: move it away, or delete it")
-    return found
+    return found if len(found) > 1 else {}
 
 
-def keep_measured(workdir: pathlib.Path, found: Mapping[str, Any]) -> None:
-    """Write the results of a run, with its `flags`, for `finished`."""
+def keep_measured(workdir: pathlib.Path, flags: Sequence[str], measured: Mapping[str, Any]) -> dict[str, Any]:
+    """Write what was measured in a run, and its `flags`, for `finished`. Returns both."""
+    found = {"flags": list(flags)} | measured
     (workdir / "measured.json").write_text(json.dumps(found, indent=2) + "\n")
+    return found
 
 
 def evaluated(record: dict[str, Any]) -> dict[str, float]:
@@ -140,15 +143,22 @@ def sweep(
     methods: Mapping[str, Sequence[str]],
     at_once: int,
     cases: Sequence[tuple[str, int]] | None = None,
+    last: str = "",
 ) -> list[dict[str, Any]]:
     """`run_all` of every method (a name and its flags) with every seed. Returns results with `method` and `seed`.
 
-    `cases` lists the methods and seeds to run, if they are not all.
+    `cases` lists the methods and seeds to run, if they are not all. Those of the method `last`, which starts from the
+    weights of another, begin when all others have ended, and are at the end of the results.
     """
     if cases is None:  # the first seed of all methods comes first
         cases = [(method, seed) for seed in SEEDS for method in methods]
-    found = run_all(dict(job(name, common_flags, methods, *case) for case in cases), at_once)
-    return [{"method": method, "seed": seed} | run for (method, seed), run in zip(cases, found, strict=True)]
+    first, then = [case for case in cases if case[0] != last], [case for case in cases if case[0] == last]
+    found = [
+        run
+        for part in (first, then)
+        for run in run_all(dict(job(name, common_flags, methods, *case) for case in part), at_once)
+    ]
+    return [{"method": method, "seed": seed} | run for (method, seed), run in zip(first + then, found, strict=True)]
 
 
 def job(
@@ -276,6 +286,8 @@ def run(
     except Fault as error:
         raise SystemExit(str(error)) from error
     command = shlex.join(["python", "-m", f"experiments.{name}", *sys.argv[1:]])
+    if name in names() and any(getattr(args, repeated, None) for repeated in ("only", "seeds")):  # beside earlier runs
+        command = "; ".join(dict.fromkeys([*read_results(name)["command"].split("; "), command]))
     folder = RESULTS / name
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(

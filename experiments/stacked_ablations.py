@@ -57,9 +57,7 @@ def experiment(args: argparse.Namespace) -> dict[str, Any]:
     """Train, evaluate and sample every method, or those of --only beside the committed results of the others."""
     chosen, seeds = args.only or list(METHODS), args.seeds or common.SEEDS[:1]
     cases = [(method, seed) for seed in seeds for method in chosen]
-    runs = common.sweep(NAME, FLAGS, METHODS, args.at_once, [case for case in cases if case[0] != WARM])
-    if WARM in chosen:
-        runs += common.sweep(NAME, FLAGS, METHODS, 1, [(WARM, seed) for seed in seeds])
+    runs = common.sweep(NAME, FLAGS, METHODS, args.at_once, cases, last=WARM)
     if common.SEEDS[0] in seeds:
         common.keep_samples(NAME, METHODS, SHOWN, chosen)
     return {"runs": common.with_committed(NAME, runs)}

@@ -12,6 +12,7 @@ import argparse
 import functools
 import json
 import pathlib
+import zlib
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from ddgan_jax.commands import figures
 from ddgan_jax.config.settings import DataConfig
 from ddgan_jax.data.sources import open_data
 from ddgan_jax.metrics.modes import mode_report
+from ddgan_jax.model.loading import PRETRAINED
 from experiments import common
 from experiments.stacked_mnist import MEASURES
 
@@ -41,7 +43,9 @@ def experiment(args: argparse.Namespace) -> dict[str, Any]:
     for run in runs:
         workdir = common.workdir(NAME, METHODS, OURS, run["seed"])
         run["second_classifier"] = second_reading(str(workdir), workdir / "second_classifier.json")
-    bundled = second_reading(BUNDLED, common.workdir(NAME, METHODS, OURS, 0).parent / "bundled.json")
+    checksum = zlib.crc32((PRETRAINED / f"{BUNDLED}.safetensors").read_bytes())
+    kept = common.workdir(NAME, METHODS, OURS, 0).with_name(f"bundled_{checksum:08x}.json")
+    bundled = second_reading(BUNDLED, kept)
     if common.SEEDS[0] in seeds:
         common.keep(NAME, "samples", common.samples(NAME, METHODS, SHOWN))
     return {"runs": common.with_committed(NAME, runs), "bundled": bundled}

@@ -129,6 +129,40 @@ def test_results_of_other_flags_are_not_taken_for_these(tmp_path):
         common.train_and_evaluate(tmp_path, "--config=configs/digits.py", "--config.seed=1")
 
 
+def test_a_run_that_was_stopped_goes_on_with_its_own_flags_alone(tmp_path, monkeypatch):
+    def stopped(*flags, output):
+        raise Fault("stopped")
+
+    monkeypatch.setattr(common, "main", stopped)
+    for _ in range(2):
+        with pytest.raises(Fault, match=r"^stopped$"):
+            common.train_and_evaluate(tmp_path / "run", "--config.seed=0")
+    with pytest.raises(Fault, match=r"holds a run of --config.seed=0: move it away"):
+        common.train_and_evaluate(tmp_path / "run", "--config.seed=1")
+
+
+@pytest.mark.parametrize("name", [name for name in common.names() if hasattr(common.module(name), "METHODS")])
+def test_committed_results_have_the_flags_of_today(name):
+    """A method whose flags have changed has to be trained again, or a table would show another one under its name."""
+    of, firsts = common.module(name), set()
+    for run in common.read_results(name)["runs"]:
+        if run["method"] in getattr(of, "TRAINED", of.METHODS):  # others are rows of another experiment
+            seed = run["flags"].index(f"--config.seed={run['seed']}")
+            firsts.add(tuple(run["flags"][:seed]))
+            assert run["flags"][seed + 1 :] == list(of.METHODS[run["method"]])
+    assert len(firsts) == 1
+    if isinstance(getattr(of, "FLAGS", None), list):
+        assert firsts == {tuple(of.FLAGS)}
+
+
+def test_a_method_that_starts_from_another_trains_last(monkeypatch):
+    begun = []
+    monkeypatch.setattr(common, "train_and_evaluate", lambda workdir, *flags, quiet: begun.append(workdir.name) or {})
+    runs = common.sweep("known", [], {"after": [], "before": []}, 1, last="after")
+    assert begun == ["1_seed0", "1_seed1", "1_seed2", "0_seed0", "0_seed1", "0_seed2"]
+    assert [(run["method"], run["seed"]) for run in runs] == [(m, s) for m in ("before", "after") for s in common.SEEDS]
+
+
 def test_a_sweep_of_no_cases_trains_nothing(monkeypatch):
     monkeypatch.setattr(common, "train_and_evaluate", lambda workdir, *flags, quiet: {})
     methods = {"a": [], "b": []}
@@ -171,3 +205,19 @@ def test_committed_results_of_other_methods_and_seeds_stay(monkeypatch):
     new = [{"method": "a", "seed": 0}]
     assert common.with_committed("known", new) == new + committed[1:]
     assert common.with_committed("unknown", new) == new
+
+
+def test_the_commands_of_a_table_are_kept_together(tmp_path, monkeypatch):
+    """A run of some methods or seeds adds its command to those of the results beside it; a run of all replaces them."""
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setattr(common, "draw", lambda name: None)
+    monkeypatch.setattr(common, "table", lambda name: "")
+    monkeypatch.setattr("experiments.report.write_tables", lambda: None)
+    commands = []
+    for given in (["--only", "a"], ["--seeds", "1"], ["--seeds", "1"], ["--at_once=1"]):
+        monkeypatch.setattr(sys, "argv", ["x", *given])
+        common.run("known.py", lambda args: {"runs": []}, trains=True, methods=["a"], seeds=True)
+        commands.append(common.read_results("known")["command"])
+    known = "python -m experiments.known"
+    both = f"{known} --only a; {known} --seeds 1"
+    assert commands == [f"{known} --only a", both, both, f"{known} --at_once=1"]

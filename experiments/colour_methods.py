@@ -174,4 +174,4 @@ def draw_figure(results: dict[str, Any], path: pathlib.Path) -> None:
 
 if __name__ == "__main__":
     meaning = "the images: a folder or zip with one folder a class"
-    common.run(__file__, experiment, trains=True, methods=METHODS, seeds=True, path=meaning)
+    common.run(__file__, experiment, trains=True, methods=METHODS, seeds=common.SEEDS, path=meaning)

@@ -254,13 +254,13 @@ def run(
     experiment: Callable[[argparse.Namespace], dict[str, Any]],
     trains: bool = False,
     methods: Collection[str] = (),
-    seeds: bool = False,
+    seeds: Collection[int] = (),
     **options: str,
 ) -> None:
     """The command line of the experiment in `file`: writes results.json, its figure, and the tables in the pages.
 
-    `trains` adds `--at_once`, `methods` are those that `--only` may name, and `seeds` adds `--seeds`. `options` maps
-    the names of other required arguments to their help.
+    `trains` adds `--at_once`; `methods` are those that `--only` may name, `seeds` those that `--seeds` may. `options`
+    maps the names of other required arguments to their help.
     """
     name = pathlib.Path(file).stem
     parser = argparse.ArgumentParser(prog=f"python -m experiments.{name}")
@@ -269,7 +269,7 @@ def run(
     if methods:
         parser.add_argument("--only", nargs="+", choices=list(methods), metavar="METHOD", help="these methods alone")
     if seeds:
-        parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, help="these seeds alone")
+        parser.add_argument("--seeds", nargs="+", type=int, choices=seeds, help="these seeds alone")
     for option, meaning in options.items():
         parser.add_argument(f"--{option}", required=True, help=meaning)
     args = parser.parse_args()

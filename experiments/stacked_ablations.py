@@ -92,4 +92,4 @@ def draw_figure(results: dict[str, Any], path: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    common.run(__file__, experiment, trains=True, methods=METHODS, seeds=True)
+    common.run(__file__, experiment, trains=True, methods=METHODS, seeds=common.SEEDS)

@@ -190,7 +190,7 @@ def test_exit_codes(arguments, error, code, message, monkeypatch, capsys):
     given = ["x", "--only", "b", "a", "b", "--seeds", "1", "1", *arguments]
     monkeypatch.setattr(sys, "argv", given)
     with pytest.raises(SystemExit) as ended:
-        common.run("x.py", experiment, trains=True, methods=["a", "b"], seeds=True)
+        common.run("x.py", experiment, trains=True, methods=["a", "b"], seeds=common.SEEDS)
     told = capsys.readouterr().err
     if code == 1:  # which Python prints, with exit code 1
         assert ended.value.code == message
@@ -216,7 +216,7 @@ def test_the_commands_of_a_table_are_kept_together(tmp_path, monkeypatch):
     commands = []
     for given in (["--only", "a"], ["--seeds", "1"], ["--seeds", "1"], ["--at_once=1"]):
         monkeypatch.setattr(sys, "argv", ["x", *given])
-        common.run("known.py", lambda args: {"runs": []}, trains=True, methods=["a"], seeds=True)
+        common.run("known.py", lambda args: {"runs": []}, trains=True, methods=["a"], seeds=common.SEEDS)
         commands.append(common.read_results("known")["command"])
     known = "python -m experiments.known"
     both = f"{known} --only a; {known} --seeds 1"

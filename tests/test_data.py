@@ -249,7 +249,6 @@ def test_package_that_is_not_installed(name, module, package, monkeypatch, tmp_p
     for known in [known for known in sys.modules if known.startswith(module)]:
         monkeypatch.delitem(sys.modules, known)
     monkeypatch.setitem(sys.modules, module, None)
-    digits._mnist_5k.cache_clear()
     with refuses(f"{name} needs {module}: run `pip install {package}"):
         open_data(DataConfig(name, dir=str(tmp_path)))
 

@@ -100,6 +100,7 @@ def run(argv: list[str]) -> None:
     from ddgan_jax.devices import compiler, processes  # imports jax, which takes a second: after --help and the checks
     from ddgan_jax.storage import paths
 
+    compiler.keep_freed_memory()
     given = FLAGS.compilation_cache
     if given is None and "JAX_COMPILATION_CACHE_DIR" in os.environ:
         given = ""  # JAX's own choice stays

@@ -1,9 +1,11 @@
-"""How programs are compiled: XLA's options, Python's garbage collector while they are traced, and their cache.
+"""How programs are compiled and run: XLA's options, Python's garbage collector while they are traced, their cache, and
+the memory of a CPU.
 
 `benchmarks/NOTES.md` has the measurements behind each option.
 """
 
 import contextlib
+import ctypes
 import functools
 import gc
 import importlib.util
@@ -86,6 +88,17 @@ def collector_paused() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def keep_freed_memory() -> None:
+    """Lets this process keep freed memory for its next step. Without glibc, nothing changes.
+
+    glibc gives buffers of megabytes back to Linux at each step, which clears them before the next one.
+    """
+    with contextlib.suppress(OSError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: buffers below 1 GiB come from the heap
+        mallopt(-2, 2**26)  # M_TOP_PAD: a heap keeps 64 MiB more than it uses
 
 
 def default_cache() -> pathlib.Path | None:
